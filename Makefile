@@ -1,0 +1,52 @@
+# `make` alone lists the commands. Everything runs in $(VENV), made by tools/setup.sh on first use.
+#   make run ARGS="steps=4000"      PYTHON=python3.12 make test      make test ARGS="-k shooting"
+
+VENV ?= .venv
+ARGS ?=
+PY := $(VENV)/bin/python
+# PYTHON on make's command line or in the environment names the interpreter; see tools/python.sh.
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check bench notebooks gpu format clean
+
+help: ## list these commands
+	@echo "jaxpara: the commands (ARGS=\"...\" is passed on, PYTHON=... names the interpreter)"
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' \
+	  | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+setup: ## make or refresh the environment in .venv
+	@sh tools/setup.sh $(VENV)
+
+run: setup ## train the default language model (ARGS="steps=4000" and other Hydra overrides)
+	$(PY) -m experiments.train experiment=lm $(ARGS)
+
+test: setup ## run all tests (on a CPU; the GPU ones are skipped)
+	$(PY) -m pytest $(ARGS)
+
+check: setup ## ruff, types and the fast tests, under three minutes
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check tools pallas_kernels
+	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+bench: setup ## solvers against lax.scan and others (ARGS="suite=recurrence_full")
+	$(PY) -m experiments.bench $(ARGS)
+
+notebooks: setup ## execute the notebooks and their assertions
+	$(PY) -m pytest -q tests/test_notebooks.py $(ARGS)
+
+gpu: setup ## on a machine with a GPU: its tests, then the recurrence benchmark there
+	@JAX_PLATFORMS= $(PY) -c "import jax, sys; sys.exit(jax.default_backend() != 'gpu')" || { \
+	  echo "make gpu: JAX sees no GPU here. Install the extra: $(PY) -m pip install -e '.[cuda]'"; \
+	  exit 1; }
+	JAX_PLATFORMS= $(PY) -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
+	JAX_PLATFORMS= $(PY) -m experiments.bench suite=recurrence
+
+format: setup ## format and sort imports
+	$(PY) -m ruff check --fix --select I .
+	$(PY) -m ruff format .
+
+clean: ## remove the environments and caches, not the runs
+	rm -rf .venv .venv-* .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,9 @@
+"""Kernels, one folder an op, and the one place that picks an implementation of each.
+
+Imports JAX, NumPy and the standard library only: a kernel receives a cell as ready elementwise
+functions and walks no jaxpr.
+"""
+
+from pallas_kernels.dispatch import NoImplementation, choose, first_that_works
+
+__all__ = ["NoImplementation", "choose", "first_that_works"]

@@ -1,0 +1,120 @@
+"""The one place that picks an implementation: best first, `xla` last, every refusal kept.
+
+An op offers a mapping from names to callables, in the order in which it would try them, and says
+on which platforms each one runs. A name that carries no platform (`sequential`, `xla`) runs
+anywhere. The caller either names what it wants or leaves the choice to `choose`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Implementation = Callable[..., Any]
+
+# Which platforms an implementation's name promises to run on; other names run anywhere.
+PLATFORMS: Mapping[str, tuple[str, ...]] = {
+    "mosaic_gpu": ("cuda", "gpu"),
+    "triton": ("cuda", "gpu"),
+    "mosaic_tpu": ("tpu",),
+}
+
+
+class NoImplementation(NotImplementedError):
+    """No implementation took the call; `reasons` holds one exception for each that was tried."""
+
+    def __init__(self, message: str, reasons: Mapping[str, Exception]):
+        lines = [f"  {name}: {type(e).__name__}: {e}" for name, e in reasons.items()]
+        super().__init__("\n".join([message, *lines]))
+        self.reasons = dict(reasons)
+
+
+def _order(
+    implementations: Mapping[str, Implementation],
+    implementation: None | str | Sequence[str],
+    platform: str,
+) -> list[str]:
+    """The names to try: the caller's own, or all that run on the platform with `xla` last."""
+    if not implementations:
+        raise ValueError("implementations is empty; expected at least one name -> callable.")
+    if implementation is None:
+        fits = [n for n in implementations if platform in PLATFORMS.get(n, (platform,))]
+        return sorted(fits, key=lambda name: name == "xla")  # stable: the op's own order otherwise
+    names = [implementation] if isinstance(implementation, str) else list(implementation)
+    if not names:
+        raise ValueError("implementation=() names nothing to try; pass None to let it be chosen.")
+    for name in names:
+        if name not in implementations:
+            known = ", ".join(repr(n) for n in implementations)
+            raise ValueError(
+                f"implementation={name!r} is not known here; expected None or one of {known}."
+            )
+    return names
+
+
+def choose(
+    implementations: Mapping[str, Implementation],
+    implementation: None | str | Sequence[str] = None,
+    *,
+    platform: str,
+) -> tuple[str, Implementation]:
+    """Picks the first implementation that runs on a platform.
+
+    Args:
+      implementations: name -> callable, best first.
+      implementation: None (the best for the platform), a name, or names in order of preference.
+      platform: `"cpu"`, `"cuda"`, `"gpu"` or `"tpu"`, as `jax.default_backend()` says.
+
+    Returns:
+      The name and the callable.
+
+    Raises:
+      ValueError: a name that `implementations` does not have; the message lists those it has.
+      NoImplementation: none of the named ones runs on the platform; one reason for each.
+    """
+    refused: dict[str, Exception] = {}
+    for name in _order(implementations, implementation, platform):
+        runs_on = PLATFORMS.get(name, (platform,))
+        if platform in runs_on:
+            return name, implementations[name]
+        refused[name] = NotImplementedError(f"runs on {' or '.join(runs_on)}, not on {platform}")
+    raise NoImplementation(
+        f"No implementation for platform {platform!r}; add 'xla' to implementation=, or pass None.",
+        refused,
+    )
+
+
+def first_that_works(
+    implementations: Mapping[str, Implementation],
+    implementation: None | str | Sequence[str] = None,
+    *,
+    platform: str,
+) -> Implementation:
+    """The implementations as one callable that moves on when one raises NotImplementedError.
+
+    A kernel says that it cannot take a shape, a dtype or a cell by raising `NotImplementedError`
+    while it is traced; any other exception is a defect and goes straight to the caller.
+
+    Args:
+      implementations: name -> callable, best first.
+      implementation: None (all that run on the platform, `xla` last), a name, or names in order.
+      platform: `"cpu"`, `"cuda"`, `"gpu"` or `"tpu"`.
+
+    Returns:
+      A callable of the implementations' own signature.
+
+    Raises:
+      ValueError: a name that `implementations` does not have.
+      NoImplementation: when called, if every implementation refused; it lists every reason.
+    """
+    names = _order(implementations, implementation, platform)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        refused: dict[str, Exception] = {}
+        for name in names:
+            try:
+                _, function = choose(implementations, name, platform=platform)
+                return function(*args, **kwargs)
+            except NotImplementedError as error:
+                refused[name] = error
+        raise NoImplementation(f"Every implementation refused this call on {platform!r}:", refused)
+
+    return call

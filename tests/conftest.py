@@ -1,0 +1,49 @@
+"""Eight CPU devices and one compilation cache for the whole suite; nothing else is global."""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def _machine() -> str:
+    """A short name of this CPU: compiled code must not travel to one without its instructions."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+        lines = {x for x in text.splitlines() if x.startswith(("model name", "flags"))}
+    except OSError:
+        lines = {platform.processor(), platform.machine()}
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
+
+
+def pytest_configure(config):
+    # Subprocesses that tests start inherit these two. `make gpu` selects -m gpu and keeps the GPU.
+    if config.getoption("markexpr") != "gpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    cache = os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache" / _machine())
+    )
+
+    import jax  # only now: it reads the variables above
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import jax
+
+    if jax.default_backend() != "gpu":
+        for item in marked:
+            item.add_marker(
+                pytest.mark.skip(reason="needs a GPU; run `make gpu` where there is one")
+            )
