@@ -1,31 +1,36 @@
 #!/bin/sh
-# Make or refresh a virtual environment that holds jaxpara with its extras.
+# Make or refresh a virtual environment that holds jaxpara with its extras, and say which it is.
 #
 #   tools/setup.sh [VENV [EXTRAS]]        default: .venv dev,experiments
 #
-# Does nothing when the environment works and pyproject.toml has not changed. The stamp is written
-# last, so an interrupted run is simply repeated.
+# Installs nothing when the environment works and pyproject.toml has not changed. The stamp is
+# written last, so an interrupted run is simply repeated.
 set -eu
 
 cd "$(dirname "$0")/.."
 venv="${1:-.venv}"
 extras="${2:-dev,experiments}"
 stamp="$venv/.jaxpara-stamp"
-want="$(cksum < pyproject.toml) $extras ${PYTHON:-}"
+want="$(cksum < pyproject.toml) $extras"
 
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] \
-  && "$venv/bin/python" -c 'import jax, jaxpara' >/dev/null 2>&1; then
+version() { "$1" -c 'import sys; print(sys.version)' 2>/dev/null; }
+
+# An environment is kept if pip runs in it and it is of the interpreter asked for, if one was.
+keep=no
+if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then keep=yes; fi
+if [ "$keep" = yes ] && [ -n "${PYTHON:-}" ]; then
+  python="$(sh tools/python.sh)" || exit 1
+  [ "$(version "$venv/bin/python")" = "$(version "$python")" ] || keep=no
+fi
+
+if [ "$keep" = yes ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] \
+  && "$venv/bin/python" -c 'import sys, jax, jaxpara
+print("jaxpara: using %s (Python %s, JAX %s)" % (
+    sys.executable, sys.version.split()[0], jax.__version__))' 2>/dev/null; then
   exit 0
 fi
 
-# An environment made by another interpreter than the one asked for, or broken, is made again.
-reuse=no
-if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then reuse=yes; fi
-if [ "$reuse" = yes ] && [ -n "${PYTHON:-}" ]; then
-  asked="$("$(sh tools/python.sh)" -c 'import sys; print(sys.version)')" || exit 1
-  [ "$("$venv/bin/python" -c 'import sys; print(sys.version)')" = "$asked" ] || reuse=no
-fi
-if [ "$reuse" = no ]; then
+if [ "$keep" = no ]; then
   python="$(sh tools/python.sh)" || exit 1
   echo "jaxpara: using $python ($("$python" --version 2>&1)) for $venv"
   rm -f "$stamp"
