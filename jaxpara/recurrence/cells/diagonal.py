@@ -1,0 +1,258 @@
+"""Nonlinear cells whose recurrent weights are vectors: unit i sees only its own past.
+
+The Jacobian of a step is then diagonal (GRU, Elman), 2x2 (LSTM) or 4x4 (sLSTM) for each
+unit, which is what makes Newton's method over time cheap [pararnn]. Units mix through the
+input projection of the next layer.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpara.recurrence.cells.common import (
+    RECURRENT,
+    bounded,
+    check_sizes,
+    chrono,
+    in_dtype,
+    input_parameters,
+    projection,
+    recurrent_parameters,
+    zeros,
+)
+from jaxpara.types import Cell
+
+
+def gru(
+    features: int,
+    hidden: int,
+    *,
+    clip: float | None = None,
+    scale: float = 0.5,
+    time_constants: tuple[float, float] = (1.0, 64.0),
+) -> Cell:
+    """A GRU with elementwise recurrent weights, the reset gate inside the candidate.
+
+    `z = sigmoid(x_z + a_z h)`, `r = sigmoid(x_r + a_r h)`, `n = tanh(x_n + a_n r h)`,
+    `h' = (1 - z) h + z n`, with `(x_z, x_r, x_n) = x W + b`.
+
+    Args:
+      features: size of an input.
+      hidden: number of units.
+      clip: if given, the recurrent weights are used as if within `±clip` (gradient straight
+        through); None leaves them free.
+      scale: recurrent weights start uniform in `±scale`.
+      time_constants: the update gate's bias starts at `-log(tau)`, `tau` log-uniform between
+        these two numbers of steps.
+
+    Returns:
+      A cell with carry `h[..., hidden]` and output `h`.
+
+    Raises:
+      ValueError: if a size, `clip` or `time_constants` is out of range.
+
+    References: [gru], [pararnn].
+    """
+    check_sizes(features=features, hidden=hidden)
+    bound = bounded(clip)
+
+    def init(key):
+        k_in, k_time, k_rec = jax.random.split(key, 3)
+        zero = jnp.zeros(hidden, jnp.float32)
+        biases = (-chrono(k_time, (hidden,), time_constants), zero, zero)
+        names = ("update", "reset", "candidate")
+        return {
+            **input_parameters(k_in, features, biases),
+            RECURRENT: recurrent_parameters(k_rec, names, (hidden,), scale),
+        }
+
+    def start(params, batch_shape):
+        return zeros(params, (*batch_shape, hidden))
+
+    def step(params, h, gates):
+        x_z, x_r, x_n = in_dtype(gates, h)
+        a = {name: bound(v).astype(h.dtype) for name, v in params[RECURRENT].items()}
+        z = jax.nn.sigmoid(x_z + a["update"] * h)
+        r = jax.nn.sigmoid(x_r + a["reset"] * h)
+        n = jnp.tanh(x_n + a["candidate"] * (r * h))
+        h = h + z * (n - h)
+        return h, h
+
+    return Cell(init, start, projection(features, 3, (hidden,)), step)
+
+
+def lstm(
+    features: int,
+    hidden: int,
+    *,
+    clip: float | None = None,
+    scale: float = 0.5,
+    time_constants: tuple[float, float] = (1.0, 64.0),
+) -> Cell:
+    """An LSTM with elementwise recurrences, coupled input gate and peepholes.
+
+    `f = sigmoid(x_f + a_f h + p_f c)`, `g = tanh(x_g + a_g h)`, `c' = f c + (1 - f) g`,
+    `o = sigmoid(x_o + a_o h + p_o c')`, `h' = o tanh(c')`: the input gate is `1 - f`, and the
+    output gate sees the new `c'`.
+
+    Args:
+      features: size of an input.
+      hidden: number of units.
+      clip: if given, recurrent weights and peepholes are used as if within `±clip` (gradient
+        straight through); None leaves them free.
+      scale: recurrent weights and peepholes start uniform in `±scale`.
+      time_constants: the forget gate's bias starts at `log(tau)`, `tau` log-uniform between
+        these two numbers of steps.
+
+    Returns:
+      A cell with carry `(c, h)`, each `[..., hidden]`, and output `h`.
+
+    Raises:
+      ValueError: if a size, `clip` or `time_constants` is out of range.
+
+    References: [lstm], [cifg], [peephole], [pararnn].
+    """
+    check_sizes(features=features, hidden=hidden)
+    bound = bounded(clip)
+
+    def init(key):
+        k_in, k_time, k_rec = jax.random.split(key, 3)
+        zero = jnp.zeros(hidden, jnp.float32)
+        biases = (chrono(k_time, (hidden,), time_constants), zero, zero)
+        names = ("forget", "candidate", "output", "peephole_forget", "peephole_output")
+        return {
+            **input_parameters(k_in, features, biases),
+            RECURRENT: recurrent_parameters(k_rec, names, (hidden,), scale),
+        }
+
+    def start(params, batch_shape):
+        return zeros(params, (*batch_shape, hidden)), zeros(params, (*batch_shape, hidden))
+
+    def step(params, carry, gates):
+        c, h = carry
+        x_f, x_g, x_o = in_dtype(gates, h)
+        a = {name: bound(v).astype(h.dtype) for name, v in params[RECURRENT].items()}
+        f = jax.nn.sigmoid(x_f + a["forget"] * h + a["peephole_forget"] * c)
+        g = jnp.tanh(x_g + a["candidate"] * h)
+        c = g + f * (c - g)
+        o = jax.nn.sigmoid(x_o + a["output"] * h + a["peephole_output"] * c)
+        h = o * jnp.tanh(c)
+        return (c, h), h
+
+    return Cell(init, start, projection(features, 3, (hidden,)), step)
+
+
+def elman(
+    features: int,
+    hidden: int,
+    *,
+    clip: float | None = None,
+    scale: float = 0.5,
+) -> Cell:
+    """The simple recurrent network with an elementwise recurrence.
+
+    `h' = tanh(x_h + a h)`.
+
+    Args:
+      features: size of an input.
+      hidden: number of units.
+      clip: if given, recurrent weights are used as if within `±clip` (gradient straight
+        through); None leaves them free.
+      scale: recurrent weights start uniform in `±scale`.
+
+    Returns:
+      A cell with carry `h[..., hidden]` and output `h`.
+
+    Raises:
+      ValueError: if a size or `clip` is out of range.
+
+    References: [elman].
+    """
+    check_sizes(features=features, hidden=hidden)
+    bound = bounded(clip)
+
+    def init(key):
+        k_in, k_rec = jax.random.split(key)
+        return {
+            **input_parameters(k_in, features, (jnp.zeros(hidden, jnp.float32),)),
+            RECURRENT: recurrent_parameters(k_rec, ("hidden",), (hidden,), scale),
+        }
+
+    def start(params, batch_shape):
+        return zeros(params, (*batch_shape, hidden))
+
+    def step(params, h, gates):
+        (x_h,) = in_dtype(gates, h)
+        h = jnp.tanh(x_h + bound(params[RECURRENT]["hidden"]).astype(h.dtype) * h)
+        return h, h
+
+    return Cell(init, start, projection(features, 1, (hidden,)), step)
+
+
+def slstm(
+    features: int,
+    hidden: int,
+    *,
+    clip: float | None = None,
+    scale: float = 0.5,
+    time_constants: tuple[float, float] = (1.0, 64.0),
+) -> Cell:
+    """The sLSTM: exponential input gate, normaliser state, stabiliser; elementwise recurrences.
+
+    With `g = tanh(x_g + a_g h)`, `i = x_i + a_i h`, `f = log sigmoid(x_f + a_f h)`,
+    `o = sigmoid(x_o + a_o h)`:
+    `m' = max(f + m, i)`, `c' = exp(f + m - m') c + exp(i - m') g`,
+    `n' = exp(f + m - m') n + exp(i - m')`, `h' = o c' / n'`.
+    `h` does not depend on `m`, which only keeps `exp(i)` from overflowing.
+
+    Args:
+      features: size of an input.
+      hidden: number of units.
+      clip: if given, recurrent weights are used as if within `±clip` (gradient straight
+        through); None leaves them free.
+      scale: recurrent weights start uniform in `±scale`.
+      time_constants: the forget gate's bias starts at `log(tau)`, `tau` log-uniform between
+        these two numbers of steps.
+
+    Returns:
+      A cell with carry `(c, n, m, h)`, each `[..., hidden]`, and output `h`.
+
+    Raises:
+      ValueError: if a size, `clip` or `time_constants` is out of range.
+
+    References: [xlstm].
+    """
+    check_sizes(features=features, hidden=hidden)
+    bound = bounded(clip)
+
+    def init(key):
+        k_in, k_time, k_rec = jax.random.split(key, 3)
+        zero = jnp.zeros(hidden, jnp.float32)
+        biases = (zero, zero, chrono(k_time, (hidden,), time_constants), zero)
+        names = ("candidate", "input", "forget", "output")
+        return {
+            **input_parameters(k_in, features, biases),
+            RECURRENT: recurrent_parameters(k_rec, names, (hidden,), scale),
+        }
+
+    def start(params, batch_shape):
+        c, n, m, h = (zeros(params, (*batch_shape, hidden)) for _ in range(4))
+        return c, n, m, h
+
+    def step(params, carry, gates):
+        c, n, m, h = carry
+        x_g, x_i, x_f, x_o = in_dtype(gates, h)
+        a = {name: bound(v).astype(h.dtype) for name, v in params[RECURRENT].items()}
+        g = jnp.tanh(x_g + a["candidate"] * h)
+        log_input = x_i + a["input"] * h
+        # n = 0 marks the empty start, where m is log 0 and not 0: else exp(i - m') underflows
+        # for i < -87 and h is 0 / 0. From then on n >= 1.
+        log_keep = jnp.where(n > 0, jax.nn.log_sigmoid(x_f + a["forget"] * h) + m, -jnp.inf)
+        o = jax.nn.sigmoid(x_o + a["output"] * h)
+        m = jnp.maximum(log_keep, log_input)
+        keep, write = jnp.exp(log_keep - m), jnp.exp(log_input - m)
+        c = keep * c + write * g
+        n = keep * n + write
+        h = o * c / n
+        return (c, n, m, h), h
+
+    return Cell(init, start, projection(features, 4, (hidden,)), step)

@@ -1,0 +1,218 @@
+"""Cells whose units mix within heads: block-diagonal recurrent matrices [flashrnn].
+
+Carries are `[..., heads, size]` with `size = hidden / heads`; `h R` below means
+`h[k] R[k]` for each head k. One unit a head is the diagonal cell, one head the classical
+dense one.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpara.recurrence.cells.common import (
+    RECURRENT,
+    bounded,
+    check_sizes,
+    chrono,
+    in_dtype,
+    input_parameters,
+    projection,
+    recurrent_parameters,
+    zeros,
+)
+from jaxpara.types import Cell
+
+
+def _head_size(hidden: int, heads: int) -> int:
+    check_sizes(hidden=hidden, heads=heads)
+    if hidden % heads:
+        divisors = [n for n in range(1, hidden + 1) if hidden % n == 0]
+        raise ValueError(
+            f"hidden={hidden} is not divisible by heads={heads}; use one of {divisors}"
+        )
+    return hidden // heads
+
+
+def _mix(h: jax.Array, recurrent: jax.Array) -> jax.Array:
+    return jnp.einsum("...ki,kij->...kj", h, recurrent.astype(h.dtype))
+
+
+def _flat(h: jax.Array) -> jax.Array:
+    return h.reshape(*h.shape[:-2], -1)
+
+
+def gru_heads(
+    features: int,
+    hidden: int,
+    *,
+    heads: int = 4,
+    clip: float | None = None,
+    scale: float = 0.5,
+    time_constants: tuple[float, float] = (1.0, 64.0),
+) -> Cell:
+    """A GRU with one recurrent matrix a head and gate, the reset gate inside the candidate.
+
+    `z = sigmoid(x_z + h R_z)`, `r = sigmoid(x_r + h R_r)`, `n = tanh(x_n + (r h) R_n)`,
+    `h' = (1 - z) h + z n`.
+
+    Args:
+      features: size of an input.
+      hidden: number of units, a multiple of `heads`.
+      heads: number of blocks.
+      clip: if given, entries of the matrices are used as if within `±clip` (gradient straight
+        through); None leaves them free.
+      scale: entries start uniform in `±scale / sqrt(hidden / heads)`.
+      time_constants: the update gate's bias starts at `-log(tau)`, `tau` log-uniform between
+        these two numbers of steps.
+
+    Returns:
+      A cell with carry `h[..., heads, hidden / heads]` and output `[..., hidden]`.
+
+    Raises:
+      ValueError: if a size, `clip` or `time_constants` is out of range.
+
+    References: [gru], [flashrnn].
+    """
+    check_sizes(features=features)
+    size = _head_size(hidden, heads)
+    bound = bounded(clip)
+
+    def init(key):
+        k_in, k_time, k_rec = jax.random.split(key, 3)
+        zero = jnp.zeros(hidden, jnp.float32)
+        biases = (-chrono(k_time, (hidden,), time_constants), zero, zero)
+        names, shape = ("update", "reset", "candidate"), (heads, size, size)
+        return {
+            **input_parameters(k_in, features, biases),
+            RECURRENT: recurrent_parameters(k_rec, names, shape, scale * size**-0.5),
+        }
+
+    def start(params, batch_shape):
+        return zeros(params, (*batch_shape, heads, size))
+
+    def step(params, h, gates):
+        x_z, x_r, x_n = in_dtype(gates, h)
+        recurrent = {name: bound(v) for name, v in params[RECURRENT].items()}
+        z = jax.nn.sigmoid(x_z + _mix(h, recurrent["update"]))
+        r = jax.nn.sigmoid(x_r + _mix(h, recurrent["reset"]))
+        n = jnp.tanh(x_n + _mix(r * h, recurrent["candidate"]))
+        h = h + z * (n - h)
+        return h, _flat(h)
+
+    return Cell(init, start, projection(features, 3, (heads, size)), step)
+
+
+def lstm_heads(
+    features: int,
+    hidden: int,
+    *,
+    heads: int = 4,
+    clip: float | None = None,
+    scale: float = 0.5,
+    time_constants: tuple[float, float] = (1.0, 64.0),
+) -> Cell:
+    """The classical four-gate LSTM with one recurrent matrix a head and gate.
+
+    `i, f, o = sigmoid(x + h R)`, `g = tanh(x_g + h R_g)`, `c' = f c + i g`, `h' = o tanh(c')`.
+
+    Args:
+      features: size of an input.
+      hidden: number of units, a multiple of `heads`.
+      heads: number of blocks.
+      clip: if given, entries of the matrices are used as if within `±clip` (gradient straight
+        through); None leaves them free.
+      scale: entries start uniform in `±scale / sqrt(hidden / heads)`.
+      time_constants: the forget gate's bias starts at `log(tau)` and the input gate's at
+        `-log(tau)`, `tau` log-uniform between these two numbers of steps.
+
+    Returns:
+      A cell with carry `(c, h)`, each `[..., heads, hidden / heads]`, and output
+      `[..., hidden]`.
+
+    Raises:
+      ValueError: if a size, `clip` or `time_constants` is out of range.
+
+    References: [lstm], [flashrnn].
+    """
+    check_sizes(features=features)
+    size = _head_size(hidden, heads)
+    bound = bounded(clip)
+
+    def init(key):
+        k_in, k_time, k_rec = jax.random.split(key, 3)
+        log_tau = chrono(k_time, (hidden,), time_constants)
+        zero = jnp.zeros(hidden, jnp.float32)
+        biases = (-log_tau, log_tau, zero, zero)
+        names, shape = ("input", "forget", "candidate", "output"), (heads, size, size)
+        return {
+            **input_parameters(k_in, features, biases),
+            RECURRENT: recurrent_parameters(k_rec, names, shape, scale * size**-0.5),
+        }
+
+    def start(params, batch_shape):
+        shape = (*batch_shape, heads, size)
+        return zeros(params, shape), zeros(params, shape)
+
+    def step(params, carry, gates):
+        c, h = carry
+        x_i, x_f, x_g, x_o = in_dtype(gates, h)
+        recurrent = {name: bound(v) for name, v in params[RECURRENT].items()}
+        i = jax.nn.sigmoid(x_i + _mix(h, recurrent["input"]))
+        f = jax.nn.sigmoid(x_f + _mix(h, recurrent["forget"]))
+        g = jnp.tanh(x_g + _mix(h, recurrent["candidate"]))
+        o = jax.nn.sigmoid(x_o + _mix(h, recurrent["output"]))
+        c = f * c + i * g
+        h = o * jnp.tanh(c)
+        return (c, h), _flat(h)
+
+    return Cell(init, start, projection(features, 4, (heads, size)), step)
+
+
+def elman_heads(
+    features: int,
+    hidden: int,
+    *,
+    heads: int = 4,
+    clip: float | None = None,
+    scale: float = 0.5,
+) -> Cell:
+    """The simple recurrent network with one recurrent matrix a head.
+
+    `h' = tanh(x_h + h R)`.
+
+    Args:
+      features: size of an input.
+      hidden: number of units, a multiple of `heads`.
+      heads: number of blocks.
+      clip: if given, entries of the matrices are used as if within `±clip` (gradient straight
+        through); None leaves them free.
+      scale: entries start uniform in `±scale / sqrt(hidden / heads)`.
+
+    Returns:
+      A cell with carry `h[..., heads, hidden / heads]` and output `[..., hidden]`.
+
+    Raises:
+      ValueError: if a size or `clip` is out of range.
+
+    References: [elman], [flashrnn].
+    """
+    check_sizes(features=features)
+    size = _head_size(hidden, heads)
+    bound = bounded(clip)
+
+    def init(key):
+        k_in, k_rec = jax.random.split(key)
+        shape = (heads, size, size)
+        return {
+            **input_parameters(k_in, features, (jnp.zeros(hidden, jnp.float32),)),
+            RECURRENT: recurrent_parameters(k_rec, ("hidden",), shape, scale * size**-0.5),
+        }
+
+    def start(params, batch_shape):
+        return zeros(params, (*batch_shape, heads, size))
+
+    def step(params, h, gates):
+        (x_h,) = in_dtype(gates, h)
+        h = jnp.tanh(x_h + _mix(h, bound(params[RECURRENT]["hidden"])))
+        return h, _flat(h)
+
+    return Cell(init, start, projection(features, 1, (heads, size)), step)
