@@ -1,0 +1,1 @@
+"""Where bytes come from: sources, splits, windows, and what compressors make of them."""
