@@ -1,4 +1,4 @@
-"""Every public name is documented, cited, tested and annotated, and what the documents say is so."""
+"""Public names are documented, cited, tested and annotated; what the documents say is so."""
 
 import ast
 import inspect
