@@ -1,0 +1,163 @@
+"""Timing that can be believed: compiled first, warmed up, interleaved, blocked, with its spread.
+
+All rivals of a comparison run in the same process, in turn, in an order that changes every round:
+what disturbs the machine then disturbs all of them, and ratios of medians mean something.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Prepared(NamedTuple):
+    """A call without arguments that returns when its result is there.
+
+    Attributes:
+      call: runs once, blocks, returns the result.
+      compile_s: seconds that tracing and compiling took, which no timing includes.
+    """
+
+    call: Callable[[], Any]
+    compile_s: float
+
+
+class Timing(NamedTuple):
+    """Seconds for one call.
+
+    Attributes:
+      median: of the rounds.
+      low: first quartile.
+      high: third quartile.
+      rounds: number of rounds.
+      compile_s: seconds to trace and compile, apart.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    compile_s: float
+
+
+def prepare(function: Callable[..., Any], *arguments: Any) -> Prepared:
+    """Compiles a JAX function for its arguments.
+
+    Args:
+      function: traced and compiled by `jax.jit`.
+      arguments: its arguments; they stay on the device.
+
+    Returns:
+      The compiled call, and how long compiling took.
+    """
+    arguments = jax.block_until_ready(jax.device_put(arguments))
+    began = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    compile_s = time.perf_counter() - began
+    return Prepared(lambda: jax.block_until_ready(compiled(*arguments)), compile_s)
+
+
+def measure(
+    calls: Mapping[str, Prepared],
+    *,
+    rounds: int = 15,
+    sample_s: float = 2e-3,
+    budget_s: float = 10.0,
+    seed: int = 0,
+) -> dict[str, Timing]:
+    """Times every call in every round.
+
+    A sample repeats a call until it takes about `sample_s`, so that the clock and the
+    scheduler are small against it.
+
+    Args:
+      calls: name -> call, as from `prepare`.
+      rounds: how often each is sampled; fewer, but at least 5, when the budget runs out.
+      sample_s: seconds a sample should take at least.
+      budget_s: seconds for all calls together, after the warm-up.
+      seed: of the order within the rounds.
+
+    Returns:
+      name -> its timing.
+
+    Raises:
+      ValueError: fewer than 3 rounds were asked for: no spread could be given.
+    """
+    if rounds < 3:
+        raise ValueError(f"rounds={rounds} gives no spread; expected 3 or more.")
+    repeats = {}
+    for name, prepared in calls.items():
+        prepared.call()  # warm-up: allocations, first touch, lazy initialisation
+        once = min(_clock(prepared.call, 1) for _ in range(2))
+        repeats[name] = max(1, min(1000, round(sample_s / max(once, 1e-7))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), np.random.default_rng(seed)
+    began = time.perf_counter()
+    for n in range(rounds):
+        if n >= min(5, rounds) and time.perf_counter() - began > budget_s:
+            break
+        shuffle.shuffle(order)
+        for name in order:
+            samples[name].append(_clock(calls[name].call, repeats[name]))
+    return {
+        name: Timing(
+            *(float(np.quantile(seconds, q)) for q in (0.5, 0.25, 0.75)),
+            rounds=len(seconds),
+            compile_s=calls[name].compile_s,
+        )
+        for name, seconds in samples.items()
+    }
+
+
+def _clock(call: Callable[[], Any], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began) / repeats
+
+
+def prepare_copy(total_bytes: int) -> Prepared:
+    """A call that moves a number of bytes: half are read, half are written.
+
+    Timed beside the rivals it is their floor: no code that reads its inputs and writes its
+    results once can be faster, at this size, on this device.
+
+    Args:
+      total_bytes: read and written together.
+
+    Returns:
+      The compiled call.
+    """
+    count = max(total_bytes // 8, 1)
+    return prepare(lambda x: x + 1.0, jnp.zeros(count, jnp.float32))
+
+
+def largest_error(got: Any, wanted: Any, *, relative: bool = False) -> float:
+    """The largest deviation of two trees of arrays; infinite for a NaN on one side only.
+
+    Args:
+      got: a tree of arrays.
+      wanted: the same tree, as it should be.
+      relative: divide each leaf's error by the leaf's largest entry (or by 1e-6).
+
+    Returns:
+      The maximum over leaves; 0 for trees without entries.
+    """
+    worst = 0.0
+    pairs: Sequence[tuple[Any, Any]] = list(
+        zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+    )
+    for a, b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if a.size == 0:
+            continue
+        # inf - inf is nan, and so are equal NaNs: equal entries are no error, whatever they are
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        gap = np.where(same, 0.0, np.abs(np.where(same, 0.0, a - b)))
+        gap = np.where(np.isnan(gap), np.inf, gap)
+        size = np.max(np.abs(b[np.isfinite(b)]), initial=1e-6) if relative else 1.0
+        worst = max(worst, float(np.max(gap) / size))
+    return worst
