@@ -1,0 +1,51 @@
+"""The only file that knows how JAX versions differ (0.10.2 to 0.12).
+
+Everything that needs a name which moved, or a private one, takes it from here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+
+def scan_parts(eqn: Any) -> tuple[Any, int, int]:
+    """`(body, number of constants, number of carries)` of a `scan` equation.
+
+    JAX 0.10 and 0.11 count them in `num_consts` and `num_carry`; 0.12 keeps the
+    operands as a tree `(consts, carry, xs)` and the body as an open jaxpr type.
+    """
+    if "num_carry" in eqn.params:
+        return eqn.params["jaxpr"], eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return eqn.params["jaxpr"], len(list(consts)), len(list(carry))
+
+
+def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
+    """Runs a closed jaxpr on flat arguments."""
+    return jex_core.jaxpr_as_fun(jaxpr)(*arguments)
+
+
+def varying_axes(array: Any) -> frozenset[str]:
+    """Mesh axes over which `array` varies inside `shard_map` (empty elsewhere)."""
+    kind = getattr(jax.typeof(array), "manual_axis_type", None)
+    return frozenset(getattr(kind, "varying", ()) or ())
+
+
+def open_jaxpr(jaxpr):
+    """The open jaxpr of an open or closed one (from 0.12 on they are one class)."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def jvp_jaxpr(closed, nonzero: list[bool]):
+    """Push tangents of the inputs marked `nonzero` through a closed jaxpr.
+
+    Returns the jaxpr of (inputs, tangents) -> (outputs, tangents of some outputs)
+    and, for each output, whether its tangent is among them.
+    """
+    try:
+        from jax.interpreters.ad import jvp_jaxpr as push
+    except ImportError:  # 0.10.2 keeps it private
+        from jax._src.interpreters.ad import jvp_jaxpr as push
+    return push(closed, nonzero, False)
