@@ -94,11 +94,26 @@ def axis_patterns(shapes: Sequence[Shape], heads: set[tuple[int, int]]) -> Domai
             outs.append(out)
         return outs
 
+    def unstack(value: Axes, aval=None) -> Axes:
+        return {leaf: entries[1:] for leaf, entries in value.items()}
+
+    def mapped(run, xs):
+        lead: dict[int, Entry] = {}
+        for value in xs:
+            for leaf, entries in (value or {}).items():
+                lead[leaf] = entries[0] if lead.get(leaf, entries[0]) == entries[0] else ()
+        outs = run([None if value is None else unstack(value) for value in xs])
+        return [
+            None if out is None else {leaf: (lead[leaf], *e) for leaf, e in out.items()}
+            for out in outs
+        ]
+
     return Domain(
         apply=apply,
         join=join,
-        unstack=lambda value, aval: {k: entries[1:] for k, entries in value.items()},
+        unstack=unstack,
         stack=lambda value, aval: {k: ((), *entries) for k, entries in value.items()},
+        mapped=mapped,
     )
 
 
@@ -131,9 +146,9 @@ def element_sets(count: int) -> Domain:
         lost = tuple(i for i in range(value.ndim - 1) if i not in kept)
         value = value.any(axis=lost) if lost else value
         places = sorted(kept)
-        value = value.transpose(*[places.index(s) for s in kept], value.ndim - 1)
+        value = value.transpose((*(places.index(s) for s in kept), value.ndim - 1))
         shape = [1 if s is None else n for s, n in zip(sources, out, strict=True)]
-        return np.broadcast_to(value.reshape(*shape, count), (*out, count))
+        return np.broadcast_to(value.reshape((*shape, count)), (*out, count))
 
     def concatenate(eqn, operands):
         parts = [
@@ -155,7 +170,7 @@ def element_sets(count: int) -> Domain:
         if name == "rev":
             return np.flip(first, tuple(params["dimensions"]))
         if name == "reshape":
-            return first.reshape(*eqn.outvars[0].aval.shape, count)
+            return first.reshape((*eqn.outvars[0].aval.shape, count))
         if name == "pad":
             return _pad(first, params["padding_config"])
         if name.startswith("cum"):
@@ -183,9 +198,18 @@ def element_sets(count: int) -> Domain:
             outs.append(out)
         return outs
 
+    def mapped(run, xs):
+        # Steps are told apart by the axis patterns; here they are taken together.
+        lengths = {value.shape[0] for value in xs if value is not None}
+        outs = run([None if value is None else value.any(axis=0) for value in xs])
+        return [
+            None if out is None else np.broadcast_to(out, (*lengths, *out.shape)) for out in outs
+        ]
+
     return Domain(
         apply=apply,
         join=np.logical_or,
         unstack=lambda value, aval: value.any(axis=0),
         stack=lambda value, aval: np.broadcast_to(value, (*aval.shape, count)),
+        mapped=mapped,
     )

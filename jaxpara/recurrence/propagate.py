@@ -28,12 +28,15 @@ class Domain(NamedTuple):
       join: `(a, b) -> c`, what may be reached along either way.
       unstack: the value of one slice of a scanned input.
       stack: the value of the stacked slices of a scanned output.
+      mapped: `(run, scanned inputs) -> scanned outputs` where `run` maps slices to
+        slices: what reaches a slice from the inputs' slices of the same step.
     """
 
     apply: Callable[[Any, list], list]
     join: Callable[[Any, Any], Any]
     unstack: Callable[[Any, Any], Any]
     stack: Callable[[Any, Any], Any]
+    mapped: Callable[[Callable[[list], list], list], list]
 
 
 Rules = Mapping[str, Callable[[Any, list, Domain], list]]
@@ -76,13 +79,20 @@ def _scan(eqn, ins, domain, known):
         for value, var in zip(ins[consts + carries :], eqn.invars[consts + carries :], strict=True)
     ]
 
-    def step(c):
-        return propagate(body, fixed + c + xs, domain, known)
+    def step(c, x):
+        return propagate(body, fixed + c + x, domain, known)
 
-    carry = _fixpoint(domain, lambda c: step(c)[:carries], carry)
+    carry = _fixpoint(domain, lambda c: step(c, xs)[:carries], carry)
+    # The body is linear: what comes by way of the carry and what comes straight
+    # from this step's slices add up, and only the former mixes the steps.
+    nothing = [None] * (consts + carries)
+    straight = domain.mapped(
+        lambda x: propagate(body, nothing + x, domain, known)[carries:], ins[consts + carries :]
+    )
+    late = step(carry, [None] * len(xs))[carries:]
     ys = [
-        None if value is None else domain.stack(value, var.aval)
-        for value, var in zip(step(carry)[carries:], eqn.outvars[carries:], strict=True)
+        _join(domain, a, None if b is None else domain.stack(b, var.aval))
+        for a, b, var in zip(straight, late, eqn.outvars[carries:], strict=True)
     ]
     return carry + ys
 

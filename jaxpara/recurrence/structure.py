@@ -146,7 +146,7 @@ def _element_edges(linear, into, back, shapes, known) -> Edges | None:
 
     def start(leaf):
         rows = identity[starts[leaf] : starts[leaf + 1]]
-        return rows.reshape(*shapes[leaf], sum(sizes))
+        return rows.reshape((*shapes[leaf], sum(sizes)))
 
     try:
         outs = _run(linear, into, back, element_sets(sum(sizes)), start, known)
@@ -155,9 +155,9 @@ def _element_edges(linear, into, back, shapes, known) -> Edges | None:
     edges: Edges = {}
     for i, value in enumerate(outs):
         for j in range(len(shapes)) if value is not None else ():
-            part = value[..., starts[j] : starts[j + 1]].reshape(*shapes[i], *shapes[j])
+            part = value[..., starts[j] : starts[j + 1]].reshape((*shapes[i], *shapes[j]))
             if part.any():
-                at, own = np.nonzero(part), len(shapes[i])
+                at, own = np.argwhere(part).T, len(shapes[i])
                 edges[i, j] = {
                     (p, q)
                     for p in range(own)
