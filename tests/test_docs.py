@@ -49,7 +49,7 @@ DOCUMENTED = {n: v for n, v in PUBLIC.items() if inspect.isclass(v) or inspect.i
 
 def cited(text):
     """Citation keys in a text: a bracket that follows no word and opens no link."""
-    for group in re.findall(r"(?<![\w\])`])\[([a-z][\w, ]*)\](?![(\w])", text):
+    for group in re.findall(r"(?<![\w\])`'])\[([a-z][\w, ]+)\](?![(\w])", text):
         keys = {k.strip() for k in group.split(",")}
         if keys & KEYS or len(keys) == 1 and not keys & AXES:
             yield from keys
@@ -138,7 +138,7 @@ def test_every_citation_is_in_the_references():
     for key in cited(METHODS):
         assert key in KEYS, f"docs/methods.md: [{key}] is not in docs/references.bib"
     assert found > 5
-    assert set(cited("as in [nobody2020], x[time], [batch] and [deer, elk]")) == {
+    assert set(cited("as in [nobody2020], s'[cd], x[time], [batch] and [deer, elk]")) == {
         "nobody2020",
         "deer",
         "elk",
@@ -146,7 +146,8 @@ def test_every_citation_is_in_the_references():
 
 
 def commands(text):
-    return re.findall(r"(?:make [a-z][^\n`]*|python -m experiments\.[^\n`]*)", text)
+    """What stands in backticks or at the beginning of a line of a code block."""
+    return re.findall(r"(?:^|`)(make [a-z][^\n`]*|python -m experiments\.[^\n`]*)", text, re.M)
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/methods.md"])
