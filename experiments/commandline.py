@@ -1,0 +1,63 @@
+"""What stands between the shell and Hydra: errors as one line, and prompts as typed."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+
+from experiments.runs import RunError
+
+
+def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
+    """Quotes free text for Hydra, whose grammar would otherwise strip and parse it.
+
+    `prompt=def f(x): ` reaches the program with its brackets and its last space.
+    What the user already put in quotes is left alone.
+
+    Args:
+      arguments: of the command line, without the program.
+      keys: the overrides that hold free text.
+
+    Returns:
+      The arguments for Hydra.
+    """
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        if equals and key.lstrip("+") in keys and not already:
+            # A backslash is itself to Hydra, except where it stands before a quote, at the
+            # end, or before an interpolation: there it is doubled.
+            body = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", value)
+            body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), body)
+            argument = f"{key}='{body}'"
+        quoted.append(argument)
+    return quoted
+
+
+def guarded(program: Callable[[], None]) -> None:
+    """Runs a program; what the user can put right ends it with one line, not a traceback.
+
+    Args:
+      program: the body of `main`.
+
+    Raises:
+      SystemExit: with the text, exit code 1. In a sweep the error is passed on, so
+        that the launcher can go on with the other jobs.
+    """
+    try:
+        program()
+    except (RunError, InstantiationException) as error:
+        text = str(error)
+        if isinstance(error, InstantiationException):
+            if not isinstance(error.__cause__, (ValueError, OSError)):
+                raise  # not the user's doing: the traceback is worth its lines
+            key = re.search(r"full_key: (\S+)", text)
+            text = f"{key[1] if key else 'config'}: {error.__cause__}"
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        sys.stdout.flush()
+        raise SystemExit(f"error: {text}") from None

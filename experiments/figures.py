@@ -1,0 +1,122 @@
+"""Pictures of a run, drawn from the files in its folder alone."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from experiments import metrics
+
+
+def _pairs(columns: Mapping[str, list[float | None]], x: str, y: str) -> tuple[list, list]:
+    """The points at which both columns hold a number."""
+    points = [(a, b) for a, b in zip(columns[x], columns[y], strict=True) if b is not None]
+    return [a for a, _ in points], [b for _, b in points]
+
+
+def _tokens_axis(axes: Axes) -> None:
+    axes.set_xlabel("training tokens (bytes)")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.grid(alpha=0.3)
+
+
+def draw_loss(
+    columns: Mapping[str, list[float | None]],
+    rulers: Mapping[str, float | None],
+    *,
+    title: str,
+) -> Figure:
+    """Training and validation loss against tokens, with baselines as horizontal lines.
+
+    Args:
+      columns: `metrics.csv`.
+      rulers: bits per byte by name; None is left out.
+      title: of the picture.
+
+    Returns:
+      The figure.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*_pairs(columns, "tokens", "train_bits_per_byte"), lw=1, alpha=0.7, label="training")
+    axes.plot(
+        *_pairs(columns, "tokens", "validation_bits_per_byte"), marker="o", label="validation"
+    )
+    for (name, level), style in zip(rulers.items(), (":", "--", "-."), strict=False):
+        if level is not None:
+            axes.axhline(level, color="black", lw=1, ls=style, label=f"{name} ({level:.2f})")
+    axes.set_ylabel("loss (bits per byte)")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    _tokens_axis(axes)
+    axes.legend()
+    return figure
+
+
+def draw_solver(columns: Mapping[str, list[float | None]], *, title: str) -> Figure:
+    """Iterations and residual of the parallel solver in each layer against tokens.
+
+    Args:
+      columns: `solver.csv`.
+      title: of the picture.
+
+    Returns:
+      The figure.
+    """
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    for layer in sorted({value for value in columns["layer"] if value is not None}):
+        rows = [i for i, value in enumerate(columns["layer"]) if value == layer]
+        one = {name: [column[i] for i in rows] for name, column in columns.items()}
+        label = f"layer {int(layer)}"
+        above.plot(*_pairs(one, "tokens", "iterations"), marker="o", label=label)
+        tokens, residual = _pairs(one, "tokens", "residual")
+        # A residual of exactly zero has no place on a logarithmic axis: draw it at the floor.
+        below.plot(tokens, [max(value, 1e-9) for value in residual], marker="o", label=label)
+    above.set_ylabel("iterations")
+    above.set_ylim(bottom=0)
+    above.yaxis.set_major_locator(MaxNLocator(integer=True))
+    above.set_title(title)
+    above.grid(alpha=0.3)
+    above.legend()
+    below.set_ylabel("largest residual (units of the state)")
+    below.set_yscale("log")
+    _tokens_axis(below)
+    return figure
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """Draws every figure for which a run has numbers.
+
+    Args:
+      folder: the run's folder, with `metrics.csv`, perhaps `solver.csv` and `summary.json`.
+
+    Returns:
+      The files written.
+
+    Raises:
+      FileNotFoundError: there is no `metrics.csv`.
+    """
+    table = folder / "metrics.csv"
+    if not table.is_file():
+        raise FileNotFoundError(f"{folder} holds no metrics.csv: give the folder of a training run")
+    summary = {}
+    if (folder / "summary.json").is_file():
+        summary = json.loads((folder / "summary.json").read_text())
+    name = summary.get("name", folder.name)
+    written = [folder / "loss.png"]
+    figure = draw_loss(metrics.read(table), summary.get("baselines", {}), title=name)
+    figure.savefig(written[0], dpi=120)
+    solver = folder / "solver.csv"
+    if solver.is_file():
+        columns = metrics.read(solver)
+        if columns["step"]:
+            written.append(folder / "solver.png")
+            figure = draw_solver(
+                columns, title=f"{name}: {summary.get('parallel_solver', 'parallel solver')}"
+            )
+            figure.savefig(written[1], dpi=120)
+    return written

@@ -1,0 +1,161 @@
+"""One run is one folder: what was asked, what was measured, on what machine."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from omegaconf import DictConfig, OmegaConf
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "env.json"
+SUMMARY = "summary.json"
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
+
+
+class RunError(Exception):
+    """Something a person at the keyboard can put right; its text says how."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that people can read.
+
+    Args:
+      path: the file.
+      value: plain Python values.
+    """
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about this repository; None without git or outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """What a stranger needs to know to judge or repeat a run.
+
+    Returns:
+      Versions, device, machine, commit and whether the tree was dirty.
+    """
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain") if commit else None
+    device = jax.devices()[0]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+        "git_commit": commit,
+        "git_dirty": None if changes is None else bool(changes),
+    }
+
+
+def open_run(folder: Path, cfg: DictConfig) -> None:
+    """Writes what is known before a run begins: the resolved config and the environment.
+
+    Args:
+      folder: made if missing.
+      cfg: the composed config.
+
+    Raises:
+      RunError: the folder holds a run already.
+    """
+    if (folder / CONFIG).exists():
+        raise RunError(
+            f"{folder} holds a run already, and one run is one folder: "
+            "leave hydra.run.dir alone or give a folder that does not exist"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / CONFIG, resolve=True)
+    write_json(folder / ENVIRONMENT, environment())
+
+
+def close_run(folder: Path, summary: dict[str, Any]) -> None:
+    """Writes the result, and adds the seconds it took to the environment.
+
+    Args:
+      folder: of the run.
+      summary: plain Python values, with `seconds`.
+    """
+    write_json(folder / SUMMARY, summary)
+    known = json.loads((folder / ENVIRONMENT).read_text())
+    write_json(folder / ENVIRONMENT, {**known, "seconds": summary["seconds"]})
+
+
+def find_run(run: str | None) -> Path:
+    """Turns `run=FOLDER` into a path.
+
+    Args:
+      run: a run's folder as the user gave it.
+
+    Returns:
+      The folder; it holds a config.
+
+    Raises:
+      RunError: nothing given, no such folder, or not a run; names the newest run there is.
+    """
+    known = sorted(
+        (
+            path.parent
+            for root in ("runs", "multirun")
+            for path in Path(root).rglob(CONFIG)
+            if path.parent.name != ".hydra"
+        ),
+        key=lambda path: path.stat().st_mtime,
+    )
+    hint = (
+        f"the newest here is run={known[-1]}"
+        if known
+        else "there is none here yet: `python -m experiments.train experiment=lm` makes one"
+    )
+    if not run:
+        raise RunError(f"give run=FOLDER, the folder of a training run; {hint}")
+    folder = Path(run)
+    if not folder.is_dir():
+        raise RunError(f"run={run!r}: no such folder (looked in {Path.cwd()}); {hint}")
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"run={run!r} holds no {CONFIG}, so it is not a run's folder; {hint}")
+    return folder
+
+
+def load_config(folder: Path) -> DictConfig:
+    """Reads the resolved config of a run.
+
+    Args:
+      folder: from `find_run`.
+
+    Returns:
+      The config that `open_run` wrote.
+    """
+    cfg = OmegaConf.load(folder / CONFIG)
+    assert isinstance(cfg, DictConfig)
+    return cfg

@@ -1,0 +1,86 @@
+"""Tokens per second of training alone: compilation and evaluations stop the watch."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Speedometer:
+    """Counts steps against a watch that can be stopped.
+
+    The first step compiles; it starts the watch and is not counted.
+
+    Args:
+      tokens_per_step: tokens that one step predicts.
+      clock: seconds, increasing.
+    """
+
+    def __init__(self, tokens_per_step: int, clock: Callable[[], float] = time.perf_counter):
+        self._tokens = tokens_per_step
+        self._clock = clock
+        self._away = 0.0
+        self._ticks: list[float] = []
+        self._mark = 0
+
+    def _now(self) -> float:
+        return self._clock() - self._away
+
+    def tick(self) -> None:
+        """One step is done."""
+        self._ticks.append(self._now())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the context does not count."""
+        left = self._clock()
+        try:
+            yield
+        finally:
+            self._away += self._clock() - left
+
+    def mark(self) -> None:
+        """Begins a new interval for `since_mark`."""
+        self._mark = max(len(self._ticks) - 1, 0)
+
+    def _between(self, first: int) -> float:
+        steps = len(self._ticks) - 1 - first
+        if steps < 1:
+            return 0.0
+        return self._tokens * steps / max(self._ticks[-1] - self._ticks[first], 1e-9)
+
+    def lately(self) -> float:
+        """Over the last twenty steps; 0 until two are done.
+
+        Returns:
+          Tokens per second.
+        """
+        return self._between(max(len(self._ticks) - 21, 0))
+
+    def seconds_for(self, steps: int) -> float:
+        """How long so many steps take at the speed of `lately`; infinite until that is known.
+
+        Args:
+          steps: how many.
+
+        Returns:
+          Seconds.
+        """
+        speed = self.lately()
+        return steps * self._tokens / speed if speed else math.inf
+
+    def since_mark(self) -> float:
+        """Since `mark`; 0 until two steps are done.
+
+        Returns:
+          Tokens per second.
+        """
+        return self._between(self._mark)
+
+    def overall(self) -> float:
+        """Since the first step; 0 until two are done.
+
+        Returns:
+          Tokens per second.
+        """
+        return self._between(0)

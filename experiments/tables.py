@@ -1,0 +1,67 @@
+"""Tables for people: bits per byte beside the rulers, sequential beside parallel."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COMPRESSORS = {"gzip -9": "zlib", "xz -9e": "lzma"}
+
+
+def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table()
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file has no width: do not fold to rich's default of 80
+    console.print(title, markup=False)
+    console.print(table)
+
+
+def show_quality(scored: float, rulers: Mapping[str, float | None], *, where: str) -> None:
+    """Prints what the model needs for a byte beside what other methods need.
+
+    Args:
+      scored: the model's bits per byte.
+      rulers: bits per byte by method; None where this Python lacks its module.
+      where: the bytes judged, for the title.
+    """
+    rows = [("this model", f"{scored:.3f}")]
+    for name, bits in rulers.items():
+        missing = f"not measured: this Python has no {COMPRESSORS.get(name, 'module for it')}"
+        rows.append((name, missing if bits is None else f"{bits:.3f}"))
+    rows.sort(key=lambda row: row[1])
+    _show(f"Bits per byte on {where}", ("method", "bits per byte"), rows)
+
+
+def show_solvers(rows: Sequence[Mapping[str, Any]], *, shape: str) -> None:
+    """Prints how a parallel solve agrees with the sequential one, and what each costs.
+
+    Args:
+      rows: from `solver_check.compare`.
+      shape: of the batch, for the title.
+    """
+    columns = (
+        "solver",
+        "values differ by",
+        "gradients by (relative)",
+        "iterations a layer",
+        "forward, ms",
+        "with gradient, ms",
+    )
+    cells = [
+        (
+            row["solver"],
+            f"{row['value_difference']:.1e}",
+            f"{row['gradient_difference']:.1e}",
+            ", ".join(map(str, row["iterations"])) or "-",
+            f"{row['forward_ms']:.1f}",
+            f"{row['gradient_ms']:.1f}",
+        )
+        for row in rows
+    ]
+    _show(f"Sequential against parallel, {shape}", columns, cells)

@@ -1,0 +1,286 @@
+"""The parts that training is made of: loop, watch, sampling, judging, figures, command line."""
+
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.colors import to_hex
+from omegaconf import OmegaConf
+
+from experiments import figures, metrics, progress, runs
+from experiments.commandline import quote_text
+from experiments.judging import bits_per_byte
+from experiments.loop import Diverged, run_loop
+from experiments.sampling import draw, generate, sample_text
+from experiments.speed import Speedometer
+from experiments.stopping import interrupt_flag
+from jaxpara.nn import decoder, mixers
+from jaxpara.recurrence import cells
+from jaxpara.types import TrainState
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = decoder(256, 16, 1, mixer=mixers.recurrent(cells.gru))
+    return model, model.init(jax.random.key(0))
+
+
+def loop(losses, *, log_every=2, eval_every=3, stop_after=None):
+    """Runs the loop on a step that counts, with the losses given; returns all that it did."""
+    rows, looks, statuses = [], [], []
+
+    def step(state, batch):
+        assert batch == int(state.step), "batch number and step number must go together"
+        loss = jnp.float32(losses[int(state.step)])
+        return state._replace(step=state.step + 1, params=state.params + 1), {"loss": loss}
+
+    ending = run_loop(
+        state=TrainState(jnp.zeros(()), None, jnp.zeros((), int), None),
+        step=step,
+        batches=lambda number: number,
+        steps=len(losses),
+        tokens_per_step=10,
+        log_every=log_every,
+        eval_every=eval_every,
+        write_row=rows.append,
+        look_up=lambda number, params: looks.append((number, float(params))),
+        progress=progress.Progress(statuses.append, lambda text: None),
+        interrupted=lambda: stop_after is not None and len(statuses) >= stop_after - 1,
+    )
+    return ending, rows, looks, statuses
+
+
+def test_loop_writes_means_of_what_came_since_the_last_row():
+    _, rows, _, statuses = loop([1.0, 3.0, 5.0, 9.0, 2.0])
+    assert [(row.step, row.loss) for row in rows] == [(2, 2.0), (4, 7.0), (5, 2.0)]
+    assert [status.loss for status in statuses] == [1, 3, 5, 9, 2]
+    assert statuses[1].bits_per_byte == pytest.approx(3 / math.log(2))
+
+
+def test_loop_evaluates_before_the_first_step_at_intervals_and_after_the_last():
+    _, _, looks, _ = loop([1.0] * 7, eval_every=3)
+    assert looks == [(0, 0.0), (3, 3.0), (6, 6.0), (7, 7.0)]
+
+
+@pytest.mark.parametrize(
+    "at, before",
+    [(4, r"last finite loss was 2\.5000 at step 3"), (1, "no step before it had a finite one")],
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_loop_stops_at_the_first_loss_that_is_not_finite(at, before, bad):
+    losses = [2.5] * 6
+    losses[at - 1] = bad
+    with pytest.raises(Diverged, match=f"the loss is {bad} at step {at} of 6; .*{before}"):
+        loop(losses)
+
+
+def test_loop_stops_by_hand_with_every_step_booked():
+    ending, rows, looks, statuses = loop([1.0] * 9, stop_after=4, eval_every=100)
+    assert ending.interrupted and int(ending.state.step) == statuses[-1].step == 4
+    assert rows[-1].step == 4 and looks == [(0, 0.0)]
+
+
+def test_first_interrupt_is_a_flag_and_the_second_is_the_old_behaviour():
+    with pytest.raises(KeyboardInterrupt), interrupt_flag() as pressed:
+        assert not pressed()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert pressed()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_watch_counts_neither_compilation_nor_evaluations():
+    now = 0.0
+    speed = Speedometer(100, clock=lambda: now)
+    assert speed.overall() == 0 and speed.seconds_for(5) == math.inf
+    for duration in (60.0, 2.0, 2.0):  # the first one compiles
+        now += duration
+        speed.tick()
+    with speed.paused():
+        now += 1000.0
+    speed.mark()
+    now += 4.0
+    speed.tick()
+    assert speed.overall() == pytest.approx(300 / 8)
+    assert speed.since_mark() == pytest.approx(100 / 4)
+    assert speed.seconds_for(3) == pytest.approx(8.0)
+
+
+def test_plain_lines_come_now_and_then_and_at_the_end():
+    lines = []
+    with progress.plain(every_seconds=1000.0, write=lines.append) as line:
+        for step in range(1, 6):
+            line.update(progress.Status(step, 5, 1.0, 1.4427, 12345.0, 61.0))
+        line.say("hello")
+    assert lines == [
+        "step 1/5  loss 1.000  1.443 bits/byte  12,345 tokens/s  1:01 left",
+        "step 5/5  loss 1.000  1.443 bits/byte  12,345 tokens/s  1:01 left",
+        "hello",
+    ]
+
+
+def test_durations_read_as_clocks():
+    assert [progress.clock(s) for s in (0, 59.6, 3725, math.inf)] == [
+        "0:00",
+        "1:00",
+        "1:02:05",
+        "-:--",
+    ]
+
+
+def test_decoding_takes_the_tokens_that_rerunning_the_prefix_takes(tiny):
+    model, params = tiny
+    prompt = b"def f(x):"
+    drawn = bytes(generate(model, params, prompt, length=12, temperature=0, top_k=None, seed=0))
+    whole = np.frombuffer(prompt + drawn, np.uint8)
+    logits = jax.jit(model.apply)(params, jnp.asarray(whole[None], jnp.int32))[0]
+    expected = np.argmax(logits, -1)[len(prompt) - 1 : -1]
+    assert drawn == bytes(expected.astype(np.uint8))
+
+
+def test_text_is_a_function_of_the_seed(tiny):
+    model, params = tiny
+
+    def text(seed):
+        return sample_text(
+            model, params, prompt="a", length=20, temperature=1.0, top_k=None, seed=seed
+        )
+
+    assert text(0) == text(0) != text(1)
+    assert text(0).startswith("a")
+
+
+def test_draws_follow_the_tempered_distribution_of_the_top_k():
+    logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = jax.vmap(lambda k: draw(k, logits[None], temperature=0.5, top_k=3)[0])(keys)
+    seen = np.bincount(drawn, minlength=4) / len(keys)
+    expected = np.array([0, 0.2, 0.3, 0.4]) ** 2
+    np.testing.assert_allclose(seen, expected / expected.sum(), atol=0.015)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(prompt=b""), "the prompt is empty.*give prompt="),
+        (dict(length=0), "length=0 bytes to draw: give at least 1"),
+        (dict(temperature=-1.0), r"temperature=-1\.0 is negative: give 0"),
+        (dict(top_k=0), "top_k=0: give at least 1, or null"),
+    ],
+)
+def test_generation_refuses_before_the_first_byte(tiny, bad, message):
+    settings = dict(prompt=b"x", length=1, temperature=1.0, top_k=None, seed=0)
+    with pytest.raises(ValueError, match=message):
+        generate(*tiny, **{**settings, **bad})
+
+
+def test_bits_per_byte_equal_a_slow_sum_in_float64(tiny):
+    model, params = tiny
+    cut = np.random.default_rng(0).integers(0, 256, (5, 9)).astype(np.uint8)
+    logits = np.asarray(model.apply(params, jnp.asarray(cut[:, :-1], jnp.int32)), np.float64)
+    nats = [
+        np.log(np.exp(logits[i, t]).sum()) - logits[i, t, cut[i, t + 1]]
+        for i in range(5)
+        for t in range(8)
+    ]
+    expected = np.mean(nats) / np.log(2)
+    # Two windows at a time leave one over: the last batch is smaller.
+    assert bits_per_byte(model, cut, batch_size=2)(params) == pytest.approx(expected, rel=1e-5)
+
+
+def test_tables_come_back_as_they_were_written(tmp_path):
+    table = tmp_path / "metrics.csv"
+    metrics.start(table, ("step", "loss"))
+    metrics.append(table, ("step", "loss"), {"step": 1, "loss": 0.1})
+    metrics.append(table, ("step", "loss"), {"step": 2})
+    assert metrics.read(table) == {"step": [1.0, 2.0], "loss": [0.1, None]}
+    with pytest.raises(ValueError, match="lose"):
+        metrics.append(table, ("step", "loss"), {"lose": 1})
+    with pytest.raises(FileExistsError):
+        metrics.start(table, ("step",))
+
+
+def test_figures_show_the_numbers_of_the_tables():
+    columns = {
+        "tokens": [0.0, 10.0, 20.0],
+        "train_bits_per_byte": [None, 3.0, 2.0],
+        "validation_bits_per_byte": [8.0, None, 2.5],
+    }
+    axes = figures.draw_loss(columns, {"gzip -9": 1.9, "xz -9e": None}, title="t").axes[0]
+    train, validation, ruler = axes.get_lines()
+    assert train.get_xydata().tolist() == [[10, 3], [20, 2]]
+    assert validation.get_xydata().tolist() == [[0, 8], [20, 2.5]]
+    assert ruler.get_ydata() == [1.9, 1.9] and ruler.get_label() == "gzip -9 (1.90)"
+    assert axes.get_ylabel() == "loss (bits per byte)"
+    assert axes.get_xlabel() == "training tokens (bytes)"
+
+
+def test_solver_figure_has_a_line_for_each_layer():
+    columns = {
+        "tokens": [0.0, 0.0, 10.0, 10.0],
+        "layer": [0.0, 1.0, 0.0, 1.0],
+        "iterations": [2.0, 3.0, 2.0, 4.0],
+        "residual": [1e-6, 0.0, 1e-7, 1e-6],
+    }
+    above, below = figures.draw_solver(columns, title="t").axes
+    assert [line.get_ydata().tolist() for line in above.get_lines()] == [[2, 2], [3, 4]]
+    assert below.get_yscale() == "log" and (below.get_lines()[1].get_ydata() > 0).all()
+    assert len({to_hex(line.get_color()) for line in above.get_lines()}) == 2
+
+
+def test_a_folder_without_metrics_has_no_figures(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no metrics.csv"):
+        figures.draw_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def ",
+        "def f(x, *, y={}):",
+        "it's",
+        "\\",
+        "end\\",
+        "it\\'s",
+        "\\\\'",
+        "\n\tx",
+        "${oc.env:HOME}",
+        "\\${x}",
+        "a=b",
+        '"half',
+        "",
+    ],
+)
+def test_prompts_reach_the_program_as_typed(text):
+    [argument] = quote_text([f"prompt={text}"], keys=("prompt",))
+    config = OmegaConf.create({"prompt": None})
+    value = OverridesParser.create().parse_override(argument).value()
+    OmegaConf.update(config, "prompt", value)
+    assert config.prompt == text
+
+
+def test_only_free_text_is_quoted():
+    arguments = ["run=runs/x", "prompt='as is'", "-m", "top_k=3"]
+    assert quote_text(arguments, keys=("prompt",)) == arguments
+
+
+def test_a_missing_run_is_answered_with_the_newest_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(runs.RunError, match="give run=FOLDER.*there is none here yet"):
+        runs.find_run(None)
+    for age, name in ((5, "new"), (50, "old")):
+        folder = tmp_path / "runs" / "lm" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("steps: 1\n")
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    with pytest.raises(runs.RunError, match="'gone': no such folder.*run=runs/lm/new"):
+        runs.find_run("gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(runs.RunError, match="'empty' holds no config.yaml"):
+        runs.find_run("empty")
+    assert runs.load_config(runs.find_run("runs/lm/old")).steps == 1
