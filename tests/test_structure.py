@@ -4,8 +4,6 @@ The oracle is `jax.jacfwd` at three random points, compared entry by entry with 
 entries a structure allows, which are written out here by brute force.
 """
 
-import math
-import time
 from typing import NamedTuple
 
 import jax
@@ -15,14 +13,7 @@ import pytest
 from jax import lax
 
 from jaxpara.recurrence import blocks
-from jaxpara.recurrence.structure import (
-    Block,
-    Dense,
-    Diagonal,
-    check_structure,
-    jacobian_structure,
-    structure_of,
-)
+from jaxpara.recurrence.structure import Block, Dense, Diagonal, jacobian_structure
 
 B, D, H, W = 2, 4, 2, 3
 RNG = np.random.default_rng(0)

@@ -106,11 +106,17 @@ def _reduce_window(eqn, shapes, out):
 
 def _reshape(eqn, shapes, out):
     """Axes that stand alone between the same products of sizes; ones come and go."""
+    order = reshape_order(eqn)
     kept: dict[int, int] = {}
-    for inner, outer in reshape_groups(shapes[0], out):
+    for inner, outer in reshape_groups([shapes[0][i] for i in order], out):
         if len(inner) == len(outer) == 1:
-            kept[inner[0]] = outer[0]
+            kept[order[inner[0]]] = outer[0]
     return [_inverse(kept, len(out)), *[None] * (len(shapes) - 1)]
+
+
+def reshape_order(eqn) -> tuple[int, ...]:
+    """In which order a reshape reads the axes of its operand."""
+    return tuple(eqn.params["dimensions"] or range(eqn.invars[0].aval.ndim))
 
 
 def reshape_groups(before, after) -> list[tuple[list[int], list[int]]]:

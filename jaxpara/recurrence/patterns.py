@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxpara.recurrence.moves import Sources, moves, reshape_groups
+from jaxpara.recurrence.moves import Sources, moves, reshape_groups, reshape_order
 from jaxpara.recurrence.propagate import Domain
 
 Shape = tuple[int, ...]
@@ -63,12 +63,13 @@ def axis_patterns(shapes: Sequence[Shape], heads: set[tuple[int, int]]) -> Domai
         return None if rest else entries
 
     def reshape(eqn, value: Axes) -> Axes:
-        before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        order, after = reshape_order(eqn), eqn.outvars[0].aval.shape
+        before = [eqn.invars[0].aval.shape[i] for i in order]
         result: Axes = {}
         for leaf, entries in value.items():
             new: list[Entry] = [()] * len(after)
             for inner, outer in reshape_groups(before, after):
-                runs = [entries[i] for i in inner]
+                runs = [entries[order[i]] for i in inner]
                 merged = tuple(q for run in runs for q in run) if all(runs) else ()
                 pieces = split(leaf, merged, [after[o] for o in outer])
                 for o, piece in zip(outer, pieces or (), strict=False):
@@ -170,6 +171,7 @@ def element_sets(count: int) -> Domain:
         if name == "rev":
             return np.flip(first, tuple(params["dimensions"]))
         if name == "reshape":
+            first = first.transpose((*reshape_order(eqn), first.ndim - 1))
             return first.reshape((*eqn.outvars[0].aval.shape, count))
         if name == "pad":
             return _pad(first, params["padding_config"])

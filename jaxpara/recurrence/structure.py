@@ -254,7 +254,7 @@ def check_structure(
       key: draws u.
 
     Raises:
-      ValueError: the structure is too sparse; names the leaf and the deviation.
+      ValueError: the structure is too sparse; names the leaves that deviate, and by how much.
     """
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     shapes, dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
@@ -280,14 +280,17 @@ def check_structure(
     scales = [jnp.max(jnp.where(jnp.isfinite(a), jnp.abs(a), 0), initial=0) for a in exact]
 
     def judge(gaps, scales):
-        for leaf, (gap, scale, dtype) in enumerate(zip(gaps, scales, dtypes, strict=True)):
-            if not gap <= math.sqrt(float(jnp.finfo(dtype).eps)) * max(float(scale), 1.0):
-                raise ValueError(
-                    f"structure {structure} is too sparse: in the gradient with respect to carry "
-                    f"leaf {leaf} (shape {shapes[leaf]}) a random vjp deviates by {float(gap):.3g} "
-                    f"(largest entry {float(scale):.3g}); remove structure= to have it proved, "
-                    f"or couple more axes"
-                )
+        wrong = [
+            f"leaf {leaf} (shape {shapes[leaf]}) deviates by {float(gap):.3g}, its largest entry "
+            f"being {float(scale):.3g}"
+            for leaf, (gap, scale) in enumerate(zip(gaps, scales, strict=True))
+            if not gap <= math.sqrt(float(jnp.finfo(dtypes[leaf]).eps)) * max(float(scale), 1.0)
+        ]
+        if wrong:
+            raise ValueError(
+                f"structure {structure} is too sparse: in a random vjp with respect to the carry, "
+                f"{'; '.join(wrong)}; leave out structure= to have it proved, or couple more axes"
+            )
 
     if any(isinstance(value, jax.core.Tracer) for value in [*gaps, *scales]):
         jax.debug.callback(judge, gaps, scales)

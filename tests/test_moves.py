@@ -1,0 +1,198 @@
+"""Every primitive's rule, alone and in random chains, against a measured Jacobian.
+
+A rule may say too much and never too little: where the measured derivative of an
+output entry by an input entry is not zero, the axis pattern must allow the pair and
+the element set must contain it. Rules that can be exact are checked to be.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxpara import compat
+from jaxpara.recurrence.patterns import axis_patterns, element_sets
+from jaxpara.recurrence.propagate import propagate
+
+SHAPE = (2, 3, 4)
+KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 2)), jnp.float32)
+INDEX = jnp.array([2, 0, 1])
+
+
+def conv(h, groups):
+    weights = jnp.ones((3, 3 // groups, 3)) * 0.3
+    return lax.conv_general_dilated(h, weights, (1,), "SAME", feature_group_count=groups)
+
+
+# name -> function, are element sets exact?, pairs (output axis, input axis) that must be kept
+OPS = {
+    "neg": (jnp.negative, True, {(0, 0), (1, 1), (2, 2)}),
+    "mul": (lambda h: h * KERNEL.T, True, {(0, 0), (1, 1), (2, 2)}),
+    "size one operands": (lambda h: lax.mul(h, h[:1] * 0 + h[:, :1]), False, {(2, 2)}),
+    "scalar operand": (lambda h: h + h[0, 0, 0], True, set()),
+    "where": (lambda h: jnp.where(h > 0, h, -h), True, {(0, 0), (1, 1), (2, 2)}),
+    "clip": (lambda h: jnp.clip(h, -9, 9), True, {(0, 0), (1, 1), (2, 2)}),
+    "broadcast": (lambda h: jnp.broadcast_to(h, (5, *SHAPE)), True, {(1, 0), (2, 1), (3, 2)}),
+    "broadcast one": (lambda h: jnp.broadcast_to(h[:, :1], SHAPE), True, {(0, 0), (2, 2)}),
+    "transpose": (lambda h: h.transpose(2, 0, 1), True, {(0, 2), (1, 0), (2, 1)}),
+    "squeeze": (lambda h: h[:, 1:2].squeeze(1), True, {(0, 0), (1, 2)}),
+    "expand": (lambda h: h[:, None, :, None], True, {(0, 0), (2, 1), (4, 2)}),
+    "merge": (lambda h: h.reshape(6, 4), True, {(1, 2)}),
+    "merge and split": (
+        lambda h: jnp.sin(h.reshape(2, 12)).reshape(2, 3, 4), True, {(0, 0), (1, 1), (2, 2)}
+    ),
+    "split another way": (lambda h: h.reshape(2, 4, 3), True, {(0, 0)}),
+    "reshape in another order": (
+        lambda h: lax.reshape(h, (4, 6), dimensions=(2, 0, 1)), True, {(0, 2)}
+    ),
+    "flatten": (lambda h: h.reshape(-1), True, set()),
+    "sum": (lambda h: h.sum(1), True, {(0, 0), (1, 2)}),
+    "max": (lambda h: h.max((0, 2)), False, {(0, 1)}),
+    "prod": (lambda h: h.prod(2), False, {(0, 0), (1, 1)}),
+    "logsumexp": (lambda h: jax.nn.logsumexp(h, 0), True, {(0, 1), (1, 2)}),
+    "dot": (lambda h: h @ KERNEL[:, 0], True, {(0, 0), (1, 1)}),
+    "dot from the right": (lambda h: KERNEL[:, :, 0] @ h, True, {(0, 0), (2, 2)}),
+    "dot in a batch": (
+        lambda h: jnp.einsum("bhd,hde->bhe", h, KERNEL.transpose(1, 0, 2)), True, {(0, 0), (1, 1)}
+    ),
+    "dot with itself": (lambda h: jnp.einsum("bhd,bgd->bhg", h, h), False, {(0, 0)}),
+    "outer": (lambda h: jnp.einsum("bhd,e->ebhd", h, KERNEL[0, 0]), True, {(1, 0), (2, 1), (3, 2)}),
+    "slice": (lambda h: h[:, 1:, ::2], True, {(0, 0)}),
+    "flip": (lambda h: jnp.flip(h, 1), True, {(0, 0), (2, 2)}),
+    "roll": (lambda h: jnp.roll(h, 1, 2), True, {(0, 0), (1, 1)}),
+    "concatenate": (lambda h: jnp.concatenate([h[:, 1:], h], 1), True, {(0, 0), (2, 2)}),
+    "split": (lambda h: jnp.split(h, 2, 2)[1], True, {(0, 0), (1, 1)}),
+    "pad": (
+        lambda h: lax.pad(h, 0.0, ((0, 0, 0), (1, -1, 0), (-1, 2, 1))), True, {(0, 0)}
+    ),
+    "pad by a value": (lambda h: lax.pad(h, h[0, 0, 0], ((0, 0, 0), (1, 0, 0), (0, 0, 0))), False,
+                       set()),
+    "tile": (lambda h: jnp.tile(h, (1, 2, 1)), False, {(0, 0), (2, 2)}),
+    "repeat": (lambda h: jnp.repeat(h, 2, 1), False, {(0, 0), (2, 2)}),
+    "dynamic_slice": (
+        lambda h: lax.dynamic_slice(h, (0, INDEX[0], 0), (2, 1, 4)), False, {(0, 0), (2, 2)}
+    ),
+    "dynamic_update_slice": (
+        lambda h: lax.dynamic_update_slice(h, h[:, :1] * 2, (0, INDEX[2], 0)), False,
+        {(0, 0), (2, 2)},
+    ),
+    "gather rows": (lambda h: h[:, INDEX], False, {(0, 0), (2, 2)}),
+    "gather pairs": (lambda h: h[jnp.array([0, 1, 0]), INDEX], False, {(1, 2)}),
+    "take along an axis": (
+        lambda h: jnp.take_along_axis(h, jnp.argsort(h, 2), 2), False, {(0, 0), (1, 1)}
+    ),
+    "scatter": (lambda h: h.at[:, INDEX[:2]].set(h[:, :2] * 3), False, {(0, 0), (2, 2)}),
+    "scatter add": (lambda h: h.at[:, INDEX].add(h), False, {(0, 0), (2, 2)}),
+    "segment sum": (lambda h: jax.ops.segment_sum(h, jnp.array([1, 0]), 2), False, {(1, 1), (2, 2)}),
+    "sort": (lambda h: jnp.sort(h, 1), False, {(0, 0), (2, 2)}),
+    "top_k": (lambda h: lax.top_k(h, 2)[0], False, set()),
+    "cumsum": (lambda h: jnp.cumsum(h, 2), True, {(0, 0), (1, 1)}),
+    "cumsum backwards": (lambda h: lax.cumsum(h, 1, reverse=True), True, {(0, 0), (2, 2)}),
+    "cumprod": (lambda h: jnp.cumprod(h, 2), False, {(0, 0), (1, 1)}),
+    "cummax": (lambda h: lax.cummax(h, 0), False, {(1, 1), (2, 2)}),
+    "window": (
+        lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 1, 2), (1, 1, 1), "SAME"), False,
+        {(0, 0), (1, 1)},
+    ),
+    "convolution": (lambda h: conv(h, 1), False, {(0, 0)}),
+    "channelwise convolution": (lambda h: conv(h, 3), False, {(0, 0), (1, 1)}),
+    "triangular solve": (
+        lambda h: jnp.linalg.solve(jnp.eye(3) + jnp.tri(3), h), False, set()
+    ),
+    "fft": (lambda h: jnp.fft.fft(h, axis=1).real, False, set()),
+    "map over rows": (lambda h: lax.map(lambda v: v[::-1] * v, h), False, {(0, 0), (2, 2)}),
+    "scan down the rows": (
+        lambda h: lax.scan(lambda c, v: (c + v, c * v), h[0], h)[1], False, {(1, 1), (2, 2)}
+    ),
+    "associative scan": (
+        lambda h: lax.associative_scan(lambda a, b: a + b, h, axis=2), True, {(0, 0), (1, 1)}
+    ),
+}  # fmt: skip
+
+
+def analysed(f):
+    """What the two domains say of d f / d input."""
+    closed = jax.make_jaxpr(f)(jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+    linear, reached = compat.jvp_jaxpr(closed, [True])
+    if not reached[0]:
+        return None, None
+    count = int(np.prod(SHAPE))
+    axes = propagate(linear, [None, {0: ((0,), (1,), (2,))}], axis_patterns([SHAPE], set()))[-1]
+    every = np.eye(count, dtype=bool).reshape(*SHAPE, count)
+    elements = propagate(linear, [None, every], element_sets(count))[-1]
+    return axes, elements
+
+
+def measured(f, points=2):
+    """Whether d f / d input was not zero at some random point: [*out, *in]."""
+    h = jax.random.normal(jax.random.key(3), (points, *SHAPE))
+    return np.any(jax.vmap(jax.jacfwd(f))(h) != 0, axis=0)
+
+
+def assert_covered(f):
+    axes, elements = analysed(f)
+    jac = measured(f)
+    if axes is None:
+        assert not jac.any()
+        return axes, elements, jac
+    ndim = jac.ndim - 3
+    at = np.argwhere(jac)
+    for p, entry in enumerate(axes[0]):
+        if entry:
+            sizes = [SHAPE[q] for q in entry]
+            merged = np.ravel_multi_index([at[:, ndim + q] for q in entry], sizes)
+            np.testing.assert_array_equal(at[:, p], merged)
+    assert not (jac & ~elements.reshape(jac.shape)).any()
+    return axes, elements, jac
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_rule_covers_the_derivative_and_keeps_the_axes_it_should(name):
+    f, exact, kept = OPS[name]
+    axes, elements, jac = assert_covered(f)
+    found = {(p, entry[0]) for p, entry in enumerate(axes[0]) if len(entry) == 1}
+    assert kept <= found
+    if exact:
+        np.testing.assert_array_equal(elements.reshape(jac.shape), jac)
+
+
+CHAIN = [
+    jnp.tanh,
+    lambda h: h * KERNEL.T,
+    lambda h: jnp.flip(h, 1),
+    lambda h: jnp.roll(h, 1, 2),
+    lambda h: h - h.mean(0),
+    lambda h: h.reshape(2, 12).at[:, 3].set(0.5).reshape(SHAPE),
+    lambda h: h.reshape(6, 4).reshape(SHAPE),
+    lambda h: h.reshape(4, 6).T.reshape(SHAPE),
+    lambda h: jnp.where(h > 0, h, h[:, ::-1]),
+    lambda h: h.transpose(0, 2, 1).reshape(2, 3, 4),
+    lambda h: h.transpose(1, 0, 2).transpose(1, 0, 2),
+    lambda h: jnp.concatenate([h[:, :1], jnp.sin(h[:, 1:])], 1),
+    lambda h: h + lax.stop_gradient(h.sum()),
+    lambda h: jnp.cumsum(h, 2),
+    lambda h: jnp.pad(h[..., :-1], ((0, 0), (0, 0), (1, 0))),
+    lambda h: h @ KERNEL[:, 0] @ KERNEL[:, 0].T,
+    lambda h: jnp.einsum("bhd,hde->bhe", h, KERNEL.transpose(1, 0, 2)).sum(-1, keepdims=True) + h,
+    lambda h: lax.scan(lambda c, v: (v, c), h[0], h)[1],
+    lambda h: lax.fori_loop(0, 2, lambda i, c: jnp.roll(c, 1, 1), h),
+    lambda h: lax.cond(h[0, 0, 0] > 0, jnp.sin, lambda h: h[::-1], h),
+    lambda h: h[:, INDEX],
+    lambda h: h.at[:, 0].multiply(2.0),
+    lambda h: h * jax.nn.sigmoid(h[..., :1]),
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_chains_are_covered(seed):
+    rng = np.random.default_rng(seed)
+    steps = [CHAIN[i] for i in rng.integers(len(CHAIN), size=3)]
+    mixes = rng.random(3) < 0.3
+
+    def f(h):
+        for step, mix in zip(steps, mixes, strict=True):
+            h = step(h) + h if mix else step(h)
+        return h
+
+    assert_covered(f)
