@@ -159,7 +159,8 @@ def largest_error(got: Any, wanted: Any, *, relative: bool = False) -> float:
             continue
         # inf - inf is nan, and so are equal NaNs: equal entries are no error, whatever they are
         same = (a == b) | (np.isnan(a) & np.isnan(b))
-        gap = np.where(same, 0.0, np.abs(np.where(same, 0.0, a - b)))
+        with np.errstate(invalid="ignore"):
+            gap = np.where(same, 0.0, np.abs(a - b))
         gap = np.where(np.isnan(gap), np.inf, gap)
         size = np.max(np.abs(b[np.isfinite(b)]), initial=1e-6) if relative else 1.0
         worst = max(worst, float(np.max(gap) / size))
