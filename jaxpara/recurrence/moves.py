@@ -172,9 +172,7 @@ _RULES = {
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
     "pad": _pad,
-    "squeeze": lambda e, s, o: _without(
-        e, s, o, [d % len(s[0]) for d in e.params["dimensions"]]
-    ),
+    "squeeze": lambda e, s, o: _without(e, s, o, [d % len(s[0]) for d in e.params["dimensions"]]),
     "transpose": lambda e, s, o: [tuple(e.params["permutation"])],
     "select_n": lambda e, s, o: [None, *[_aligned(t, o) for t in s[1:]]],
     "slice": lambda e, s, o: [_aligned(s[0], o)],

@@ -1,0 +1,23 @@
+"""Pure JAX functions, trained in parallel: over time, devices, experts, bits and ranks."""
+
+from jaxpara.recurrence import cells as cells
+from jaxpara.recurrence.choice import Choice as Choice
+from jaxpara.recurrence.choice import explain_choice as explain_choice
+from jaxpara.recurrence.linear import linear_recurrence as linear_recurrence
+from jaxpara.recurrence.reset import with_reset as with_reset
+from jaxpara.recurrence.scan import SolveInfo as SolveInfo
+from jaxpara.recurrence.scan import newton_scan as newton_scan
+from jaxpara.recurrence.scan import solve_scan as solve_scan
+from jaxpara.recurrence.solvers import auto as auto
+from jaxpara.recurrence.solvers import jacobi as jacobi
+from jaxpara.recurrence.solvers import newton as newton
+from jaxpara.recurrence.solvers import quasi_newton as quasi_newton
+from jaxpara.recurrence.solvers import sequential as sequential
+from jaxpara.recurrence.solvers import shooting as shooting
+from jaxpara.recurrence.structure import Block as Block
+from jaxpara.recurrence.structure import Dense as Dense
+from jaxpara.recurrence.structure import Diagonal as Diagonal
+from jaxpara.recurrence.structure import jacobian_structure as jacobian_structure
+from jaxpara.types import Cell as Cell
+from jaxpara.types import Model as Model
+from jaxpara.types import TrainState as TrainState

@@ -1,0 +1,301 @@
+"""Derivatives of a solved recurrence, by the implicit function theorem.
+
+At the solution the tangents obey one linear recurrence,
+
+    dh_t = J_t dh_{t-1} + (df/dx_t) dx_t + (df/dp) dp,
+
+whatever solver found it. The general rule is a `custom_jvp` that poses it through
+`lax.custom_linear_solve`, so that every transform and every order follows. The
+"reverse" rule is a `custom_vjp`: one reversed linear recurrence over recomputed
+Jacobians and one batched vjp of the step; memory O(T). [deer] [pararnn]
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxpara.recurrence import jacobian, timeaxis
+from jaxpara.recurrence.affine import Operator, block_operator, forward, transposed
+from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence.system import Leaves, Settings, Solver, System
+
+# Jacobians are materialised up to these block sizes: a batched evaluation over all
+# steps and a tight recurrence beat re-evaluating the step inside it, until the
+# blocks outgrow the states that they come from.
+_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 128}
+
+
+class Problem(NamedTuple):
+    """A traced recurrence in scan order, ready to be solved and differentiated.
+
+    Attributes:
+      step: `(consts, state, x) -> (state, outputs)`, lists of leaves.
+      groups: proved structure of its Jacobian.
+      solver: the solver.
+      vjp_only: the step contains a `custom_vjp`, so it must not be pushed forward.
+      reverse: scan order runs against the mesh axis.
+      unroll: as for `lax.scan`.
+    """
+
+    step: Callable[..., Any]
+    groups: Groups
+    solver: Solver
+    vjp_only: bool
+    reverse: bool
+    unroll: int | bool
+
+
+def solve(problem: Problem, derivative: str, consts, init, xs, guess):
+    """`(states, outputs, diagnostics)`, differentiable in `consts`, `init` and `xs`.
+
+    Args:
+      problem: what to solve.
+      derivative: "general" or "reverse".
+      consts, init, xs: lists of leaves; `xs` with leading time.
+      guess: starts of an earlier solve, or None.
+    """
+
+    def primal(consts, init, xs, guess):
+        solution = problem.solver.solve(
+            _system(problem, consts, init, xs), problem.solver.settings, guess
+        )
+        diagnostics = solution[2:]
+        return list(solution.states), list(solution.ys), diagnostics
+
+    rule = {"general": _general, "reverse": _reverse}[derivative]
+    return rule(problem, primal)(list(consts), list(init), list(xs), guess)
+
+
+def _system(problem: Problem, consts, init, xs) -> System:
+    def step(state, x):
+        return problem.step(consts, state, x)
+
+    def push(state, x, columns):
+        if not problem.vjp_only:
+            new, linear = jax.linearize(lambda *s: list(step(list(s), x)[0]), *state)
+            return new, jax.vmap(lambda *c: linear(*c))(*columns)
+        new = step(state, x)[0]
+        matrices = jacobian.blocks_of(lambda s: step(s, x)[0], state, problem.groups, True)
+        product = jacobian.multiply(matrices, jacobian.gather_columns(problem.groups, columns))
+        return new, jacobian.spread_columns(problem.groups, product, new)
+
+    length = jax.tree.leaves(xs)[0].shape[0]
+    return System(step, push, init, xs, length, problem.groups, problem.reverse, problem.unroll)
+
+
+def preceding(axis: timeaxis.Along | None, first: Leaves, states: Leaves) -> list[jax.Array]:
+    """The state before every step: `states` shifted by one, `first` in front."""
+    if axis is not None:
+        first = axis.previous([s[-1] for s in states], list(first))
+    return [jnp.concatenate([f[None], s[:-1]]) for f, s in zip(first, states, strict=True)]
+
+
+def _operator(problem: Problem, consts, before: Leaves, xs) -> Operator:
+    """`J_t` at the solution: blocks where they are small, else the step's own jvp, vjp."""
+    shapes = [b.shape[1:] for b in before]
+    size = max(block_size(group, shapes) for group in problem.groups)
+    like = [jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in before]
+
+    def at(x):
+        return lambda state: list(problem.step(consts, list(state), x)[0])
+
+    if size <= _MATERIALISED[problem.solver.settings.linear]:
+        matrices = jax.vmap(
+            lambda s, x: jacobian.blocks_of(at(x), s, problem.groups, problem.vjp_only)
+        )(list(before), xs)
+        return block_operator(problem.groups, matrices, like)
+
+    def push(data, v):
+        state, x = data
+        return jax.jvp(at(x), (list(state),), (list(v),))[1]
+
+    def pull(data, w):
+        state, x = data
+        return jax.vjp(at(x), list(state))[1](list(w))[0]
+
+    return Operator((list(before), xs), push, pull, problem.groups, False)
+
+
+def _general(problem: Problem, primal):
+    settings = problem.solver.settings
+    axis = timeaxis.along(settings.axis, problem.reverse)
+
+    @jax.custom_jvp
+    def run(consts, init, xs, guess):
+        return primal(consts, init, xs, guess)
+
+    def rule(primals, tangents):
+        consts, init, xs, guess = primals
+        out = run(consts, init, xs, guess)
+        states, ys, diagnostics = out
+        d_consts, d_init, d_xs, _ = tangents
+        before = preceding(axis, init, states)
+
+        def steps(consts, before, xs):
+            return jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)
+
+        inputs, d_inputs, fill = _active((consts, xs), (d_consts, d_xs))
+        if inputs:
+            _, (b, dy) = jax.jvp(lambda *a: steps(fill(a)[0], before, fill(a)[1]), inputs, d_inputs)
+        else:
+            b = [jnp.zeros_like(s) for s in states]
+            dy = _zero_tangents(ys)
+        operator = _operator(problem, consts, before, xs)
+        still = [jnp.zeros_like(i) for i in init]
+        dh0 = [z if isinstance(d, SymbolicZero) else d for d, z in zip(d_init, still, strict=True)]
+        delta = linear_solve(operator, b, dh0, settings, problem.reverse)
+        if any(_differentiable(y) for y in ys):
+            moved = preceding(axis, dh0, delta)
+            _, (_, along) = jax.jvp(lambda *s: steps(consts, s, xs), before, moved)
+            dy = [_add(a, b) for a, b in zip(dy, along, strict=True)]
+        return out, (delta, dy, _zero_tangents(diagnostics))
+
+    run.defjvp(rule, symbolic_zeros=True)
+    return run
+
+
+def linear_solve(
+    operator: Operator, b: Leaves, init: Leaves, settings: Settings, reverse: bool = False
+) -> list[jax.Array]:
+    """All `v_t` of `v_t = J_t v_{t-1} + b_t` from `v_0 = init`, differentiable.
+
+    Posed as a linear solve whose transpose is the reversed recurrence, so that linear
+    maps in it keep their derivatives of every order.
+    """
+    axis = timeaxis.along(settings.axis, reverse)
+    still = [jnp.zeros_like(i) for i in init]
+    first = operator.push(jax.tree.map(lambda d: d[0], operator.data), init)
+    if axis is not None:
+        first = [jnp.where(axis.rank() == 0, f, jnp.zeros_like(f)) for f in first]
+    b = [b_.at[0].add(f) for b_, f in zip(b, first, strict=True)]
+
+    def matvec(v):
+        moved = jax.vmap(operator.push)(operator.data, preceding(axis, still, v))
+        return [a - m for a, m in zip(v, moved, strict=True)]
+
+    return lax.custom_linear_solve(
+        matvec,
+        b,
+        solve=lambda _, b: forward(operator, b, still, settings, reverse),
+        transpose_solve=lambda _, g: transposed(operator, g, settings, reverse)[0],
+    )
+
+
+def _reverse(problem: Problem, primal):
+    settings = problem.solver.settings
+    axis = timeaxis.along(settings.axis, problem.reverse)
+
+    @jax.custom_vjp
+    def run(consts, init, xs, guess):
+        return primal(consts, init, xs, guess)
+
+    def run_forward(consts, init, xs, guess):
+        out = primal(consts, init, xs, guess)
+        return out, (consts, init, xs, out[0])
+
+    def run_backward(residuals, cotangents):
+        consts, init, xs, states = residuals
+        g, g_ys, _ = cotangents
+        before = preceding(axis, init, states)
+        operator = _operator(problem, consts, before, xs)
+        (c, x), fill = _floating((consts, xs))
+
+        def steps(before, *inputs):
+            consts, xs = fill(inputs)
+            new, ys = jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)
+            return new, [y for y in ys if _differentiable(y)]
+
+        g_ys = [g_y for g_y in g_ys if _differentiable(g_y)]
+        inputs = [*c, *x]
+        from_outputs = [jnp.zeros_like(i) for i in init]
+        if g_ys:
+            still = [jnp.zeros_like(s) for s in g]
+            (_, ys), pull_state = jax.vjp(lambda b: steps(b, *inputs), before)
+            seen = pull_state((still, g_ys))[0]
+            g, from_outputs = _following(problem, g, seen)
+        w, into_init = transposed(operator, g, settings, problem.reverse)
+        _, pull = jax.vjp(lambda *i: steps(before, *i), *inputs)
+        grads = pull((w, g_ys))
+        g_consts, g_xs = _unfill((consts, xs), grads)
+        g_init = [a + b for a, b in zip(into_init, from_outputs, strict=True)]
+        return g_consts, g_init, g_xs, None
+
+    run.defvjp(run_forward, run_backward)
+    return run
+
+
+def _following(problem: Problem, g: Leaves, seen: Leaves):
+    """Moves cotangents of the state *before* each step to the step that made it.
+
+    Returns `(g, cotangent of the initial state)`.
+    """
+    axis = timeaxis.along(problem.solver.settings.axis, problem.reverse)
+    first = [s[0] for s in seen]
+    last = [jnp.zeros_like(f) for f in first]
+    if axis is not None:
+        backwards = timeaxis.along(problem.solver.settings.axis, not problem.reverse)
+        last = backwards.previous(first, last)
+        first = axis.from_rank(first, 0)
+    moved = [jnp.concatenate([s[1:], e[None]]) for s, e in zip(seen, last, strict=True)]
+    return [a + b for a, b in zip(g, moved, strict=True)], first
+
+
+def _differentiable(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _zero_tangents(tree):
+    def one(leaf):
+        if _differentiable(leaf):
+            return jnp.zeros_like(leaf)
+        return np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return jax.tree.map(one, tree)
+
+
+def _add(a, b):
+    return a if a.dtype == jax.dtypes.float0 else a + b
+
+
+def _active(primals, tangents):
+    """Primals whose tangent is not zero, their tangents, and how to put them back."""
+    leaves, tree = jax.tree.flatten(primals)
+    d_leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    moving = [i for i, d in enumerate(d_leaves) if not isinstance(d, SymbolicZero)]
+
+    def fill(values):
+        new = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            new[i] = value
+        return jax.tree.unflatten(tree, new)
+
+    return [leaves[i] for i in moving], [d_leaves[i] for i in moving], fill
+
+
+def _floating(trees):
+    """Floating leaves of `(consts, xs)`, and how to put new ones in their place."""
+    leaves, tree = jax.tree.flatten(trees)
+    chosen = [i for i, leaf in enumerate(leaves) if _differentiable(leaf)]
+
+    def fill(values):
+        new = list(leaves)
+        for i, value in zip(chosen, values, strict=True):
+            new[i] = value
+        return jax.tree.unflatten(tree, new)
+
+    first = [leaf for leaf in trees[0] if _differentiable(leaf)]
+    rest = [leaf for leaf in trees[1] if _differentiable(leaf)]
+    return (first, rest), fill
+
+
+def _unfill(trees, grads):
+    """Gradients of the floating leaves in the shape of `trees`, None elsewhere."""
+    leaves, tree = jax.tree.flatten(trees)
+    grads = iter(grads)
+    rows = [next(grads) if _differentiable(leaf) else None for leaf in leaves]
+    return jax.tree.unflatten(tree, rows)

@@ -1,0 +1,161 @@
+"""Linear recurrences over leaves: the inner solve of Newton, tangents and adjoints.
+
+An `Operator` is `J_t` for every step, either materialised as blocks `[K, K, N]` or
+left as a pair of functions that apply it. Two systems are solved with it:
+
+    forward:     v_t = J_t v_{t-1} + b_t
+    transposed:  w_t = g_t + J_{t+1}^T w_{t+1},  walked from the last step to the first
+
+Each is a recurrence like any other, so "chunked" is multiple shooting (exact after
+one correction, verified, completed if a chunk product overflows), "sequential" is
+`lax.scan`, and "associative" is `lax.associative_scan` over blocks. [blelloch]
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpara.recurrence import jacobian, timeaxis
+from jaxpara.recurrence.blocks import Groups
+from jaxpara.recurrence.shooting import shoot
+from jaxpara.recurrence.system import Leaves, Settings, System
+
+METHODS = ("sequential", "associative", "chunked")
+
+
+class Operator(NamedTuple):
+    """`J_t` for all steps.
+
+    Attributes:
+      data: pytree with leading time, what `push` and `pull` need of one step.
+      push: `(data_t, v) -> J_t v` on lists of leaves.
+      pull: `(data_t, w) -> J_t^T w`.
+      groups: the structure of `J`.
+      materialised: whether `data` are the blocks `[time, K, K, N]` themselves.
+    """
+
+    data: Any
+    push: Callable[[Any, Leaves], list[jax.Array]]
+    pull: Callable[[Any, Leaves], list[jax.Array]]
+    groups: Groups
+    materialised: bool
+
+
+def block_operator(groups: Groups, matrices: Leaves, like: Leaves) -> Operator:
+    """The operator of materialised Jacobians `[time, K, K, N]`; `like` are leaf shapes."""
+
+    def applied(transpose):
+        def function(matrix, v):
+            moved = jacobian.apply(matrix, jacobian.to_lanes(groups, list(v)), transpose)
+            return jacobian.from_lanes(groups, moved, like)
+
+        return function
+
+    return Operator(list(matrices), applied(False), applied(True), groups, True)
+
+
+def forward(
+    operator: Operator, b: Leaves, init: Leaves, settings: Settings, reverse: bool = False
+) -> list[jax.Array]:
+    """All `v_t`, `[time, *leaf]`, of `v_t = J_t v_{t-1} + b_t` in scan order.
+
+    Args:
+      operator: `J_t`, in scan order.
+      b: inhomogeneous terms `[time, *leaf]`.
+      init: `v_0`; replicated if time is sharded.
+      settings: `linear` picks the method, `axis` shards time.
+      reverse: scan order runs against the mesh axis.
+    """
+
+    def step(v, inputs):
+        data, b_t = inputs
+        moved = operator.push(data, v)
+        return [m + b for m, b in zip(moved, b_t, strict=True)], ()
+
+    if _method(operator, settings) == "associative":
+        first = operator.push(jax.tree.map(lambda d: d[0], operator.data), init)
+        b = [b_.at[0].add(f) for b_, f in zip(b, first, strict=True)]
+        return _associative(operator, operator.data, list(b))
+    return _run(step, operator.push, operator, list(b), init, settings, reverse)[0]
+
+
+def transposed(
+    operator: Operator, g: Leaves, settings: Settings, reverse: bool = False
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """All `w_t` of `w_t = g_t + J_{t+1}^T w_{t+1}`, and `J_1^T w_1`.
+
+    Args:
+      operator: `J_t`, in scan order.
+      g: cotangents `[time, *leaf]` of the states, in scan order.
+      settings, reverse: as for `forward`.
+    """
+    zero = [jnp.zeros_like(g_[0]) for g_ in g]
+    flipped = jax.tree.map(lambda leaf: leaf[::-1], (operator.data, list(g)))
+    if _method(operator, settings) == "associative":
+        matrices = [jnp.swapaxes(m, 1, 2) for m in flipped[0]]
+        offset = jax.vmap(lambda d, *g_: operator.pull(d, g_))(flipped[0], *flipped[1])
+        u = _associative(operator, matrices, offset)
+        before = [jnp.concatenate([z[None], u_[:-1]]) for z, u_ in zip(zero, u, strict=True)]
+        w = [a + b for a, b in zip(before, flipped[1], strict=True)]
+        return [w_[::-1] for w_ in w], [u_[-1] for u_ in u]
+
+    def step(u, inputs):
+        data, g_t = inputs
+        w = [a + b for a, b in zip(u, g_t, strict=True)]
+        return operator.pull(data, w), w
+
+    backwards = operator._replace(data=flipped[0])
+    states, w = _run(step, operator.pull, backwards, flipped[1], zero, settings, not reverse)
+    last = [s[-1] for s in states]
+    axis = timeaxis.along(settings.axis, not reverse)
+    if axis is not None:
+        last = axis.from_rank(last, axis.size - 1)
+    return [w_[::-1] for w_ in w], last
+
+
+def _method(operator: Operator, settings: Settings) -> str:
+    if settings.axis is not None:
+        return "chunked"
+    if settings.linear == "associative" and not operator.materialised:
+        return "chunked"
+    return settings.linear
+
+
+def _run(step, apply, operator, offsets, init, settings, reverse):
+    """States `[time, *leaf]` and outputs of an affine `step`, in scan order."""
+    xs = (operator.data, offsets)
+    length = offsets[0].shape[0]
+    if _method(operator, settings) == "sequential":
+
+        def stacked(state, x):
+            state, y = step(state, x)
+            return state, (state, y)
+
+        return lax.scan(stacked, list(init), xs)[1]
+
+    def push(state, x, tangents):
+        moved = jax.vmap(lambda *t: apply(x[0], t))(*tangents)
+        return step(state, x)[0], moved
+
+    system = System(step, push, init, xs, length, operator.groups, reverse)
+    # A converged nonlinear solve may carry its own tolerance; a linear one is exact.
+    solution = shoot(system, settings._replace(tol=None, max_iters=4))
+    return solution.states, solution.ys
+
+
+def _associative(operator: Operator, matrices: Leaves, offset: Leaves) -> list[jax.Array]:
+    groups = operator.groups
+    rows = jax.vmap(lambda *b: jacobian.to_lanes(groups, b))(*offset)
+
+    def combine(left, right):
+        (a1, b1), (a2, b2) = left, right
+        product = jax.vmap(lambda x, y: jacobian.multiply(x, y))(a2, a1)
+        moved = jax.vmap(lambda x, y: jacobian.apply(x, y))(a2, b1)
+        return product, [m + b for m, b in zip(moved, b2, strict=True)]
+
+    _, states = lax.associative_scan(combine, (list(matrices), list(rows)))
+    like = [o[0] for o in offset]
+    return jax.vmap(lambda *s: jacobian.from_lanes(groups, s, like))(*states)

@@ -1,0 +1,135 @@
+"""Which solver runs a call, and why."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from jaxpara import compat, jaxprs
+from jaxpara.recurrence import rule
+from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence.structure import Structure, structure_of
+from jaxpara.recurrence.system import Solver
+from jaxpara.recurrence.traced import Traced, trace
+
+DERIVATIVES = ("general", "reverse")
+
+
+class Auto(NamedTuple):
+    """Lets the fitted rule choose; see `jp.auto`.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu" to choose for; None for the default backend.
+    """
+
+    platform: str | None = None
+
+
+class Choice(NamedTuple):
+    """What will run, hashable.
+
+    Attributes:
+      solver: the solver, or None for plain `lax.scan` with JAX's own derivative.
+      derivative: "general" or "reverse".
+      structure: the proved (or given) structure of the Jacobian.
+      groups: the same, resolved for the shapes of the carry.
+      vjp_only: the step holds a `custom_vjp`.
+      length: number of (local) steps.
+      reason: one sentence for `explain_choice`.
+    """
+
+    solver: Solver | None
+    derivative: str
+    structure: Structure | None
+    groups: Groups
+    vjp_only: bool
+    length: int
+    reason: str
+
+    def __str__(self) -> str:
+        if self.solver is None:
+            return f"lax.scan with its own derivative: {self.reason}"
+        how = self.solver.solve.__name__
+        return f"{how}, implicit adjoint ({self.derivative}), {self.structure}: {self.reason}"
+
+
+def explain_choice(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    *,
+    solver: Solver | Auto | None = None,
+    derivative: str | None = None,
+) -> Choice:
+    """What `newton_scan` would do with these arguments, without running anything.
+
+    Args:
+      f, init, xs, length, reverse, solver, derivative: as for `newton_scan`.
+
+    Returns:
+      A `Choice`; printing it says what runs and why.
+
+    Raises:
+      TypeError, ValueError: as for `newton_scan`.
+    """
+    return decide(trace(f, init, xs, length, reverse, 1), solver, derivative)
+
+
+def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None) -> Choice:
+    """The choice for a traced call."""
+    solver = Auto() if solver is None else solver
+    if not isinstance(solver, Solver | Auto):
+        raise TypeError(
+            f"solver is {solver!r}; expected jp.shooting(), jp.newton(), jp.quasi_newton(), "
+            "jp.jacobi(), jp.sequential(), jp.auto() or None (mind the call: jp.shooting() "
+            "with parentheses makes the solver)"
+        )
+    if derivative not in (None, *DERIVATIVES):
+        raise ValueError(
+            f"derivative is {derivative!r}; expected None (any order, forward and reverse mode) "
+            'or "reverse" (one fused reverse rule)'
+        )
+    axis = None if isinstance(solver, Auto) else solver.settings.axis
+    if traced.obstacle is not None:
+        if axis is not None:
+            raise ValueError(
+                f"time is sharded over {axis!r}, but this step can only run sequentially: "
+                f"{traced.obstacle}; gather the sequence first"
+            )
+        return Choice(None, "general", None, (), False, traced.length, traced.obstacle)
+    if axis is not None and traced.body.others:
+        raise ValueError(
+            f"time is sharded over {axis!r}, but the carry has leaves that are not floating; "
+            "pass counters and keys through xs instead"
+        )
+    body = traced.body
+    vjp_only = jaxprs.contains(body.jaxpr, "custom_vjp_call")
+    given = None if isinstance(solver, Auto) else solver.settings.structure
+    positions = tuple(body.consts + i for i in body.floats)
+    structure = given if given is not None else _structure(body.jaxpr, positions, body.floats)
+    avals = [compat.open_jaxpr(body.jaxpr).invars[p].aval for p in positions]
+    shapes = [tuple(a.shape) for a in avals]
+    groups = structure.resolve(shapes)
+    size = max(block_size(group, shapes) for group in groups)
+    reason = "asked for"
+    mode = derivative or "general"
+    if vjp_only and mode == "general":
+        # As lax.scan: what holds a custom_vjp has no forward-mode derivative.
+        mode = "reverse"
+    if isinstance(solver, Auto):
+        platform = solver.platform or jax.default_backend()
+        elements = sum(math.prod(shape) for shape in shapes)
+        solver, reason = rule.pick(
+            platform, steps=traced.length, elements=elements, block=size, derivative=derivative
+        )
+    return Choice(solver, mode, structure, groups, vjp_only, traced.length, reason)
+
+
+@functools.lru_cache(maxsize=512)
+def _structure(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> Structure:
+    return structure_of(jaxpr, carry_in, carry_out)

@@ -1,0 +1,152 @@
+"""Pointwise solvers: the unknowns are all states at once.
+
+Each iteration evaluates the step at every time side by side, `F_t = f(h_{t-1}, x_t)`,
+and updates the whole trajectory:
+
+    Newton (DEER, ParaRNN):  h'_t = F_t + J_t (h'_{t-1} - h_{t-1}),  J_t = df/dh
+    quasi-Newton:            the same with the diagonal of J_t
+    Jacobi (Picard):         h'_t = F_t
+
+After k iterations the first k states are exact. Non-finite updates fall back to
+`F_t`, which keeps that guarantee when Newton overshoots. [deer] [elk] [pararnn]
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpara.recurrence import jacobian, timeaxis
+from jaxpara.recurrence.affine import block_operator, forward
+from jaxpara.recurrence.blocks import Group, Groups
+from jaxpara.recurrence.complete import complete
+from jaxpara.recurrence.lanes import any_lane, select, vary_like
+from jaxpara.recurrence.system import Leaves, Settings, Solution, System, residuals
+
+
+class _Loop(NamedTuple):
+    iteration: jax.Array
+    done: jax.Array
+    states: Leaves
+    used: jax.Array
+    open: jax.Array
+    residual: jax.Array
+
+
+def newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
+    """Pointwise Newton with the exact Jacobian of the proved structure."""
+    return _iterate(system, settings, guess, _newton_correction(system.groups, settings))
+
+
+def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
+    """Pointwise Newton with the diagonal of the Jacobian."""
+    shapes = [leaf.shape for leaf in system.init]
+    diagonal = tuple(Group((i,), (tuple(range(len(s))),)) for i, s in enumerate(shapes))
+
+    def keep_diagonal(tangents):
+        return [_own_element(system.groups, t, i, system.init) for i, t in enumerate(tangents)]
+
+    return _iterate(system, settings, guess, _newton_correction(diagonal, settings, keep_diagonal))
+
+
+def jacobi(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
+    """Jacobi (Picard) iteration: the step applied to the previous trajectory."""
+    return _iterate(system, settings, guess, None)
+
+
+def _own_element(groups: Groups, tangents: jax.Array, leaf: int, like: Leaves) -> jax.Array:
+    """`d s_i / d s_i` of one leaf from its tangents `[K, *leaf]`."""
+    unit = jacobian.basis(groups, list(like))[leaf]
+    return jnp.sum(tangents * unit, axis=0)
+
+
+def _newton_correction(groups: Groups, settings: Settings, reduce: Callable | None = None):
+    def correct(system, before, after, states, xs):
+        unit = jacobian.basis(system.groups, [b[0] for b in before])
+        unit = vary_like(unit, before)
+        pushed = jax.vmap(lambda s, x: system.push(s, x, unit)[1])(list(before), xs)
+        if reduce is not None:
+            own = jax.vmap(lambda *p: reduce(p))(*pushed)
+            matrices = [o.reshape(o.shape[0], 1, 1, -1) for o in own]
+        else:
+            matrices = jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
+        like = [b[0] for b in before]
+        operator = block_operator(groups, matrices, like)
+        gap = [a - s for a, s in zip(after, states, strict=True)]
+        still = [jnp.zeros_like(leaf) for leaf in like]
+        linear = settings._replace(chunks=None)
+        delta = forward(operator, gap, still, linear, system.reverse)
+        new = [s + d for s, d in zip(states, delta, strict=True)]
+        return [jnp.where(jnp.isfinite(n), n, a) for n, a in zip(new, after, strict=True)]
+
+    return correct
+
+
+def _iterate(system: System, settings: Settings, guess, correct) -> Solution:
+    axis = timeaxis.along(settings.axis, system.reverse)
+    init = vary_like(list(system.init), system.xs)
+    budget = max(1, settings.max_iters)
+    steps = system.length
+
+    def preceding(states):
+        last, fill = [s[-1] for s in states], init
+        first = fill if axis is None else axis.previous(last, fill)
+        return [jnp.concatenate([f[None], s[:-1]]) for f, s in zip(first, states, strict=True)]
+
+    def apply(before):
+        return list(jax.vmap(lambda s, x: system.step(s, x)[0])(list(before), system.xs))
+
+    def body(loop: _Loop) -> _Loop:
+        before = preceding(loop.states)
+        after = apply(before)
+        ok, worst = residuals(after, loop.states, init, settings.tol)
+        done = jnp.all(ok)
+        if axis is not None:
+            done = jnp.all(axis.gather(done))
+            worst = jnp.max(axis.gather(worst))
+        new = after if correct is None else correct(system, before, after, loop.states, system.xs)
+        keep = loop.done | done | (loop.iteration + 1 >= budget)
+        return _Loop(
+            loop.iteration + 1,
+            loop.done | done,
+            select(keep, loop.states, new),
+            jnp.where(loop.done, loop.used, loop.used + 1),
+            jnp.where(loop.done, loop.open, jnp.sum(jnp.cumprod(ok.astype(jnp.int32)))),
+            jnp.where(loop.done, loop.residual, worst),
+        )
+
+    if guess is None:
+        # One application of the step saves about one iteration over a constant guess.
+        states = apply([jnp.broadcast_to(i, (steps, *i.shape)) for i in init])
+    else:
+        _check_guess(guess, init, steps)
+        last = [g[-1] for g in guess]
+        end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
+        states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
+    zero = jnp.zeros((), jnp.int32)
+    fresh = _Loop(zero, jnp.zeros((), bool), states, zero, zero, jnp.zeros((), jnp.float32))
+    fresh = jax.tree.map(vary_like, fresh, jax.eval_shape(body, fresh))
+    loop = lax.while_loop(
+        lambda loop: any_lane(~loop.done) & (loop.iteration < budget), body, fresh
+    )
+    before = preceding(loop.states)
+    ys = jax.vmap(lambda s, x: system.step(s, x)[1])(before, system.xs)
+    rows = jax.tree.map(lambda r: r[:, None], (list(loop.states), ys))
+    xs = jax.tree.map(lambda x: x[None], system.xs)
+    rows, fallback = complete(
+        system, rows, xs, None, before, loop.done, loop.open, axis, (steps, 1)
+    )
+    states, ys = jax.tree.map(lambda r: r[:, 0], rows)
+    return Solution(states, ys, loop.done, loop.used, loop.residual, fallback, before)
+
+
+def _check_guess(guess: Leaves, init: Leaves, steps: int) -> None:
+    for g, i in zip(guess, init, strict=True):
+        if g.shape != (steps, *i.shape):
+            raise ValueError(
+                f"guess has a leaf of shape {g.shape}; a pointwise solver takes the state before "
+                f"every step and expects {(steps, *i.shape)}: pass SolveInfo.starts of an earlier "
+                "call with the same solver and length"
+            )

@@ -1,0 +1,222 @@
+"""`newton_scan`: `lax.scan`, solved in parallel over time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxpara.recurrence import timeaxis
+from jaxpara.recurrence.adjoint import Problem, solve
+from jaxpara.recurrence.choice import Auto, Choice, decide
+from jaxpara.recurrence.system import Solver
+from jaxpara.recurrence.traced import SOLVE_NAME, Body, Traced, trace
+
+
+class SolveInfo(NamedTuple):
+    """How a recurrence was solved; scalars per call, and `vmap` adds its axis.
+
+    Attributes:
+      converged: every residual passed within the budget of iterations.
+      iterations: evaluations of all steps, the confirming one included; 0 if the
+        recurrence ran sequentially from the beginning.
+      residual: largest residual of the returned iterate before any completion.
+      fallback_steps: steps that were completed sequentially after the budget.
+      starts: the carry at the chunk starts (floating leaves `[chunks, *leaf]`, None
+        for the others): pass it as `guess` of a later call.
+    """
+
+    converged: Bool[Array, ""]
+    iterations: Int[Array, ""]
+    residual: Float[Array, ""]
+    fallback_steps: Int[Array, ""]
+    starts: PyTree
+
+
+class _Spec(NamedTuple):
+    """Everything static about a solve; hashable, so equal calls share a compilation."""
+
+    body: Body
+    choice: Choice
+    reverse: bool
+    unroll: int | bool
+
+
+def newton_scan(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    solver: Solver | Auto | None = None,
+    derivative: str | None = None,
+) -> tuple[PyTree, PyTree]:
+    """`jax.lax.scan`, solved in parallel over time.
+
+    The recurrence `h_t, y_t = f(h_{t-1}, x_t)` is posed as one system of equations in
+    all h_t and solved by a Newton-type iteration; whatever the solver leaves open is
+    finished step by step, so values and gradients are those of `lax.scan`.
+
+    Args:
+      f: the step, as for `lax.scan`.
+      init: initial carry; integer and key leaves run ahead of the floating ones.
+      xs: inputs with leading time, or None.
+      length: number of steps, needed if `xs` is None.
+      reverse: run from the last step to the first.
+      unroll: as for `lax.scan`; only sequential solves unroll.
+      solver: `shooting()`, `newton()`, `quasi_newton()`, `jacobi()`, `sequential()`,
+        or None for `auto()`.
+      derivative: None for the general rule (forward and reverse mode, any order), or
+        "reverse" for one fused reverse rule (first-order gradients only), which is
+        what a training loop wants.
+
+    Returns:
+      `(carry, ys)` as `lax.scan`.
+
+    Raises:
+      TypeError, ValueError: what `lax.scan` raises; an unknown `derivative` or solver.
+
+    References: [deer] [pararnn] [shooting]
+    """
+    out, _ = solve_scan(f, init, xs, length, reverse, unroll, solver=solver, derivative=derivative)
+    return out
+
+
+def solve_scan(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    solver: Solver | Auto | None = None,
+    derivative: str | None = None,
+    guess: PyTree = None,
+) -> tuple[tuple[PyTree, PyTree], SolveInfo]:
+    """`newton_scan` with diagnostics and a warm start.
+
+    Args:
+      f, init, xs, length, reverse, unroll, solver, derivative: as for `newton_scan`.
+      guess: `SolveInfo.starts` of an earlier call with the same solver and length. A
+        wrong guess costs iterations, never values.
+
+    Returns:
+      `((carry, ys), info)`.
+
+    Raises:
+      TypeError, ValueError: as for `newton_scan`; a guess of the wrong shape.
+    """
+    traced = trace(f, init, xs, length, reverse, unroll)
+    choice = decide(traced, solver, derivative)
+    if choice.solver is None:
+        carry, ys = lax.scan(f, init, xs, length, reverse, unroll)
+        return (carry, ys), _sequential_info(carry, init)
+    spec = _Spec(traced.body, choice, reverse, unroll)
+    leaves = None if guess is None else jax.tree.leaves(guess)
+    flat, info, starts = jaxpara_solve(spec, traced.consts, traced.init, traced.xs, leaves)
+    out = jax.tree.unflatten(traced.out_tree, flat)
+    return out, SolveInfo(*info, _as_carry(traced, starts))
+
+
+def _sequential_info(carry, init) -> SolveInfo:
+    def start(leaf):
+        leaf = jnp.asarray(leaf)
+        return leaf[None] if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+
+    zero = jnp.zeros((), jnp.int32)
+    del carry
+    return SolveInfo(jnp.ones((), bool), zero, jnp.zeros(()), zero, jax.tree.map(start, init))
+
+
+def _as_carry(traced: Traced, starts):
+    rows: list[Any] = [None] * traced.body.carries
+    for position, start in zip(traced.body.floats, starts, strict=True):
+        rows[position] = start
+    return jax.tree.unflatten(traced.carry_tree, rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
+    """The solve on flat operands: `(carry and output leaves, diagnostics, starts)`.
+
+    Jitted with the traced step as a static argument, so that a second eager call with
+    the same `f` compiles nothing, and named so that a jaxpr search can pass over it.
+    """
+    body, choice = spec.body, spec.choice
+    axis = timeaxis.along(choice.solver.settings.axis, spec.reverse)
+    length = choice.length
+    # With neither xs nor integer leaves the steps still need something to count.
+    inputs = [*_run_ahead(spec, consts, init, xs, length), *xs]
+    counted = inputs or [jnp.zeros((length, 0), jnp.float32)]
+    if spec.reverse:
+        counted = [x[::-1] for x in counted]
+    floats = [init[i] for i in body.floats]
+    kept = [i for i, alias in enumerate(body.aliases) if alias is None]
+
+    def step(consts, state, x):
+        x = x[: len(inputs)]
+        carry: list[Any] = [None] * body.carries
+        for position, leaf in zip(body.floats, state, strict=True):
+            carry[position] = leaf
+        for position, leaf in zip(body.others, x, strict=False):
+            carry[position] = leaf
+        new, ys = body(consts, carry, x[len(body.others) :])
+        return [new[i] for i in body.floats], [ys[i] for i in kept]
+
+    problem = Problem(
+        step, choice.groups, choice.solver, choice.vjp_only, spec.reverse, spec.unroll
+    )
+    states, outputs, diagnostics = solve(problem, choice.derivative, consts, floats, counted, guess)
+    *info, starts = diagnostics
+    last = [s[-1] for s in states]
+    if axis is not None:
+        last = axis.from_rank(last, axis.size - 1)
+    carry: list[Any] = [None] * body.carries
+    for position, leaf in zip(body.floats, last, strict=True):
+        carry[position] = leaf
+    if body.others:
+        end = _last_others(spec, consts, init, inputs, xs)
+        for position, leaf in zip(body.others, end, strict=True):
+            carry[position] = leaf
+    outputs = iter(outputs)
+    ys = [next(outputs) if a is None else states[a] for a in body.aliases]
+    if spec.reverse:
+        ys = [y[::-1] for y in ys]
+    return [*carry, *ys], list(info), starts
+
+
+def _run_ahead(spec: _Spec, consts, init, xs, length):
+    """Integer and key leaves before each step, `[time, *leaf]`, run sequentially."""
+    body = spec.body
+    if not body.others:
+        return []
+
+    def step(others, x):
+        carry = list(init)
+        for position, leaf in zip(body.others, others, strict=True):
+            carry[position] = leaf
+        new, _ = body(consts, carry, x)
+        return [new[i] for i in body.others], others
+
+    others = [init[i] for i in body.others]
+    return lax.scan(step, others, list(xs), length, spec.reverse)[1]
+
+
+def _last_others(spec: _Spec, consts, init, inputs, xs):
+    """Integer and key leaves after the last step, from those before it."""
+    body = spec.body
+    row = 0 if spec.reverse else -1
+    carry = list(init)
+    for position, leaf in zip(body.others, inputs, strict=False):
+        carry[position] = leaf[row]
+    new, _ = body(consts, carry, [x[row] for x in xs])
+    return [new[i] for i in body.others]
+
+
+assert jaxpara_solve.__name__ == SOLVE_NAME

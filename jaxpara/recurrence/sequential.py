@@ -1,0 +1,30 @@
+"""The sequential solver: `lax.scan` over the true step, with an implicit adjoint."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpara.recurrence.system import Leaves, Settings, Solution, System
+
+
+def sequential(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
+    """Runs the recurrence step by step.
+
+    Raises:
+      ValueError: time is sharded over a mesh axis.
+    """
+    del guess  # Nothing to start from: every state is computed once.
+    if settings.axis is not None:
+        raise ValueError(
+            f"a sequential solve cannot run with time sharded over {settings.axis!r}; "
+            "use shooting(axis=...) or gather the sequence first"
+        )
+
+    def step(state, x):
+        state, ys = system.step(state, x)
+        return list(state), (list(state), ys)
+
+    init = list(system.init)
+    _, (states, ys) = lax.scan(step, init, system.xs, unroll=system.unroll)
+    zero = jnp.zeros((), jnp.int32)
+    starts = [leaf[None] for leaf in init]
+    return Solution(states, ys, jnp.ones((), bool), zero, jnp.zeros(()), zero, starts)

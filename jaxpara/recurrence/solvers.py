@@ -1,0 +1,166 @@
+"""The solvers, configured: `jp.shooting(tol=1e-6)` gives a solver for `newton_scan`."""
+
+from jaxpara.recurrence import pointwise
+from jaxpara.recurrence.affine import METHODS
+from jaxpara.recurrence.choice import Auto
+from jaxpara.recurrence.sequential import sequential as run_sequential
+from jaxpara.recurrence.shooting import shoot
+from jaxpara.recurrence.structure import Structure
+from jaxpara.recurrence.system import Settings, Solver
+
+
+def _settings(**given) -> Settings:
+    settings = Settings(**given)
+    for name in ("chunks", "max_iters"):
+        value = getattr(settings, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; expected a positive integer")
+    if settings.tol is not None and not settings.tol > 0:
+        raise ValueError(f"tol is {settings.tol!r}; expected a positive number, such as 1e-6")
+    if settings.linear not in METHODS:
+        raise ValueError(f"linear is {settings.linear!r}; expected one of {', '.join(METHODS)}")
+    return settings
+
+
+def shooting(
+    *,
+    chunks: int | None = None,
+    tol: float | None = None,
+    max_iters: int = 8,
+    axis: str | None = None,
+    structure: Structure | None = None,
+    debug: bool = False,
+) -> Solver:
+    """Multiple shooting: Newton on the states at chunk starts, chunks rolled out exactly.
+
+    The main parallel solver: 2 to 4 iterations where pointwise Newton takes 5 to 50 or
+    diverges, sequential depth about `2 iterations sqrt(T)`.
+
+    Args:
+      chunks: time chunks (per device); default about the square root of the length.
+      tol: accepted residual relative to the size of the state; default 8 ulp.
+      max_iters: iterations before the rest is completed sequentially.
+      axis: mesh axis over which time is sharded, inside `shard_map`: `xs` and `ys` are
+        local shards, the initial and the final carry are replicated.
+      structure: overrides the proved Jacobian structure, e.g. `jp.Diagonal()`.
+      debug: check the structure against one random vjp and raise if it is too sparse.
+
+    Raises:
+      ValueError: a setting out of range.
+
+    References: [shooting] [pararnn]
+    """
+    return Solver(
+        shoot,
+        _settings(
+            chunks=chunks,
+            tol=tol,
+            max_iters=max_iters,
+            axis=axis,
+            structure=structure,
+            debug=debug,
+        ),
+    )
+
+
+def newton(
+    *,
+    tol: float | None = None,
+    max_iters: int = 16,
+    linear: str = "chunked",
+    axis: str | None = None,
+    structure: Structure | None = None,
+    debug: bool = False,
+) -> Solver:
+    """Pointwise Newton over all states (DEER, ParaRNN), with the proved Jacobian.
+
+    Args:
+      tol, max_iters, axis, structure, debug: as for `shooting`.
+      linear: how the linear recurrence of an iteration is solved: "sequential",
+        "associative" or "chunked".
+
+    Raises:
+      ValueError: a setting out of range.
+
+    References: [deer] [pararnn]
+    """
+    settings = _settings(
+        tol=tol, max_iters=max_iters, linear=linear, axis=axis, structure=structure, debug=debug
+    )
+    return Solver(pointwise.newton, settings)
+
+
+def quasi_newton(
+    *,
+    tol: float | None = None,
+    max_iters: int = 32,
+    linear: str = "chunked",
+    axis: str | None = None,
+    structure: Structure | None = None,
+    debug: bool = False,
+) -> Solver:
+    """Pointwise Newton with only the diagonal of the Jacobian.
+
+    For dense cells: linear memory and cost an iteration, more iterations. The same as
+    `newton` for diagonal cells. The adjoint always uses the full Jacobian.
+
+    Args:
+      tol, max_iters, linear, axis, structure, debug: as for `newton`.
+
+    Raises:
+      ValueError: a setting out of range.
+
+    References: [elk]
+    """
+    settings = _settings(
+        tol=tol, max_iters=max_iters, linear=linear, axis=axis, structure=structure, debug=debug
+    )
+    return Solver(pointwise.quasi_newton, settings)
+
+
+def jacobi(
+    *,
+    tol: float | None = None,
+    max_iters: int = 64,
+    linear: str = "chunked",
+    axis: str | None = None,
+    structure: Structure | None = None,
+    debug: bool = False,
+) -> Solver:
+    """Jacobi (Picard) iteration: the step applied to all times at once.
+
+    Converges in about as many iterations as the recurrence has memory; no Jacobians.
+
+    Args:
+      tol, max_iters, axis, structure, debug: as for `shooting`.
+      linear: how the adjoint is solved, see `newton`.
+
+    Raises:
+      ValueError: a setting out of range.
+    """
+    settings = _settings(
+        tol=tol, max_iters=max_iters, linear=linear, axis=axis, structure=structure, debug=debug
+    )
+    return Solver(pointwise.jacobi, settings)
+
+
+def sequential(*, structure: Structure | None = None, debug: bool = False) -> Solver:
+    """`lax.scan` forward, implicit adjoint backward.
+
+    Often the fastest on a CPU: the backward pass evaluates all Jacobians side by side
+    and leaves one tight linear recurrence.
+
+    Args:
+      structure, debug: as for `shooting`.
+    """
+    return Solver(run_sequential, _settings(linear="sequential", structure=structure, debug=debug))
+
+
+def auto(*, platform: str | None = None) -> Auto:
+    """The fitted choice: never slower than the best sequential path beyond noise.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu"; default the default backend. See
+        `jp.explain_choice` for what is chosen and why.
+    """
+    return Auto(platform)

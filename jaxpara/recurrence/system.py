@@ -1,0 +1,157 @@
+"""What a solver is given and what it returns.
+
+A `System` is a recurrence in scan order over a list of floating leaves,
+`s_t, y_t = step(s_{t-1}, x_t)`, with whatever it closes over already bound. The
+forward solve and the adjoint are both systems, so every solver serves both.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpara.recurrence.blocks import Groups
+from jaxpara.recurrence.lanes import vary_like
+
+Leaves = Sequence[jax.Array]
+
+
+class Settings(NamedTuple):
+    """Configuration shared by the solvers; hashable, so equal solvers share compilations.
+
+    Attributes:
+      chunks: number of time chunks; None picks about the square root of the length.
+      tol: largest accepted residual, relative to the largest magnitude that the same
+        element of the state has had so far; None picks a few ulp of its dtype.
+      max_iters: iterations before the rest is completed sequentially.
+      linear: how pointwise solvers solve their linear recurrence, and how the
+        adjoint is solved: "sequential", "associative" or "chunked".
+      axis: mesh axis over which time is sharded, inside `shard_map`.
+      structure: overrides the proved structure of the Jacobian.
+      debug: compare one random vjp of the step with the structure and raise.
+    """
+
+    chunks: int | None = None
+    tol: float | None = None
+    max_iters: int = 8
+    linear: str = "chunked"
+    axis: str | None = None
+    structure: Any = None
+    debug: bool = False
+
+
+class System(NamedTuple):
+    """One recurrence in scan order. See the module's docstring.
+
+    Attributes:
+      step: `(state, x_t) -> (state, y_t)`, all lists of leaves.
+      push: `(state, x_t, tangents[K, *leaf]) -> (state, tangents)`: the step together
+        with its Jacobian applied to `K` tangents.
+      init: the state before the first step; replicated when time is sharded.
+      xs: inputs with leading (local) time.
+      length: number of (local) steps.
+      groups: proved structure of the Jacobian.
+      reverse: whether scan order runs against the order of the mesh axis.
+      unroll: as for `lax.scan`; only a sequential solve unrolls.
+    """
+
+    step: Callable[[Leaves, Any], tuple[Leaves, Any]]
+    push: Callable[[Leaves, Any, Leaves], tuple[Leaves, Leaves]]
+    init: Leaves
+    xs: Any
+    length: int
+    groups: Groups
+    reverse: bool = False
+    unroll: int | bool = 1
+
+
+class Solution(NamedTuple):
+    """States after each step `[time, *leaf]`, outputs, and how they were found."""
+
+    states: Leaves
+    ys: Any
+    converged: jax.Array
+    iterations: jax.Array
+    residual: jax.Array
+    fallback_steps: jax.Array
+    starts: Leaves
+
+
+class Solver(NamedTuple):
+    """A parallel solver: a function and its settings.
+
+    Attributes:
+      solve: `(System, Settings, guess) -> Solution`.
+      settings: see `Settings`.
+    """
+
+    solve: Callable[..., Solution]
+    settings: Settings = Settings()
+
+
+def tolerance(dtype: Any, tol: float | None) -> float:
+    """Relative residual at which a state counts as `lax.scan`'s.
+
+    Eight ulp from float32 on; two below, where one ulp is already 1e-3 to 1e-2.
+    """
+    if tol is not None:
+        return tol
+    eps = float(jnp.finfo(dtype).eps)
+    return (8 if jnp.finfo(dtype).bits >= 32 else 2) * eps
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def residuals(
+    ends: Leaves, starts: Leaves, first: Leaves, tol: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """Compares `ends[n, *leaf]` with the `starts[n, *leaf]` that they should equal.
+
+    The allowed difference of an element is `tol` times the largest magnitude that it
+    has had up to there (`first` is the state before row 0): a fixed absolute
+    tolerance would accept anything for small states, and a purely relative one would
+    reject rounding at zero crossings. NaN never passes.
+
+    Returns:
+      `ok[n]` and the largest residual (a NaN counts as infinite).
+    """
+    rows = ends[0].shape[0]
+    ok = jnp.ones(rows, bool)
+    worst = jnp.zeros((), jnp.float32)
+    for end, start, before in zip(ends, starts, first, strict=True):
+        allowed = tolerance(end.dtype, tol)
+        end, start, before = _wide(end), _wide(start), _wide(before)
+        difference = jnp.abs(end - start)
+        scale = lax.cummax(jnp.concatenate([jnp.abs(before)[None], jnp.abs(end)]), axis=0)[1:]
+        # The clause on `end` matters: cummax, like max, may drop a NaN on CPU.
+        good = (difference <= allowed * scale) & jnp.isfinite(end)
+        ok = vary_like(ok, good) & jnp.all(good.reshape(rows, -1), axis=1)
+        finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)
+        worst = jnp.maximum(worst, jnp.max(finite, initial=0.0).astype(jnp.float32))
+    return ok, worst
+
+
+def corrections(value: Leaves, scale: Leaves, factor: float) -> list[jax.Array]:
+    """Drops corrections that are not finite or larger than `factor` times `scale`.
+
+    A dropped correction makes that element's update a plain rollout (Picard), which
+    is what keeps the exact prefix growing when products of Jacobians explode.
+    """
+    return [
+        jnp.where(jnp.abs(v) <= factor * s, v, jnp.zeros_like(v))
+        for v, s in zip(value, scale, strict=True)
+    ]
+
+
+def magnitude(leaves: Leaves) -> list[jax.Array]:
+    """Largest finite magnitude of each leaf, `[]` each."""
+
+    def one(leaf):
+        finite = jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), jnp.zeros_like(leaf))
+        return jnp.max(finite, initial=0.0)
+
+    return [one(leaf) for leaf in leaves]

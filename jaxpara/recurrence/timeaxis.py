@@ -1,0 +1,97 @@
+"""Time sharded over a mesh axis: what the devices tell one another.
+
+Inside `shard_map` every device owns consecutive steps. One iteration needs one
+all-gather of chunk summaries (the end and the start of the local trajectory, the
+product of its Jacobians, a flag); the few numbers that follow from it are computed
+by every device, so no second exchange is needed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpara.recurrence.blocks import Groups
+from jaxpara.recurrence.system import residuals
+
+
+class Along(NamedTuple):
+    """A mesh axis in scan order: `rank` 0 holds the steps that come first."""
+
+    name: str
+    reverse: bool
+
+    @property
+    def size(self) -> int:
+        return lax.axis_size(self.name)
+
+    def rank(self) -> jax.Array:
+        index = lax.axis_index(self.name)
+        return self.size - 1 - index if self.reverse else index
+
+    def gather(self, tree):
+        """Every leaf of every device, stacked in scan order."""
+        rows = lax.all_gather(tree, self.name)
+        return jax.tree.map(lambda r: r[::-1], rows) if self.reverse else rows
+
+    def previous(self, tree, fill):
+        """The value of the device before this one; `fill` on the first."""
+        step = -1 if self.reverse else 1
+        pairs = [(i, i + step) for i in range(self.size) if 0 <= i + step < self.size]
+        moved = jax.tree.map(lambda leaf: lax.ppermute(leaf, self.name, pairs), tree)
+        first = self.rank() == 0
+        return jax.tree.map(lambda m, f: jnp.where(first, f, m), moved, fill)
+
+    def from_rank(self, tree, rank):
+        """The value of the device of that rank, on all of them."""
+        mine = self.rank() == rank
+        return jax.tree.map(
+            lambda leaf: lax.psum(jnp.where(mine, leaf, jnp.zeros_like(leaf)), self.name), tree
+        )
+
+
+def along(axis: str | None, reverse: bool) -> Along | None:
+    """The mesh axis of a solve, or None if time is not sharded."""
+    return None if axis is None else Along(axis, reverse)
+
+
+def across(
+    axis: Along,
+    groups: Groups,
+    init,
+    tol,
+    cap,
+    chain,
+    *,
+    ends,
+    leaving,
+    product,
+    firsts,
+    done,
+    worst,
+):
+    """Tests the boundaries between devices and corrects each device's first state.
+
+    Args:
+      axis: the mesh axis.
+      chain: the correction of one level, applied here to devices instead of chunks.
+      ends: the state after the last local step; `leaving`: the same, corrected as if
+        the device's first state were exact; `product`: its Jacobian.
+      firsts: the state before the first local step.
+      done, worst: the local test.
+
+    Returns:
+      `(first, done, worst)`: this device's corrected first state; whether every
+      boundary of every device holds; the largest residual of all.
+    """
+    ends, leaving, product, firsts, done, worst = axis.gather(
+        (ends, leaving, product, firsts, done, worst)
+    )
+    ok, between = residuals([e[:-1] for e in ends], [f[1:] for f in firsts], init, tol)
+    holds = jnp.cumprod((ok & done[:-1]).astype(jnp.int32))
+    still = [jnp.zeros_like(i) for i in init]
+    corrected = chain(groups, leaving, product, firsts, jnp.sum(holds), still, cap)
+    rows = [jnp.concatenate([i[None], c]) for i, c in zip(init, corrected, strict=True)]
+    first = [lax.dynamic_index_in_dim(r, axis.rank(), keepdims=False) for r in rows]
+    return first, jnp.all(ok) & jnp.all(done), jnp.maximum(between, jnp.max(worst))
