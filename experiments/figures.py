@@ -68,11 +68,13 @@ def draw_solver(columns: Mapping[str, list[float | None]], *, title: str) -> Fig
     """
     figure = Figure(figsize=(7, 6), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    for layer in sorted({value for value in columns["layer"] if value is not None}):
+    layers = sorted({value for value in columns["layer"] if value is not None})
+    for layer, width in zip(layers, range(2 * len(layers), 0, -2), strict=True):
         rows = [i for i, value in enumerate(columns["layer"]) if value == layer]
         one = {name: [column[i] for i in rows] for name, column in columns.items()}
         label = f"layer {int(layer)}"
-        above.plot(*_pairs(one, "tokens", "iterations"), marker="o", label=label)
+        # Thinner lines on top of thicker ones: layers often agree.
+        above.plot(*_pairs(one, "tokens", "iterations"), marker="o", lw=width, label=label)
         tokens, residual = _pairs(one, "tokens", "residual")
         # A residual of exactly zero has no place on a logarithmic axis: draw it at the floor.
         below.plot(tokens, [max(value, 1e-9) for value in residual], marker="o", label=label)

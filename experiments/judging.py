@@ -31,12 +31,12 @@ def bits_per_byte(
     sums = jax.jit(evaluate(model))
 
     def score(params: Params) -> float:
-        nats = predicted = 0.0
+        nats, predicted = 0.0, 0
         for first in range(0, len(windows), batch_size):
             batch = jnp.asarray(windows[first : first + batch_size], jnp.int32)
-            batch_nats, batch_count = sums(params, batch)
-            nats += float(batch_nats)
-            predicted += float(batch_count)
+            totals = sums(params, batch)
+            nats += float(totals["nats"])
+            predicted += int(totals["tokens"])
         return nats / predicted / math.log(2)
 
     return score

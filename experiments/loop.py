@@ -120,7 +120,7 @@ def run_loop(
             )
         )
         if number % log_every == 0 or number == steps:
-            norm = metrics.get("gradient_norm")
+            norm = metrics.get("grad_norm")
             write_row(
                 Row(
                     step=number,

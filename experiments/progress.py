@@ -111,20 +111,21 @@ def live(console: Console, *, label: str) -> Iterator[Progress]:
       The progress.
     """
     columns = (
-        TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.description} {task.fields[step]}"),
         BarColumn(bar_width=12),
         TextColumn("{task.fields[status]}"),
     )
-    with RichProgress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=None, status="compiling", visible=False)
+    with RichProgress(*columns, console=console, refresh_per_second=4) as bar:
+        # Without a total the bar pulses: the first evaluation and the first step compile.
+        task = bar.add_task(label, total=None, step="", status="compiling")
 
         def update(status: Status) -> None:
             bar.update(
                 task,
                 completed=status.step,
                 total=status.steps,
+                step=f"{status.step}/{status.steps}",
                 status=describe(status),
-                visible=True,
             )
 
         def say(text: str) -> None:

@@ -33,6 +33,7 @@ class Settings(NamedTuple):
     seed: int
     steps: int
     batch_size: int
+    accumulate: int
     window: int
     log_every: int
     eval_every: int
@@ -63,7 +64,12 @@ def train(parts: Parts, settings: Settings, folder: Path) -> dict[str, Any]:
     }
     state = init_state(parts.model, parts.optimizer, jax.random.key(settings.seed))
     summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    ending = None
+    step = make_step(
+        next_token_loss(parts.model),
+        parts.optimizer,
+        accumulate=settings.accumulate,
+        project=parts.projection,
+    )
     try:
         with progress(label=settings.name) as line, interrupt_flag() as interrupted:
             line.say(
@@ -74,9 +80,7 @@ def train(parts: Parts, settings: Settings, folder: Path) -> dict[str, Any]:
             )
             ending = run_loop(
                 state=state,
-                step=make_step(
-                    next_token_loss(parts.model), parts.optimizer, project=parts.projection
-                ),
+                step=jax.jit(step, donate_argnums=0),
                 batches=_batches(parts, settings),
                 steps=settings.steps,
                 tokens_per_step=settings.batch_size * settings.window,
@@ -210,11 +214,12 @@ def _compare(parts: Parts, settings: Settings, params: Params) -> list[dict[str,
         return []
     check = settings.check
     batch = jnp.asarray(_held_out(parts, check["batch_size"], check["length"]), jnp.int32)
+    solves = solver_check.observer(parts.observed, batch[:, :-1])(params)
     rows = solver_check.compare(
         {"sequential": parts.sequential, parts.parallel_name: parts.parallel},
         params,
         batch,
-        iterations=[s["iterations"] for s in solver_check.observer(parts.observed, batch)(params)],
+        iterations=[solve["iterations"] for solve in solves],
     )
     tables.show_solvers(rows, shape=f"{check['batch_size']} windows of {check['length']} bytes")
     return rows
@@ -241,6 +246,11 @@ def job(cfg: DictConfig) -> None:
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     settings = Settings(**{name: values[name] for name in Settings._fields})
+    if settings.accumulate < 1 or settings.batch_size % settings.accumulate:
+        raise runs.RunError(
+            f"accumulate={settings.accumulate} does not divide batch_size={settings.batch_size}: "
+            "give a batch_size that is a multiple of it"
+        )
     runs.open_run(folder, cfg)
     summary = train(parts, settings, folder)
     if summary["interrupted"]:
