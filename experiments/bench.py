@@ -157,6 +157,9 @@ def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, 
       rounds: samples of each implementation.
       budget_s: seconds of timing for each shape and pass.
       seed: of the data and of the order.
+
+    Raises:
+      RunError: at the end, if one of our own solvers failed or was wrong.
     """
     console, line = Console(), machine()
     began, rows = time.perf_counter(), []
@@ -184,16 +187,21 @@ def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, 
     # On a terminal rich fits its width; in a file nothing may be cut off.
     (console if console.is_terminal else Console(width=200)).print(table)
     console.print(f"{folder}/results.md and results.csv", highlight=False)
-    wrong = sum(row.verdict.startswith("wrong") for row in rows)
+    bad = [row for row in rows if row.name in suite["solvers"] and row.verdict != "ok"]
     runs.close_run(
         folder,
         {
             "seconds": time.perf_counter() - began,
             "rows": len(rows),
-            "wrong": wrong,
+            "ours_not_ok": len(bad),
             "versions": versions(),
         },
     )
+    if bad:
+        raise runs.RunError(
+            f"{len(bad)} of our own rows are not ok: "
+            + ", ".join(f"{r.name} at {r.time, r.batch, r.state}: {r.verdict}" for r in bad[:5])
+        )
 
 
 def suite_end(suite: dict[str, Any]) -> str:

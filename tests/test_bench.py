@@ -201,4 +201,4 @@ def test_a_run_from_the_command_line_is_a_folder_with_table_numbers_and_machine(
     assert f"JAX {jax.__version__}" in table and "shooting" in table and "shooting" in out.stdout
     known = json.loads((folder / "env.json").read_text())
     assert known["seconds"] > 0 and (folder / "config.yaml").exists()
-    assert json.loads((folder / "summary.json").read_text())["wrong"] == 0
+    assert json.loads((folder / "summary.json").read_text())["ours_not_ok"] == 0
