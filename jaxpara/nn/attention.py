@@ -1,0 +1,119 @@
+"""Causal attention with rotary positions, and the keys and values seen so far as state."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxpara.nn.layers import linear
+
+
+class AttentionState(NamedTuple):
+    """What attention carries: O(max_length) memory.
+
+    Attributes:
+      keys: rotated keys, zero where nothing has been written yet.
+      values: values.
+      position: number of tokens seen, a scalar.
+      first: index of the first token of the current document, for each sequence.
+    """
+
+    keys: Float[Array, "batch max_length heads size"]
+    values: Float[Array, "batch max_length heads size"]
+    position: Int[Array, ""]
+    first: Int[Array, "batch"]
+
+
+def rotate(
+    x: Float[Array, "batch time heads size"], positions: Int[Array, "time"], base: float
+) -> Float[Array, "batch time heads size"]:
+    """Turns the pair `(x_i, x_{i + size/2})` by `position * base^(-2i/size)`, in float32.
+
+    Scores of rotated queries and keys then depend on the difference of positions only.
+
+    References: [rope].
+    """
+    half = x.shape[-1] // 2
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    angles = positions[:, None].astype(wide) * base ** -(jnp.arange(half, dtype=wide) / half)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    a, b = x[..., :half].astype(wide), x[..., half:].astype(wide)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rotary_attention(
+    width: int, *, heads: int, base: float
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """`softmax(q k^T / sqrt(size) + mask) v` over the cache, without the output matrix.
+
+    Args:
+      width: size of the last axis of input and output.
+      heads: number of heads.
+      base: of the rotary angles.
+
+    Returns:
+      `init(key)`, `start(params, batch_size, max_length, dtype)` and
+      `run(params, state, x, reset)` as in `Mixer`. More tokens than `max_length` give NaN,
+      because their number is not known while tracing.
+
+    Raises:
+      ValueError: if the width does not split into heads of even size; from `run`, if one call
+        alone is longer than `max_length`.
+    """
+    if width % (2 * heads):
+        raise ValueError(
+            f"width={width} does not split into heads={heads} of even size (rotary positions "
+            f"turn pairs): make width a multiple of {2 * heads}, or change heads"
+        )
+    size = width // heads
+    project = linear(width, 3 * width)
+
+    def start(params, batch_size, max_length, dtype):
+        del params
+        shape = (batch_size, max_length, heads, size)
+        return AttentionState(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            position=jnp.zeros((), jnp.int32),
+            first=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def run(
+        params: dict,
+        state: AttentionState,
+        x: Float[Array, "batch time width"],
+        reset: Bool[Array, "batch time"] | None,
+    ) -> tuple[AttentionState, Float[Array, "batch time width"]]:
+        batch, time = x.shape[:2]
+        max_length = state.keys.shape[1]
+        if time > max_length:
+            raise ValueError(
+                f"a sequence of {time} tokens does not fit a state of max_length={max_length}: "
+                "call start with a larger max_length"
+            )
+        q, k, v = (
+            part.reshape(batch, time, heads, size)
+            for part in jnp.split(project.apply(params, x), 3, axis=-1)
+        )
+        positions = state.position + jnp.arange(time, dtype=jnp.int32)
+        q, k = rotate(q, positions, base), rotate(k, positions, base)
+        keys, values = (
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, state.position, 0, 0))
+            for old, new in ((state.keys, k), (state.values, v))
+        )
+        first = jnp.broadcast_to(state.first[:, None], (batch, time))
+        if reset is not None:
+            first = jnp.maximum(first, jax.lax.cummax(jnp.where(reset, positions, 0), axis=1))
+        slots = jnp.arange(max_length, dtype=jnp.int32)
+        seen = (slots <= positions[:, None]) & (slots >= first[:, :, None])
+        y = jax.nn.dot_product_attention(
+            q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen[:, None]
+        )
+        # dynamic_update_slice would overwrite the newest slots in silence.
+        y = jnp.where(state.position + time <= max_length, y, jnp.nan)
+        state = AttentionState(keys, values, state.position + time, first[:, -1])
+        return state, y.reshape(batch, time, width)
+
+    return project.init, start, run

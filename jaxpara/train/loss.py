@@ -1,0 +1,70 @@
+"""What a sequence model is trained and judged on: nats for each next token."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxpara.types import Loss, Model, Params
+
+
+def _nats(
+    model: Model, params: Params, windows: Int[Array, "batch time_plus_one"]
+) -> Float[Array, "batch time"]:
+    """`-log p(token_{t+1} | tokens up to t)` at every position of every window."""
+    if windows.ndim != 2 or windows.shape[1] < 2:
+        raise ValueError(
+            f"windows have shape {windows.shape}; give [batch, time + 1] tokens, at least two "
+            "in a row: the last ones are targets only"
+        )
+    logits = model.apply(params, windows[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+
+
+def next_token_loss(model: Model) -> Loss:
+    """Mean cross entropy of the next token: `-mean_t log p(x_{t+1} | x_1 .. x_t)`.
+
+    Args:
+      model: a sequence model with logits as outputs.
+
+    Returns:
+      `loss(params, windows[batch, time + 1], key) -> (nats, metrics)`, the metrics being
+      `loss` (nats for each token) and `bits_per_token`. The key is not used.
+
+    Raises:
+      ValueError: from the loss, if windows are not `[batch, time + 1]` with time positive.
+    """
+
+    def loss(params, windows, key):
+        del key
+        mean = jnp.mean(_nats(model, params, windows))
+        return mean, {"loss": mean, "bits_per_token": mean / jnp.log(2.0)}
+
+    return loss
+
+
+def evaluate(
+    model: Model,
+) -> Callable[[Params, Int[Array, "batch time_plus_one"]], dict[str, jax.Array]]:
+    """Sums over windows, each read from the start state, so that batches can be added up.
+
+    Bits for each token are `nats / tokens / log(2)`, once everything is summed.
+
+    Args:
+      model: a sequence model with logits as outputs.
+
+    Returns:
+      `(params, windows[batch, time + 1]) -> {"nats", "tokens"}`: the summed cross entropy of
+      every token but the first of each window, and their number.
+
+    Raises:
+      ValueError: from that function, if windows are not `[batch, time + 1]` with time positive.
+    """
+
+    def totals(params, windows):
+        nats = _nats(model, params, windows)
+        return {"nats": jnp.sum(nats), "tokens": jnp.asarray(nats.size)}
+
+    return totals
