@@ -26,7 +26,7 @@ test: setup ## run all tests (on a CPU; the GPU ones are skipped)
 
 check: setup ## ruff, types and the fast tests, under three minutes
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check tools pallas_kernels
+	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)
 
