@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxpara.recurrence.reset import with_reset
 from jaxpara.recurrence.scan import newton_scan
 from jaxpara.types import Carry, Cell, Key, Params, Scan
 
@@ -56,18 +57,11 @@ def run(
             f"reset has shape {reset.shape}, x has leading axes {x.shape[:-1]}: "
             "give one truth value for each time step and sequence"
         )
-    start = cell.start(params, x.shape[1:-1])
-
-    def restart(reset_t, initial, old):
-        lifted = reset_t.reshape(reset_t.shape + (1,) * (old.ndim - reset_t.ndim))
-        return jnp.where(lifted, initial.astype(old.dtype), old)
-
-    def step(carry, xs):
-        reset_t, gates_t = xs
-        carry = jax.tree.map(lambda s, c: restart(reset_t, s, c), start, carry)
-        return cell.step(params, carry, gates_t)
-
-    return scan(step, carry, (reset, gates))
+    restarting = with_reset(
+        lambda carry, gates_t: cell.step(params, carry, gates_t),
+        cell.start(params, x.shape[1:-1]),
+    )
+    return scan(restarting, carry, (reset, gates))
 
 
 def clip_recurrent(bound: float) -> Callable[[Params], Params]:
