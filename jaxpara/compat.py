@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax.extend import core as jex_core
+from jax.interpreters import ad
 
 
 def scan_parts(eqn: Any) -> tuple[Any, int, int]:
@@ -44,8 +45,6 @@ def jvp_jaxpr(closed, nonzero: list[bool]):
     Returns the jaxpr of (inputs, tangents) -> (outputs, tangents of some outputs)
     and, for each output, whether its tangent is among them.
     """
-    try:
-        from jax.interpreters.ad import jvp_jaxpr as push
-    except ImportError:  # 0.10.2 keeps it private
+    if (push := getattr(ad, "jvp_jaxpr", None)) is None:  # 0.10.2 keeps it private
         from jax._src.interpreters.ad import jvp_jaxpr as push
     return push(closed, nonzero, False)

@@ -103,15 +103,11 @@ def contains(
     Returns:
       True if one equation matches.
     """
+    found = equations(jaxpr, skip=skip)
     if callable(what):
-        matches = what
-    else:
-        names = {what} if isinstance(what, str) else frozenset(what)
-
-        def matches(eqn):
-            return eqn.primitive.name in names
-
-    return any(matches(eqn) for eqn in equations(jaxpr, skip=skip))
+        return any(what(eqn) for eqn in found)
+    names = {what} if isinstance(what, str) else frozenset(what)
+    return any(eqn.primitive.name in names for eqn in found)
 
 
 def _union(sets) -> frozenset[int]:

@@ -86,7 +86,9 @@ OPS = {
     ),
     "scatter": (lambda h: h.at[:, INDEX[:2]].set(h[:, :2] * 3), False, {(0, 0), (2, 2)}),
     "scatter add": (lambda h: h.at[:, INDEX].add(h), False, {(0, 0), (2, 2)}),
-    "segment sum": (lambda h: jax.ops.segment_sum(h, jnp.array([1, 0]), 2), False, {(1, 1), (2, 2)}),
+    "segment sum": (
+        lambda h: jax.ops.segment_sum(h, jnp.array([1, 0]), 2), False, {(1, 1), (2, 2)}
+    ),
     "sort": (lambda h: jnp.sort(h, 1), False, {(0, 0), (2, 2)}),
     "top_k": (lambda h: lax.top_k(h, 2)[0], False, set()),
     "cumsum": (lambda h: jnp.cumsum(h, 2), True, {(0, 0), (1, 1)}),

@@ -170,7 +170,9 @@ CASES = {
     "size one broadcast": Case(
         one(lambda h, x: lax.mul(h, x[:1]) + lax.add(x[:, :1], h)), (BD,), Diagonal
     ),
-    "row mean": Case(one(lambda h, x: h - h.mean(0, keepdims=True)), (BD,), Dense, (((0,), ((1,),)),)),
+    "row mean": Case(
+        one(lambda h, x: h - h.mean(0, keepdims=True)), (BD,), Dense, (((0,), ((1,),)),)
+    ),
     "merged then split": Case(merged_then_split, (BHW,), Diagonal),
     "transposed there and back": Case(one(lambda h, x: jnp.tanh(h.T * x.T).T), (BD,), Diagonal),
     "transposed for good": Case(one(lambda h, x: h + h.T), ((D, D),), Dense, (EVERY,)),

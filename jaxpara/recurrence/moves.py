@@ -7,6 +7,7 @@ operand is not followed (a predicate, an index). A primitive that is not listed
 has no axis in common with anything, which is always safe.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 Sources = tuple[int | None, ...]
@@ -191,7 +192,7 @@ _RULES = {
 }
 
 
-def moves(eqn: Any) -> list[list[Sources | None]]:
+def moves(eqn: Any) -> Sequence[Sequence[Sources | None]]:
     """For each output and operand of an equation, where the output's axes come from.
 
     Args:

@@ -145,7 +145,7 @@ def element_sets(count: int) -> Domain:
     def moved(value: np.ndarray, sources: Sources, out: Shape) -> np.ndarray:
         kept = [s for s in sources if s is not None]
         lost = tuple(i for i in range(value.ndim - 1) if i not in kept)
-        value = value.any(axis=lost) if lost else value
+        value = np.any(value, axis=lost, keepdims=False) if lost else value
         places = sorted(kept)
         value = value.transpose((*(places.index(s) for s in kept), value.ndim - 1))
         shape = [1 if s is None else n for s, n in zip(sources, out, strict=True)]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Key, PyTree
 
 from jaxpara import compat
@@ -131,7 +132,7 @@ def _axis_edges(linear, into, back, shapes, heads, known) -> Edges:
     def start(leaf):
         return {leaf: tuple((axis,) for axis in range(len(shapes[leaf])))}
 
-    outs = _run(linear, into, back, axis_patterns(shapes, heads), start, known)
+    outs: list[Any] = _run(linear, into, back, axis_patterns(shapes, heads), start, known)
     return {
         (i, j): {(p, entry[0]) for p, entry in enumerate(entries) if len(entry) == 1}
         for i, value in enumerate(outs)
@@ -149,7 +150,7 @@ def _element_edges(linear, into, back, shapes, known) -> Edges | None:
         return rows.reshape((*shapes[leaf], sum(sizes)))
 
     try:
-        outs = _run(linear, into, back, element_sets(sum(sizes)), start, known)
+        outs: list[Any] = _run(linear, into, back, element_sets(sum(sizes)), start, known)
     except TooLarge:
         return None
     edges: Edges = {}
@@ -184,7 +185,7 @@ def _group(edges: Edges, shapes: Sequence[Shape]) -> Groups:
     while left:
         root = min(left)
         # One label an axis of the root, carried along a spanning tree of the edges.
-        axes: dict[int, list[int | None]] = {root: list(range(len(shapes[root])))}
+        axes: dict[int, list[Any]] = {root: list(range(len(shapes[root])))}
         queue = [root]
         for leaf in queue:
             for other, pairs in matches[leaf]:
@@ -292,7 +293,7 @@ def check_structure(
                 f"{'; '.join(wrong)}; leave out structure= to have it proved, or couple more axes"
             )
 
-    if any(isinstance(value, jax.core.Tracer) for value in [*gaps, *scales]):
+    if any(isinstance(value, Tracer) for value in [*gaps, *scales]):
         jax.debug.callback(judge, gaps, scales)
     else:
         judge(gaps, scales)
