@@ -16,16 +16,25 @@ from jaxtyping import Array, Float, Int
 from jaxpara.types import Key, Model, Params
 
 
-def check_draw(*, temperature: float, top_k: int | None) -> None:
-    """Refuses settings that `draw` cannot serve.
+def check_generation(prompt: bytes, *, length: int, temperature: float, top_k: int | None) -> None:
+    """Refuses what cannot be generated.
 
     Args:
+      prompt: must hold a byte.
+      length: must be at least 1.
       temperature: must not be negative.
       top_k: must be at least 1, or None.
 
     Raises:
       ValueError: with what to give instead.
     """
+    if not prompt:
+        raise ValueError(
+            "the prompt is empty, and the model needs one byte to start from: "
+            "give prompt='def ' or, for a new line, prompt=$'\\n'"
+        )
+    if length < 1:
+        raise ValueError(f"length={length} bytes to draw: give at least 1")
     if temperature < 0:
         raise ValueError(f"temperature={temperature} is negative: give 0 (likeliest) or more")
     if top_k is not None and top_k < 1:
@@ -49,11 +58,7 @@ def draw(
 
     Returns:
       Token numbers.
-
-    Raises:
-      ValueError: see `check_draw`.
     """
-    check_draw(temperature=temperature, top_k=top_k)
     logits = logits.astype(jnp.float32)
     if temperature == 0:
         return jnp.argmax(logits, -1)
@@ -88,16 +93,9 @@ def generate(
       An iterator over the drawn bytes.
 
     Raises:
-      ValueError: an empty prompt, a length below 1, or what `draw` refuses.
+      ValueError: see `check_generation`.
     """
-    if not prompt:
-        raise ValueError(
-            "the prompt is empty, and the model needs one byte to start from: "
-            "give prompt='def ' or, for a new line, prompt=$'\\n'"
-        )
-    if length < 1:
-        raise ValueError(f"length={length} bytes to draw: give at least 1")
-    check_draw(temperature=temperature, top_k=top_k)
+    check_generation(prompt, length=length, temperature=temperature, top_k=top_k)
     assert model.start is not None and model.run is not None, "generate needs a sequence model"
     run, key = model.run, jax.random.key(seed)
 
