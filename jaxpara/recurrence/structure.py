@@ -155,7 +155,9 @@ def _element_edges(linear, into, back, shapes, known) -> Edges | None:
         return None
     edges: Edges = {}
     for i, value in enumerate(outs):
-        for j in range(len(shapes)) if value is not None else ():
+        if value is None:
+            continue
+        for j in range(len(shapes)):
             part = value[..., starts[j] : starts[j + 1]].reshape((*shapes[i], *shapes[j]))
             if part.any():
                 at, own = np.argwhere(part).T, len(shapes[i])
