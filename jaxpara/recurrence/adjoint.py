@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -51,7 +50,9 @@ class Problem(NamedTuple):
 
 
 def solve(problem: Problem, derivative: str, consts, init, xs, guess):
-    """`(states, outputs, diagnostics)`, differentiable in `consts`, `init` and `xs`.
+    """`(states, outputs, converged, iterations, residual, fallback_steps, starts)`.
+
+    States and outputs are differentiable in `consts`, `init` and `xs`.
 
     Args:
       problem: what to solve.
@@ -64,11 +65,24 @@ def solve(problem: Problem, derivative: str, consts, init, xs, guess):
         solution = problem.solver.solve(
             _system(problem, consts, init, xs), problem.solver.settings, guess
         )
-        diagnostics = solution[2:]
-        return list(solution.states), list(solution.ys), diagnostics
+        ys = list(solution.ys)
+        inert.update(outputs=_shapes(ys), diagnostics=_shapes(solution[2:]))
+        smooth = [y for y in ys if _differentiable(y)]
+        # Integers leave the rule as floats: the tangent of an integer has a type of
+        # its own that cannot vary over a mesh axis.
+        rest = [_as_float(y) for y in ys if not _differentiable(y)]
+        return list(solution.states), smooth, (rest, jax.tree.map(_as_float, solution[2:]))
 
+    inert = {}
     rule = {"general": _general, "reverse": _reverse}[derivative]
-    return rule(problem, primal)(list(consts), list(init), list(xs), guess)
+    states, smooth, rest = rule(problem, primal)(list(consts), list(init), list(xs), guess)
+    rest, diagnostics = jax.tree.map(lax.stop_gradient, rest)
+    smooth, rest = iter(smooth), iter(rest)
+    ys = [
+        next(smooth) if _differentiable(like) else _as_before(next(rest), like)
+        for like in inert["outputs"]
+    ]
+    return (states, ys, *jax.tree.map(_as_before, diagnostics, inert["diagnostics"]))
 
 
 def _system(problem: Problem, consts, init, xs) -> System:
@@ -132,28 +146,29 @@ def _general(problem: Problem, primal):
     def rule(primals, tangents):
         consts, init, xs, guess = primals
         out = run(consts, init, xs, guess)
-        states, ys, diagnostics = out
+        states, ys, rest = out
         d_consts, d_init, d_xs, _ = tangents
         before = preceding(axis, init, states)
 
         def steps(consts, before, xs):
-            return jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)
+            new, ys = jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)
+            return new, [y for y in ys if _differentiable(y)]
 
         inputs, d_inputs, fill = _active((consts, xs), (d_consts, d_xs))
         if inputs:
             _, (b, dy) = jax.jvp(lambda *a: steps(fill(a)[0], before, fill(a)[1]), inputs, d_inputs)
         else:
             b = [jnp.zeros_like(s) for s in states]
-            dy = _zero_tangents(ys)
+            dy = [jnp.zeros_like(y) for y in ys]
         operator = _operator(problem, consts, before, xs)
         still = [jnp.zeros_like(i) for i in init]
         dh0 = [z if isinstance(d, SymbolicZero) else d for d, z in zip(d_init, still, strict=True)]
         delta = linear_solve(operator, b, dh0, settings, problem.reverse)
-        if any(_differentiable(y) for y in ys):
+        if ys:
             moved = preceding(axis, dh0, delta)
             _, (_, along) = jax.jvp(lambda *s: steps(consts, s, xs), before, moved)
-            dy = [_add(a, b) for a, b in zip(dy, along, strict=True)]
-        return out, (delta, dy, _zero_tangents(diagnostics))
+            dy = [a + b for a, b in zip(dy, along, strict=True)]
+        return out, (delta, dy, jax.tree.map(jnp.zeros_like, rest))
 
     run.defjvp(rule, symbolic_zeros=True)
     return run
@@ -210,7 +225,6 @@ def _reverse(problem: Problem, primal):
             new, ys = jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)
             return new, [y for y in ys if _differentiable(y)]
 
-        g_ys = [g_y for g_y in g_ys if _differentiable(g_y)]
         inputs = [*c, *x]
         from_outputs = [jnp.zeros_like(i) for i in init]
         if g_ys:
@@ -240,7 +254,8 @@ def _following(problem: Problem, g: Leaves, seen: Leaves):
     if axis is not None:
         backwards = timeaxis.along(problem.solver.settings.axis, not problem.reverse)
         last = backwards.previous(first, last)
-        first = axis.from_rank(first, 0)
+        mine = axis.rank() == 0
+        first = [jnp.where(mine, f, jnp.zeros_like(f)) for f in first]
     moved = [jnp.concatenate([s[1:], e[None]]) for s, e in zip(seen, last, strict=True)]
     return [a + b for a, b in zip(g, moved, strict=True)], first
 
@@ -249,17 +264,31 @@ def _differentiable(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _zero_tangents(tree):
-    def one(leaf):
-        if _differentiable(leaf):
-            return jnp.zeros_like(leaf)
-        return np.zeros(leaf.shape, jax.dtypes.float0)
-
-    return jax.tree.map(one, tree)
+def _shapes(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def _add(a, b):
-    return a if a.dtype == jax.dtypes.float0 else a + b
+def _as_float(leaf):
+    """A floating leaf as it is, any other one as floats that hold its bits."""
+    if _differentiable(leaf):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype.itemsize < 4:
+        return leaf.astype(jnp.float32)
+    return lax.bitcast_convert_type(leaf, f"float{8 * leaf.dtype.itemsize}")
+
+
+def _as_before(leaf, like):
+    """The inverse of `_as_float`."""
+    if _differentiable(like):
+        return leaf
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        data = lax.bitcast_convert_type(leaf, jnp.uint32)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    if like.dtype.itemsize < 4:
+        return leaf.astype(like.dtype)
+    return lax.bitcast_convert_type(leaf, like.dtype)
 
 
 def _active(primals, tangents):

@@ -85,7 +85,7 @@ def forward(
 def transposed(
     operator: Operator, g: Leaves, settings: Settings, reverse: bool = False
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """All `w_t` of `w_t = g_t + J_{t+1}^T w_{t+1}`, and `J_1^T w_1`.
+    """All `w_t` of `w_t = g_t + J_{t+1}^T w_{t+1}`, and `J_1^T w_1` (zero on all devices but the first).
 
     Args:
       operator: `J_t`, in scan order.
@@ -112,7 +112,9 @@ def transposed(
     last = [s[-1] for s in states]
     axis = timeaxis.along(settings.axis, not reverse)
     if axis is not None:
-        last = axis.from_rank(last, axis.size - 1)
+        # The initial state belongs to the first device; elsewhere nothing reaches it.
+        mine = axis.rank() == axis.size - 1
+        last = [jnp.where(mine, leaf, jnp.zeros_like(leaf)) for leaf in last]
     return [w_[::-1] for w_ in w], last
 
 

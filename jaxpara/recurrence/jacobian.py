@@ -9,6 +9,7 @@ A Jacobian in flight (`P` in multiple shooting) is kept as *columns*: for each l
 every block of every group at once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.blocks import Groups, block_count, block_size, coupled_axes, coupled_size
+from jaxpara.recurrence.lanes import vary_like
 
 Leaves = Sequence[jax.Array]
 
@@ -32,7 +34,8 @@ def to_lanes(groups: Groups, leaves: Leaves) -> list[jax.Array]:
 
     def rows(leaf, shared):
         order = coupled_axes(leaf.shape, shared) + tuple(shared)
-        return jnp.transpose(leaf, order).reshape(coupled_size(leaf.shape, shared), -1)
+        lanes = math.prod(leaf.shape[axis] for axis in shared)
+        return jnp.transpose(leaf, order).reshape(coupled_size(leaf.shape, shared), lanes)
 
     def one(group):
         parts = [rows(leaves[i], s) for i, s in zip(group.leaves, group.shared, strict=True)]
@@ -72,7 +75,8 @@ def basis(groups: Groups, like: Leaves) -> list[jax.Array]:
             units.append(jnp.broadcast_to(unit[:, None], (rows, count)))
         return from_lanes(groups, units, like)
 
-    return jax.vmap(column)(jnp.arange(size))
+    columns = jax.vmap(column)(jnp.arange(size))
+    return [vary_like(c, leaf) for c, leaf in zip(columns, like, strict=True)]
 
 
 def gather_columns(groups: Groups, columns: Leaves) -> list[jax.Array]:

@@ -42,19 +42,23 @@ def _min_lane_vmap(axis_size, in_batched, value):
     return min_lane(jnp.min(value, axis=0)), False
 
 
+def vary_over(tree: Any, *axes: str) -> Any:
+    """Marks every leaf of `tree` as varying over the mesh axes, if it is not already."""
+
+    def one(leaf):
+        missing = tuple(sorted(set(axes) - varying_axes(leaf)))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(one, tree)
+
+
 def vary_like(tree: Any, *references: Any) -> Any:
     """Marks `tree` as varying over every mesh axis over which a reference varies.
 
     Inside `shard_map` a loop carry must enter with the type it leaves with; fresh
     zeros do not vary over the mesh until they are told to.
     """
-    names = set().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(references)), ())
-
-    def one(leaf):
-        missing = tuple(sorted(names - set(varying_axes(leaf))))
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(one, tree)
+    return vary_over(tree, *set().union(*map(varying_axes, jax.tree.leaves(references)), ()))
 
 
 def select(flag: jax.Array, on_true: Sequence[jax.Array], on_false: Sequence[jax.Array]):

@@ -1,5 +1,7 @@
 """Linear recurrences `s_t = A_t s_{t-1} + b_t`, differentiable, in several ways."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxpara.recurrence.adjoint import linear_solve
 from jaxpara.recurrence.affine import METHODS, block_operator
 from jaxpara.recurrence.blocks import Group
+from jaxpara.recurrence.lanes import vary_over
 from jaxpara.recurrence.system import Settings
 from pallas_kernels.dispatch import choose
 
@@ -55,13 +58,15 @@ def linear_recurrence(
     if b.shape[0] == 0:
         return b.astype(dtype)
     a, b, init = a.astype(dtype), b.astype(dtype), init.astype(dtype)
+    if axis is not None:
+        init = vary_over(init, axis)
     if reverse:
         a, b = a[::-1], b[::-1]
     if a.ndim == b.ndim:
-        matrices = a.reshape(a.shape[0], 1, 1, -1)
+        matrices = a.reshape(a.shape[0], 1, 1, math.prod(a.shape[1:]))
     else:
         size = b.shape[-1]
-        matrices = jnp.moveaxis(a.reshape(a.shape[0], -1, size, size), 1, -1)
+        matrices = jnp.moveaxis(a.reshape(a.shape[0], math.prod(b.shape[1:-1]), size, size), 1, -1)
     settings = Settings(linear=method, axis=axis)
     operator = block_operator(groups, [matrices], [jax.ShapeDtypeStruct(init.shape, dtype)])
     (states,) = linear_solve(operator, [b], [init], settings, reverse)

@@ -11,6 +11,7 @@ After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. [deer] [elk] [pararnn]
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def _newton_correction(groups: Groups, settings: Settings, reduce: Callable | No
         pushed = jax.vmap(lambda s, x: system.push(s, x, unit)[1])(list(before), xs)
         if reduce is not None:
             own = jax.vmap(lambda *p: reduce(p))(*pushed)
-            matrices = [o.reshape(o.shape[0], 1, 1, -1) for o in own]
+            matrices = [o.reshape(o.shape[0], 1, 1, math.prod(o.shape[1:])) for o in own]
         else:
             matrices = jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
         like = [b[0] for b in before]
@@ -127,7 +128,7 @@ def _iterate(system: System, settings: Settings, guess, correct) -> Solution:
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
     zero = jnp.zeros((), jnp.int32)
     fresh = _Loop(zero, jnp.zeros((), bool), states, zero, zero, jnp.zeros((), jnp.float32))
-    fresh = jax.tree.map(vary_like, fresh, jax.eval_shape(body, fresh))
+    fresh = vary_like(fresh, init)._replace(iteration=zero)
     loop = lax.while_loop(
         lambda loop: any_lane(~loop.done) & (loop.iteration < budget), body, fresh
     )

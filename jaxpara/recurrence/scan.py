@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxpara.recurrence import timeaxis
 from jaxpara.recurrence.adjoint import Problem, solve
 from jaxpara.recurrence.choice import Auto, Choice, decide
+from jaxpara.recurrence.lanes import vary_over
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import SOLVE_NAME, Body, Traced, trace
 
@@ -112,6 +113,9 @@ def solve_scan(
     Raises:
       TypeError, ValueError: as for `newton_scan`; a guess of the wrong shape.
     """
+    if isinstance(solver, Solver) and solver.settings.axis is not None:
+        # Each device starts its own steps from a state of its own.
+        init = vary_over(init, solver.settings.axis)
     traced = trace(f, init, xs, length, reverse, unroll)
     choice = decide(traced, solver, derivative)
     if choice.solver is None:
@@ -172,11 +176,13 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
     problem = Problem(
         step, choice.groups, choice.solver, choice.vjp_only, spec.reverse, spec.unroll
     )
-    states, outputs, diagnostics = solve(problem, choice.derivative, consts, floats, counted, guess)
-    *info, starts = diagnostics
+    states, outputs, *info, starts = solve(
+        problem, choice.derivative, consts, floats, counted, guess
+    )
     last = [s[-1] for s in states]
     if axis is not None:
         last = axis.from_rank(last, axis.size - 1)
+        info = axis.agree(info)
     carry: list[Any] = [None] * body.carries
     for position, leaf in zip(body.floats, last, strict=True):
         carry[position] = leaf

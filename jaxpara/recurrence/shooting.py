@@ -137,7 +137,7 @@ def shoot(system: System, settings: Settings, guess: Leaves | None = None) -> So
 
     zero = jnp.zeros((), jnp.int32)
     fresh = _Loop(zero, jnp.zeros((), bool), starts, zero, zero, jnp.zeros((), jnp.float32))
-    fresh = jax.tree.map(vary_like, fresh, jax.eval_shape(body, fresh))
+    fresh = vary_like(fresh, init)._replace(iteration=zero)
     loop = lax.while_loop(
         lambda loop: any_lane(~loop.done) & (loop.iteration < budget), body, fresh
     )
@@ -145,7 +145,9 @@ def shoot(system: System, settings: Settings, guess: Leaves | None = None) -> So
     rows, fallback = complete(
         system, rows, xs, valid, loop.starts, loop.done, loop.open, axis, (count, length)
     )
-    states, ys = jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:])[: system.length], rows)
+    states, ys = jax.tree.map(
+        lambda r: r.reshape(count * length, *r.shape[2:])[: system.length], rows
+    )
     return Solution(states, ys, loop.done, loop.used, loop.residual, fallback, loop.starts)
 
 

@@ -129,7 +129,7 @@ def residuals(
         scale = lax.cummax(jnp.concatenate([jnp.abs(before)[None], jnp.abs(end)]), axis=0)[1:]
         # The clause on `end` matters: cummax, like max, may drop a NaN on CPU.
         good = (difference <= allowed * scale) & jnp.isfinite(end)
-        ok = vary_like(ok, good) & jnp.all(good.reshape(rows, -1), axis=1)
+        ok = vary_like(ok, good) & jnp.all(good, axis=tuple(range(1, good.ndim)))
         finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)
         worst = jnp.maximum(worst, jnp.max(finite, initial=0.0).astype(jnp.float32))
     return ok, worst

@@ -43,6 +43,15 @@ class Along(NamedTuple):
         first = self.rank() == 0
         return jax.tree.map(lambda m, f: jnp.where(first, f, m), moved, fill)
 
+    def agree(self, flags):
+        """Scalars that are equal on all devices, as values that do not vary."""
+
+        def one(flag):
+            wide = flag.astype(jnp.int32) if flag.dtype == jnp.bool_ else flag
+            return lax.pmax(wide, self.name).astype(flag.dtype)
+
+        return jax.tree.map(one, flags)
+
     def from_rank(self, tree, rank):
         """The value of the device of that rank, on all of them."""
         mine = self.rank() == rank

@@ -103,8 +103,8 @@ def bounded(clip: float | None) -> Callable[[jax.Array], jax.Array]:
         return lambda a: a
     if not clip > 0:
         raise ValueError(f"clip={clip} must be positive, or None for free recurrent weights")
-    return lambda a: jnp.clip(jax.lax.stop_gradient(a), -clip, clip) + (
-        a - jax.lax.stop_gradient(a)
+    return lambda a: (
+        jnp.clip(jax.lax.stop_gradient(a), -clip, clip) + (a - jax.lax.stop_gradient(a))
     )
 
 
