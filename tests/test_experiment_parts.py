@@ -1,5 +1,6 @@
 """The parts that training is made of: loop, watch, sampling, judging, figures, command line."""
 
+import io
 import math
 import os
 import signal
@@ -11,6 +12,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
+from rich.console import Console
+from rich.text import Text
 
 from experiments import figures, metrics, progress, runs
 from experiments.commandline import quote_text
@@ -122,6 +125,18 @@ def test_plain_lines_come_now_and_then_and_at_the_end():
         "step 5/5  loss 1.000  1.443 bits/byte  12,345 tokens/s  1:01 left",
         "hello",
     ]
+
+
+def test_a_terminal_shows_one_line_with_a_bar_and_messages_above_it():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, _environ={})
+    with progress.live(console, label="lm") as line:
+        line.update(progress.Status(3, 5, 1.0, 1.4427, 12345.0, 61.0))
+        line.say("step 3: validation [bold]")
+    shown = Text.from_ansi(screen.getvalue()).plain
+    assert "step 3: validation [bold]" in shown, "square brackets are no markup in messages"
+    last = shown.strip().splitlines()[-1]
+    assert "lm 3/5" in last and "1.443 bits/byte  12,345 tokens/s  1:01 left" in last
 
 
 def test_durations_read_as_clocks():
