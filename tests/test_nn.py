@@ -236,7 +236,7 @@ def test_default_model_has_seven_hundred_thousand_parameters():
 
 
 def test_initial_loss_is_that_of_a_guess_and_the_stream_does_not_explode():
-    model = nn.decoder(64, 32, 6, mixer=nn.mixers.named("para_gru"))
+    model = nn.decoder(64, 32, 6, mixer=nn.mixers.named("para_gru"), **LOOP)
     params = jax.jit(model.init)(jax.random.key(0))
     x = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
     logits = jax.jit(model.apply)(params, x)
