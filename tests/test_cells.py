@@ -26,9 +26,7 @@ def blocks(h, matrices):
     out = np.zeros(heads * size)
     for k in range(heads):
         for j in range(size):
-            out[k * size + j] = sum(
-                h[k * size + i] * matrices[k, i, j] for i in range(size)
-            )
+            out[k * size + j] = sum(h[k * size + i] * matrices[k, i, j] for i in range(size))
     return out
 
 
@@ -202,9 +200,7 @@ def test_carry_is_float32_under_bfloat16_inputs_and_parameters(name):
     cell, params, x = problem(name)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     start = cell.start(narrow, (BATCH,))
-    carry, ys = jax.eval_shape(
-        lambda: cells.run(cell, narrow, start, x.astype(jnp.bfloat16))
-    )
+    carry, ys = jax.eval_shape(lambda: cells.run(cell, narrow, start, x.astype(jnp.bfloat16)))
     assert {leaf.dtype for leaf in jax.tree.leaves((start, carry, ys))} == {jnp.dtype("float32")}
     gates = jax.eval_shape(cell.project, params, x.astype(jnp.bfloat16))
     assert isinstance(gates, tuple)

@@ -181,18 +181,14 @@ CASES = {
         (BD,),
         Diagonal,
     ),
-    "padded back": Case(
-        one(lambda h, x: jnp.pad(h[:, 1:], ((0, 0), (1, 0))) + x), (BD,), Diagonal
-    ),
+    "padded back": Case(one(lambda h, x: jnp.pad(h[:, 1:], ((0, 0), (1, 0))) + x), (BD,), Diagonal),
     "at set": Case(one(lambda h, x: h.at[:, 0].set(x[:, 0])), (BD,), Diagonal),
     "at add": Case(one(lambda h, x: h.at[:, 0].add(h[:, 1])), (BD,), Dense, (ROWS,)),
     "gathered columns": Case(
         one(lambda h, x: jnp.sin(h[:, jnp.array([1, 0, 3, 2])])), (BD,), Dense, (ROWS,)
     ),
     "dynamic_slice": Case(
-        one(
-            lambda h, x: h * lax.dynamic_slice_in_dim(h, (x[0, 0] > 0).astype(jnp.int32), 1, 1)
-        ),
+        one(lambda h, x: h * lax.dynamic_slice_in_dim(h, (x[0, 0] > 0).astype(jnp.int32), 1, 1)),
         (BD,),
         Dense,
         (ROWS,),
@@ -200,21 +196,15 @@ CASES = {
     "cumsum": Case(one(lambda h, x: jnp.cumsum(h, 1) * x), (BD,), Dense, (ROWS,)),
     "row maximum": Case(one(lambda h, x: h - h.max(1, keepdims=True)), (BD,), Dense, (ROWS,)),
     # Several leaves.
-    "leaves apart": Case(
-        lambda s, x: [jnp.tanh(s[0] * x), jnp.sin(s[1])], (BD, (3,)), Diagonal
-    ),
+    "leaves apart": Case(lambda s, x: [jnp.tanh(s[0] * x), jnp.sin(s[1])], (BD, (3,)), Diagonal),
     "one leaf feeds another": Case(
         lambda s, x: [jnp.tanh(s[0]), s[1] * s[0]], (BD, BD), Block, (((0, 1), ((0, 1), (0, 1))),)
     ),
     "leaves exchanged": Case(
         lambda s, x: [s[1] * x, jnp.sin(s[0])], (BD, BD), Block, (((0, 1), ((0, 1), (0, 1))),)
     ),
-    "matrix memory": Case(
-        matrix_memory, ((B, 3, D), (B, D)), Dense, (((0, 1), ((0, 2), (0, 1))),)
-    ),
-    "transposed leaf": Case(
-        transposed_leaf, (BD, (D, B)), Block, (((0, 1), ((0, 1), (1, 0))),)
-    ),
+    "matrix memory": Case(matrix_memory, ((B, 3, D), (B, D)), Dense, (((0, 1), ((0, 2), (0, 1))),)),
+    "transposed leaf": Case(transposed_leaf, (BD, (D, B)), Block, (((0, 1), ((0, 1), (1, 0))),)),
     "scalars": Case(lambda s, x: [s[0] * s[1], s[1] + x[0, 0]], ((), ()), Block),
     "reset of the carry": Case(lambda s, x: [x, jnp.sin(s[1])], (BD, BD), Diagonal),
     # Control flow and custom rules.
@@ -254,7 +244,11 @@ CASES = {
     "channelwise convolution": Case(
         one(
             lambda h, x: lax.conv_general_dilated(
-                h[:, None], jnp.ones((2, 1, 3)), (1,), "SAME", feature_group_count=2,
+                h[:, None],
+                jnp.ones((2, 1, 3)),
+                (1,),
+                "SAME",
+                feature_group_count=2,
                 dimension_numbers=("CNH", "OIH", "CNH"),
             )[:, 0]
         ),
@@ -344,8 +338,7 @@ def test_blocks_hold_the_whole_jacobian(name):
 
     def apply(vector):
         return [
-            sum(np.tensordot(d, p, p.ndim) for d, p in zip(row, vector, strict=True))
-            for row in jac
+            sum(np.tensordot(d, p, p.ndim) for d, p in zip(row, vector, strict=True)) for row in jac
         ]
 
     basis = map(np.asarray, blocks.basis(groups, case.shapes, [np.float32] * len(case.shapes)))

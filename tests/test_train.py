@@ -17,9 +17,7 @@ VOCAB, BATCH, TIME = 7, 8, 6
 
 @pytest.fixture(scope="module")
 def model():
-    return nn.decoder(
-        VOCAB, 8, 1, mixer=nn.mixers.recurrent(cells.gru), mlp_hidden=8, conv_taps=2
-    )
+    return nn.decoder(VOCAB, 8, 1, mixer=nn.mixers.recurrent(cells.gru), mlp_hidden=8, conv_taps=2)
 
 
 def windows(seed=0, batch=BATCH):
@@ -80,9 +78,7 @@ def test_three_steps_equal_adamw_written_out_by_hand():
         assert norm > 0.05  # or the clip is not tested
         g *= 0.05 / norm
         mean, square = 0.9 * mean + 0.1 * g, 0.98 * square + 0.02 * g**2
-        direction = (mean / (1 - 0.9 ** (i + 1))) / (
-            np.sqrt(square / (1 - 0.98 ** (i + 1))) + 1e-8
-        )
+        direction = (mean / (1 - 0.9 ** (i + 1))) / (np.sqrt(square / (1 - 0.98 ** (i + 1))) + 1e-8)
         if i < 2:  # two rising steps of ten
             rate = 0.1 * i / 2
         else:

@@ -27,9 +27,7 @@ def linear(features: int, outputs: int, *, scale: float = 1.0) -> Model:
         kernel = jax.random.normal(key, (features, outputs), jnp.float32)
         return {"kernel": kernel * (scale * features**-0.5)}
 
-    def apply(
-        params: dict, x: Float[Array, "*batch features"]
-    ) -> Float[Array, "*batch outputs"]:
+    def apply(params: dict, x: Float[Array, "*batch features"]) -> Float[Array, "*batch outputs"]:
         return x @ params["kernel"].astype(x.dtype)
 
     return Model(init, apply)
@@ -63,8 +61,10 @@ def embedding(vocab_size: int, width: int, *, scale: float = 1.0) -> Model:
                 f"vocab_size={vocab_size}: make it with vocab_size={rows} or load other parameters"
             )
         # Out of range is NaN and not the nearest row: a wrong vocabulary must not pass unseen.
-        return params["table"].at[tokens].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        return (
+            params["table"]
+            .at[tokens]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         )
 
     return Model(init, apply)
