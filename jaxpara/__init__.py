@@ -1,5 +1,7 @@
 """Pure JAX functions, trained in parallel: over time, devices, experts, bits and ranks."""
 
+from jaxpara import nn as nn
+from jaxpara import train as train
 from jaxpara.recurrence import cells as cells
 from jaxpara.recurrence.choice import Choice as Choice
 from jaxpara.recurrence.choice import explain_choice as explain_choice
@@ -17,7 +19,9 @@ from jaxpara.recurrence.solvers import shooting as shooting
 from jaxpara.recurrence.structure import Block as Block
 from jaxpara.recurrence.structure import Dense as Dense
 from jaxpara.recurrence.structure import Diagonal as Diagonal
+from jaxpara.recurrence.structure import Structure as Structure
 from jaxpara.recurrence.structure import jacobian_structure as jacobian_structure
+from jaxpara.recurrence.system import Solver as Solver
 from jaxpara.types import Cell as Cell
 from jaxpara.types import Model as Model
 from jaxpara.types import TrainState as TrainState

@@ -49,17 +49,17 @@ def linear_recurrence(
     a, b = jnp.asarray(a), jnp.asarray(b)
     groups = _groups(a, b)
     dtype = jnp.result_type(a, b)
-    init = jnp.zeros(b.shape[1:], dtype) if init is None else jnp.asarray(init)
-    if init.shape != b.shape[1:]:
+    start = jnp.zeros(b.shape[1:], dtype) if init is None else jnp.asarray(init)
+    if start.shape != b.shape[1:]:
         raise ValueError(
-            f"init has shape {init.shape}; b has shape {b.shape} and expects {b.shape[1:]}"
+            f"init has shape {start.shape}; b has shape {b.shape} and expects {b.shape[1:]}"
         )
     method = _method(implementation, axis)
     if b.shape[0] == 0:
         return b.astype(dtype)
-    a, b, init = a.astype(dtype), b.astype(dtype), init.astype(dtype)
+    a, b, start = a.astype(dtype), b.astype(dtype), start.astype(dtype)
     if axis is not None:
-        init = vary_over(init, axis)
+        start = vary_over(start, axis)
     if reverse:
         a, b = a[::-1], b[::-1]
     if a.ndim == b.ndim:
@@ -68,8 +68,8 @@ def linear_recurrence(
         size = b.shape[-1]
         matrices = jnp.moveaxis(a.reshape(a.shape[0], math.prod(b.shape[1:-1]), size, size), 1, -1)
     settings = Settings(linear=method, axis=axis)
-    operator = block_operator(groups, [matrices], [jax.ShapeDtypeStruct(init.shape, dtype)])
-    (states,) = linear_solve(operator, [b], [init], settings, reverse)
+    operator = block_operator(groups, [matrices], [start])
+    (states,) = linear_solve(operator, [b], [start], settings, reverse)
     return states[::-1] if reverse else states
 
 

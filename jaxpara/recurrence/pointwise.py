@@ -38,7 +38,12 @@ class _Loop(NamedTuple):
 
 def newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
     """Pointwise Newton with the exact Jacobian of the proved structure."""
-    return _iterate(system, settings, guess, _newton_correction(system.groups, settings))
+    groups = system.groups
+
+    def blocks(pushed):
+        return jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
+
+    return _iterate(system, settings, guess, _newton_correction(groups, settings, blocks))
 
 
 def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
@@ -46,10 +51,14 @@ def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None
     shapes = [leaf.shape for leaf in system.init]
     diagonal = tuple(Group((i,), (tuple(range(len(s))),)) for i, s in enumerate(shapes))
 
-    def keep_diagonal(tangents):
+    def own(*tangents):
         return [_own_element(system.groups, t, i, system.init) for i, t in enumerate(tangents)]
 
-    return _iterate(system, settings, guess, _newton_correction(diagonal, settings, keep_diagonal))
+    def blocks(pushed):
+        rows = jax.vmap(own)(*pushed)
+        return [r.reshape(r.shape[0], 1, 1, math.prod(r.shape[1:])) for r in rows]
+
+    return _iterate(system, settings, guess, _newton_correction(diagonal, settings, blocks))
 
 
 def jacobi(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
@@ -63,18 +72,15 @@ def _own_element(groups: Groups, tangents: jax.Array, leaf: int, like: Leaves) -
     return jnp.sum(tangents * unit, axis=0)
 
 
-def _newton_correction(groups: Groups, settings: Settings, reduce: Callable | None = None):
+def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
+    """`blocks` makes Jacobians `[time, K, K, N]` of tangents `[time, Kmax, *leaf]`."""
+
     def correct(system, before, after, states, xs):
         unit = jacobian.basis(system.groups, [b[0] for b in before])
         unit = vary_like(unit, before)
         pushed = jax.vmap(lambda s, x: system.push(s, x, unit)[1])(list(before), xs)
-        if reduce is not None:
-            own = jax.vmap(lambda *p: reduce(p))(*pushed)
-            matrices = [o.reshape(o.shape[0], 1, 1, math.prod(o.shape[1:])) for o in own]
-        else:
-            matrices = jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
         like = [b[0] for b in before]
-        operator = block_operator(groups, matrices, like)
+        operator = block_operator(groups, blocks(pushed), like)
         gap = [a - s for a, s in zip(after, states, strict=True)]
         still = [jnp.zeros_like(leaf) for leaf in like]
         linear = settings._replace(chunks=None)

@@ -41,6 +41,7 @@ class _Spec(NamedTuple):
     """Everything static about a solve; hashable, so equal calls share a compilation."""
 
     body: Body
+    solver: Solver
     choice: Choice
     reverse: bool
     unroll: int | bool
@@ -121,11 +122,11 @@ def solve_scan(
     if choice.solver is None:
         carry, ys = lax.scan(f, init, xs, length, reverse, unroll)
         return (carry, ys), _sequential_info(carry, init)
-    spec = _Spec(traced.body, choice, reverse, unroll)
+    spec = _Spec(traced.body, choice.solver, choice, reverse, unroll)
     leaves = None if guess is None else jax.tree.leaves(guess)
     flat, info, starts = jaxpara_solve(spec, traced.consts, traced.init, traced.xs, leaves)
     out = jax.tree.unflatten(traced.out_tree, flat)
-    return out, SolveInfo(*info, _as_carry(traced, starts))
+    return out, SolveInfo(*info, starts=_as_carry(traced, starts))
 
 
 def _sequential_info(carry, init) -> SolveInfo:
@@ -153,7 +154,7 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
     the same `f` compiles nothing, and named so that a jaxpr search can pass over it.
     """
     body, choice = spec.body, spec.choice
-    axis = timeaxis.along(choice.solver.settings.axis, spec.reverse)
+    axis = timeaxis.along(spec.solver.settings.axis, spec.reverse)
     length = choice.length
     # With neither xs nor integer leaves the steps still need something to count.
     inputs = [*_run_ahead(spec, consts, init, xs, length), *xs]
@@ -173,9 +174,7 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
         new, ys = body(consts, carry, x[len(body.others) :])
         return [new[i] for i in body.floats], [ys[i] for i in kept]
 
-    problem = Problem(
-        step, choice.groups, choice.solver, choice.vjp_only, spec.reverse, spec.unroll
-    )
+    problem = Problem(step, choice.groups, spec.solver, choice.vjp_only, spec.reverse, spec.unroll)
     states, outputs, *info, starts = solve(
         problem, choice.derivative, consts, floats, counted, guess
     )
@@ -225,4 +224,4 @@ def _last_others(spec: _Spec, consts, init, inputs, xs):
     return [new[i] for i in body.others]
 
 
-assert jaxpara_solve.__name__ == SOLVE_NAME
+assert getattr(jaxpara_solve, "__name__") == SOLVE_NAME  # noqa: B009

@@ -38,12 +38,17 @@ def shooting(
 
     Args:
       chunks: time chunks (per device); default about the square root of the length.
-      tol: accepted residual relative to the size of the state; default 8 ulp.
+      tol: accepted residual of an element, relative to the largest magnitude that it has
+        had up to that step; there is no absolute part. Default 8 ulp of its dtype, 2
+        below float32.
       max_iters: iterations before the rest is completed sequentially.
       axis: mesh axis over which time is sharded, inside `shard_map`: `xs` and `ys` are
         local shards, the initial and the final carry are replicated.
       structure: overrides the proved Jacobian structure, e.g. `jp.Diagonal()`.
       debug: check the structure against one random vjp and raise if it is too sparse.
+
+    Returns:
+      A `Solver` for `newton_scan` and `solve_scan`.
 
     Raises:
       ValueError: a setting out of range.
@@ -79,6 +84,9 @@ def newton(
       linear: how the linear recurrence of an iteration is solved: "sequential",
         "associative" or "chunked".
 
+    Returns:
+      A `Solver` for `newton_scan` and `solve_scan`.
+
     Raises:
       ValueError: a setting out of range.
 
@@ -107,6 +115,9 @@ def quasi_newton(
     Args:
       tol, max_iters, linear, axis, structure, debug: as for `newton`.
 
+    Returns:
+      A `Solver` for `newton_scan` and `solve_scan`.
+
     Raises:
       ValueError: a setting out of range.
 
@@ -129,14 +140,20 @@ def jacobi(
 ) -> Solver:
     """Jacobi (Picard) iteration: the step applied to all times at once.
 
-    Converges in about as many iterations as the recurrence has memory; no Jacobians.
+    Converges in about as many iterations as the recurrence has memory; no Jacobians
+    but for the adjoint.
 
     Args:
       tol, max_iters, axis, structure, debug: as for `shooting`.
       linear: how the adjoint is solved, see `newton`.
 
+    Returns:
+      A `Solver` for `newton_scan` and `solve_scan`.
+
     Raises:
       ValueError: a setting out of range.
+
+    References: [deer]
     """
     settings = _settings(
         tol=tol, max_iters=max_iters, linear=linear, axis=axis, structure=structure, debug=debug
@@ -152,6 +169,11 @@ def sequential(*, structure: Structure | None = None, debug: bool = False) -> So
 
     Args:
       structure, debug: as for `shooting`.
+
+    Returns:
+      A `Solver` for `newton_scan` and `solve_scan`.
+
+    References: [jax]
     """
     return Solver(run_sequential, _settings(linear="sequential", structure=structure, debug=debug))
 
@@ -162,5 +184,9 @@ def auto(*, platform: str | None = None) -> Auto:
     Args:
       platform: "cpu", "gpu" or "tpu"; default the default backend. See
         `jp.explain_choice` for what is chosen and why.
+
+    Returns:
+      What `solver=None` means: the choice is made by the call, from its platform,
+      structure and shapes.
     """
     return Auto(platform)
