@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxpara.recurrence import blocks
+from jaxpara.recurrence import jacobian
 from jaxpara.recurrence.structure import Block, Dense, Diagonal, jacobian_structure
 
 B, D, H, W = 2, 4, 2, 3
@@ -341,15 +341,12 @@ def test_blocks_hold_the_whole_jacobian(name):
             sum(np.tensordot(d, p, p.ndim) for d, p in zip(row, vector, strict=True)) for row in jac
         ]
 
-    basis = map(np.asarray, blocks.basis(groups, case.shapes, [np.float32] * len(case.shapes)))
-    pushed = [np.stack(leaf) for leaf in zip(*map(apply, zip(*basis, strict=True)), strict=True)]
+    unit = map(np.asarray, jacobian.basis(groups, probe))
+    pushed = [np.stack(leaf) for leaf in zip(*map(apply, zip(*unit, strict=True)), strict=True)]
+    matrices = jacobian.gather_columns(groups, pushed)
     rows = [
-        np.einsum("nij,nj->ni", block, p)
-        for block, p in zip(
-            blocks.blocks_from_tangents(groups, pushed),
-            blocks.to_blocks(groups, probe),
-            strict=True,
-        )
+        np.einsum("ijn,jn->in", matrix, p)
+        for matrix, p in zip(matrices, jacobian.to_lanes(groups, probe), strict=True)
     ]
-    for a, b in zip(blocks.from_blocks(groups, rows, probe), apply(probe), strict=True):
+    for a, b in zip(jacobian.from_lanes(groups, rows, probe), apply(probe), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)

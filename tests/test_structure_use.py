@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.extend import core
 
-from jaxpara.recurrence import blocks
+from jaxpara.recurrence import jacobian
 from jaxpara.recurrence.blocks import Group
 from jaxpara.recurrence.structure import (
     Block,
@@ -171,23 +171,51 @@ def test_an_override_that_cannot_be_says_why(structure, message):
 # Layout ------------------------------------------------------------------------------------------
 
 
-def test_from_blocks_undoes_to_blocks_and_keeps_dtypes():
+def test_from_lanes_undoes_to_lanes_and_keeps_dtypes():
     groups = (Group((0, 2), ((1,), (0,))), Group((1,), ((0, 1),)))
     leaves = [
         jnp.arange(24.0).reshape(2, 3, 4),
         jnp.arange(4.0).reshape(2, 2),
         jnp.arange(3.0).astype(jnp.bfloat16),
     ]
-    held = blocks.to_blocks(groups, leaves)
-    assert [b.shape for b in held] == [(3, 9), (4, 1)]
-    np.testing.assert_array_equal(held[0][1], [4, 5, 6, 7, 16, 17, 18, 19, 1])
-    back = blocks.from_blocks(groups, held, leaves)
+    held = jacobian.to_lanes(groups, leaves)
+    assert [lanes.shape for lanes in held] == [(9, 3), (1, 4)]
+    np.testing.assert_array_equal(held[0][:, 1], [4, 5, 6, 7, 16, 17, 18, 19, 1])
+    back = jacobian.from_lanes(groups, held, leaves)
     for a, b in zip(leaves, back, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
 
 
-def test_jacobian_blocks_are_the_jacobians_of_the_blocks():
+def test_spread_columns_undoes_gather_columns_up_to_columns_that_a_group_lacks():
+    groups = (Group((0,), ((0,),)), Group((1,), ((0,),)))
+    like = [jnp.zeros((2, 3)), jnp.zeros(4)]
+    columns = [jnp.arange(18.0).reshape(3, 2, 3), jnp.arange(12.0).reshape(3, 4)]
+    matrices = jacobian.gather_columns(groups, columns)
+    assert [m.shape for m in matrices] == [(3, 3, 2), (1, 1, 4)]
+    # Entry [i, j, n] is element i of block n in column j.
+    np.testing.assert_array_equal(matrices[0][2, 1], columns[0][1, :, 2])
+    back = jacobian.spread_columns(groups, matrices, like)
+    np.testing.assert_array_equal(back[0], columns[0])
+    np.testing.assert_array_equal(back[1], columns[1] * np.array([[1], [0], [0]]))
+
+
+@pytest.mark.parametrize("size", [1, 3, 9])  # elementwise, unrolled, and by matrix products
+def test_products_of_blocks_are_those_of_their_matrices(size):
+    k_a, k_b, k_v = jax.random.split(jax.random.key(0), 3)
+    a, b = (jax.random.normal(k, (size, size, 5)) for k in (k_a, k_b))
+    v = jax.random.normal(k_v, (size, 5))
+    for got, subscripts, operands in (
+        (jacobian.multiply([a], [b]), "ikn,kjn->ijn", (a, b)),
+        (jacobian.apply([a], [v]), "ijn,jn->in", (a, v)),
+        (jacobian.apply([a], [v], transpose=True), "ijn,in->jn", (a, v)),
+    ):
+        exact = np.einsum(subscripts, *(np.asarray(x, np.float64) for x in operands))
+        np.testing.assert_allclose(got[0], exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reverse_mode", [False, True])
+def test_blocks_of_are_the_jacobians_of_the_blocks(reverse_mode):
     w = jax.random.normal(jax.random.key(0), (4, 3, 3))
 
     def step(leaves):
@@ -195,11 +223,10 @@ def test_jacobian_blocks_are_the_jacobians_of_the_blocks():
 
     h = jax.random.normal(jax.random.key(1), (2, 4, 3))
     groups = Block(coupled=1).resolve([h.shape])
-    (value,), (got,) = blocks.jacobian_blocks(groups, step, [h])
-    np.testing.assert_allclose(value, step([h])[0], rtol=1e-6)
+    (got,) = jacobian.blocks_of(step, [h], groups, reverse_mode)
     full = jax.jacrev(lambda h: step([h])[0])(h)
     expected = [full[b, k, :, b, k, :] for b in range(2) for k in range(4)]
-    np.testing.assert_allclose(got, np.stack(expected), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jnp.moveaxis(got, -1, 0), expected, rtol=1e-5, atol=1e-6)
 
 
 # The check ---------------------------------------------------------------------------------------
@@ -215,6 +242,18 @@ def test_check_structure_accepts_what_is_true_and_names_the_leaf_that_is_not():
     for wrong in (Diagonal(), Block()):
         with pytest.raises(ValueError, match=r"too sparse.*leaf 1 \(shape \(4,\)\) deviates by"):
             check_structure(wrong, mixing, leaves, key)
+
+
+def test_check_structure_takes_a_step_with_a_custom_vjp():
+    @jax.custom_vjp
+    def double(h):
+        return 2 * h
+
+    double.defvjp(lambda h: (2 * h, None), lambda _, g: (2 * g,))
+    leaves, key = [jnp.ones(4)], jax.random.key(0)
+    check_structure(Diagonal(), lambda s: [double(s[0])], leaves, key)
+    with pytest.raises(ValueError, match="leaf 0"):
+        check_structure(Diagonal(), lambda s: [double(jnp.roll(s[0], 1))], leaves, key)
 
 
 def test_check_structure_works_under_jit():

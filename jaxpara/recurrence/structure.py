@@ -18,17 +18,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Key, PyTree
 
 from jaxpara import compat
-from jaxpara.recurrence.blocks import (
-    Group,
-    Groups,
-    Shape,
-    block_size,
-    coupled_axes,
-    coupled_size,
-    from_blocks,
-    jacobian_blocks,
-    to_blocks,
-)
+from jaxpara.recurrence import jacobian
+from jaxpara.recurrence.blocks import Group, Groups, Shape, block_size, coupled_axes, coupled_size
 from jaxpara.recurrence.kinds import Block, Dense, Diagonal, Structure, largest
 from jaxpara.recurrence.patterns import TooLarge, axis_patterns, element_sets
 from jaxpara.recurrence.propagate import NotAnalysable, Rules, propagate
@@ -269,12 +260,10 @@ def check_structure(
     ]
     _, pull = jax.vjp(lambda *x: list(f(list(x))), *leaves)
     exact = pull(cotangents)
-    _, blocks = jacobian_blocks(groups, f, leaves)
-    rows = [
-        jnp.einsum("nij,ni->nj", block, u)
-        for block, u in zip(blocks, to_blocks(groups, cotangents), strict=True)
-    ]
-    claimed = from_blocks(groups, rows, leaves)
+    # By vjps, which every differentiable step has; a custom_vjp has nothing else.
+    blocks = jacobian.blocks_of(f, leaves, groups, reverse_mode=True)
+    rows = jacobian.apply(blocks, jacobian.to_lanes(groups, cotangents), transpose=True)
+    claimed = jacobian.from_lanes(groups, rows, leaves)
     # A value that is not finite says nothing about the structure.
     gaps = [
         jnp.max(jnp.where(jnp.isfinite(a), jnp.abs(a - b), 0), initial=0)
