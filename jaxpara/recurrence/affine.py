@@ -85,7 +85,9 @@ def forward(
 def transposed(
     operator: Operator, g: Leaves, settings: Settings, reverse: bool = False
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """All `w_t` of `w_t = g_t + J_{t+1}^T w_{t+1}`, and `J_1^T w_1` (zero on all devices but the first).
+    """All `w_t` of `w_t = g_t + J_{t+1}^T w_{t+1}`, and `J_1^T w_1`.
+
+    The latter is zero on all devices but the first.
 
     Args:
       operator: `J_t`, in scan order.
@@ -93,6 +95,15 @@ def transposed(
       settings, reverse: as for `forward`.
     """
     zero = [jnp.zeros_like(g_[0]) for g_ in g]
+
+    def step(u, inputs):
+        data, g_t = inputs
+        w = [a + b for a, b in zip(u, g_t, strict=True)]
+        return operator.pull(data, w), w
+
+    if _method(operator, settings) == "sequential":
+        into, w = lax.scan(step, zero, (operator.data, list(g)), reverse=True)
+        return w, into
     flipped = jax.tree.map(lambda leaf: leaf[::-1], (operator.data, list(g)))
     if _method(operator, settings) == "associative":
         matrices = [jnp.swapaxes(m, 1, 2) for m in flipped[0]]
@@ -101,11 +112,6 @@ def transposed(
         before = [jnp.concatenate([z[None], u_[:-1]]) for z, u_ in zip(zero, u, strict=True)]
         w = [a + b for a, b in zip(before, flipped[1], strict=True)]
         return [w_[::-1] for w_ in w], [u_[-1] for u_ in u]
-
-    def step(u, inputs):
-        data, g_t = inputs
-        w = [a + b for a, b in zip(u, g_t, strict=True)]
-        return operator.pull(data, w), w
 
     backwards = operator._replace(data=flipped[0])
     states, w = _run(step, operator.pull, backwards, flipped[1], zero, settings, not reverse)
