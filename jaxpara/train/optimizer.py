@@ -13,6 +13,14 @@ def decay_mask(params: Params) -> Params:
 
     By name and not by number of axes, because the layers of a decoder are stacked and a vector
     then has two axes.
+
+    Args:
+      params: any pytree; names are dict keys or attribute names.
+
+    Returns:
+      A pytree of booleans of the same structure, for the `mask` of an optax weight decay.
+
+    References: [adamw].
     """
 
     def is_kernel(path, leaf):
