@@ -184,8 +184,16 @@ def test_every_folder_of_the_library_is_a_package_and_the_wheel_holds_only_the_l
         assert (path.parent / "__init__.py").exists(), f"{name_of(path.parent)} has no __init__.py"
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert tools["packages"]["find"]["include"] == ["jaxpara*", "pallas_kernels*"]
-    assert tools["package-data"]["jaxpara"] == ["py.typed"]
     assert (ROOT / "jaxpara/py.typed").exists()
+    # Every file of the library that is not Python is packed, and no pattern is idle.
+    patterns = tools["package-data"]["jaxpara"]
+    data = {
+        p
+        for p in (ROOT / "jaxpara").rglob("*")
+        if p.is_file() and p.suffix not in (".py", ".pyc") and not p.name.startswith(".")
+    }
+    packed = [set((ROOT / "jaxpara").glob(pattern)) for pattern in patterns]
+    assert set().union(*packed) == data and all(packed), patterns
 
 
 def test_no_config_is_partial_and_objects_are_built_in_main_only():
