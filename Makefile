@@ -21,14 +21,14 @@ setup: ## make or refresh the environment in .venv
 run: setup ## train the default language model (ARGS="steps=4000" and other Hydra overrides)
 	$(PY) -m experiments.train experiment=lm $(ARGS)
 
-test: setup ## run all tests (on a CPU; the GPU ones are skipped)
-	$(PY) -m pytest $(ARGS)
+test: setup ## run all tests (on a CPU; the GPU ones are skipped), two processes, a file to each
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup ## ruff, types and the fast tests, under three minutes
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
-	$(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 bench: setup ## solvers against lax.scan and others (ARGS="suite=recurrence_full")
 	$(PY) -m experiments.bench $(ARGS)
