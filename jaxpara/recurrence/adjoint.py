@@ -32,6 +32,7 @@ from jaxpara.recurrence.leaves import (
     unfill,
     without_zeros,
 )
+from jaxpara.recurrence.sequential import only_kept, sequential
 from jaxpara.recurrence.system import Leaves, Settings, Solver, System
 
 # Jacobians are materialised up to these block sizes: a batched evaluation over all
@@ -60,43 +61,59 @@ class Problem(NamedTuple):
     unroll: int | bool
 
 
-def solve(problem: Problem, derivative: str, consts, init, xs, guess):
-    """`(states, outputs, converged, iterations, residual, fallback_steps, starts)`.
+def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init, xs, guess):
+    """`(end, kept states, outputs, converged, iterations, residual, fallback_steps, starts)`.
 
-    States and outputs are differentiable in `consts`, `init` and `xs`.
+    End, states and outputs are differentiable in `consts`, `init` and `xs`.
 
     Args:
       problem: what to solve.
       derivative: "general" or "reverse".
+      keep: the leaves whose states after every step are wanted; a sequential solve
+        that is not differentiated stores no others.
       consts, init, xs: lists of leaves; `xs` with leading time.
       guess: starts of an earlier solve, or None.
     """
 
-    def primal(consts, init, xs, guess):
-        solution = problem.solver.solve(
-            _system(problem, consts, init, xs), problem.solver.settings, guess
-        )
-        ys = list(solution.ys)
-        inert.update(outputs=shapes_of(ys), diagnostics=shapes_of(solution[2:]))
+    settings = problem.solver.settings
+
+    def packed(states, ys, diagnostics):
+        inert.update(outputs=shapes_of(ys), diagnostics=shapes_of(diagnostics))
         smooth = [y for y in ys if differentiable(y)]
         # Integers leave the rule as floats: the tangent of an integer has a type of
         # its own that cannot vary over a mesh axis.
         rest = [as_float(y) for y in ys if not differentiable(y)]
-        return list(solution.states), smooth, (rest, jax.tree.map(as_float, solution[2:]))
+        return states, smooth, (rest, jax.tree.map(as_float, diagnostics))
+
+    def full(*operands):
+        system = _system(problem, *operands[:3])
+        solution = problem.solver.solve(system, settings, operands[3])
+        return packed(list(solution.states), list(solution.ys), solution[2:])
+
+    def wanted(out):
+        states, smooth, rest = out
+        return ([s[-1] for s in states], [states[i] for i in keep]), smooth, rest
+
+    def light(*operands):
+        if problem.solver.solve is not sequential:
+            return wanted(full(*operands))
+        states, ys, diagnostics = only_kept(_system(problem, *operands[:3]), keep)
+        return packed(states, ys, diagnostics)
 
     inert = {}
     # Behind a sequential solve the blocked general rule is also the fastest reverse one.
-    if problem.solver.settings.linear == "sequential" and not problem.vjp_only:
+    if settings.linear == "sequential" and not problem.vjp_only:
         derivative = "general"
     rule = {"general": _general, "reverse": _reverse}[derivative]
-    states, smooth, rest = rule(problem, primal)(list(consts), list(init), list(xs), guess)
+    run = rule(problem, full, light, wanted)
+    (end, states), smooth, rest = run(list(consts), list(init), list(xs), guess)
     rest, diagnostics = jax.tree.map(lax.stop_gradient, rest)
     smooth, rest = iter(smooth), iter(rest)
     ys = [
         next(smooth) if differentiable(like) else as_before(next(rest), like)
         for like in inert["outputs"]
     ]
-    return (states, ys, *jax.tree.map(as_before, diagnostics, inert["diagnostics"]))
+    return (end, states, ys, *jax.tree.map(as_before, diagnostics, inert["diagnostics"]))
 
 
 def _system(problem: Problem, consts, init, xs) -> System:
@@ -149,17 +166,21 @@ def _operator(problem: Problem, consts, before: Leaves, xs) -> Operator:
     return Operator((list(before), xs), push, pull, problem.groups, False)
 
 
-def _general(problem: Problem, primal):
+def _general(problem: Problem, full, light, wanted):
     settings = problem.solver.settings
     axis = timeaxis.along(settings.axis, problem.reverse)
 
     @jax.custom_jvp
     def run(consts, init, xs, guess):
-        return primal(consts, init, xs, guess)
+        return light(consts, init, xs, guess)
+
+    @jax.custom_jvp
+    def run_full(consts, init, xs, guess):
+        return full(consts, init, xs, guess)
 
     def rule(primals, tangents):
         consts, init, xs, guess = primals
-        out = run(consts, init, xs, guess)
+        out = run_full(consts, init, xs, guess)
         states, _, rest = out
         d_consts, d_init, d_xs = [without_zeros(t) for t in tangents[:3]]
         d_init = [jnp.zeros_like(i) if d is None else d for d, i in zip(d_init, init, strict=True)]
@@ -168,7 +189,12 @@ def _general(problem: Problem, primal):
         delta, dy, _ = along(problem, consts, d_consts, d_init, (before, xs, d_xs))
         return out, (delta, dy, jax.tree.map(jnp.zeros_like, rest))
 
-    run.defjvp(rule, symbolic_zeros=True)
+    def rule_wanted(primals, tangents):
+        out, d_out = rule(primals, tangents)
+        return wanted(out), wanted(d_out)
+
+    run_full.defjvp(rule, symbolic_zeros=True)
+    run.defjvp(rule_wanted, symbolic_zeros=True)
     return run
 
 
@@ -264,21 +290,24 @@ def linear_solve(
     )
 
 
-def _reverse(problem: Problem, primal):
+def _reverse(problem: Problem, full, light, wanted):
     settings = problem.solver.settings
     axis = timeaxis.along(settings.axis, problem.reverse)
 
     @jax.custom_vjp
     def run(consts, init, xs, guess):
-        return primal(consts, init, xs, guess)
+        return light(consts, init, xs, guess)
 
     def run_forward(consts, init, xs, guess):
-        out = primal(consts, init, xs, guess)
-        return out, (consts, init, xs, out[0])
+        out = full(consts, init, xs, guess)
+        return wanted(out), (consts, init, xs, out[0])
 
     def run_backward(residuals, cotangents):
         consts, init, xs, states = residuals
-        g, g_ys, _ = cotangents
+        seen_by, g_ys, rest = cotangents
+        # `wanted` is linear in the states: its transpose spreads their cotangents.
+        spread = jax.linear_transpose(lambda s: wanted((s, g_ys, rest))[0], states)
+        (g,) = spread(seen_by)
         before = preceding(axis, init, states)
         operator = _operator(problem, consts, before, xs)
         (c, x), fill = floating((consts, xs))

@@ -124,9 +124,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     if isinstance(solver, Auto):
         platform = solver.platform or jax.default_backend()
         elements = sum(math.prod(shape) for shape in shapes)
-        solver, reason = rule.pick(
-            platform, steps=traced.length, elements=elements, block=size, derivative=derivative
-        )
+        solver, reason = rule.pick(platform, steps=traced.length, elements=elements, block=size)
     return Choice(solver, mode, structure, groups, vjp_only, traced.length, reason)
 
 

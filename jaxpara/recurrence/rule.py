@@ -1,10 +1,73 @@
-"""The fitted rule of `jp.auto`."""
+"""The rule of `jp.auto`: a map of measurements, looked up at the nearest point.
+
+`choice_<platform>.json` holds, for block size, length and size of the state, how much
+faster than `lax.scan` (forward and backward, with its own derivative) each path was;
+`python -m experiments.fit_choice` measures it again on another machine.
+"""
+
+import functools
+import importlib.resources
+import json
+import math
+from typing import Any
 
 from jaxpara.recurrence.sequential import sequential
+from jaxpara.recurrence.shooting import shoot
 from jaxpara.recurrence.system import Settings, Solver
 
-IMPLICIT = Solver(sequential, Settings(linear="sequential"))
+# What a point of the map can name, besides plain `lax.scan`.
+PATHS = {
+    "implicit": Solver(sequential, Settings(linear="sequential")),
+    "shooting": Solver(shoot, Settings()),
+}
+
+# A path is taken if it gained at least this much: smaller gains are within noise.
+_WORTH = 1.1
+
+# Without a map: on an accelerator every step of lax.scan costs a launch of its own, so
+# a recurrence with small blocks is solved in parallel as soon as it is long.
+_LONG = 256
+_SMALL_BLOCK = 8
 
 
-def pick(platform, *, steps, elements, block, derivative):
-    return IMPLICIT, "placeholder"
+def pick(platform: str, *, steps: int, elements: int, block: int) -> tuple[Solver | None, str]:
+    """The path for a call, and why.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      steps: length of the recurrence.
+      elements: floating elements of the carry, batch included.
+      block: largest block of the Jacobian.
+
+    Returns:
+      A solver, or None for plain `lax.scan`; and the reason, in words.
+    """
+    measured = _map(platform)
+    if measured is None:
+        if platform != "cpu" and steps >= _LONG and block <= _SMALL_BLOCK:
+            return PATHS["shooting"], f"{steps} steps on a {platform} (a guess: not measured)"
+        return PATHS["implicit"], f"the default on a {platform} (a guess: not measured)"
+    point = min(measured["points"], key=lambda p: _distance(p, steps, elements, block))
+    name, gain = max(point["speedup"].items(), key=lambda item: item[1])
+    where = (
+        f"{gain:.2g} times lax.scan with its own derivative, measured at block {point['block']}, "
+        f"{point['steps']} steps, {point['elements']} elements on {measured['device']}"
+    )
+    if gain < _WORTH:
+        return None, f"{name} is only {where}"
+    return PATHS[name], where
+
+
+def _distance(point: dict[str, Any], steps: int, elements: int, block: int) -> float:
+    """Distance in doublings; block size counts most, it changes the kind of work."""
+    return (
+        abs(math.log2(point["steps"] / max(1, steps)))
+        + abs(math.log2(point["elements"] / max(1, elements)))
+        + 4 * abs(math.log2(point["block"] / max(1, block)))
+    )
+
+
+@functools.cache
+def _map(platform: str) -> dict[str, Any] | None:
+    file = importlib.resources.files("jaxpara.recurrence") / f"choice_{platform}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -13,6 +13,7 @@ from jaxpara.recurrence import timeaxis
 from jaxpara.recurrence.adjoint import Problem, solve
 from jaxpara.recurrence.choice import Auto, Choice, decide
 from jaxpara.recurrence.lanes import vary_over
+from jaxpara.recurrence.structure import check_structure
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import SOLVE_NAME, Body, Traced, trace
 
@@ -175,10 +176,16 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
         return [new[i] for i in body.floats], [ys[i] for i in kept]
 
     problem = Problem(step, choice.groups, spec.solver, choice.vjp_only, spec.reverse, spec.unroll)
-    states, outputs, *info, starts = solve(
-        problem, choice.derivative, consts, floats, counted, guess
+    aliased = tuple(sorted({alias for alias in body.aliases if alias is not None}))
+    last, states, outputs, *info, starts = solve(
+        problem, choice.derivative, aliased, consts, floats, counted, guess
     )
-    last = [s[-1] for s in states]
+    states = dict(zip(aliased, states, strict=True))
+    if spec.solver.settings.debug:
+        # At the state that the solve ended in, with the input of the last step.
+        row = [x[-1] for x in counted]
+        at = lax.stop_gradient(last)
+        check_structure(choice.structure, lambda s: step(consts, s, row)[0], at, jax.random.key(0))
     if axis is not None:
         last = axis.from_rank(last, axis.size - 1)
         info = axis.agree(info)

@@ -19,12 +19,23 @@ def sequential(system: System, settings: Settings, guess: Leaves | None = None) 
             "use shooting(axis=...) or gather the sequence first"
         )
 
+    states, ys, diagnostics = only_kept(system, tuple(range(len(system.init))))
+    return Solution(states[1], ys, *diagnostics)
+
+
+def only_kept(system: System, keep: tuple[int, ...]):
+    """The recurrence step by step, storing the states of the leaves `keep` alone.
+
+    Returns:
+      `((end, kept states), outputs, diagnostics)`, the last as in `Solution`.
+    """
+
     def step(state, x):
         state, ys = system.step(state, x)
-        return list(state), (list(state), ys)
+        return list(state), ([state[i] for i in keep], ys)
 
     init = list(system.init)
-    _, (states, ys) = lax.scan(step, init, system.xs, unroll=system.unroll)
+    end, (kept, ys) = lax.scan(step, init, system.xs, unroll=system.unroll)
     zero = jnp.zeros((), jnp.int32)
     starts = [leaf[None] for leaf in init]
-    return Solution(states, ys, jnp.ones((), bool), zero, jnp.zeros(()), zero, starts)
+    return (end, kept), list(ys), (jnp.ones((), bool), zero, jnp.zeros(()), zero, starts)

@@ -1,0 +1,156 @@
+"""Fits the rule of `jp.auto` on this machine: `python -m experiments.fit_choice`.
+
+Measures, over a grid of lengths, widths and Jacobian block sizes, how much faster than
+`lax.scan` (forward and backward, with JAX's own derivative) each path of `newton_scan`
+is, and writes the points as the data that the rule looks up.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import jax
+import jax.numpy as jnp
+from hydra.utils import instantiate
+from jax import lax
+from omegaconf import DictConfig
+from rich.console import Console
+
+import jaxpara as jp
+from experiments.commandline import guarded
+from experiments.recurrence_problem import Problem, make_problem
+from experiments.timing import measure, prepare
+
+
+def dense_problem(time: int, batch: int, state: int, seed: int = 0) -> Problem:
+    """A dense tanh recurrence, whose Jacobian is one block a sequence."""
+    k_weight, k_gates, k_cotangent = jax.random.split(jax.random.key(seed), 3)
+
+    def step(params, h, gates):
+        h = jnp.tanh(h @ params["recurrent"] + gates[0])
+        return h, h
+
+    return Problem(
+        step=step,
+        params={"recurrent": jax.random.normal(k_weight, (state, state)) / (2 * state**0.5)},
+        init=jnp.zeros((batch, state)),
+        gates=(jax.random.normal(k_gates, (time, batch, state)),),
+        cotangent=jax.random.normal(k_cotangent, (time, batch, state)),
+    )
+
+
+def make(cell: str, time: int, batch: int, state: int) -> Problem:
+    """The problem of one grid point; `dense` is the tanh recurrence above."""
+    if cell == "dense":
+        return dense_problem(time, batch, state)
+    return make_problem(cell, time, batch, state)
+
+
+def forward_backward(scan: Callable[..., Any], step: Any) -> Callable[..., Any]:
+    """Outputs and all gradients through any function of `lax.scan`'s type."""
+
+    def run(params, init, gates, cotangent):
+        def outputs(params, init, gates):
+            return scan(lambda h, x: step(params, h, x), init, gates)[1]
+
+        ys, pull = jax.vjp(outputs, params, init, gates)
+        return ys, pull(cotangent)
+
+    return run
+
+
+def measure_point(
+    cell: str, shape: tuple[int, int, int], paths: dict[str, Any], rounds: int, budget_s: float
+) -> dict[str, Any]:
+    """One point of the map: speed-ups of every path over `lax.scan`."""
+    problem = make(cell, *shape)
+    data = (problem.params, problem.init, problem.gates, problem.cotangent)
+
+    def through(solver):
+        def scan(f, init, xs):
+            return jp.newton_scan(f, init, xs, solver=solver)
+
+        return scan
+
+    calls = {"scan": prepare(forward_backward(lax.scan, problem.step), *data)}
+    for name, solver in paths.items():
+        calls[name] = prepare(forward_backward(through(solver), problem.step), *data)
+    timings = measure(calls, rounds=rounds, budget_s=budget_s)
+    first = jax.tree.map(lambda gate: gate[0], problem.gates)
+    structure = jp.jacobian_structure(
+        lambda h, x: problem.step(problem.params, h, x), problem.init, first
+    )
+    leaves = jax.tree.leaves(problem.init)
+    return {
+        "cell": cell,
+        "block": structure.size([leaf.shape for leaf in leaves]),
+        "steps": shape[0],
+        "elements": sum(leaf.size for leaf in leaves),
+        "speedup": {n: timings["scan"].median / timings[n].median for n in paths},
+        "spread": {n: [t.low * 1e3, t.median * 1e3, t.high * 1e3] for n, t in timings.items()},
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits: the map is data that people read."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def fit(
+    grid: dict[str, list[list[int]]],
+    paths: dict[str, Any],
+    rounds: int,
+    budget_s: float,
+    output: Path,
+    console: Console,
+) -> None:
+    """Measures every point and writes the map."""
+    points = []
+    for cell, shapes in grid.items():
+        for shape in shapes:
+            point = rounded(measure_point(cell, tuple(shape), paths, rounds, budget_s))
+            points.append(point)
+            gains = ", ".join(f"{n} {s:.2f}x" for n, s in point["speedup"].items())
+            console.print(f"{cell} T, B, D = {shape}: {gains}", highlight=False)
+            jax.clear_caches()
+    record = {
+        "platform": jax.default_backend(),
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "jax": importlib.metadata.version("jax"),
+        "date": datetime.date.today().isoformat(),
+        "points": points,
+    }
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(f"wrote {len(points)} points to {output}")
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="fit_choice")
+def main(config: DictConfig) -> None:
+    """Entry of `python -m experiments.fit_choice`."""
+
+    def program():
+        settings = instantiate(config, _convert_="all")
+        name = f"choice_{jax.default_backend()}.json"
+        fit(
+            settings["grid"],
+            settings["paths"],
+            settings["rounds"],
+            settings["budget_s"],
+            Path(settings["output"] or Path(jp.__file__).parent / "recurrence" / name),
+            Console(),
+        )
+
+    guarded(program)
+
+
+if __name__ == "__main__":
+    main()
