@@ -181,7 +181,7 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
         problem, choice.derivative, aliased, consts, floats, counted, guess
     )
     states = dict(zip(aliased, states, strict=True))
-    if spec.solver.settings.debug:
+    if spec.solver.settings.debug and choice.structure is not None:
         # At the state that the solve ended in, with the input of the last step.
         row = [x[-1] for x in counted]
         at = lax.stop_gradient(last)

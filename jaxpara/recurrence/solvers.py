@@ -45,7 +45,8 @@ def shooting(
       axis: mesh axis over which time is sharded, inside `shard_map`: `xs` and `ys` are
         local shards, the initial and the final carry are replicated.
       structure: overrides the proved Jacobian structure, e.g. `jp.Diagonal()`.
-      debug: check the structure against one random vjp and raise if it is too sparse.
+      debug: check the structure against one random vjp of the step, at the state that
+        the solve ended in, and raise if it is too sparse.
 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
@@ -109,8 +110,9 @@ def quasi_newton(
 ) -> Solver:
     """Pointwise Newton with only the diagonal of the Jacobian.
 
-    For dense cells: linear memory and cost an iteration, more iterations. The same as
-    `newton` for diagonal cells. The adjoint always uses the full Jacobian.
+    For dense cells: the linear recurrence of an iteration is diagonal, in exchange for
+    more iterations. The diagonal is read off K tangents, K being the size of a block.
+    The same as `newton` for diagonal cells. The adjoint always uses the full Jacobian.
 
     Args:
       tol, max_iters, linear, axis, structure, debug: as for `newton`.
@@ -179,7 +181,10 @@ def sequential(*, structure: Structure | None = None, debug: bool = False) -> So
 
 
 def auto(*, platform: str | None = None) -> Auto:
-    """The fitted choice: never slower than the best sequential path beyond noise.
+    """Chooses by a map of measurements: the path that gained most over `lax.scan`.
+
+    The nearest measured point in block size, length and size of the state decides;
+    where no path gained beyond noise, plain `lax.scan` runs.
 
     Args:
       platform: "cpu", "gpu" or "tpu"; default the default backend. See
