@@ -24,6 +24,7 @@ from jaxpara.recurrence.affine import block_operator, forward
 from jaxpara.recurrence.blocks import Group, Groups
 from jaxpara.recurrence.complete import complete
 from jaxpara.recurrence.lanes import any_lane, select, vary_like
+from jaxpara.recurrence.shooting import leading
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System, residuals
 
 
@@ -108,7 +109,7 @@ def _iterate(system: System, settings: Settings, guess, correct) -> Solution:
     def body(loop: _Loop) -> _Loop:
         before = preceding(loop.states)
         after = apply(before)
-        ok, worst = residuals(after, loop.states, init, settings.tol)
+        ok, worst = residuals(after, loop.states, init, settings.tol, 8, jnp.inf)
         done = jnp.all(ok)
         if axis is not None:
             done = jnp.all(axis.gather(done))
@@ -120,7 +121,7 @@ def _iterate(system: System, settings: Settings, guess, correct) -> Solution:
             loop.done | done,
             select(keep, loop.states, new),
             jnp.where(loop.done, loop.used, loop.used + 1),
-            jnp.where(loop.done, loop.open, jnp.sum(jnp.cumprod(ok.astype(jnp.int32)))),
+            jnp.where(loop.done, loop.open, leading(ok)),
             jnp.where(loop.done, loop.residual, worst),
         )
 

@@ -101,7 +101,7 @@ def shoot(system: System, settings: Settings, guess: Leaves | None = None) -> So
         )
         cap = [_CAP * m for m in magnitude(ends)]
         shift = [jnp.zeros_like(e[0]) for e in ends]
-        done, opening, first = jnp.all(ok), _leading(ok), init
+        done, opening, first = jnp.all(ok), leading(ok), init
         if axis is not None:
             local = _chain(system.groups, ends, matrices, loop.starts, opening, shift, cap)
             leaving = _leave(system.groups, ends, matrices, local, loop.starts, cap)
@@ -164,6 +164,8 @@ def first_guess(init, guess, count, axis) -> list[jax.Array]:
             )
     # The true initial state stands before the first step, whatever the guess says.
     exact = True if axis is None else axis.rank() == 0
+    # A state that is not finite would have to be pushed out chunk by chunk.
+    guess = [jnp.where(jnp.isfinite(g), g, i) for g, i in zip(guess, init, strict=True)]
     return [
         vary_like(g.astype(i.dtype).at[0].set(jnp.where(exact, i, g[0])), i)
         for g, i in zip(guess, init, strict=True)
@@ -205,9 +207,9 @@ def _rollout(system: System, starts: Leaves, xs: Any, valid):
     return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows)
 
 
-def _leading(ok: jax.Array) -> jax.Array:
+def leading(ok: jax.Array) -> jax.Array:
     """How many boundaries hold before the first that does not."""
-    return jnp.sum(jnp.cumprod(ok.astype(jnp.int32)))
+    return jnp.sum(jnp.cumprod(ok.astype(jnp.int32)), dtype=jnp.int32)
 
 
 def _chain(groups, ends, matrices, starts, opening, shift, cap) -> list[jax.Array]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxpara.recurrence.blocks import Groups
 from jaxpara.recurrence.lanes import vary_like
@@ -107,14 +106,21 @@ def _wide(leaf: jax.Array) -> jax.Array:
 
 
 def residuals(
-    ends: Leaves, starts: Leaves, first: Leaves, tol: float | None
+    ends: Leaves,
+    starts: Leaves,
+    first: Leaves,
+    tol: float | None,
+    window: int = 4,
+    slack: float = 256.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Compares `ends[n, *leaf]` with the `starts[n, *leaf]` that they should equal.
 
     The allowed difference of an element is `tol` times the largest magnitude that it
-    has had up to there (`first` is the state before row 0): a fixed absolute
-    tolerance would accept anything for small states, and a purely relative one would
-    reject rounding at zero crossings. NaN never passes.
+    has had in the last `window` rows (`first` is the state before row 0), and no more
+    than `tol * slack` times that of this row and the one before: a fixed
+    absolute tolerance would accept anything for small states, a purely relative one
+    would reject rounding at zero crossings, and with the whole past in the window one
+    early spike would let everything after it pass. NaN never passes.
 
     Returns:
       `ok[n]` and the largest residual (a NaN counts as infinite).
@@ -126,8 +132,14 @@ def residuals(
         allowed = tolerance(end.dtype, tol)
         end, start, before = _wide(end), _wide(start), _wide(before)
         difference = jnp.abs(end - start)
-        scale = lax.cummax(jnp.concatenate([jnp.abs(before)[None], jnp.abs(end)]), axis=0)[1:]
-        # The clause on `end` matters: cummax, like max, may drop a NaN on CPU.
+        scale = jnp.concatenate([jnp.abs(before)[None], jnp.abs(end)])
+        near = slack * jnp.maximum(scale[1:], scale[:-1])
+        shift = 1
+        while shift < min(window, rows + 1):
+            earlier = jnp.concatenate([scale[:1]] * shift + [scale[:-shift]])
+            scale, shift = jnp.maximum(scale, earlier), 2 * shift
+        scale = jnp.minimum(scale[1:], near)
+        # The clause on `end` matters: max may drop a NaN on CPU.
         good = (difference <= allowed * scale) & jnp.isfinite(end)
         ok = vary_like(ok, good) & jnp.all(good, axis=tuple(range(1, good.ndim)))
         finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)

@@ -138,11 +138,11 @@ def _obstacle(body: Body, carry_avals, eqn) -> str | None:
     """Why the call must run step by step, in the user's terms, or None."""
     if eqn.params["length"] == 0:
         return "there are no steps"
-    if not body.floats:
-        return "the carry has no floating leaf to solve for"
     complex_leaves = [a for a in carry_avals if jnp.issubdtype(a.dtype, jnp.complexfloating)]
     if complex_leaves:
         return f"the carry holds a complex leaf ({complex_leaves[0].str_short()})"
+    if not body.floats:
+        return "the carry has no floating leaf to solve for"
     effects = compat.open_jaxpr(body.jaxpr).effects
     if effects:
         names = ", ".join(sorted({type(e).__name__ for e in effects}))
