@@ -38,7 +38,7 @@ from jaxpara.recurrence.system import Leaves, Settings, Solver, System
 # Jacobians are materialised up to these block sizes: a batched evaluation over all
 # steps and a tight recurrence beat re-evaluating the step inside it, until the
 # blocks outgrow the states that they come from.
-_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 128}
+_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8}
 
 
 class Problem(NamedTuple):
