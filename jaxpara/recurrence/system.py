@@ -23,7 +23,7 @@ class Settings(NamedTuple):
     Attributes:
       chunks: number of time chunks; None picks about the square root of the length.
       tol: largest accepted residual, relative to the largest magnitude that the same
-        element of the state has had so far; None picks a few ulp of its dtype.
+        element of the state has had lately (see `residuals`); None picks a few ulp of its dtype.
       max_iters: iterations before the rest is completed sequentially.
       linear: how pointwise solvers solve their linear recurrence, and how the
         adjoint is solved: "sequential", "associative" or "chunked".
