@@ -134,7 +134,7 @@ def in_float64(function, *args):
         wide = jax.tree.map(
             lambda a: jnp.asarray(a, jnp.float64) if np.asarray(a).dtype.kind == "f" else a, args
         )
-        return jax.tree.map(np.asarray, jax.jit(function)(*wide))
+        return jax.tree.map(np.asarray, jax.jit(function, compiler_options=QUICK)(*wide))
 
 
 def close(found, wanted, tolerance=2e-6):
