@@ -344,7 +344,7 @@ def _following(problem: Problem, g: Leaves, seen: Leaves):
     first = [s[0] for s in seen]
     last = [jnp.zeros_like(f) for f in first]
     if axis is not None:
-        backwards = timeaxis.along(problem.solver.settings.axis, not problem.reverse)
+        backwards = timeaxis.Along(axis.name, not problem.reverse)
         last = backwards.previous(first, last)
         mine = axis.rank() == 0
         first = [jnp.where(mine, f, jnp.zeros_like(f)) for f in first]

@@ -11,7 +11,7 @@ one correction, verified, completed if a chunk product overflows), "sequential" 
 `lax.scan`, and "associative" is `lax.associative_scan` over blocks. [blelloch]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,7 @@ class Operator(NamedTuple):
     materialised: bool
 
 
-def block_operator(groups: Groups, matrices: Leaves, like: Leaves) -> Operator:
+def block_operator(groups: Groups, matrices: Leaves, like: Sequence[Any]) -> Operator:
     """The operator of materialised Jacobians `[time, K, K, N]`; `like` are leaf shapes."""
 
     def applied(transpose):
@@ -79,7 +79,7 @@ def forward(
         first = operator.push(jax.tree.map(lambda d: d[0], operator.data), init)
         b = [b_.at[0].add(f) for b_, f in zip(b, first, strict=True)]
         return _associative(operator, operator.data, list(b))
-    return _run(step, operator.push, operator, list(b), init, settings, reverse)[0]
+    return list(_run(step, operator.push, operator, list(b), init, settings, reverse)[0])
 
 
 def transposed(
