@@ -1,6 +1,7 @@
 """Pure JAX functions, trained in parallel: over time, devices, experts, bits and ranks."""
 
 from jaxpara import nn as nn
+from jaxpara import testing as testing
 from jaxpara import train as train
 from jaxpara.recurrence import cells as cells
 from jaxpara.recurrence.choice import Choice as Choice

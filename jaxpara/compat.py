@@ -48,3 +48,12 @@ def jvp_jaxpr(closed, nonzero: list[bool]):
     if (push := getattr(ad, "jvp_jaxpr", None)) is None:  # 0.10.2 keeps it private
         from jax._src.interpreters.ad import jvp_jaxpr as push
     return push(closed, nonzero, False)
+
+
+def weakly_typed(array):
+    """The same array, weakly typed, as `lax.scan` leaves a carry that began as a scalar."""
+    from jax.extend.core.primitives import convert_element_type_p
+
+    if jax.typeof(array).weak_type:
+        return array
+    return convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)

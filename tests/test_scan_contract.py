@@ -142,6 +142,11 @@ def test_scalars_and_weak_types():
     check(lambda h, x: (0.5 * h, h), 1.0, None, 4)
     check(lambda h, x: (jnp.tanh(h + x), 1.0), jnp.float32(1.0), XS[:, 0])
     check(lambda h, x: (h * x, (2.0, 1, h)), 1, XS[:, 0])
+    for solver in (jp.shooting(), jp.newton(), jp.sequential()):
+        found = jp.newton_scan(lambda h, x: (0.5 * h, h), 1.0, None, 4, solver=solver)
+        wanted = lax.scan(lambda h, x: (0.5 * h, h), 1.0, None, 4)
+        weak = [leaf.weak_type for leaf in jax.tree.leaves(found)]
+        assert weak == [leaf.weak_type for leaf in jax.tree.leaves(wanted)] == [True, True]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

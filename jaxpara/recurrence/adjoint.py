@@ -20,7 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence import jacobian, timeaxis
-from jaxpara.recurrence.affine import Operator, block_operator, forward, transposed
+from jaxpara.recurrence.affine import (
+    Operator,
+    block_operator,
+    column_operator,
+    elementwise,
+    forward,
+    transposed,
+)
 from jaxpara.recurrence.blocks import Groups, block_size
 from jaxpara.recurrence.leaves import (
     as_before,
@@ -149,6 +156,9 @@ def _operator(problem: Problem, consts, before: Leaves, xs) -> Operator:
     def at(x):
         return lambda state: list(problem.step(consts, list(state), x)[0])
 
+    if size <= 8 and elementwise(problem.groups, like) and not problem.vjp_only:
+        columns = jax.vmap(lambda s, x: jacobian.columns_of(at(x), s, problem.groups))
+        return column_operator(problem.groups, columns(list(before), xs))
     if size <= _MATERIALISED[problem.solver.settings.linear]:
         matrices = jax.vmap(
             lambda s, x: jacobian.blocks_of(at(x), s, problem.groups, problem.vjp_only)

@@ -57,6 +57,38 @@ def block_operator(groups: Groups, matrices: Leaves, like: Sequence[Any]) -> Ope
     return Operator(list(matrices), applied(False), applied(True), groups, True)
 
 
+def elementwise(groups: Groups, like: Sequence[Any]) -> bool:
+    """Whether every group couples only equal elements of leaves of one shape."""
+    return all(
+        like[i].shape == like[group.leaves[0]].shape and shared == tuple(range(like[i].ndim))
+        for group in groups
+        for i, shared in zip(group.leaves, group.shared, strict=True)
+    )
+
+
+def column_operator(groups: Groups, columns: Leaves) -> Operator:
+    """The operator of an elementwise Jacobian held as columns `[time, K, *leaf]`.
+
+    Leaves stay as they are: no gathering into lanes, which costs more than the
+    arithmetic where a step is small.
+    """
+    partners = {i: group.leaves for group in groups for i in group.leaves}
+
+    def push(rows, v):
+        return [
+            sum(row[j] * v[other] for j, other in enumerate(partners[i]))
+            for i, row in enumerate(rows)
+        ]
+
+    def pull(rows, w):
+        return [
+            sum(rows[other][partners[i].index(i)] * w[other] for other in partners[i])
+            for i in range(len(rows))
+        ]
+
+    return Operator(list(columns), push, pull, groups, False)
+
+
 def forward(
     operator: Operator, b: Leaves, init: Leaves, settings: Settings, reverse: bool = False
 ) -> list[jax.Array]:

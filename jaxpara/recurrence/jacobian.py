@@ -125,6 +125,12 @@ def multiply(left: Leaves, right: Leaves) -> list[jax.Array]:
     return [one(a, b) for a, b in zip(left, right, strict=True)]
 
 
+def columns_of(f: Callable, state: Leaves, groups: Groups) -> list[jax.Array]:
+    """Columns `[Kmax, *leaf]` of the Jacobian of `f`, from leaves to leaves, at `state`."""
+    _, push = jax.linearize(lambda *s: f(list(s)), *state)
+    return list(jax.vmap(lambda *t: push(*t))(*basis(groups, state)))
+
+
 def blocks_of(f: Callable, state: Leaves, groups: Groups, reverse_mode: bool) -> list[jax.Array]:
     """Jacobian `[K, K, N]` of `f`, from leaves to leaves, at `state`.
 
@@ -132,8 +138,7 @@ def blocks_of(f: Callable, state: Leaves, groups: Groups, reverse_mode: bool) ->
     """
     state = list(state)
     if not reverse_mode:
-        _, push = jax.linearize(lambda *s: f(list(s)), *state)
-        return gather_columns(groups, jax.vmap(lambda *t: push(*t))(*basis(groups, state)))
+        return gather_columns(groups, columns_of(f, state, groups))
     _, pull = jax.vjp(lambda *s: f(list(s)), *state)
     rows = jax.vmap(lambda *t: pull(list(t)))(*basis(groups, state))
     return [jnp.swapaxes(block, 0, 1) for block in gather_columns(groups, rows)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxpara import compat
 from jaxpara.recurrence import timeaxis
 from jaxpara.recurrence.adjoint import Problem, solve
 from jaxpara.recurrence.choice import Auto, Choice, decide
@@ -126,6 +127,10 @@ def solve_scan(
     spec = _Spec(traced.body, choice.solver, choice, reverse, unroll)
     leaves = None if guess is None else jax.tree.leaves(guess)
     flat, info, starts = jaxpara_solve(spec, traced.consts, traced.init, traced.xs, leaves)
+    flat = [
+        compat.weakly_typed(leaf) if weak else leaf
+        for leaf, weak in zip(flat, traced.out_weak, strict=True)
+    ]
     out = jax.tree.unflatten(traced.out_tree, flat)
     return out, SolveInfo(*info, starts=_as_carry(traced, starts))
 

@@ -57,6 +57,7 @@ class Traced(NamedTuple):
     length: int
     obstacle: str | None
     out_tree: Any
+    out_weak: list[bool]
     carry_tree: Any
 
 
@@ -72,6 +73,7 @@ def trace(
         lambda i, x: lax.scan(f, i, x, length, reverse, unroll), return_shape=True
     )(init, xs)
     out_tree = jax.tree.structure(shape)
+    out_weak = [bool(leaf.weak_type) for leaf in jax.tree.leaves(shape)]
     carry_tree = jax.tree.structure(shape[0])
     flat = jax.tree.leaves((init, xs))
     opened = compat.open_jaxpr(closed)
@@ -79,7 +81,8 @@ def trace(
     if len(scans) != 1 or list(opened.outvars) != list(scans[0].outvars):
         # disable_jit unrolls the scan; there is nothing to solve in parallel then.
         nothing = Body(None, 0, 0, (), ())
-        return Traced(nothing, [], [], [], 0, "lax.scan was not traced", out_tree, carry_tree)
+        why = "lax.scan was not traced"
+        return Traced(nothing, [], [], [], 0, why, out_tree, out_weak, carry_tree)
     eqn = scans[0]
     jaxpr, n_consts, n_carry = compat.scan_parts(eqn)
     known = dict(zip(opened.constvars, closed.consts, strict=True))
@@ -124,6 +127,7 @@ def trace(
         eqn.params["length"],
         obstacle,
         out_tree,
+        out_weak,
         carry_tree,
     )
 

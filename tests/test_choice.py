@@ -1,0 +1,116 @@
+"""`jp.auto`: the measured map is looked up, obeyed and explained."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jaxpara as jp
+from experiments.fit_choice import fit
+from jaxpara.recurrence import rule
+
+
+def gru_step(h, gates):
+    z = jax.nn.sigmoid(gates[0] + 0.3 * h)
+    h = z * h + (1 - z) * jnp.tanh(gates[1] - 0.2 * h)
+    return h, h
+
+
+def gates(time, batch, state):
+    return tuple(jax.random.normal(jax.random.key(i), (time, batch, state)) for i in range(2))
+
+
+def test_every_measured_point_with_a_gain_of_1_2_is_chosen_and_every_loss_is_not():
+    measured = rule._map("cpu")
+    assert measured is not None and len(measured["points"]) > 20
+    for point in measured["points"]:
+        solver, reason = rule.pick(
+            "cpu", steps=point["steps"], elements=point["elements"], block=point["block"]
+        )
+        best = max(point["speedup"].values())
+        if best >= 1.2:
+            assert solver is not None, point
+        if best < 1.0:
+            assert solver is None, point
+        assert measured["device"] in reason
+
+
+def test_the_shipped_map_covers_the_grid_that_auto_promises():
+    points = rule._map("cpu")["points"]
+    assert {128, 1024, 8192, 32768} <= {p["steps"] for p in points}
+    assert min(p["elements"] for p in points) <= 8
+    assert max(p["elements"] for p in points) >= 2048
+    assert {1, 2} <= {p["block"] for p in points}
+
+
+def test_without_a_map_an_accelerator_solves_long_small_block_recurrences_in_parallel():
+    solver, reason = rule.pick("tpu", steps=4096, elements=1024, block=2)
+    assert solver == rule.PATHS["shooting"] and "not measured" in reason
+    short, _ = rule.pick("tpu", steps=16, elements=1024, block=2)
+    dense, _ = rule.pick("tpu", steps=4096, elements=1024, block=256)
+    assert short == dense == rule.PATHS["implicit"]
+
+
+@pytest.mark.parametrize(
+    "step, init, xs, says",
+    [
+        (gru_step, jnp.zeros((2, 4)), gates(64, 2, 4), "measured at block 1"),
+        (lambda h, x: (h + x, None), jnp.zeros((), jnp.int32), jnp.arange(5), "no floating leaf"),
+        (lambda h, x: (h * 1j + x, None), 0j, jnp.ones(5), "complex"),
+        (lambda h, x: (h + x, None), jnp.zeros(3), jnp.ones((0, 3)), "no steps"),
+    ],
+)
+def test_the_explanation_names_the_reason(step, init, xs, says):
+    assert says in str(jp.explain_choice(step, init, xs))
+
+
+def test_the_explanation_is_of_what_runs():
+    choice = jp.explain_choice(gru_step, jnp.zeros((2, 4)), gates(64, 2, 4), solver=jp.newton())
+    assert choice.solver == jp.newton() and isinstance(choice.structure, jp.Diagonal)
+    assert "newton" in str(choice) and "asked for" in str(choice)
+
+
+def test_auto_equals_lax_scan_in_values_and_gradients():
+    init, xs = jnp.zeros((2, 4)), gates(64, 2, 4)
+
+    def loss(scan):
+        return lambda init, xs: jnp.sum(jnp.sin(scan(gru_step, init, xs)[1]))
+
+    value, grads = jax.jit(jax.value_and_grad(loss(jp.newton_scan), (0, 1)))(init, xs)
+    expected, exact = jax.jit(jax.value_and_grad(loss(lax.scan), (0, 1)))(init, xs)
+    assert jnp.allclose(value, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
+        assert jnp.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_undifferentiated_sequential_solve_stores_no_state_that_is_not_asked_for():
+    def ends_only(scan):
+        def run(init, xs):
+            return scan(lambda h, x: (gru_step(h, x)[0], None), init, xs)[0]
+
+        compiled = jax.jit(run).lower(jnp.zeros((2, 4)), gates(512, 2, 4)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def ours(f, init, xs):
+        return jp.newton_scan(f, init, xs, solver=jp.sequential())
+
+    trajectory = 512 * 2 * 4 * 4
+    assert ends_only(ours) < ends_only(lax.scan) + trajectory // 2
+
+
+def test_the_fit_writes_a_map_that_the_rule_can_read(tmp_path, monkeypatch):
+    class Quiet:
+        def print(self, *args, **kwargs):
+            pass
+
+    output = tmp_path / "choice.json"
+    grid = {"gru": [[16, 1, 4]], "dense": [[16, 1, 4]]}
+    fit(grid, {"implicit": jp.sequential()}, 3, 0.2, output, Quiet())
+    record = json.loads(output.read_text())
+    assert [p["block"] for p in record["points"]] == [1, 4]
+    assert all(p["speedup"]["implicit"] > 0 for p in record["points"])
+    monkeypatch.setattr(rule, "_map", lambda platform: record)
+    _, reason = rule.pick("cpu", steps=16, elements=4, block=4)
+    assert "block 4" in reason
