@@ -36,6 +36,9 @@ def check_scan(scan: Scan, *, tolerance: float = 1e-5) -> None:
       scan: `(f, init, xs, length, reverse, unroll) -> (carry, ys)`.
       tolerance: largest accepted difference, relative to the largest magnitude of a leaf.
 
+    Returns:
+      Nothing.
+
     Raises:
       AssertionError: a difference; the message names the case and the leaf.
     """
@@ -59,6 +62,9 @@ def check_model(model: Model, tokens: Int[Array, "batch time"], *, tolerance: fl
       model: a model with `start` and `run`.
       tokens: at least two steps.
       tolerance: largest accepted difference, relative to the largest magnitude of a leaf.
+
+    Returns:
+      Nothing.
 
     Raises:
       AssertionError: a law that does not hold, by name.

@@ -42,7 +42,7 @@ def pick(tmp_path, *versions, path=(), python=None):
     )
 
 
-def test_the_newest_that_runs_is_picked_and_shims_that_fail_are_passed_over(tmp_path):
+def test_without_a_python3_the_newest_that_runs_is_picked_not_a_failing_shim(tmp_path):
     fake(tmp_path / "a", "python3.13", runs=False)  # what pyenv leaves for unselected versions
     fake(tmp_path / "a", "python3.11")
     best = fake(tmp_path / "b", "python3.12")
@@ -61,6 +61,12 @@ def test_a_plain_python3_serves_when_it_is_new_enough(tmp_path):
     assert pick(tmp_path, path=[tmp_path / "a"]).returncode == 1
     only = fake(tmp_path / "b", "python3")
     assert pick(tmp_path, path=[tmp_path / "b"]).stdout.strip() == only
+
+
+def test_the_users_own_python3_comes_before_newer_ones(tmp_path):
+    fake(tmp_path / "a", "python3.13")
+    own = fake(tmp_path / "b", "python3")
+    assert pick(tmp_path, path=[tmp_path / "a", tmp_path / "b"]).stdout.strip() == own
 
 
 def test_asked_versions_are_the_only_ones_considered(tmp_path):

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Print the path of a Python that can make a virtual environment.
 #
-#   tools/python.sh              the newest of 3.14 ... 3.11, else a python3 that is new enough
+#   tools/python.sh              the python3 on PATH if it is new enough, else 3.14 ... 3.11
 #   tools/python.sh 3.12 3.13    the first of these versions that is there
 #   PYTHON=... tools/python.sh   this one (a name or a path), or an error
 #
@@ -54,8 +54,10 @@ if [ -n "${PYTHON:-}" ]; then
 fi
 
 asked="$*"
+# The user's own python3 first: it is the one that was chosen for this machine.
+if [ -z "$asked" ]; then try python3; fi
 for version in ${asked:-3.14 3.13 3.12 3.11}; do try "python$version"; done
-if [ -z "$asked" ]; then try python3; try python; fi
+if [ -z "$asked" ]; then try python; fi
 
 if [ -n "$without_venv" ]; then missing_venv; exit 1; fi
 if [ -n "$asked" ]; then say "jaxpara: none of these Pythons is here: $asked"; exit 1; fi
