@@ -11,7 +11,8 @@ one correction, verified, completed if a chunk product overflows), "sequential" 
 `lax.scan`, and "associative" is `lax.associative_scan` over blocks. [blelloch]
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,19 +75,23 @@ def column_operator(groups: Groups, columns: Leaves) -> Operator:
     """
     partners = {i: group.leaves for group in groups for i in group.leaves}
 
-    def push(rows, v):
+    def push(rows: Any, v: Leaves) -> list[jax.Array]:
         return [
-            sum(row[j] * v[other] for j, other in enumerate(partners[i]))
+            _total(row[j] * v[other] for j, other in enumerate(partners[i]))
             for i, row in enumerate(rows)
         ]
 
-    def pull(rows, w):
+    def pull(rows: Any, w: Leaves) -> list[jax.Array]:
         return [
-            sum(rows[other][partners[i].index(i)] * w[other] for other in partners[i])
+            _total(rows[other][partners[i].index(i)] * w[other] for other in partners[i])
             for i in range(len(rows))
         ]
 
     return Operator(list(columns), push, pull, groups, False)
+
+
+def _total(terms: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, terms)
 
 
 def forward(
