@@ -55,16 +55,11 @@ def oracle(structure, scale, reverse):
     return in_float64(jax.value_and_grad(run, (0, 1, 2), has_aux=True), *args)
 
 
+# Every parallel solver with every structure; both rules and both directions in turn.
 ROWS = [
-    ("shooting", "diagonal", None, False),
-    ("shooting", "diagonal", None, True),
-    ("shooting", "two_leaves", "reverse", True),
-    ("shooting", "per_head", "reverse", False),
-    ("shooting", "dense", None, True),
-    ("newton", "diagonal", None, True),
-    ("newton", "dense", "reverse", False),
-    ("quasi_newton", "dense", None, False),
-    ("jacobi", "two_leaves", None, False),
+    (solver, structure, (None, "reverse")[(i + j) % 2], bool((i + j // 2) % 2))
+    for i, solver in enumerate(("shooting", "newton", "quasi_newton", "jacobi"))
+    for j, structure in enumerate(CASES)
 ]
 
 
@@ -73,7 +68,10 @@ def test_sharded_time_gives_what_lax_scan_gives(solver, structure, derivative, r
     case, args, weights = data(structure, 0.7)
     run = solved(case, weights, getattr(jp, solver)(axis="time"), derivative, reverse)
     (value, (out, info)), grads = run(*args)
-    close(((value, out), grads), oracle(structure, 0.7, reverse))
+    # A residual of r leaves an error of r / (1 - rate) where convergence is only linear:
+    # the carry is still 1e-5 of its own size or better, the bound for float32 states.
+    tolerance = 2e-6 if solver in ("shooting", "newton") else 1e-5
+    close(((value, out), grads), oracle(structure, 0.7, reverse), tolerance)
     assert info.converged and info.iterations > 0 and info.fallback_steps == 0
 
 
