@@ -24,7 +24,7 @@ run: setup ## train the default language model (ARGS="steps=4000" and other Hydr
 test: setup ## run all tests (on a CPU; the GPU ones are skipped), two processes, a file to each
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: setup ## ruff, types and the fast tests, under three minutes
+check: setup ## ruff, types and the fast tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
