@@ -64,7 +64,7 @@ def flax_rnn(problem: Problem, which: str) -> Rival:
             return step({"recurrent": params}, carry, tuple(jnp.split(x, splits, axis=-1)))
 
         def initialize_carry(self, rng, input_shape):
-            raise NotImplementedError("the initial carry is given")
+            return problem.init
 
         @property
         def num_feature_axes(self):

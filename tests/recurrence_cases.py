@@ -137,7 +137,7 @@ def in_float64(function, *args):
         return jax.tree.map(np.asarray, jax.jit(function, compiler_options=QUICK)(*wide))
 
 
-def close(found, wanted, tolerance=2e-6):
+def assert_close(found, wanted, tolerance=2e-6):
     """Every leaf within `tolerance` of the largest magnitude in it.
 
     2e-6 is 16 ulp of float32: what summing T = 22 rounded terms may cost. A scalar is

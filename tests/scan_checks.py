@@ -27,7 +27,7 @@ def ours(*args, solver=SHOOTING, **named):
     return jp.newton_scan(*args, solver=solver, **named)
 
 
-def same(found, wanted, tolerance=2e-6):
+def assert_same(found, wanted, tolerance=2e-6):
     """Equal structures, dtypes and values."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -39,7 +39,9 @@ def same(found, wanted, tolerance=2e-6):
         np.testing.assert_allclose(f, w, rtol=tolerance, atol=tolerance)
 
 
-def check(f, init, xs=None, length=None, reverse=False, unroll=1, *, solver=SHOOTING, tol=2e-6):
+def assert_is_lax_scan(
+    f, init, xs=None, length=None, reverse=False, unroll=1, *, solver=SHOOTING, tol=2e-6
+):
     wanted = lax.scan(f, init, xs, length, reverse, unroll)
     run = quick(lambda i, x: ours(f, i, x, length, reverse, unroll, solver=solver))
-    same(run(init, xs), wanted, tol)
+    assert_same(run(init, xs), wanted, tol)

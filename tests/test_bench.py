@@ -38,7 +38,7 @@ def run(problem, which, others):
             rounds=3,
             budget_s=1.0,
             values_tol=1e-5,
-            gradients_tol=1e-4,
+            gradients_tol=1e-5,
         )
     }
 

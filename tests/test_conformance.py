@@ -18,7 +18,7 @@ from recurrence_cases import (
     QUICK,
     SOLVERS,
     TIME,
-    close,
+    assert_close,
     cotangents,
     in_float64,
     weighted,
@@ -126,7 +126,7 @@ def check(structure, column, solver, derivative=None):
         wanted = wanted[:2]
         check_info(info, solver)
     # Second derivatives sum T^2 rounded terms.
-    close(tuple(found), tuple(wanted), 5e-6 if column == "grad_of_grad" else 2e-6)
+    assert_close(tuple(found), tuple(wanted), 5e-6 if column == "grad_of_grad" else 2e-6)
 
 
 def check_info(info, solver):

@@ -129,7 +129,7 @@ def near(found, wanted, relative, what, plain=None):
         assert worst <= allowed, f"{what}: {worst:.3g} off, allowed {allowed:.3g}"
 
 
-def check(cell, solver, time):
+def assert_is_lax_scan(cell, solver, time):
     weights_of, init, xs, weights = draw(cell, time)
     line = []
     for scale in SCALES:
@@ -170,7 +170,7 @@ QUICK_LONG = {("gru", "shooting"), ("elman", "newton")}
     ],
 )
 def test_no_wrong_value_and_no_wrong_gradient(cell, solver, time):
-    line = check(cell, solver, time)
+    line = assert_is_lax_scan(cell, solver, time)
     if solver in ("shooting", "newton"):
         assert line[0][1] == 0, "scale 0.5 is mild"
 

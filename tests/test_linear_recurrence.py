@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from recurrence_cases import QUICK, close
+from recurrence_cases import QUICK, assert_close
 
 import jaxpara as jp
 
@@ -83,13 +83,13 @@ def test_values_and_derivatives_are_those_of_a_loop(method, kind, reverse):
     a, b, init = draw(kind, 21)
     weights = np.random.default_rng(0).standard_normal(b.shape).astype(np.float32)
     states, tangent, grads = compiled(method, reverse)(a, b, init, weights)
-    close(states, loop(a, b, init, reverse))
-    close(grads, loop_gradient(a, b, init, weights, reverse))
+    assert_close(states, loop(a, b, init, reverse))
+    assert_close(grads, loop_gradient(a, b, init, weights, reverse))
     # Along (a, b, init) itself the derivative is the slope of s(e) at (1 + e)(a, b, init).
     e = 1e-5
     wide = [np.asarray(x, np.float64) for x in (a, b, init)]
     ahead, behind = (loop(*[(1 + d) * x for x in wide], reverse) for d in (e, -e))
-    close(tangent, (ahead - behind) / (2 * e))
+    assert_close(tangent, (ahead - behind) / (2 * e))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,9 +97,9 @@ def test_no_steps_one_step_and_no_initial_state(method):
     for time in (0, 1):
         a, b, init = draw("block", time)
         out = jp.linear_recurrence(a, b, init, implementation=method)
-        close(out, loop(a, b, init, False))
+        assert_close(out, loop(a, b, init, False))
         out = jp.linear_recurrence(a, b, implementation=method)
-        close(out, loop(a, b, 0 * init, False))
+        assert_close(out, loop(a, b, 0 * init, False))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -108,7 +108,7 @@ def test_vmap_over_some_of_the_arguments(method):
     rows = np.stack([b, -2 * b])
     solve = functools.partial(jp.linear_recurrence, implementation=method)
     found = jax.jit(jax.vmap(solve, in_axes=(None, 0, None)), compiler_options=QUICK)(a, rows, init)
-    close(found, np.stack([loop(a, r, init, False) for r in rows]))
+    assert_close(found, np.stack([loop(a, r, init, False) for r in rows]))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -121,8 +121,8 @@ def test_products_may_overflow_where_states_and_cotangents_do_not(kind):
     a[12] = a[37] = 0
     b[middle] = weights[middle] = 0
     states, _, grads = compiled("chunked", False)(a, b, init, weights)
-    close(states, loop(a, b, init, False))
-    close(grads, loop_gradient(a, b, init, weights, False))
+    assert_close(states, loop(a, b, init, False))
+    assert_close(grads, loop_gradient(a, b, init, weights, False))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -144,8 +144,8 @@ def test_time_sharded_over_a_mesh_axis(kind, reverse):
 
     run = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
     (_, states), grads = jax.jit(run, compiler_options=QUICK)(a, b, init)
-    close(states, loop(a, b, init, reverse))
-    close(grads, loop_gradient(a, b, init, weights, reverse))
+    assert_close(states, loop(a, b, init, reverse))
+    assert_close(grads, loop_gradient(a, b, init, weights, reverse))
 
 
 def test_what_does_not_fit_is_named():

@@ -64,7 +64,7 @@ def begin(model, params):
     return jax.jit(lambda p: model.start(p, BATCH, MAX_LENGTH))(params)
 
 
-def close(a, b, scale=1.0):
+def assert_close(a, b, scale=1.0):
     """Equal but for the order of float32 sums: matmuls of other shapes, a longer cache.
 
     A sum of n terms in another order moves by about sqrt(n) ulp; through a few layers of
@@ -85,14 +85,14 @@ def test_apply_equals_run_whole_in_uneven_pieces_and_token_by_token(name):
     run = jax.jit(partial(model.run, params))
     start = begin(model, params)
     whole, logits = run(start, x)
-    close(logits, expected)
+    assert_close(logits, expected)
     for lengths in ((4, 1, 4), (1,) * TIME):
         state, logits = in_pieces(run, start, x, lengths)
-        close(logits, expected)
+        assert_close(logits, expected)
         assert jax.tree.structure(state) == jax.tree.structure(start)
         for leaf, same, first in zip(*map(jax.tree.leaves, (state, whole, start)), strict=True):
             assert leaf.dtype == first.dtype and leaf.shape == first.shape
-            close(leaf, same)
+            assert_close(leaf, same)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -149,10 +149,10 @@ def test_reset_hides_the_documents_before_in_values_and_gradients(name):
     logits = apply(params, x, reset)
     run = jax.jit(partial(model.run, params))
     start = begin(model, params)
-    close(in_pieces(run, start, x, (4, 1, 4), reset)[1], logits)
-    close(logits[1, :5], apply(params, x[:, :5])[1])  # the oracle: each document alone
-    close(logits[:, 5:], apply(params, x[:, 5:]))
-    close(logits[0, 2:5], apply(params, x[:, 2:5])[0])
+    assert_close(in_pieces(run, start, x, (4, 1, 4), reset)[1], logits)
+    assert_close(logits[1, :5], apply(params, x[:, :5])[1])  # the oracle: each document alone
+    assert_close(logits[:, 5:], apply(params, x[:, 5:]))
+    assert_close(logits[0, 2:5], apply(params, x[:, 2:5])[0])
     other = x.at[:, :5].set((x[:, :5] + 1) % VOCAB)
     np.testing.assert_array_equal(apply(params, other, reset)[:, 5:], logits[:, 5:])
 
@@ -193,7 +193,7 @@ def test_every_other_cell_is_a_mixer_too(cell):
     params = jax.jit(model.init)(jax.random.key(0))
     run = jax.jit(partial(model.run, params))
     _, logits = in_pieces(run, begin(model, params), tokens(), (4, 1, 4))
-    close(logits, jax.jit(model.apply)(params, tokens()))
+    assert_close(logits, jax.jit(model.apply)(params, tokens()))
 
 
 def test_the_scan_over_blocks_equals_a_python_loop_over_them():
@@ -205,7 +205,7 @@ def test_the_scan_over_blocks_equals_a_python_loop_over_them():
         state = one.start(layer, BATCH, TIME, jnp.float32)
         _, x = jax.jit(one.run)(layer, state, x, None)
     x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * params["norm"]["scale"]
-    close(x @ params["head"]["kernel"], jax.jit(model.apply)(params, tokens()))
+    assert_close(x @ params["head"]["kernel"], jax.jit(model.apply)(params, tokens()))
 
 
 def test_a_second_call_compiles_nothing():

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from scan_checks import H0, SHOOTING, SOLVERS, XS, check, ours, quick, same, step
+from scan_checks import (
+    H0,
+    SHOOTING,
+    SOLVERS,
+    XS,
+    assert_is_lax_scan,
+    assert_same,
+    ours,
+    quick,
+    step,
+)
 
 import jaxpara as jp
 
@@ -17,13 +27,15 @@ import jaxpara as jp
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_no_inputs_at_any_length(solver, length):
-    check(lambda h, _: (jnp.cos(h), h), jnp.ones(2), None, length, solver=SOLVERS[solver])
+    assert_is_lax_scan(
+        lambda h, _: (jnp.cos(h), h), jnp.ones(2), None, length, solver=SOLVERS[solver]
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_no_steps_and_one_step(length):
     for reverse in (False, True):
-        check(step, H0, XS[:length], reverse=reverse)
+        assert_is_lax_scan(step, H0, XS[:length], reverse=reverse)
 
 
 def outputs_none(h, x):
@@ -48,8 +60,8 @@ def outputs_of_the_state_before(h, x):
     "f", [outputs_none, outputs_duplicated, outputs_not_floating, outputs_of_the_state_before]
 )
 def test_outputs_may_be_anything(f):
-    check(f, H0, XS)
-    check(f, H0, XS, reverse=True, solver=jp.newton())
+    assert_is_lax_scan(f, H0, XS)
+    assert_is_lax_scan(f, H0, XS, reverse=True, solver=jp.newton())
 
 
 def carry_unused(carry, x):
@@ -88,11 +100,11 @@ def becomes_the_input(carry, x):
 )  # fmt: skip
 def test_carries_may_do_anything(f):
     for solver in (SHOOTING, jp.newton()):
-        check(f, (H0, 2 * H0), XS, solver=solver)
+        assert_is_lax_scan(f, (H0, 2 * H0), XS, solver=solver)
     loss = lambda scan: jax.grad(  # noqa: E731
         lambda i, x: sum(jnp.sum(v**2) for v in jax.tree.leaves(scan(f, i, x))), (0, 1)
     )
-    same(quick(loss(ours))((H0, 2 * H0), XS), quick(loss(lax.scan))((H0, 2 * H0), XS))
+    assert_same(quick(loss(ours))((H0, 2 * H0), XS), quick(loss(lax.scan))((H0, 2 * H0), XS))
 
 
 # Carries that are not just floats -----------------------------------------------------
@@ -107,14 +119,14 @@ def test_integer_and_key_carries_run_ahead_and_stay_exact():
 
     init = (H0, jnp.int32(3), jax.random.key(0))
     for reverse in (False, True):
-        check(f, init, XS, reverse=reverse)
+        assert_is_lax_scan(f, init, XS, reverse=reverse)
     (_, info) = jp.solve_scan(f, init, XS, solver=SHOOTING)
     assert info.iterations > 0 and info.fallback_steps == 0
     grads = [
         jax.grad(lambda h, x, s=s: jnp.sum(s(f, (h, *init[1:]), x)[1][0] ** 2), (0, 1))(H0, XS)
         for s in (ours, lax.scan)
     ]
-    same(*grads)
+    assert_same(*grads)
 
 
 def test_integers_that_depend_on_floats_run_sequentially():
@@ -123,25 +135,25 @@ def test_integers_that_depend_on_floats_run_sequentially():
         new = jnp.tanh(0.9 * h + x)
         return (new, crossings + jnp.sum(new * h < 0)), crossings
 
-    check(f, (H0, 0), XS)
+    assert_is_lax_scan(f, (H0, 0), XS)
     assert "depends on the floating part" in str(jp.explain_choice(f, (H0, 0), XS, solver=SHOOTING))
 
 
 def test_complex_carries_run_sequentially():
-    check(lambda h, x: (h * (0.3 + 0.4j) + x, h), H0 * (1 + 2j), XS)
+    assert_is_lax_scan(lambda h, x: (h * (0.3 + 0.4j) + x, h), H0 * (1 + 2j), XS)
     choice = jp.explain_choice(lambda h, x: (h * 1j, h), H0 * (1 + 2j), XS, solver=SHOOTING)
     assert "complex" in str(choice)
 
 
 def test_only_integers_in_the_carry():
-    check(lambda n, x: (n + 1, n * x), 0, XS)
+    assert_is_lax_scan(lambda n, x: (n + 1, n * x), 0, XS)
 
 
 def test_scalars_and_weak_types():
-    check(lambda h, x: (0.5 * h + x, h), 0.0, XS[:, 0])
-    check(lambda h, x: (0.5 * h, h), 1.0, None, 4)
-    check(lambda h, x: (jnp.tanh(h + x), 1.0), jnp.float32(1.0), XS[:, 0])
-    check(lambda h, x: (h * x, (2.0, 1, h)), 1, XS[:, 0])
+    assert_is_lax_scan(lambda h, x: (0.5 * h + x, h), 0.0, XS[:, 0])
+    assert_is_lax_scan(lambda h, x: (0.5 * h, h), 1.0, None, 4)
+    assert_is_lax_scan(lambda h, x: (jnp.tanh(h + x), 1.0), jnp.float32(1.0), XS[:, 0])
+    assert_is_lax_scan(lambda h, x: (h * x, (2.0, 1, h)), 1, XS[:, 0])
     for solver in (jp.shooting(), jp.newton(), jp.sequential()):
         found = jp.newton_scan(lambda h, x: (0.5 * h, h), 1.0, None, 4, solver=solver)
         wanted = lax.scan(lambda h, x: (0.5 * h, h), 1.0, None, 4)
@@ -152,8 +164,10 @@ def test_scalars_and_weak_types():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_small_floats_keep_their_dtype(dtype):
     # One ulp of the carry is the resolution at which two programs can agree.
-    check(step, jnp.asarray(H0, dtype), jnp.asarray(XS, dtype), tol=2 * float(jnp.finfo(dtype).eps))
-    check(
+    assert_is_lax_scan(
+        step, jnp.asarray(H0, dtype), jnp.asarray(XS, dtype), tol=2 * float(jnp.finfo(dtype).eps)
+    )
+    assert_is_lax_scan(
         lambda h, x: (jnp.tanh(h + x).astype(dtype), (h * x).astype(jnp.float32)),
         jnp.asarray(H0, dtype),
         XS,
@@ -163,7 +177,7 @@ def test_small_floats_keep_their_dtype(dtype):
 
 def test_float64():
     with jax.enable_x64(True):
-        check(step, H0.astype(np.float64), XS.astype(np.float64), tol=1e-14)
+        assert_is_lax_scan(step, H0.astype(np.float64), XS.astype(np.float64), tol=1e-14)
         _, info = jp.solve_scan(step, H0.astype(np.float64), XS.astype(np.float64), solver=SHOOTING)
         assert info.iterations > 0 and info.fallback_steps == 0
 
@@ -181,18 +195,18 @@ def test_states_of_any_size(scale):
 
 
 def test_empty_batches():
-    check(step, jnp.zeros((0, 2)), jnp.zeros((5, 0, 2)))
+    assert_is_lax_scan(step, jnp.zeros((0, 2)), jnp.zeros((5, 0, 2)))
     out = jax.grad(lambda h: jnp.sum(ours(step, h, jnp.zeros((5, 0, 2)))[0]))(jnp.zeros((0, 2)))
     assert out.shape == (0, 2)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5, 7, 50])
 def test_any_number_of_chunks(chunks):
-    check(step, H0, XS, solver=jp.shooting(chunks=chunks))
+    assert_is_lax_scan(step, H0, XS, solver=jp.shooting(chunks=chunks))
 
 
 def test_linear_counters_and_exploding_linear_cells():
-    check(lambda h, x: (h + 1.0, h), jnp.zeros(2), XS)
+    assert_is_lax_scan(lambda h, x: (h + 1.0, h), jnp.zeros(2), XS)
     xs = np.tile(XS, (4, 1))
 
     def run(scan):
@@ -221,7 +235,9 @@ def test_a_large_state_does_not_excuse_errors_in_the_small_ones_after_it(solver,
     spikes = np.zeros((64, 1), np.float32)
     spikes[29] = size
     xs = (spikes, rng.standard_normal((64, 2)).astype(np.float32))
-    check(f, np.float32([size, -size]), xs, solver=jp.newton() if solver == "newton" else SHOOTING)
+    assert_is_lax_scan(
+        f, np.float32([size, -size]), xs, solver=jp.newton() if solver == "newton" else SHOOTING
+    )
 
 
 # Errors -------------------------------------------------------------------------------

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from scan_checks import H0, SHOOTING, SOLVERS, XS, check, ours, quick, same, step
+from scan_checks import (
+    H0,
+    SHOOTING,
+    SOLVERS,
+    XS,
+    assert_is_lax_scan,
+    assert_same,
+    ours,
+    quick,
+    step,
+)
 
 import jaxpara as jp
 
@@ -36,7 +46,7 @@ def test_gradients_reach_what_the_step_closes_over():
 
         return quick(run)(w)
 
-    same(every(ours), every(lax.scan), 1e-5)
+    assert_same(every(ours), every(lax.scan), 1e-5)
 
 
 def test_closing_over_integer_arrays_and_tables():
@@ -46,7 +56,7 @@ def test_closing_over_integer_arrays_and_tables():
         h = jnp.tanh(0.5 * h[order] + table[i])
         return h, table[i]
 
-    check(f, H0, jnp.array([0, 4, 2, 2, 1]))
+    assert_is_lax_scan(f, H0, jnp.array([0, 4, 2, 2, 1]))
 
 
 def test_a_scan_in_a_scan():
@@ -62,7 +72,7 @@ def test_a_scan_in_a_scan():
     found, wanted = (
         quick(jax.value_and_grad(loss(scan), (0, 1)))(H0, xs) for scan in (ours, lax.scan)
     )
-    same(found, wanted)
+    assert_same(found, wanted)
 
 
 def test_nested_vmap_and_an_unmapped_init():
@@ -73,7 +83,7 @@ def test_nested_vmap_and_an_unmapped_init():
         twice = lambda f, a=axes: jax.vmap(jax.vmap(f, in_axes=a), in_axes=(None, 0))  # noqa: E731
         h = H0 if axes[0] is None else np.stack([H0, 2 * H0])
         x = xs if axes[0] is None else xs[:, 0]
-        same(twice(run)(h, x), twice(theirs)(h, x))
+        assert_same(twice(run)(h, x), twice(theirs)(h, x))
 
 
 def test_gradients_with_respect_to_one_thing_only():
@@ -85,19 +95,19 @@ def test_gradients_with_respect_to_one_thing_only():
     w = jnp.float32(0.6)
     for which in range(3):
         found = quick(jax.grad(loss(ours), which))(w, H0, XS)
-        same(found, jax.grad(loss(lax.scan), which)(w, H0, XS))
+        assert_same(found, jax.grad(loss(lax.scan), which)(w, H0, XS))
 
 
 def test_checkpoint_policies():
     policy = jax.checkpoint_policies.nothing_saveable
     run = lambda h: jnp.sum(jp.newton_scan(step, h, XS, solver=SHOOTING)[1])  # noqa: E731
     found = jax.grad(jax.checkpoint(run, policy=policy))(H0)
-    same(found, jax.grad(lambda h: jnp.sum(lax.scan(step, h, XS)[1]))(H0))
+    assert_same(found, jax.grad(lambda h: jnp.sum(lax.scan(step, h, XS)[1]))(H0))
 
 
 def test_disable_jit_runs_the_plain_loop():
     with jax.disable_jit():
-        same(jp.newton_scan(step, H0, XS, solver=SHOOTING), lax.scan(step, H0, XS))
+        assert_same(jp.newton_scan(step, H0, XS, solver=SHOOTING), lax.scan(step, H0, XS))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -135,7 +145,7 @@ def test_a_custom_vjp_in_the_step_is_respected(solver):
 
     mine, theirs = run(functools.partial(ours, solver=SOLVERS[solver])), run(lax.scan)
     both = lambda f: quick(jax.value_and_grad(f, (0, 1)))(H0, XS)  # noqa: E731
-    same(both(mine), both(theirs))
+    assert_same(both(mine), both(theirs))
     for scan in (mine, theirs):
         with pytest.raises(TypeError, match="can't apply forward-mode"):
             jax.jvp(scan, (H0, XS), (H0, XS))
@@ -158,7 +168,7 @@ def test_a_second_eager_call_compiles_nothing():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        same(jp.newton_scan(f, H0, XS, solver=jp.shooting(chunks=3)), first)
+        assert_same(jp.newton_scan(f, H0, XS, solver=jp.shooting(chunks=3)), first)
         assert jaxpara_solve._cache_size() == entries
         assert not events
         jp.newton_scan(f, H0, XS[:5], solver=SHOOTING)
@@ -169,7 +179,7 @@ def test_a_second_eager_call_compiles_nothing():
 
 def test_donated_arguments():
     run = jax.jit(lambda h, x: jp.newton_scan(step, h, x, solver=SHOOTING), donate_argnums=(0, 1))
-    same(run(jnp.asarray(H0), jnp.asarray(XS)), lax.scan(step, H0, XS))
+    assert_same(run(jnp.asarray(H0), jnp.asarray(XS)), lax.scan(step, H0, XS))
 
 
 def test_data_sharded_over_a_mesh_axis():

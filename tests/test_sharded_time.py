@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from recurrence_cases import CASES, QUICK, close, cotangents, in_float64, weighted
+from recurrence_cases import CASES, QUICK, assert_close, cotangents, in_float64, weighted
 
 import jaxpara as jp
 
@@ -71,7 +71,7 @@ def test_sharded_time_gives_what_lax_scan_gives(solver, structure, derivative, r
     # A residual of r leaves an error of r / (1 - rate) where convergence is only linear:
     # the carry is still 1e-5 of its own size or better, the bound for float32 states.
     tolerance = 2e-6 if solver in ("shooting", "newton") else 1e-5
-    close(((value, out), grads), oracle(structure, 0.7, reverse), tolerance)
+    assert_close(((value, out), grads), oracle(structure, 0.7, reverse), tolerance)
     assert info.converged and info.iterations > 0 and info.fallback_steps == 0
 
 
@@ -82,7 +82,7 @@ def test_hard_cells_finish_device_after_device(solver):
     # One iteration is never enough to confirm anything: all of it must be completed.
     run = solved(case, weights, make(axis="time", max_iters=1), None, False)
     (value, (out, info)), grads = run(*args)
-    close(((value, out), grads), oracle("diagonal", 0.7, False))
+    assert_close(((value, out), grads), oracle("diagonal", 0.7, False))
     assert not info.converged and info.fallback_steps == TIME
 
 

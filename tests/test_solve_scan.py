@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from recurrence_cases import PARALLEL, QUICK, SOLVERS, close, gru, in_float64, normal
+from recurrence_cases import PARALLEL, QUICK, SOLVERS, assert_close, gru, in_float64, normal
 
 import jaxpara as jp
 
@@ -38,14 +38,14 @@ def test_a_warm_start_saves_iterations_and_a_wrong_one_changes_no_value(solver):
     wanted = in_float64(lambda p, i, x: lax.scan(gru(p), i, x), params, init, xs)
     run = compiled(solver)
     out, cold = run(params, init, xs)
-    close(out, wanted)
+    assert_close(out, wanted)
     out, warm = run(params, init, xs, cold.starts)
-    close(out, wanted)
+    assert_close(out, wanted)
     assert warm.iterations == 1 < cold.iterations
     for wrong in (jnp.full_like(cold.starts, jnp.nan), 1e30 * jnp.ones_like(cold.starts),
                   -cold.starts):  # fmt: skip
         out, info = run(params, init, xs, wrong)
-        close(out, wanted)
+        assert_close(out, wanted)
         assert info.iterations > 1
 
 
@@ -65,9 +65,9 @@ def test_a_sequence_in_pieces_is_the_sequence():
     (end, ys), _ = run(params, init, xs)
     (middle, first), _ = run(params, init, xs[:20])
     (last, second), _ = run(params, middle, xs[20:])
-    close(last, np.asarray(end))
+    assert_close(last, np.asarray(end))
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
-    close(joined, jax.tree.map(np.asarray, ys))
+    assert_close(joined, jax.tree.map(np.asarray, ys))
 
 
 # Rows of a batch ----------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_restarts_cut_documents_apart(reverse):
             return jnp.sum(weights * ys["seen"])
 
         found = jax.jit(jax.value_and_grad(packed, (0, 1, 2)), compiler_options=QUICK)
-        close(found(params, init, xs), wanted)
+        assert_close(found(params, init, xs), wanted)
 
 
 def test_restarts_a_row():
@@ -156,7 +156,7 @@ def test_restarts_a_row():
     reset[9, 0] = reset[30, 1] = True
     run = lambda scan: scan(jp.with_reset(gru(params), init), init, (reset, rows))  # noqa: E731
     found = jax.jit(lambda: run(functools.partial(jp.newton_scan, solver=SHOOTING)))()
-    close(found, jax.tree.map(np.asarray, run(lax.scan)))
+    assert_close(found, jax.tree.map(np.asarray, run(lax.scan)))
 
 
 def test_resets_that_are_no_flags_are_refused():
@@ -197,7 +197,7 @@ def check_cell(f, init, xs):
     wanted = jax.jit(lambda: lax.scan(f, init, xs))()
     found, info = jax.jit(lambda: jp.solve_scan(f, init, xs, solver=SHOOTING))()
     assert info.iterations > 0 and info.fallback_steps == 0
-    close(found, jax.tree.map(np.asarray, wanted))
+    assert_close(found, jax.tree.map(np.asarray, wanted))
 
 
 @pytest.mark.parametrize("name", ["GRUCell", "OptimizedLSTMCell"])
