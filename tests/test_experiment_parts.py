@@ -88,7 +88,15 @@ def test_loop_stops_by_hand_with_every_step_booked():
     assert rows[-1].step == 4 and looks == [(0, 0.0)]
 
 
-def test_first_interrupt_is_a_flag_and_the_second_is_the_old_behaviour():
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as in a terminal: a shell starts background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_first_interrupt_is_a_flag_and_the_second_is_the_old_behaviour(interrupts):
     with pytest.raises(KeyboardInterrupt), interrupt_flag() as pressed:
         assert not pressed()
         os.kill(os.getpid(), signal.SIGINT)
