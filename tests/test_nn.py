@@ -114,7 +114,7 @@ def test_gradient_of_apply_equals_gradient_of_run_in_pieces(name):
     start = begin(model, params)
 
     a, b = jax.jit(jax.grad(whole))(params), jax.grad(pieces)(params)
-    jax.tree.map(close, a, b)
+    jax.tree.map(assert_close, a, b)
     assert all(np.any(leaf) for leaf in map(np.asarray, jax.tree.leaves(a)))
 
 
@@ -160,7 +160,9 @@ def test_reset_hides_the_documents_before_in_values_and_gradients(name):
         return jnp.sum(jnp.sin(model.apply(params, x, reset)[:, -4:]))
 
     a = jax.jit(jax.grad(loss))(params, x, reset)
-    jax.tree.map(close, a, jax.jit(jax.grad(loss))(params, x[:, 5:], jnp.zeros((BATCH, 4), bool)))
+    jax.tree.map(
+        assert_close, a, jax.jit(jax.grad(loss))(params, x[:, 5:], jnp.zeros((BATCH, 4), bool))
+    )
 
 
 @pytest.mark.parametrize("name", ["slstm", "hybrid"])

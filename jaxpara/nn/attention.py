@@ -23,11 +23,11 @@ class AttentionState(NamedTuple):
     keys: Float[Array, "batch max_length heads size"]
     values: Float[Array, "batch max_length heads size"]
     position: Int[Array, ""]
-    first: Int[Array, "batch"]
+    first: Int[Array, " batch"]
 
 
 def rotate(
-    x: Float[Array, "batch time heads size"], positions: Int[Array, "time"], base: float
+    x: Float[Array, "batch time heads size"], positions: Int[Array, " time"], base: float
 ) -> Float[Array, "batch time heads size"]:
     """Turns the pair `(x_i, x_{i + size/2})` by `position * base^(-2i/size)`, in float32.
 

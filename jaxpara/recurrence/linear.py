@@ -15,14 +15,14 @@ from pallas_kernels.dispatch import choose
 
 
 def linear_recurrence(
-    a: Float[Array, "time *state"],
-    b: Float[Array, "time *state"],
-    init: Float[Array, "*state"] | None = None,
+    a: Float[Array, " time *state"],
+    b: Float[Array, " time *state"],
+    init: Float[Array, " *state"] | None = None,
     *,
     reverse: bool = False,
     implementation: str | None = None,
     axis: str | None = None,
-) -> Float[Array, "time *state"]:
+) -> Float[Array, " time *state"]:
     """All states of `s_t = A_t s_{t-1} + b_t`.
 
     Args:

@@ -27,7 +27,7 @@ def run(
     x: Float[Array, "time *batch features"],
     *,
     scan: Scan = newton_scan,
-    reset: Bool[Array, "time *batch"] | None = None,
+    reset: Bool[Array, " time *batch"] | None = None,
 ) -> tuple[Carry, Any]:
     """Runs a cell over time: `project` once for all steps, then `step` in a scan.
 
