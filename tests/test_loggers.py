@@ -1,0 +1,147 @@
+"""Sinks of a run's numbers: what was written can be read back by somebody else's reader."""
+
+import sys
+import types
+
+import jax
+import pytest
+
+from experiments import loggers, metrics
+from experiments.loggers import Place
+from experiments.runs import RunError
+
+ROWS = {1: {"loss": 2.0, "rate": None}, 2: {"loss": 1.5, "rate": 3.0}}
+
+
+def write(place, *opens, rows=ROWS):
+    opened = loggers.open_all(opens, place)
+    for step, values in rows.items():
+        loggers.write_all(opened, step, values)
+    for logger in opened:
+        logger.close()
+    return opened
+
+
+def place(folder, step=0):
+    return Place(folder, "name", {"a": {"b": 1}}, step)
+
+
+def test_csv_has_its_columns_in_order_and_empty_cells_where_nothing_was_measured(tmp_path):
+    write(place(tmp_path), loggers.csv(["loss", "rate", "step"]))
+    table = metrics.read(tmp_path / "metrics.csv")
+    assert table == {"step": [1, 2], "loss": [2.0, 1.5], "rate": [None, 3.0]}
+
+
+def test_csv_of_a_resumed_run_is_continued_under_one_header(tmp_path):
+    write(place(tmp_path), loggers.csv(["loss", "rate"]))
+    write(place(tmp_path, step=2), loggers.csv(["loss", "rate"]), rows={3: {"loss": 1.0}})
+    assert metrics.read(tmp_path / "metrics.csv")["loss"] == [2.0, 1.5, 1.0]
+
+
+def test_csv_refuses_a_name_that_is_no_column(tmp_path):
+    with pytest.raises(ValueError, match="lost"):
+        write(place(tmp_path), loggers.csv(["loss"]), rows={1: {"lost": 1.0}})
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert write(place(tmp_path), loggers.csv(["loss"])) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def events(folder):
+    """(name, step, value) of every scalar, in order, read from the protocol buffers."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # length, its checksum, the message, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.HasField("session_log"):
+                found.append(("start", event.step, event.session_log.status))
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+    return found
+
+
+def test_tensorboard_holds_every_number_that_was_measured(tmp_path):
+    pytest.importorskip("tensorboardX")
+    write(place(tmp_path), loggers.tensorboard())
+    assert events(tmp_path) == [("loss", 1, 2.0), ("loss", 2, 1.5), ("rate", 2, 3.0)]
+
+
+def test_tensorboard_of_a_resumed_run_drops_the_steps_after_the_checkpoint(tmp_path):
+    pytest.importorskip("tensorboardX")
+    write(place(tmp_path, step=4), loggers.tensorboard(), rows={5: {"loss": 1.0}})
+    assert events(tmp_path) == [("start", 5, 1), ("loss", 5, 1.0)]
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """A stand-in that remembers: the real one is tried offline below, where it is installed."""
+    calls = types.SimpleNamespace(inits=[], logs=[], finished=0)
+
+    class Error(Exception):
+        pass
+
+    def init(**given):
+        calls.inits.append(given)
+        if given["project"] == "locked":
+            raise Error("nobody is logged in")
+
+        def finish():
+            calls.finished += 1
+
+        def log(values, step):
+            calls.logs.append((step, values))
+
+        return types.SimpleNamespace(id="abc", log=log, finish=finish)
+
+    module = types.ModuleType("wandb")
+    module.init, module.errors = init, types.SimpleNamespace(Error=Error)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+def test_wandb_gets_config_and_numbers_and_a_resumed_run_its_own_id(tmp_path, fake_wandb):
+    write(place(tmp_path), loggers.wandb(project="p", mode="offline", tags=["t"]))
+    write(place(tmp_path, step=2), loggers.wandb(project="p", mode="offline"), rows={})
+    first, second = fake_wandb.inits
+    assert first["config"] == {"a": {"b": 1}} and first["tags"] == ["t"]
+    assert (first["project"], first["mode"], first["dir"]) == ("p", "offline", str(tmp_path))
+    assert first["id"] is None and second["id"] == "abc" and second["resume"] == "allow"
+    assert fake_wandb.logs == [(1, {"loss": 2.0}), (2, {"loss": 1.5, "rate": 3.0})]
+    assert fake_wandb.finished == 2
+
+
+def test_wandb_without_an_account_says_how_to_go_on(tmp_path, fake_wandb):
+    with pytest.raises(RunError, match="nobody is logged in; logger.wandb.mode=offline"):
+        write(place(tmp_path), loggers.wandb(project="locked"))
+
+
+def test_wandb_offline_writes_into_the_folder_of_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write(place(folder), loggers.wandb(mode="offline"))
+    [run] = (folder / "wandb").glob("offline-run-*")
+    identity = (folder / "wandb.txt").read_text().strip()
+    [file] = run.glob("*.wandb")
+    assert identity in file.name and file.stat().st_size > 0
+
+
+def test_wandb_knows_two_modes():
+    with pytest.raises(ValueError, match="mode='off': give 'online' or 'offline'"):
+        loggers.wandb(mode="off")
+
+
+@pytest.mark.parametrize("name", ["tensorboardX", "wandb"])
+def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    make = {"tensorboardX": loggers.tensorboard, "wandb": loggers.wandb}[name]
+    with pytest.raises(ValueError, match=rf"needs the package {name}: pip install '\.\["):
+        make()
