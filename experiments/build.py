@@ -8,7 +8,9 @@ import optax
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
-from experiments.data.corpus import Corpus
+from experiments.data.corpus import Data
+from experiments.loggers import Open
+from experiments.task import Task
 from jaxpara.types import Model, Params
 
 RECURRENT = "jaxpara.nn.mixers.recurrent"
@@ -20,15 +22,28 @@ class Parts(NamedTuple):
     """What a training run is made of.
 
     Attributes:
+      task: of group `task`: what is trained, on what, and how it is judged.
+      optimizer: of optax.
+      projection: applied to the parameters after each step, or None.
+      sinks: of numbers, those of group `logger`.
+    """
+
+    task: Task
+    optimizer: optax.GradientTransformation
+    projection: Callable[[Params], Params] | None
+    sinks: list[Open]
+
+
+class Solved(NamedTuple):
+    """One model, its recurrences solved in several ways.
+
+    Attributes:
       model: with the solver that trains.
-      sequential: the same model, its recurrences solved step by step.
-      parallel: the same model with the parallel solver that is checked.
+      sequential: solved step by step.
+      parallel: with the parallel solver that is checked.
       observed: the parallel model, whose state also reports each layer's solve; None
         where no layer is recurrent.
       parallel_name: of that solver.
-      optimizer: of optax.
-      projection: applied to the parameters after each step, or None.
-      corpus: training and validation bytes.
     """
 
     model: Model
@@ -36,28 +51,47 @@ class Parts(NamedTuple):
     parallel: Model
     observed: Model | None
     parallel_name: str
-    optimizer: optax.GradientTransformation
-    projection: Callable[[Params], Params] | None
-    corpus: Corpus
 
 
-def _with_solver(cfg: DictConfig, solver: Any) -> DictConfig:
-    changed = copy.deepcopy(cfg)
-    changed.solver = solver
-    return changed
-
-
-def _retarget(node: Any, old: str, new: str) -> int:
-    """Replaces a `_target_` everywhere below a node, in place; returns how often."""
-    count = 0
+def _recurrent(node: Any):
+    """Every recurrent mixer below a node."""
     if isinstance(node, DictConfig):
-        if node.get("_target_") == old:
-            node._target_ = new
-            count += 1
-        count += sum(_retarget(node[key], old, new) for key in node)
+        if node.get("_target_") == RECURRENT:
+            yield node
+        for key in node:
+            yield from _recurrent(node[key])
     elif isinstance(node, ListConfig):
-        count += sum(_retarget(child, old, new) for child in node)
-    return count
+        for child in node:
+            yield from _recurrent(child)
+
+
+def _with(model: DictConfig, **changes: Any) -> tuple[Model, int]:
+    """The model with its recurrent mixers changed, and how many there are."""
+    changed = copy.deepcopy(model)
+    mixers = list(_recurrent(changed))
+    for mixer in mixers:
+        mixer.update(changes)
+    return instantiate(changed), len(mixers)
+
+
+def solve_in_ways(model: DictConfig, parallel: DictConfig) -> Solved:
+    """Builds one model with several solvers.
+
+    Args:
+      model: its config, resolved.
+      parallel: config of the parallel solver that is checked beside the training.
+
+    Returns:
+      The models; they have the same parameters.
+    """
+    observed, recurrent = _with(model, _target_=OBSERVED, solver=parallel)
+    return Solved(
+        model=instantiate(model),
+        sequential=_with(model, solver=SEQUENTIAL)[0],
+        parallel=_with(model, solver=parallel)[0],
+        observed=observed if recurrent else None,
+        parallel_name=parallel._target_.rpartition(".")[2],
+    )
 
 
 def build_model(cfg: DictConfig) -> Model:
@@ -72,14 +106,14 @@ def build_model(cfg: DictConfig) -> Model:
     return instantiate(cfg.model)
 
 
-def build_corpus(cfg: DictConfig) -> Corpus:
-    """The corpus alone, as `evaluate` needs it.
+def build_data(cfg: DictConfig) -> Data:
+    """The data alone, as `evaluate` needs it.
 
     Args:
       cfg: composed, or the resolved config of a run.
 
     Returns:
-      The corpus.
+      The data.
     """
     return instantiate(cfg.data)
 
@@ -93,16 +127,10 @@ def build(cfg: DictConfig) -> Parts:
     Returns:
       The parts.
     """
-    parallel = _with_solver(cfg, cfg.parallel)
-    watched = copy.deepcopy(parallel)
-    recurrent = _retarget(watched.mixer, RECURRENT, OBSERVED)
+    chosen = cfg.get("logger") or {}
     return Parts(
-        model=build_model(cfg),
-        sequential=build_model(_with_solver(cfg, SEQUENTIAL)),
-        parallel=build_model(parallel),
-        observed=build_model(watched) if recurrent else None,
-        parallel_name=cfg.parallel._target_.rpartition(".")[2],
+        task=instantiate(cfg.task),
         optimizer=instantiate(cfg.optim),
         projection=instantiate(cfg.projection),
-        corpus=build_corpus(cfg),
+        sinks=[instantiate(one) for one in chosen.values()],
     )

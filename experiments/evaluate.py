@@ -7,7 +7,6 @@ from omegaconf import DictConfig
 from experiments import checkpoints, runs, tables
 from experiments.build import build_corpus, build_model
 from experiments.commandline import guarded
-from experiments.data import windows
 from experiments.data.baselines import baselines
 from experiments.judging import bits_per_byte
 
@@ -34,9 +33,7 @@ def job(cfg: DictConfig) -> float:
     }
     corpus = build_corpus(trained)
     try:
-        held_out = windows.evenly_spaced(
-            corpus.validation, count=chosen["windows"], length=chosen["length"]
-        )
+        held_out = corpus.held_out(count=chosen["windows"], length=chosen["length"])["tokens"]
     except ValueError as error:
         raise runs.RunError(str(error)) from error
     bits = bits_per_byte(model, held_out, batch_size=chosen["batch_size"])(params)

@@ -212,7 +212,7 @@ def test_generate_streams_a_continuation_of_the_prompt(finished, capsys):
         (generate, ["run={run}", "prompt=''"], "error: the prompt is empty"),
         (generate, ["run={run}", "tempo=1"], "Key 'tempo' is not in struct"),
         (train, ["data.root=gone"], r"error: data: data.root='gone' is not a folder"),
-        (train, ["window=99999", "data.root={text}"], "error: a window of 99999 . 1 bytes"),
+        (train, ["window=99999", "data.root={text}"], "error: a window of 99999 . 1 tokens"),
         (train, ["check.length=99999", "data.root={text}"], "error: held-out bytes: a window of"),
         (train, [*TINY, "data.root={text}", "accumulate=4"], "accumulate=4 does not divide batch_"),
         (train, [*TINY, "data.root={text}", "log_every=0"], "error: log_every=0: give at least 1"),

@@ -1,85 +1,182 @@
-"""A corpus is two byte strings that share no file: training and validation.
+"""Data for a language model: documents by name in, batches and held-out windows out.
 
-The split is by *file* and exact duplicates are dropped before it, so that no
-validation file was seen in training.
+Every source of data ends here. A source is a function that reads documents; the split,
+the tokenizer, the order of the batches and the fetching ahead are the same for all.
 """
 
-import random
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
 
+from experiments.data.batches import by_step
+from experiments.data.splits import Split
+from experiments.data.tokens import Tokenizer, Tokens, open_tokenizer, tokenize
+from experiments.task import Batches
 
-class Corpus(NamedTuple):
-    """Bytes to train on and bytes to be judged by.
+Batch = dict[str, np.ndarray]
+
+
+class MakeBatches(Protocol):
+    """Makes the batches of one process; see `Data`."""
+
+    def __call__(
+        self,
+        *,
+        seed: int,
+        batch_size: int,
+        length: int,
+        shard_index: int = 0,
+        shard_count: int = 1,
+    ) -> Batches: ...
+
+
+class Data(NamedTuple):
+    """What a language model trains on and is judged by.
 
     Attributes:
-      train: training bytes, files joined by a newline.
-      validation: validation bytes, files joined by a newline.
-      train_files: names of the training files, in the order joined.
-      validation_files: names of the validation files, in the order joined.
-      source: one line that says where the bytes are from.
+      source: one line that says where the text is from.
+      batches: `(seed, batch_size, length, shard_index=0, shard_count=1) -> Batches` of
+        `{"tokens": int32 [batch, length + 1]}` and, where documents are packed,
+        `"reset": bool [batch, length]`, true where a document begins. `batch_size` counts
+        the rows of all shards together; each process gets its own part of them.
+      held_out: `(count, length) -> batch`: evenly spaced windows, in the same form.
+      validation: the bytes that are held out.
+      bytes_per_token: of those bytes; bits per byte are bits per token divided by it.
+      train_bytes: of the text to train on; None where it is streamed and nobody knows.
+      tokenizer: text to tokens and back, and the size of the vocabulary.
     """
 
-    train: UInt8[np.ndarray, " train_bytes"]
-    validation: UInt8[np.ndarray, " validation_bytes"]
-    train_files: Sequence[str]
-    validation_files: Sequence[str]
     source: str
+    batches: MakeBatches
+    held_out: Callable[..., Batch]
+    validation: UInt8[np.ndarray, " bytes"]
+    bytes_per_token: float
+    train_bytes: int | None
+    tokenizer: Tokenizer
 
 
-def distinct_names(files: Mapping[str, bytes], names: Sequence[str]) -> list[str]:
-    """Drops names whose content is empty or equals that of an earlier name.
+class Sampler(NamedTuple):
+    """How tokens become batches.
 
-    Args:
-      files: content by name.
-      names: the names in the order in which the first one wins.
-
-    Returns:
-      The names that remain, in the same order.
+    Attributes:
+      batches: `(tokens, *, seed, batch_size, length) -> (step -> batch)`, the inner function
+        being pure.
+      held_out: `(tokens, *, count, length) -> batch`.
     """
-    first: dict[bytes, str] = {}
-    for name in names:
-        first.setdefault(files[name], name)
-    return [name for content, name in first.items() if content]
+
+    batches: Callable[..., Callable[[int], Batch]]
+    held_out: Callable[..., Batch]
 
 
-def split_by_file(
-    files: Mapping[str, bytes], *, validation_fraction: float, seed: int, source: str
-) -> Corpus:
-    """Splits distinct files into training and validation with a fixed shuffle.
+def from_documents(
+    documents: Mapping[str, bytes],
+    *,
+    source: str,
+    split: Split,
+    validation_fraction: float,
+    seed: int,
+    sampler: Sampler,
+    tokenizer: str | None,
+    prefetch: int,
+) -> Data:
+    """Splits documents, encodes them and cuts batches.
 
     Args:
-      files: content by name; duplicates are dropped here.
-      validation_fraction: share of the *files*, strictly between 0 and 1.
-      seed: of the shuffle; the split depends on nothing else.
-      source: one line for people, kept in the corpus.
+      documents: content by name.
+      source: one line for people.
+      split: what is held out, one of `experiments.data.splits`.
+      validation_fraction: share of the documents that is held out.
+      seed: of the split, apart from the seed of the training run, so that runs with
+        different seeds are judged by the same bytes.
+      sampler: `windows.random_windows` or `packing.packed`.
+      tokenizer: a file of the library tokenizers; None is bytes.
+      prefetch: batches made ahead; 0 makes each when it is asked for.
 
     Returns:
-      The corpus. Both sides hold at least one file.
+      The data.
 
     Raises:
-      ValueError: fewer than two distinct files, or a fraction outside (0, 1).
+      ValueError: what cannot be split, or a tokenizer that cannot be read.
+      FileNotFoundError: no such tokenizer.
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(
-            f"validation_fraction={validation_fraction} must lie strictly between 0 and 1: "
-            "it is the share of files held out, for example data.validation_fraction=0.05"
-        )
-    shuffled = sorted(files)
-    random.Random(seed).shuffle(shuffled)
-    names = distinct_names(files, shuffled)
-    if len(names) < 2:
-        raise ValueError(
-            f"{source}: {len(files)} files of which {len(names)} distinct and non-empty; "
-            "a split by file needs at least 2. Point data.root at a folder with more files"
-        )
-    held_out = min(max(1, round(validation_fraction * len(names))), len(names) - 1)
+    encoder = open_tokenizer(tokenizer)
+    try:
+        sides = split(documents, validation_fraction, seed)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    train = tokenize((documents[name] for name in sides.train), encoder)
+    validation, held_out, ratio = judged_by(
+        [documents[name] for name in sides.validation], encoder, sampler
+    )
 
-    def joined(part: Sequence[str]) -> np.ndarray:
-        return np.frombuffer(b"\n".join(files[name] for name in part), np.uint8)
+    def batches(*, seed, batch_size, length, shard_index=0, shard_count=1):
+        rows = shard_rows(batch_size, shard_index, shard_count)
+        cut = sampler.batches(train, seed=seed, batch_size=batch_size, length=length)
+        return by_step(
+            lambda step: {name: rows_of_all[rows] for name, rows_of_all in cut(step).items()},
+            prefetch=prefetch,
+        )
 
-    validation, train = names[:held_out], names[held_out:]
-    return Corpus(joined(train), joined(validation), tuple(train), tuple(validation), source)
+    return Data(
+        source=source,
+        batches=batches,
+        held_out=held_out,
+        validation=validation,
+        bytes_per_token=ratio,
+        train_bytes=sum(len(documents[name]) + 1 for name in sides.train) - 1,
+        tokenizer=encoder,
+    )
+
+
+def judged_by(
+    documents: list[bytes], tokenizer: Tokenizer, sampler: Sampler
+) -> tuple[UInt8[np.ndarray, " bytes"], Callable[..., Batch], float]:
+    """Held-out documents as `Data` shows them.
+
+    Args:
+      documents: held out.
+      tokenizer: encodes them.
+      sampler: cuts them.
+
+    Returns:
+      The bytes, a newline between two documents; the function that cuts windows; and
+      bytes for each token.
+    """
+    tokens: Tokens = tokenize(documents, tokenizer)
+    text = np.frombuffer(b"\n".join(documents), np.uint8)
+
+    def held_out(*, count: int, length: int) -> Batch:
+        return sampler.held_out(tokens, count=count, length=length)
+
+    return text, held_out, len(text) / max(tokens.end, 1)
+
+
+def shard_rows(batch_size: int, shard_index: int, shard_count: int) -> slice:
+    """The rows of a batch that one process reads.
+
+    Args:
+      batch_size: rows of all processes.
+      shard_index: number of the process.
+      shard_count: how many there are.
+
+    Returns:
+      Its rows; the slices of all processes are the batch.
+
+    Raises:
+      ValueError: they do not divide the batch, or there is no such process.
+    """
+    if shard_count < 1 or not 0 <= shard_index < shard_count:
+        raise ValueError(
+            f"shard_index={shard_index} of shard_count={shard_count}: "
+            "give an index from 0 to the count less one"
+        )
+    if batch_size < 1 or batch_size % shard_count:
+        more = shard_count * max(1, -(-batch_size // shard_count))
+        raise ValueError(
+            f"batch_size={batch_size} rows cannot be shared by {shard_count} processes: "
+            f"give a multiple of {shard_count}, such as {more}"
+        )
+    own = batch_size // shard_count
+    return slice(shard_index * own, (shard_index + 1) * own)

@@ -9,7 +9,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from experiments.data.corpus import Corpus, split_by_file
+from experiments.data.corpus import Data, Sampler, from_documents
+from experiments.data.splits import Split, shuffled
+from experiments.data.windows import RANDOM
 
 # Third-party packages are not the standard library; test folders are repetitive
 # and make compressors look better than they are on source code.
@@ -38,7 +40,16 @@ def python_files(root: Path) -> dict[str, bytes]:
     return files
 
 
-def load(*, root: str | None = None, validation_fraction: float = 0.05, seed: int = 0) -> Corpus:
+def load(
+    *,
+    root: str | None = None,
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    split: Split = shuffled,
+    sampler: Sampler = RANDOM,
+    tokenizer: str | None = None,
+    prefetch: int = 2,
+) -> Data:
     """Loads Python source text, split by file into training and validation.
 
     Args:
@@ -46,9 +57,14 @@ def load(*, root: str | None = None, validation_fraction: float = 0.05, seed: in
       validation_fraction: share of the files held out.
       seed: of the split, apart from the seed of the training run, so that runs
         with different seeds are judged by the same bytes.
+      split: `splits.shuffled`, or `splits.by_name`, which holds out the same files
+        whatever the version of Python.
+      sampler: how batches are cut, `windows.RANDOM` or `packing.PACKED`.
+      tokenizer: a file of the library tokenizers; None is bytes.
+      prefetch: batches made ahead.
 
     Returns:
-      The corpus.
+      The data.
 
     Raises:
       FileNotFoundError: the folder is missing or holds no Python source text.
@@ -68,5 +84,13 @@ def load(*, root: str | None = None, validation_fraction: float = 0.05, seed: in
             "interpreter, or give data.root=FOLDER with *.py files in it"
         )
     version = ".".join(map(str, sys.version_info[:3]))
-    source = f"{folder}" if root is not None else f"standard library of Python {version}"
-    return split_by_file(files, validation_fraction=validation_fraction, seed=seed, source=source)
+    return from_documents(
+        files,
+        source=str(folder) if root is not None else f"standard library of Python {version}",
+        split=split,
+        validation_fraction=validation_fraction,
+        seed=seed,
+        sampler=sampler,
+        tokenizer=tokenizer,
+        prefetch=prefetch,
+    )

@@ -1,66 +1,100 @@
-"""Windows of a byte string: random ones to train on, evenly spaced ones to be judged by.
+"""Windows of a text: random ones to train on, evenly spaced ones to be judged by.
 
-A window has `length + 1` bytes, of which the last `length` are predicted. Batch
+A window has `length + 1` tokens, of which the last `length` are predicted. Batch
 number `step` is a function of (seed, step) alone, so the position in the data is
 one integer and a run can be taken up again at any step.
 """
 
+from collections.abc import Callable
+
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer
+
+from experiments.data.corpus import Batch, Sampler
+from experiments.data.tokens import Tokens
 
 
-def _check_long_enough(text: np.ndarray, length: int) -> None:
+def check_long_enough(text: Integer[np.ndarray, " tokens"], length: int) -> None:
+    """Refuses a text that holds no window.
+
+    Args:
+      text: tokens to cut from.
+      length: tokens to predict in a window.
+
+    Raises:
+      ValueError: with what to give instead.
+    """
     if length < 1:
-        raise ValueError(f"length={length} bytes to predict: give at least 1")
+        raise ValueError(f"length={length} tokens to predict: give at least 1")
     if len(text) < length + 1:
         raise ValueError(
-            f"a window of {length} + 1 bytes does not fit into {len(text)} bytes: "
+            f"a window of {length} + 1 tokens does not fit into {len(text)} tokens: "
             f"give more text or a length of at most {len(text) - 1}"
         )
 
 
 def sample_batch(
-    text: UInt8[np.ndarray, " bytes"], *, seed: int, step: int, batch_size: int, length: int
-) -> UInt8[np.ndarray, "batch time"]:
+    text: Integer[np.ndarray, " tokens"], *, seed: int, step: int, batch_size: int, length: int
+) -> Integer[np.ndarray, "batch time"]:
     """Cuts uniformly random windows; the same arguments give the same windows anywhere.
 
     Args:
-      text: bytes to cut from.
+      text: tokens to cut from.
       seed: of the run.
       step: number of the batch; with `seed` it keys a counter-based generator.
       batch_size: windows in the batch.
-      length: bytes to predict in each; a window holds one byte more.
+      length: tokens to predict in each; a window holds one token more.
 
     Returns:
-      `[batch_size, length + 1]` bytes.
+      `[batch_size, length + 1]` tokens.
 
     Raises:
       ValueError: the text is shorter than one window.
     """
-    _check_long_enough(text, length)
+    check_long_enough(text, length)
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     starts = generator.integers(0, len(text) - length, size=batch_size)
     return text[starts[:, None] + np.arange(length + 1)]
 
 
 def evenly_spaced(
-    text: UInt8[np.ndarray, " bytes"], *, count: int, length: int
-) -> UInt8[np.ndarray, "batch time"]:
-    """Cuts windows at equal distances, the first at the first byte, the last ending at the last.
+    text: Integer[np.ndarray, " tokens"], *, count: int, length: int
+) -> Integer[np.ndarray, "batch time"]:
+    """Cuts windows at equal distances, the first at the first token, the last ending at the last.
 
     Args:
-      text: bytes to cut from.
+      text: tokens to cut from.
       count: number of windows; they overlap where the text is short.
-      length: bytes to predict in each; a window holds one byte more.
+      length: tokens to predict in each; a window holds one token more.
 
     Returns:
-      `[count, length + 1]` bytes.
+      `[count, length + 1]` tokens.
 
     Raises:
       ValueError: the text is shorter than one window, or `count` is not positive.
     """
-    _check_long_enough(text, length)
+    check_long_enough(text, length)
     if count < 1:
         raise ValueError(f"count={count} windows: give at least 1")
     starts = np.linspace(0, len(text) - length - 1, count).astype(np.int64)
     return text[starts[:, None] + np.arange(length + 1)]
+
+
+def _batches(tokens: Tokens, *, seed: int, batch_size: int, length: int) -> Callable[[int], Batch]:
+    text = tokens.ids[: tokens.end]
+    check_long_enough(text, length)
+
+    def batch(step: int) -> Batch:
+        cut = sample_batch(text, seed=seed, step=step, batch_size=batch_size, length=length)
+        return {"tokens": cut.astype(np.int32)}
+
+    return batch
+
+
+def _held_out(tokens: Tokens, *, count: int, length: int) -> Batch:
+    cut = evenly_spaced(tokens.ids[: tokens.end], count=count, length=length)
+    return {"tokens": cut.astype(np.int32)}
+
+
+# Windows anywhere in the joined documents: no epochs, no resets, nothing to keep in mind.
+RANDOM = Sampler(_batches, _held_out)

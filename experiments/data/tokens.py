@@ -1,0 +1,139 @@
+"""Text as numbers: its bytes, or what a file of the `tokenizers` library makes of it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+
+class Tokenizer(NamedTuple):
+    """Text to token numbers and back.
+
+    Attributes:
+      vocab_size: token numbers are below it.
+      encode: `bytes -> numbers`.
+      decode: `numbers -> bytes`.
+      separator: the numbers that end a document.
+    """
+
+    vocab_size: int
+    encode: Callable[[bytes], Integer[np.ndarray, " tokens"]]
+    decode: Callable[[Sequence[int]], bytes]
+    separator: tuple[int, ...]
+
+
+class Tokens(NamedTuple):
+    """Documents one after the other, each with the separator behind it.
+
+    Attributes:
+      ids: token numbers of all of them.
+      starts: where each document begins, and the length of `ids`.
+      end: where the last document ends, before its separator.
+    """
+
+    ids: Integer[np.ndarray, " tokens"]
+    starts: Int[np.ndarray, " documents_plus_one"]
+    end: int
+
+
+BYTES = Tokenizer(
+    vocab_size=256,
+    encode=lambda text: np.frombuffer(text, np.uint8),
+    decode=bytes,
+    separator=(ord("\n"),),
+)
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def open_tokenizer(path: str | None) -> Tokenizer:
+    """Reads a tokenizer.
+
+    Args:
+      path: a file that `tokenizers` wrote, for example by `experiments.train_tokenizer`;
+        None is bytes.
+
+    Returns:
+      The tokenizer. Documents end with its token `<|endoftext|>` where it has one, else
+      with what it makes of a newline. Text that is no UTF-8 is read with U+FFFD in it.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is no tokenizer, or the library `tokenizers` is missing.
+    """
+    if path is None:
+        return BYTES
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"data.tokenizer={path!r} is not a file: train one with "
+            "`python -m experiments.train_tokenizer`, or leave it null for bytes"
+        )
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError(
+            f"data.tokenizer={path!r} needs the library tokenizers: "
+            "pip install 'jaxpara[tokenizers]', or leave data.tokenizer null for bytes"
+        ) from error
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(
+            f"{path} is not a file of the library tokenizers ({error}): "
+            "give data.tokenizer=FILE.json as `python -m experiments.train_tokenizer` writes it"
+        ) from error
+
+    def encode(text: bytes) -> np.ndarray:
+        ids = model.encode(text.decode(errors="replace"), add_special_tokens=False).ids
+        return np.asarray(ids, np.int32)
+
+    def decode(ids: Sequence[int]) -> bytes:
+        return model.decode([int(i) for i in ids], skip_special_tokens=False).encode()
+
+    end = model.token_to_id(END_OF_TEXT)
+    separator = (end,) if end is not None else tuple(encode(b"\n").tolist())
+    return Tokenizer(model.get_vocab_size(), encode, decode, separator)
+
+
+def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
+    """Encodes documents and joins them.
+
+    Args:
+      documents: their contents.
+      tokenizer: encodes each and says what ends it.
+
+    Returns:
+      The tokens, in the smallest unsigned type that holds the vocabulary.
+    """
+    kind = np.min_scalar_type(tokenizer.vocab_size - 1)
+    end = np.asarray(tokenizer.separator, kind)
+    parts = []
+    for document in documents:
+        parts += [tokenizer.encode(document).astype(kind, copy=False), end]
+    lengths = [len(a) + len(b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    ids = np.concatenate(parts) if parts else np.zeros(0, kind)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Tokens(ids, starts, max(len(ids) - len(end), 0))
+
+
+def fit_vocab_size(given: int | None, needed: int) -> int:
+    """The vocabulary of a model that is trained on these tokens: one place decides.
+
+    Args:
+      given: `model.vocab_size`; None follows the data.
+      needed: of the tokenizer.
+
+    Returns:
+      The size: `given` where it is large enough (a multiple of 128 may be faster).
+
+    Raises:
+      ValueError: `given` is too small.
+    """
+    if given is not None and given < needed:
+        raise ValueError(
+            f"model.vocab_size={given}, but the data has {needed} tokens: "
+            "give model.vocab_size=null (it follows the data), or at least that many"
+        )
+    return needed if given is None else given
