@@ -1,0 +1,293 @@
+"""A table of runs: `python -m experiments.compare runs=runs/lm`.
+
+One row a run: the keys of the config in which runs differ, seeds too, then what came of it.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from experiments.commandline import guarded
+from experiments.plot import pick_y
+from experiments.run_sets import Run, differing_keys, read_all, short_names
+from experiments.runs import RunError
+
+RESULTS = (
+    "steps_done",
+    "final",
+    "best",
+    "tokens_per_second",
+    "parameters",
+    "memory_bytes",
+    "minutes",
+    "ended",
+    "commit",
+)
+SUFFIXES = (".csv", ".md")
+Cell = str | int | float | bool | None
+
+
+class Comparison(NamedTuple):
+    """The table as values.
+
+    Attributes:
+      metric: whose final and best values are shown.
+      better: "min" or "max".
+      header: names of columns.
+      rows: as many cells each; None where a run has no such value.
+    """
+
+    metric: str
+    better: str
+    header: list[str]
+    rows: list[list[Cell]]
+
+
+def ended(run: Run) -> str:
+    """How a run ended.
+
+    Args:
+      run: read from its folder.
+
+    Returns:
+      "finished", "interrupted", "diverged", or "unfinished" where no summary was written.
+    """
+    if not run.summary:
+        return "unfinished"
+    for how in ("diverged", "interrupted"):
+        if run.summary.get(how):
+            return how
+    return "finished"
+
+
+def _last(run: Run, column: str) -> float | None:
+    return next((v for v in reversed(run.columns.get(column, [])) if v is not None), None)
+
+
+def _largest(run: Run, column: str) -> float | None:
+    return max((v for v in run.columns.get(column, []) if v is not None), default=None)
+
+
+def _results(run: Run, metric: str, better: str) -> dict[str, Cell]:
+    measured = [v for v in run.columns.get(metric, []) if v is not None and math.isfinite(v)]
+    seconds = run.summary.get("seconds", _largest(run, "seconds"))
+    commit = run.environment.get("git_commit")
+    speed = run.summary.get("tokens_per_second", _last(run, "tokens_per_second"))
+    return {
+        "steps_done": _largest(run, "step"),
+        "final": _last(run, metric),
+        "best": {"min": min, "max": max}[better](measured, default=None),
+        "tokens_per_second": speed,
+        "parameters": run.summary.get("parameters"),
+        "memory_bytes": run.summary.get("memory_bytes", _largest(run, "memory_bytes")),
+        "minutes": None if seconds is None else round(seconds / 60, 2),
+        "ended": ended(run),
+        # The star says that the tree held changes that no commit has.
+        "commit": commit and commit[:8] + ("*" if run.environment.get("git_dirty") else ""),
+    }
+
+
+def _lookup(run: Run, results: dict[str, Cell], column: str) -> Cell:
+    if column in results:
+        return results[column]
+    if column in run.config:
+        return run.config[column]
+    found = run.summary.get(column)
+    return _last(run, column) if found is None or isinstance(found, dict | list) else found
+
+
+def tabulate(
+    runs: Sequence[Run],
+    *,
+    metric: str | None = None,
+    better: str | None = None,
+    columns: Sequence[str] | None = None,
+    sort: str | None = None,
+) -> Comparison:
+    """Looks up every cell.
+
+    Args:
+      runs: at least one.
+      metric: the column of `metrics.csv` of which `final` and `best` are shown; None: what the
+        runs are judged by.
+      better: "min" or "max"; None: "max" for an accuracy, else "min".
+      columns: which, beside `run`: names of results, keys of the config, of `summary.json`, or
+        columns of `metrics.csv` (their last value); None: differing keys and results.
+      sort: a column; `-NAME` puts the largest first. None: as the runs were found.
+
+    Returns:
+      The comparison.
+
+    Raises:
+      RunError: an unknown column; names those there are.
+    """
+    metric = metric or pick_y(runs)
+    if not any(metric in run.columns for run in runs):
+        there = dict.fromkeys(name for run in runs for name in run.columns)
+        raise RunError(f"metric={metric!r}: no run has that column; there are {', '.join(there)}")
+    if better not in (None, "min", "max"):
+        raise RunError(f"better={better!r}: give min or max")
+    better = better or ("max" if "accuracy" in metric else "min")
+    seeds = ["seed"] if len({run.config.get("seed") for run in runs}) > 1 else []
+    shown = list(columns) if columns is not None else [*differing_keys(runs), *seeds, *RESULTS]
+    by = (sort or "").removeprefix("-")
+    every = [*shown, by] if by and by != "run" and by not in shown else shown
+    table = []
+    for run, name in zip(runs, short_names(runs), strict=True):
+        results = _results(run, metric, better)
+        table.append({"run": name, **{key: _lookup(run, results, key) for key in every}})
+    for key in every:
+        known = {*RESULTS, *(k for run in runs for k in (*run.config, *run.columns, *run.summary))}
+        if key not in known:
+            raise RunError(
+                f"no run has {key!r}; results are {', '.join(RESULTS)}; the keys of the config in "
+                f"which the runs differ are {', '.join(differing_keys(runs)) or 'none'}"
+            )
+    if by:
+        table = _sorted(table, by, largest_first=sort != by)
+    rows = [[row[key] for key in ("run", *shown)] for row in table]
+    return Comparison(metric, better, ["run", *shown], rows)
+
+
+def _sorted(table: list[dict[str, Cell]], by: str, *, largest_first: bool) -> list[dict[str, Cell]]:
+    """Numbers before texts; rows without a value last, whatever the direction."""
+    there = [row for row in table if row[by] is not None]
+    missing = [row for row in table if row[by] is None]
+
+    def order(row):
+        value = row[by]
+        return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
+
+    return sorted(there, key=order, reverse=largest_first) + missing
+
+
+def text(value: Cell) -> str:
+    """A cell for people.
+
+    Args:
+      value: of a table.
+
+    Returns:
+      Four significant digits, whole numbers with commas, "-" for None.
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    if float(value).is_integer() or abs(value) >= 1e4 and math.isfinite(value):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def title(table: Comparison) -> str:
+    """What the columns `final` and `best` are.
+
+    Args:
+      table: from `tabulate`.
+
+    Returns:
+      One line.
+    """
+    which = {"min": "lowest", "max": "highest"}[table.better]
+    return f"{len(table.rows)} runs; final and best ({which}) {table.metric}"
+
+
+def as_csv(table: Comparison) -> str:
+    """The table with every digit.
+
+    Args:
+      table: from `tabulate`.
+
+    Returns:
+      CSV, whose `final` and `best` also name the metric.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    named = {key: f"{key}_{table.metric}" for key in ("final", "best")}
+    writer.writerow([named.get(key, key) for key in table.header])
+    writer.writerows(table.rows)
+    return file.getvalue()
+
+
+def as_markdown(table: Comparison) -> str:
+    """The table for a document.
+
+    Args:
+      table: from `tabulate`.
+
+    Returns:
+      Markdown, under a line that says what is compared.
+    """
+    rows = [[text(cell).replace("|", "\\|") for cell in row] for row in table.rows]
+    lines = [table.header, ["---"] * len(table.header), *rows]
+    return f"{title(table)}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def show(table: Comparison) -> None:
+    """Prints the table.
+
+    Args:
+      table: from `tabulate`.
+    """
+    printed = Table()
+    for i, name in enumerate(table.header):
+        numbers = all(isinstance(row[i], int | float) or row[i] is None for row in table.rows)
+        printed.add_column(escape(name), justify="right" if numbers else "left", overflow="fold")
+    for row in table.rows:
+        printed.add_row(*(escape(text(cell)) for cell in row))
+    # On a terminal rich fits its width; in a file nothing may be cut off.
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 400
+    console.print(title(table), markup=False)
+    console.print(printed)
+
+
+def compare(runs: Sequence[Run], *, output: str | None, **settings: Any) -> None:
+    """Prints the table, and writes it where asked to.
+
+    Args:
+      runs: at least one.
+      output: a file that ends in .csv or .md; None: none.
+      **settings: of `tabulate`.
+
+    Raises:
+      RunError: something does not fit; says what there is instead.
+    """
+    target = None if output is None else Path(output)
+    if target is not None and target.suffix not in SUFFIXES:
+        raise RunError(f"output={output!r}: give a file that ends in {' or '.join(SUFFIXES)}")
+    table = tabulate(runs, **settings)
+    show(table)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text((as_csv if target.suffix == ".csv" else as_markdown)(table))
+        print(target)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="compare")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+
+    def program():
+        values = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(values, dict)
+        runs, left_out = read_all(values.pop("runs"))
+        for line in left_out:
+            print(f"left out: {line}")
+        compare(runs, **values)
+
+    guarded(program)
+
+
+if __name__ == "__main__":
+    main()

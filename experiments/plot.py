@@ -1,0 +1,109 @@
+"""Compares runs in one figure: `python -m experiments.plot runs=multirun/lm`.
+
+From `metrics.csv` and `config.yaml` alone. Runs that differ only in seeds are one curve: their
+mean, and a band from the lowest to the highest of them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import curves
+from experiments.commandline import guarded
+from experiments.run_sets import Run, check_keys, differing_keys, group, read_all
+from experiments.runs import RunError
+
+SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def pick_y(runs: Sequence[Run]) -> str:
+    """What is plotted where nothing is named: what runs are judged by, or their training loss.
+
+    Args:
+      runs: at least one.
+
+    Returns:
+      A column that all of them have.
+
+    Raises:
+      RunError: there is none such.
+    """
+    shared = [name for name in runs[0].columns if all(name in run.columns for run in runs)]
+    judged = [n for n in shared if n.startswith("validation") or n.endswith("accuracy")]
+    lost = [n for n in shared if n.startswith("train")]
+    for name in (*judged, *lost):
+        return name
+    raise RunError(f"give y=COLUMN; the columns that all runs have are {', '.join(shared)}")
+
+
+def plot(
+    runs: Sequence[Run],
+    *,
+    x: str,
+    y: str | None,
+    group_by: str | Sequence[str],
+    output: str | None,
+    title: str | None,
+    log_x: bool,
+    log_y: bool,
+) -> Path:
+    """Draws and writes a figure and, beside it, the CSV of its numbers.
+
+    Args:
+      runs: at least one.
+      x: a column, or a key of the config with a number.
+      y: a column; None: what runs are judged by.
+      group_by: "auto", or keys of the config: runs that agree in them are one curve.
+      output: a PNG, PDF or SVG file; None: `plots/Y-by-X.png`.
+      title: of the figure; None: the runs' names.
+      log_x: a logarithmic x axis.
+      log_y: a logarithmic y axis.
+
+    Returns:
+      The figure's file.
+
+    Raises:
+      RunError: something does not fit; says what there is instead.
+    """
+    y = y or pick_y(runs)
+    target = Path(output or f"plots/{y}-by-{x}.png")
+    if target.suffix.lower() not in SUFFIXES:
+        raise RunError(f"output={str(target)!r}: give a file that ends in {', '.join(SUFFIXES)}")
+    if group_by == "auto":
+        keys = [key for key in differing_keys(runs) if key != x]
+    else:
+        keys = check_keys(runs, [group_by] if isinstance(group_by, str) else group_by)
+    groups = group(runs, keys)
+    lines = {label: curves.make_curve(members, x, y) for label, members in groups.items()}
+    for label, members in groups.items():
+        short = curves.shortest(members, x, y)
+        if short is not None:
+            print(f"{label}: shown up to where {short.folder} ends")
+    names = list(dict.fromkeys(str(run.config.get("name", run.folder.name)) for run in runs))
+    figure = curves.draw(lines, x=x, y=y, title=title or ", ".join(names), log_x=log_x, log_y=log_y)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    curves.write(target.with_suffix(".csv"), lines, x, y)
+    return target
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="plot")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+
+    def program():
+        values = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(values, dict)
+        runs, left_out = read_all(values.pop("runs"))
+        for line in left_out:
+            print(f"left out: {line}")
+        target = plot(runs, **values)
+        print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
+
+    guarded(program)
+
+
+if __name__ == "__main__":
+    main()
