@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -38,26 +39,46 @@ def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
     return quoted
 
 
-def guarded(program: Callable[[], None]) -> None:
+def explain(error: BaseException) -> str | None:
+    """The line that says how to put right what a person at the keyboard can put right.
+
+    Args:
+      error: from building or running.
+
+    Returns:
+      The text; None where the traceback is worth its lines.
+    """
+    cause = error.__cause__
+    if isinstance(error, RunError):
+        return str(error)
+    if not isinstance(error, InstantiationException):
+        return None
+    if isinstance(cause, RunError):
+        return str(cause)
+    if not isinstance(cause, (ValueError, OSError)):
+        return None
+    key = re.search(r"full_key: (\S+)", str(error))
+    return f"{key[1] if key else 'config'}: {cause}"
+
+
+def guarded(program: Callable[[], Any]) -> Any:
     """Runs a program; what the user can put right ends it with one line, not a traceback.
 
     Args:
       program: the body of `main`.
+
+    Returns:
+      What the program returns.
 
     Raises:
       SystemExit: with the text, exit code 1. In a sweep the error is passed on, so
         that the launcher can go on with the other jobs.
     """
     try:
-        program()
-    except (RunError, InstantiationException) as error:
-        text = str(error)
-        if isinstance(error, InstantiationException):
-            if not isinstance(error.__cause__, (ValueError, OSError)):
-                raise  # not the user's doing: the traceback is worth its lines
-            key = re.search(r"full_key: (\S+)", text)
-            text = f"{key[1] if key else 'config'}: {error.__cause__}"
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return program()
+    except Exception as error:
+        text = explain(error)
+        if text is None or HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         sys.stdout.flush()
         raise SystemExit(f"error: {text}") from None
