@@ -140,13 +140,6 @@ def _system(problem: Problem, consts, init, xs) -> System:
     return System(step, push, init, xs, length, problem.groups, problem.reverse, problem.unroll)
 
 
-def preceding(axis: timeaxis.Along | None, first: Leaves, states: Leaves) -> list[jax.Array]:
-    """The state before every step: `states` shifted by one, `first` in front."""
-    if axis is not None:
-        first = axis.previous([s[-1] for s in states], list(first))
-    return [jnp.concatenate([f[None], s[:-1]]) for f, s in zip(first, states, strict=True)]
-
-
 def _operator(problem: Problem, consts, before: Leaves, xs) -> Operator:
     """`J_t` at the solution: blocks where they are small, else the step's own jvp, vjp."""
     shapes = [b.shape[1:] for b in before]
@@ -194,7 +187,7 @@ def _general(problem: Problem, full, light, wanted):
         states, _, rest = out
         d_consts, d_init, d_xs = [without_zeros(t) for t in tangents[:3]]
         d_init = [jnp.zeros_like(i) if d is None else d for d, i in zip(d_init, init, strict=True)]
-        before = preceding(axis, init, states)
+        before = timeaxis.preceding(axis, init, states)
         along = _tangents if settings.linear != "sequential" else _blocked_tangents
         delta, dy, _ = along(problem, consts, d_consts, d_init, (before, xs, d_xs))
         return out, (delta, dy, jax.tree.map(jnp.zeros_like, rest))
@@ -233,7 +226,7 @@ def _tangents(problem: Problem, consts, d_consts, d_init, rows):
         delta = linear_solve(operator, b, d_init, settings, problem.reverse)
         end = [d[-1] for d in delta]
     if dy:
-        moved = preceding(axis, d_init, delta)
+        moved = timeaxis.preceding(axis, d_init, delta)
         _, through = jvp(lambda s: steps(consts, s, xs), (before,), (moved,))
         dy = [a + b for a, b in zip(dy, through, strict=True)]
     return delta, dy, end
@@ -289,7 +282,7 @@ def linear_solve(
     b = [b_.at[0].add(f) for b_, f in zip(b, first, strict=True)]
 
     def matvec(v):
-        moved = jax.vmap(operator.push)(operator.data, preceding(axis, still, v))
+        moved = jax.vmap(operator.push)(operator.data, timeaxis.preceding(axis, still, v))
         return [a - m for a, m in zip(v, moved, strict=True)]
 
     return lax.custom_linear_solve(
@@ -318,7 +311,7 @@ def _reverse(problem: Problem, full, light, wanted):
         # `wanted` is linear in the states: its transpose spreads their cotangents.
         spread = jax.linear_transpose(lambda s: wanted((s, g_ys, rest))[0], states)
         (g,) = spread(seen_by)
-        before = preceding(axis, init, states)
+        before = timeaxis.preceding(axis, init, states)
         operator = _operator(problem, consts, before, xs)
         (c, x), fill = floating((consts, xs))
 

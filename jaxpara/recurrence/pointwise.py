@@ -13,38 +13,38 @@ After k iterations the first k states are exact. Non-finite updates fall back to
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.affine import block_operator, forward
 from jaxpara.recurrence.blocks import Group, Groups
 from jaxpara.recurrence.complete import complete
-from jaxpara.recurrence.lanes import any_lane, select, vary_like
-from jaxpara.recurrence.shooting import leading
+from jaxpara.recurrence.iterate import Attempt, iterate, leading
+from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System, residuals
 
 
-class _Loop(NamedTuple):
-    iteration: jax.Array
-    done: jax.Array
-    states: Leaves
-    used: jax.Array
-    open: jax.Array
-    residual: jax.Array
+def newton(
+    system: System,
+    settings: Settings,
+    guess: Leaves | None = None,
+    *,
+    finish: Callable[..., tuple[Any, jax.Array]] = complete,
+) -> Solution:
+    """Pointwise Newton with the exact Jacobian of the proved structure.
 
-
-def newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
-    """Pointwise Newton with the exact Jacobian of the proved structure."""
+    `finish` does what the budget left open, see `shooting.shoot`.
+    """
     groups = system.groups
 
     def blocks(pushed):
         return jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
 
-    return _iterate(system, settings, guess, _newton_correction(groups, settings, blocks))
+    correct = _newton_correction(groups, settings, blocks)
+    return _iterate(system, settings, guess, correct, finish)
 
 
 def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
@@ -92,38 +92,24 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
     return correct
 
 
-def _iterate(system: System, settings: Settings, guess, correct) -> Solution:
+def _iterate(system: System, settings: Settings, guess, correct, finish=complete) -> Solution:
     axis = timeaxis.along(settings.axis, system.reverse)
     init = vary_like(list(system.init), system.xs)
-    budget = max(1, settings.max_iters)
     steps = system.length
-
-    def preceding(states):
-        last, fill = [s[-1] for s in states], init
-        first = fill if axis is None else axis.previous(last, fill)
-        return [jnp.concatenate([f[None], s[:-1]]) for f, s in zip(first, states, strict=True)]
 
     def apply(before):
         return list(jax.vmap(lambda s, x: system.step(s, x)[0])(list(before), system.xs))
 
-    def body(loop: _Loop) -> _Loop:
-        before = preceding(loop.states)
+    def attempt(states: Leaves) -> Attempt:
+        before = timeaxis.preceding(axis, init, states)
         after = apply(before)
-        ok, worst = residuals(after, loop.states, init, settings.tol, 8, jnp.inf)
+        ok, worst = residuals(after, states, init, settings.tol, 8, jnp.inf)
         done = jnp.all(ok)
         if axis is not None:
             done = jnp.all(axis.gather(done))
             worst = jnp.max(axis.gather(worst))
-        new = after if correct is None else correct(system, before, after, loop.states, system.xs)
-        keep = loop.done | done | (loop.iteration + 1 >= budget)
-        return _Loop(
-            loop.iteration + 1,
-            loop.done | done,
-            select(keep, loop.states, new),
-            jnp.where(loop.done, loop.used, loop.used + 1),
-            jnp.where(loop.done, loop.open, leading(ok)),
-            jnp.where(loop.done, loop.residual, worst),
-        )
+        new = after if correct is None else correct(system, before, after, states, system.xs)
+        return Attempt(done, leading(ok), worst, new)
 
     if guess is None:
         # One application of the step saves about one iteration over a constant guess.
@@ -133,21 +119,14 @@ def _iterate(system: System, settings: Settings, guess, correct) -> Solution:
         last = [g[-1] for g in guess]
         end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
-    zero = jnp.zeros((), jnp.int32)
-    fresh = _Loop(zero, jnp.zeros((), bool), states, zero, zero, jnp.zeros((), jnp.float32))
-    fresh = vary_like(fresh, init)._replace(iteration=zero)
-    loop = lax.while_loop(
-        lambda loop: any_lane(~loop.done) & (loop.iteration < budget), body, fresh
-    )
-    before = preceding(loop.states)
+    end = iterate(attempt, states, settings.max_iters, init)
+    before = timeaxis.preceding(axis, init, end.values)
     ys = jax.vmap(lambda s, x: system.step(s, x)[1])(before, system.xs)
-    rows = jax.tree.map(lambda r: r[:, None], (list(loop.states), ys))
+    rows = jax.tree.map(lambda r: r[:, None], (list(end.values), ys))
     xs = jax.tree.map(lambda x: x[None], system.xs)
-    rows, fallback = complete(
-        system, rows, xs, None, before, loop.done, loop.open, axis, (steps, 1)
-    )
+    rows, fallback = finish(system, rows, xs, None, before, end.done, end.opening, axis, (steps, 1))
     states, ys = jax.tree.map(lambda r: r[:, 0], rows)
-    return Solution(states, ys, loop.done, loop.used, loop.residual, fallback, before)
+    return Solution(states, ys, end.done, end.used, end.residual, fallback, before)
 
 
 def _check_guess(guess: Leaves, init: Leaves, steps: int) -> None:

@@ -123,7 +123,7 @@ def solve_scan(
     choice = decide(traced, solver, derivative)
     if choice.solver is None:
         carry, ys = lax.scan(f, init, xs, length, reverse, unroll)
-        return (carry, ys), _sequential_info(carry, init)
+        return (carry, ys), _sequential_info(init)
     spec = _Spec(traced.body, choice.solver, choice, reverse, unroll)
     leaves = None if guess is None else jax.tree.leaves(guess)
     flat, info, starts = jaxpara_solve(spec, traced.consts, traced.init, traced.xs, leaves)
@@ -135,13 +135,12 @@ def solve_scan(
     return out, SolveInfo(*info, starts=_as_carry(traced, starts))
 
 
-def _sequential_info(carry, init) -> SolveInfo:
+def _sequential_info(init) -> SolveInfo:
     def start(leaf):
         leaf = jnp.asarray(leaf)
         return leaf[None] if jnp.issubdtype(leaf.dtype, jnp.floating) else None
 
     zero = jnp.zeros((), jnp.int32)
-    del carry
     return SolveInfo(jnp.ones((), bool), zero, jnp.zeros(()), zero, jax.tree.map(start, init))
 
 

@@ -14,7 +14,8 @@ a budget leaves open is completed sequentially. [shooting] [pararnn]
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from jax import lax
 
 from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.complete import complete
-from jaxpara.recurrence.lanes import any_lane, select, vary_like
+from jaxpara.recurrence.iterate import Attempt, iterate, leading
+from jaxpara.recurrence.lanes import select, vary_like
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System, magnitude, residuals
 
 # Corrections beyond this multiple of the largest state are dropped. States that
@@ -66,22 +68,21 @@ def valid_steps(steps: int, count: int, length: int) -> jax.Array | None:
     return jnp.arange(count * length).reshape(count, length).T < steps
 
 
-class _Loop(NamedTuple):
-    iteration: jax.Array
-    done: jax.Array
-    starts: Leaves
-    used: jax.Array
-    open: jax.Array
-    residual: jax.Array
-
-
-def shoot(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
+def shoot(
+    system: System,
+    settings: Settings,
+    guess: Leaves | None = None,
+    *,
+    finish: Callable[..., tuple[Any, jax.Array]] = complete,
+) -> Solution:
     """Solves `system` by multiple shooting.
 
     Args:
       system: the recurrence; its `xs` are the local shard if `settings.axis` is set.
       settings: `chunks` (per device), `tol`, `max_iters` and `axis` are used.
       guess: chunk starts `[chunks, *leaf]` of an earlier solve, or None.
+      finish: does what the budget left open; of the type of `complete`. Only a study of
+        unfinished solves gives another.
 
     Raises:
       ValueError: `guess` does not have one start a chunk.
@@ -91,20 +92,17 @@ def shoot(system: System, settings: Settings, guess: Leaves | None = None) -> So
     valid = valid_steps(system.length, count, length)
     axis = timeaxis.along(settings.axis, system.reverse)
     init = vary_like(list(system.init), system.xs)
-    starts = first_guess(init, guess, count, axis)
-    budget = max(1, settings.max_iters)
+    starts: Leaves = first_guess(init, guess, count, axis)
 
-    def body(loop: _Loop) -> _Loop:
-        ends, matrices = _rollout_with_product(system, loop.starts, xs, valid)
-        ok, worst = residuals(
-            [e[:-1] for e in ends], [s[1:] for s in loop.starts], init, settings.tol
-        )
+    def attempt(starts: Leaves) -> Attempt:
+        ends, matrices = _rollout_with_product(system, starts, xs, valid)
+        ok, worst = residuals([e[:-1] for e in ends], [s[1:] for s in starts], init, settings.tol)
         cap = [_CAP * m for m in magnitude(ends)]
         shift = [jnp.zeros_like(e[0]) for e in ends]
         done, opening, first = jnp.all(ok), leading(ok), init
         if axis is not None:
-            local = _chain(system.groups, ends, matrices, loop.starts, opening, shift, cap)
-            leaving = _leave(system.groups, ends, matrices, local, loop.starts, cap)
+            local = _chain(system.groups, ends, matrices, starts, opening, shift, cap)
+            leaving = _leave(system.groups, ends, matrices, local, starts, cap)
             product = _product(matrices)
             first, done, worst = timeaxis.across(
                 axis,
@@ -116,39 +114,25 @@ def shoot(system: System, settings: Settings, guess: Leaves | None = None) -> So
                 ends=[e[-1] for e in ends],
                 leaving=leaving,
                 product=product,
-                firsts=[s[0] for s in loop.starts],
+                firsts=[s[0] for s in starts],
                 done=done,
                 worst=worst,
             )
-            shift = [f - s[0] for f, s in zip(first, loop.starts, strict=True)]
-        rest = _chain(system.groups, ends, matrices, loop.starts, opening, shift, cap)
+            shift = [f - s[0] for f, s in zip(first, starts, strict=True)]
+        rest = _chain(system.groups, ends, matrices, starts, opening, shift, cap)
         corrected = [jnp.concatenate([f[None], r]) for f, r in zip(first, rest, strict=True)]
-        # The iterate that is returned must be the one that was tested: products of
-        # Jacobians of 1e4 would turn a passing residual into a visible error.
-        keep = loop.done | done | (loop.iteration + 1 >= budget)
-        return _Loop(
-            loop.iteration + 1,
-            loop.done | done,
-            select(keep, loop.starts, corrected),
-            jnp.where(loop.done, loop.used, loop.used + 1),
-            jnp.where(loop.done, loop.open, opening),
-            jnp.where(loop.done, loop.residual, worst),
-        )
+        return Attempt(done, opening, worst, corrected)
 
-    zero = jnp.zeros((), jnp.int32)
-    fresh = _Loop(zero, jnp.zeros((), bool), starts, zero, zero, jnp.zeros((), jnp.float32))
-    fresh = vary_like(fresh, init)._replace(iteration=zero)
-    loop = lax.while_loop(
-        lambda loop: any_lane(~loop.done) & (loop.iteration < budget), body, fresh
-    )
-    rows = _rollout(system, loop.starts, xs, valid)
-    rows, fallback = complete(
-        system, rows, xs, valid, loop.starts, loop.done, loop.open, axis, (count, length)
+    end = iterate(attempt, starts, settings.max_iters, init)
+    starts = end.values
+    rows = _rollout(system, starts, xs, valid)
+    rows, fallback = finish(
+        system, rows, xs, valid, starts, end.done, end.opening, axis, (count, length)
     )
     states, ys = jax.tree.map(
         lambda r: r.reshape(count * length, *r.shape[2:])[: system.length], rows
     )
-    return Solution(states, ys, loop.done, loop.used, loop.residual, fallback, loop.starts)
+    return Solution(states, ys, end.done, end.used, end.residual, fallback, starts)
 
 
 def first_guess(init, guess, count, axis) -> list[jax.Array]:
@@ -205,11 +189,6 @@ def _rollout(system: System, starts: Leaves, xs: Any, valid):
 
     _, rows = lax.scan(step, list(starts), (xs, valid))
     return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows)
-
-
-def leading(ok: jax.Array) -> jax.Array:
-    """How many boundaries hold before the first that does not."""
-    return jnp.sum(jnp.cumprod(ok.astype(jnp.int32)), dtype=jnp.int32)
 
 
 def _chain(groups, ends, matrices, starts, opening, shift, cap) -> list[jax.Array]:

@@ -147,18 +147,6 @@ def residuals(
     return ok, worst
 
 
-def corrections(value: Leaves, scale: Leaves, factor: float) -> list[jax.Array]:
-    """Drops corrections that are not finite or larger than `factor` times `scale`.
-
-    A dropped correction makes that element's update a plain rollout (Picard), which
-    is what keeps the exact prefix growing when products of Jacobians explode.
-    """
-    return [
-        jnp.where(jnp.abs(v) <= factor * s, v, jnp.zeros_like(v))
-        for v, s in zip(value, scale, strict=True)
-    ]
-
-
 def magnitude(leaves: Leaves) -> list[jax.Array]:
     """Largest finite magnitude of each leaf, `[]` each."""
 

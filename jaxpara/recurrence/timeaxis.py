@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.blocks import Groups
-from jaxpara.recurrence.system import residuals
+from jaxpara.recurrence.system import Leaves, residuals
 
 
 class Along(NamedTuple):
@@ -63,6 +63,16 @@ class Along(NamedTuple):
 def along(axis: str | None, reverse: bool) -> Along | None:
     """The mesh axis of a solve, or None if time is not sharded."""
     return None if axis is None else Along(axis, reverse)
+
+
+def preceding(axis: Along | None, first: Leaves, states: Leaves) -> list[jax.Array]:
+    """The state before every step: `states` shifted by one, `first` in front.
+
+    With time sharded, `first` stands before the first step of the first device only.
+    """
+    if axis is not None:
+        first = axis.previous([s[-1] for s in states], list(first))
+    return [jnp.concatenate([f[None], s[:-1]]) for f, s in zip(first, states, strict=True)]
 
 
 def across(

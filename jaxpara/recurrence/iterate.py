@@ -1,0 +1,90 @@
+"""The loop of every parallel solver: attempt, test, correct, within a budget.
+
+Lanes (see `lanes`) run side by side until the last one is done; a lane that is done
+keeps its values and its counts.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpara.recurrence.lanes import any_lane, select, vary_like
+from jaxpara.recurrence.system import Leaves
+
+
+class Attempt(NamedTuple):
+    """One evaluation of all steps.
+
+    Attributes:
+      done: whether every residual of the values that were tried passes, on all devices.
+      opening: how many of them hold before the first that does not.
+      residual: the largest.
+      corrected: the values to try next.
+    """
+
+    done: jax.Array
+    opening: jax.Array
+    residual: jax.Array
+    corrected: Leaves
+
+
+class Outcome(NamedTuple):
+    """How the loop ended.
+
+    Attributes:
+      values: the ones that were tested last.
+      done: whether they passed.
+      used: attempts until then.
+      opening, residual: of that attempt.
+    """
+
+    values: Leaves
+    done: jax.Array
+    used: jax.Array
+    opening: jax.Array
+    residual: jax.Array
+
+
+def iterate(
+    attempt: Callable[[Leaves], Attempt], values: Leaves, max_iters: int, like: Any
+) -> Outcome:
+    """Repeats `attempt` until it is done or the budget is used up.
+
+    Args:
+      attempt: tests values and corrects them.
+      values: to begin with.
+      max_iters: the budget; at least one attempt is made.
+      like: arrays that vary over the same mesh axes as the values.
+    """
+    budget = max(1, max_iters)
+
+    def body(carry):
+        number, now = carry
+        done, opening, residual, corrected = attempt(now.values)
+        # The values that are returned must be the ones that were tested: products of
+        # Jacobians of 1e4 would turn a passing residual into a visible error.
+        keep = now.done | done | (number + 1 >= budget)
+        return number + 1, Outcome(
+            select(keep, now.values, corrected),
+            now.done | done,
+            jnp.where(now.done, now.used, now.used + 1),
+            jnp.where(now.done, now.opening, opening),
+            jnp.where(now.done, now.residual, residual),
+        )
+
+    zero = jnp.zeros((), jnp.int32)
+    fresh = Outcome(list(values), jnp.zeros((), bool), zero, zero, jnp.zeros((), jnp.float32))
+    _, end = lax.while_loop(
+        lambda carry: any_lane(~carry[1].done) & (carry[0] < budget),
+        body,
+        (zero, vary_like(fresh, like)),
+    )
+    return end
+
+
+def leading(ok: jax.Array) -> jax.Array:
+    """How many boundaries hold before the first that does not."""
+    return jnp.sum(jnp.cumprod(ok.astype(jnp.int32)), dtype=jnp.int32)
