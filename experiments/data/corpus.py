@@ -4,7 +4,7 @@ Every source of data ends here. A source is a function that reads documents; the
 the tokenizer, the order of the batches and the fetching ahead are the same for all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -46,6 +46,7 @@ class Data(NamedTuple):
       bytes_per_token: of those bytes; bits per byte are bits per token divided by it.
       train_bytes: of the text to train on; None where it is streamed and nobody knows.
       tokenizer: text to tokens and back, and the size of the vocabulary.
+      documents: `() -> iterator` once over the documents to train on.
     """
 
     source: str
@@ -55,6 +56,7 @@ class Data(NamedTuple):
     bytes_per_token: float
     train_bytes: int | None
     tokenizer: Tokenizer
+    documents: Callable[[], Iterator[bytes]]
 
 
 class Sampler(NamedTuple):
@@ -127,6 +129,7 @@ def from_documents(
         bytes_per_token=ratio,
         train_bytes=sum(len(documents[name]) + 1 for name in sides.train) - 1,
         tokenizer=encoder,
+        documents=lambda: (documents[name] for name in sides.train),
     )
 
 

@@ -153,6 +153,6 @@ def _at_least_two(documents: Mapping[str, bytes], order: list[str], fraction: fl
             f"{len(documents)} documents of which {len(names)} distinct and non-empty; "
             "a split by document needs at least 2: one to train on, one to be judged by. "
             "Give more of them or, where one text file is all there is, cut it with "
-            "data=text data.piece_bytes=20000"
+            "data=text data.piece_size=20000"
         )
     return names

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Integer
@@ -85,16 +85,38 @@ def open_tokenizer(path: str | None) -> Tokenizer:
             "give data.tokenizer=FILE.json as `python -m experiments.train_tokenizer` writes it"
         ) from error
 
+    if type(model.decoder).__name__ == "ByteLevel":
+        decode = _byte_level(model)
+    else:
+
+        def decode(ids: Sequence[int]) -> bytes:
+            return model.decode([int(i) for i in ids], skip_special_tokens=False).encode()
+
     def encode(text: bytes) -> np.ndarray:
         ids = model.encode(text.decode(errors="replace"), add_special_tokens=False).ids
         return np.asarray(ids, np.int32)
 
-    def decode(ids: Sequence[int]) -> bytes:
-        return model.decode([int(i) for i in ids], skip_special_tokens=False).encode()
-
     end = model.token_to_id(END_OF_TEXT)
     separator = (end,) if end is not None else tuple(encode(b"\n").tolist())
     return Tokenizer(model.get_vocab_size(), encode, decode, separator)
+
+
+def _byte_level(model: Any) -> Callable[[Sequence[int]], bytes]:
+    """Decoding to the very bytes, also where tokens end inside a character."""
+    plain = [b for b in range(256) if chr(b).isprintable() and b not in (0x20, 0xAD)]
+    # The library writes bytes as characters: themselves if they can be seen, else from 256 on.
+    others = [b for b in range(256) if b not in plain]
+    byte_of = {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
+    special = {number: str(token) for number, token in model.get_added_tokens_decoder().items()}
+    table = {
+        number: bytes(byte_of[c] for c in token) if number not in special else token.encode()
+        for token, number in model.get_vocab().items()
+    }
+
+    def decode(ids: Sequence[int]) -> bytes:
+        return b"".join(table[int(i)] for i in ids)
+
+    return decode
 
 
 def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:

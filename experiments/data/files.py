@@ -1,0 +1,123 @@
+"""Files that a user names: one of them, a folder, or a glob; and their text, checked."""
+
+import glob
+from pathlib import Path
+
+# How much of a file an error message quotes.
+QUOTED = 40
+
+
+def find_files(path: str, *, endings: tuple[str, ...]) -> list[Path]:
+    """Files by name, folder or glob.
+
+    Args:
+      path: a file, taken as it is; a folder, of which all files with one of the endings are
+        taken, at any depth; or a glob, in which `**` stands for any depth. Hidden files and
+        folders are left out of folders and globs.
+      endings: such as ".txt".
+
+    Returns:
+      The files, sorted.
+
+    Raises:
+      FileNotFoundError: none is there, with what to give instead.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        found = [
+            file
+            for file in place.rglob("*")
+            if file.suffix.lower() in endings
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(place).parts)
+        ]
+        if not found:
+            raise FileNotFoundError(
+                f"no {' or '.join('*' + ending for ending in endings)} file in the folder "
+                f"data.path={path!r}: give a glob of the files you mean, "
+                f"such as data.path='{place}/**/*.md'"
+            )
+        return sorted(found)
+    found = [file for file in map(Path, glob.glob(str(place), recursive=True)) if file.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"data.path={path!r} is neither a file nor a folder, and no file matches it as a "
+            "glob: give a path that exists (seen from the folder where you start), in quotes "
+            "if it holds * or ?"
+        )
+    return sorted(found)
+
+
+def read_text(file: Path, *, encoding: str) -> str:
+    """The text of a file.
+
+    Args:
+      file: to read.
+      encoding: a codec of Python, such as "utf-8" or "latin-1".
+
+    Returns:
+      The text, its line ends as they are.
+
+    Raises:
+      ValueError: it is no text, or in another encoding: file, line and what to do.
+      FileNotFoundError: it cannot be read.
+    """
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"{file} cannot be read: {error.strerror}") from error
+    try:
+        text = raw.decode(encoding)
+    except LookupError as error:
+        raise ValueError(
+            f"data.encoding={encoding!r} is no encoding that Python knows: "
+            "give for example utf-8, latin-1 or utf-16"
+        ) from error
+    except UnicodeDecodeError as error:
+        if b"\0" in raw and not encoding.lower().startswith("utf-16"):
+            raise ValueError(_binary(file, raw.index(b"\0"))) from error
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not "
+            f"{encoding}: convert the file (iconv -f latin-1 -t utf-8), "
+            "or say what it is, for example data.encoding=latin-1"
+        ) from error
+    if "\0" in text:
+        raise ValueError(_binary(file, raw.index(b"\0")))
+    return text
+
+
+def _binary(file: Path, offset: int) -> str:
+    return (
+        f"{file} is not a text file: it has a NUL byte at offset {offset}. Unpack it if it is "
+        "compressed, give data.encoding=utf-16 if it is that, or leave it out with a glob such "
+        f"as data.path='{file.parent}/*.txt'"
+    )
+
+
+def check_string(value: object, *, field: str, where: str) -> bytes:
+    """The text of a record's field.
+
+    Args:
+      value: of the field; None is an empty text.
+      field: its name.
+      where: file and line, for the message.
+
+    Returns:
+      The text as UTF-8; an unpaired surrogate in it becomes `?`.
+
+    Raises:
+      ValueError: it is no text.
+    """
+    if value is None:
+        return b""
+    if not isinstance(value, str):
+        shown = repr(value)
+        shown = shown if len(shown) <= QUOTED else shown[:QUOTED] + "..."
+        raise ValueError(
+            f"{where}: the field {field!r} holds {shown}, {type(value).__name__} and not text: "
+            "give data.field=NAME of a field with text"
+        )
+    return value.encode(errors="replace")

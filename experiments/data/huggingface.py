@@ -1,0 +1,205 @@
+"""Data sets of Hugging Face, streamed: from the Hub, or from files that `datasets` reads.
+
+Documents are held out by a hash of their content, so that exact copies stand on one side
+without anybody having read to the end. The library knows the exact position in a stream;
+its own shuffle buffer is not used, since it does not.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments.data.batches import ahead
+from experiments.data.corpus import Data, judged_by, shard_rows
+from experiments.data.files import check_string
+from experiments.data.packing import PACKED
+from experiments.data.splits import check_fraction, share
+from experiments.data.streaming import StreamBatches
+from experiments.data.tokens import open_tokenizer
+
+
+class Records:
+    """Documents of a data set that begins again at its end, with Grain's protocol.
+
+    Args:
+      make: opens the data set at its beginning.
+      text: `(record, its number) -> document`, empty for what is left out.
+      where: names the data set in errors.
+    """
+
+    def __init__(self, make: Callable[[], Any], text: Callable[[Any, int], bytes], where: str):
+        self._make, self._text, self._where = make, text, where
+        self.set_state({"pass": 0, "record": 0, "stream": None})
+
+    def __next__(self) -> bytes:
+        while (record := next(self._records, None)) is not None:
+            self._record += 1
+            document = self._text(record, self._record)
+            if document:
+                self._given += 1
+                return document
+        if self._whole and not self._given:
+            raise ValueError(
+                f"{self._where}: {self._record} records, of which none can be trained on: all are "
+                "empty or held out. Give another data.field, or a smaller data.validation_fraction"
+            )
+        self.set_state({"pass": self._pass + 1, "record": 0, "stream": None})
+        return next(self)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last document."""
+        stream = self._data.state_dict() if self._record else None
+        return {"pass": self._pass, "record": self._record, "stream": stream}
+
+    def set_state(self, state: dict[str, Any], /) -> None:
+        """Goes to a position that `get_state` gave."""
+        self._pass, self._record = state["pass"], state["record"]
+        self._whole, self._given = self._record == 0, 0
+        self._data = self._make()
+        if state["stream"] is not None:
+            self._data.load_state_dict(state["stream"])
+        self._records = iter(self._data)
+
+
+def load(
+    *,
+    path: str,
+    name: str | None = None,
+    data_files: Any = None,
+    split: str = "train",
+    field: str = "text",
+    validation_split: str | None = None,
+    validation_fraction: float = 0.05,
+    validation_bytes: int = 1_000_000,
+    seed: int = 0,
+    block: int = 64,
+    tokenizer: str | None = None,
+    prefetch: int = 2,
+) -> Data:
+    """Streams a data set.
+
+    Args:
+      path: its name on the Hub, a folder, or a kind of file ("json", "parquet", "text").
+      name: of its configuration, where it has several.
+      data_files: of it, where not all are meant; with a kind of file: which.
+      split: to train on.
+      field: that holds the text.
+      validation_split: to be judged by; None holds documents of `split` out.
+      validation_fraction: of the documents, where they are held out; each by its content.
+      validation_bytes: of held-out text to be judged by; read at the start.
+      seed: of the choice of held-out documents.
+      block: steps whose rows are shuffled together; the first batch waits for them.
+      tokenizer: a file of the library tokenizers; None is bytes.
+      prefetch: batches made ahead.
+
+    Returns:
+      The data. Each process reads its own records, so batches depend on their number.
+
+    Raises:
+      ValueError: no such data set, split or field, or the library `datasets` is missing.
+      FileNotFoundError: no such tokenizer.
+    """
+    check_fraction(validation_fraction)
+    encoder = open_tokenizer(tokenizer)
+    where = f"data set {path!r}" if name is None else f"data set {path!r} ({name})"
+
+    def open_split(which: str) -> Any:
+        return _open(path, name, data_files, which, where)
+
+    def text(record: Any, number: int) -> bytes:
+        if field not in record:
+            raise ValueError(
+                f"{where}: no field {field!r}; the fields are: {', '.join(record)}. "
+                "Give data.field=NAME"
+            )
+        return check_string(record[field], field=field, where=f"{where}, record {number}")
+
+    def apart(document: bytes) -> bool:
+        return validation_split is not None or share(document, seed) < validation_fraction
+
+    judged = _gather(
+        (text(r, n) for n, r in enumerate(open_split(validation_split or split), start=1)),
+        wanted=apart,
+        size=validation_bytes,
+    )
+    if not judged:
+        raise ValueError(
+            f"{where}: no document of split {validation_split or split!r} is left to be judged "
+            "by: give a larger data.validation_fraction, or data.validation_split=NAME"
+        )
+
+    def to_train_on(record: Any, number: int) -> bytes:
+        document = text(record, number)
+        held = document in judged if validation_split is not None else apart(document)
+        return b"" if held else document
+
+    validation, held_out, ratio = judged_by(list(judged), encoder, PACKED)
+
+    def batches(*, seed, batch_size, length, shard_index=0, shard_count=1):
+        rows = shard_rows(batch_size, shard_index, shard_count)
+
+        def make() -> Any:
+            whole = open_split(split)
+            if shard_count == 1:
+                return whole
+            from datasets.distributed import split_dataset_by_node
+
+            return split_dataset_by_node(whole, rank=shard_index, world_size=shard_count)
+
+        stream = StreamBatches(
+            Records(make, to_train_on, where),
+            encoder,
+            seed=seed,
+            rows=rows.stop - rows.start,
+            length=length,
+            block=block,
+        )
+        return ahead(stream, prefetch=prefetch)
+
+    def documents() -> Iterator[bytes]:
+        found = (to_train_on(r, n) for n, r in enumerate(open_split(split), start=1))
+        return (document for document in found if document)
+
+    return Data(
+        source=where,
+        batches=batches,
+        held_out=held_out,
+        validation=validation,
+        bytes_per_token=ratio,
+        train_bytes=None,
+        tokenizer=encoder,
+        documents=documents,
+    )
+
+
+def _open(path: str, name: str | None, data_files: Any, split: str, where: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            "data=huggingface needs the library datasets: pip install 'jaxpara[datasets]'"
+        ) from error
+    try:
+        return datasets.load_dataset(
+            path, name=name, data_files=data_files, split=split, streaming=True
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{where}, split {split!r}, cannot be opened ({str(error).strip().splitlines()[0]}): "
+            "give data.path, data.name and data.split as its page on the Hub shows them, or "
+            "data.path=json data.data_files=FILES for files of your own"
+        ) from error
+
+
+def _gather(
+    documents: Iterator[bytes], *, wanted: Callable[[bytes], bool], size: int
+) -> dict[bytes, None]:
+    """Distinct documents, in order, until they have so many bytes."""
+    found: dict[bytes, None] = {}
+    have = 0
+    for document in documents:
+        if document and document not in found and wanted(document):
+            found[document] = None
+            have += len(document)
+            if have >= size:
+                break
+    return found

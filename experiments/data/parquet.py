@@ -1,0 +1,93 @@
+"""Parquet: each row is a record, one column of it is a document."""
+
+from pathlib import Path
+
+from experiments.data.corpus import Data, Sampler, from_documents
+from experiments.data.files import check_string, find_files
+from experiments.data.packing import PACKED
+from experiments.data.splits import by_content
+
+ENDINGS = (".parquet",)
+
+
+def read(file: Path, *, field: str) -> dict[str, bytes]:
+    """Documents of one file.
+
+    Args:
+      file: to read.
+      field: the column that holds the text; null is an empty document.
+
+    Returns:
+      Content by `file:row`.
+
+    Raises:
+      ValueError: no Parquet, no such column, or pyarrow is missing; file and what to do.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            "data=parquet needs the library pyarrow: pip install 'jaxpara[parquet]'"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if field not in names:
+                raise ValueError(
+                    f"{file}: no column {field!r}; the columns are: {', '.join(names)}. "
+                    "Give data.field=NAME"
+                )
+            column = table.read(columns=[field]).column(field).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read as Parquet ({str(error).strip().splitlines()[0]}): "
+            "copy it again if it was cut short, or leave it out with a glob"
+        ) from error
+    return {
+        f"{file}:{row:09d}": check_string(value, field=field, where=f"{file}, row {row}")
+        for row, value in enumerate(column, start=1)
+    }
+
+
+def load(
+    *,
+    path: str,
+    field: str = "text",
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    sampler: Sampler = PACKED,
+    tokenizer: str | None = None,
+    prefetch: int = 2,
+) -> Data:
+    """Loads Parquet files into memory.
+
+    Args:
+      path: a file, a folder (its *.parquet at any depth) or a glob.
+      field: the column that holds the text.
+      validation_fraction: share of the documents held out, by a hash of their content.
+      seed: of the split.
+      sampler: how batches are cut, `packing.PACKED` or `windows.RANDOM`.
+      tokenizer: a file of the library tokenizers; None is bytes.
+      prefetch: batches made ahead.
+
+    Returns:
+      The data.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a file that cannot be read, or too few documents to split.
+    """
+    documents: dict[str, bytes] = {}
+    for file in find_files(path, endings=ENDINGS):
+        documents |= read(file, field=field)
+    return from_documents(
+        documents,
+        source=f"Parquet at {path}",
+        split=by_content,
+        validation_fraction=validation_fraction,
+        seed=seed,
+        sampler=sampler,
+        tokenizer=tokenizer,
+        prefetch=prefetch,
+    )

@@ -1,0 +1,102 @@
+"""Trains a byte-level tokenizer: `python -m experiments.train_tokenizer data=text data.path=...`."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments.commandline import guarded
+from experiments.data.tokens import END_OF_TEXT, open_tokenizer
+from experiments.runs import RunError
+
+
+def up_to(documents: Iterable[bytes], size: int) -> Iterator[str]:
+    """The first documents of so many bytes, as text.
+
+    Args:
+      documents: in any order.
+      size: bytes after which no further document is taken.
+
+    Returns:
+      Their text; bytes that are no UTF-8 show as U+FFFD.
+    """
+    have = 0
+    for document in documents:
+        yield document.decode(errors="replace")
+        have += len(document)
+        if have >= size:
+            return
+
+
+def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Path) -> int:
+    """Byte pair encoding over bytes [bpe]: any text can be encoded, and decoded to its bytes.
+
+    Args:
+      documents: to learn from; those that a model is trained on, not the held-out ones.
+      vocab_size: tokens, of which 256 are bytes and one ends a document.
+      size: bytes to learn from at most.
+      output: the file that is written.
+
+    Returns:
+      The number of tokens: `vocab_size`, or fewer where the text has no more pairs.
+
+    Raises:
+      RunError: the vocabulary is too small, or the library `tokenizers` is missing.
+    """
+    if vocab_size <= 256:
+        raise RunError(
+            f"vocab_size={vocab_size}: 256 bytes and one end of text need at least 257; "
+            "for bytes alone leave data.tokenizer null"
+        )
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise RunError(
+            "this command needs the library tokenizers: pip install 'jaxpara[tokenizers]'"
+        ) from error
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(up_to(documents, size), trainer)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(output))
+    return tokenizer.get_vocab_size()
+
+
+def job(cfg: DictConfig) -> None:
+    """Trains and says what the tokenizer is worth.
+
+    Args:
+      cfg: composed by Hydra, see conf/train_tokenizer.yaml.
+
+    Raises:
+      RunError: something to put right at the keyboard.
+    """
+    data = instantiate(cfg.data)
+    output = Path(cfg.output)
+    size = train(data.documents(), vocab_size=cfg.vocab_size, size=cfg.size, output=output)
+    held_out = data.validation.tobytes()
+    tokens = len(open_tokenizer(str(output)).encode(held_out))
+    print(
+        f"{output}: {size} tokens; {len(held_out) / tokens:.2f} bytes per token on "
+        f"{len(held_out):,} held-out bytes, {data.source}\n"
+        f"train with it: python -m experiments.train data.tokenizer={output}"
+    )
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train_tokenizer")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+    guarded(lambda: job(cfg))
+
+
+if __name__ == "__main__":
+    main()
