@@ -5,7 +5,7 @@ import jax
 from omegaconf import DictConfig
 
 from experiments import checkpoints, runs, tables
-from experiments.build import build_corpus, build_model
+from experiments.build import build_data, build_model
 from experiments.commandline import guarded
 from experiments.data.baselines import baselines
 from experiments.judging import bits_per_byte
@@ -31,12 +31,17 @@ def job(cfg: DictConfig) -> float:
         name: trained.evaluation[name] if cfg[name] is None else cfg[name]
         for name in ("windows", "length", "batch_size")
     }
-    corpus = build_corpus(trained)
+    corpus = build_data(trained)
     try:
-        held_out = corpus.held_out(count=chosen["windows"], length=chosen["length"])["tokens"]
+        held_out = corpus.held_out(count=chosen["windows"], length=chosen["length"])
     except ValueError as error:
         raise runs.RunError(str(error)) from error
-    bits = bits_per_byte(model, held_out, batch_size=chosen["batch_size"])(params)
+    bits = bits_per_byte(
+        model,
+        held_out,
+        batch_size=chosen["batch_size"],
+        bytes_per_token=corpus.bytes_per_token,
+    )(params)
     tables.show_quality(
         bits,
         baselines(corpus.validation),

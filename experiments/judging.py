@@ -1,42 +1,64 @@
 """Bits per byte on fixed windows, a batch at a time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
 
 from jaxpara.train import evaluate
 from jaxpara.types import Model, Params
 
 
+def reading(model: Model, batch: Mapping[str, jax.Array]) -> Model:
+    """A model that begins anew where the documents of a packed batch begin.
+
+    Args:
+      model: a sequence model.
+      batch: `tokens`, and where documents are packed `reset`.
+
+    Returns:
+      The model; the same one where nothing is packed.
+    """
+    if "reset" not in batch:
+        return model
+    return model._replace(apply=lambda params, tokens: model.apply(params, tokens, batch["reset"]))
+
+
 def bits_per_byte(
-    model: Model, windows: UInt8[np.ndarray, "windows time"], *, batch_size: int
+    model: Model,
+    held_out: Mapping[str, np.ndarray],
+    *,
+    batch_size: int,
+    bytes_per_token: float = 1.0,
 ) -> Callable[[Params], float]:
     """Makes a function that scores parameters on fixed windows.
 
-    `-1/N sum log2 p(byte | the bytes before it in its window)`, every window from
-    the model's start.
+    `-1/N sum log2 p(token | the tokens before it in its window)` over the N bytes that
+    the tokens stand for, every window from the model's start.
 
     Args:
-      model: a sequence model over bytes.
-      windows: each one byte longer than what is predicted.
+      model: a sequence model.
+      held_out: `tokens` `[windows, time + 1]`, and where documents are packed `reset`.
       batch_size: windows at a time; a last smaller batch compiles once more.
+      bytes_per_token: of the held-out text.
 
     Returns:
       `params -> bits per byte`.
     """
-    sums = jax.jit(evaluate(model))
+    count = len(held_out["tokens"])
+
+    @jax.jit
+    def sums(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return evaluate(reading(model, batch))(params, batch["tokens"])
 
     def score(params: Params) -> float:
         nats, predicted = 0.0, 0
-        for first in range(0, len(windows), batch_size):
-            batch = jnp.asarray(windows[first : first + batch_size], jnp.int32)
-            totals = sums(params, batch)
+        for first in range(0, count, batch_size):
+            rows = slice(first, first + batch_size)
+            totals = sums(params, {name: leaf[rows] for name, leaf in held_out.items()})
             nats += float(totals["nats"])
             predicted += int(totals["tokens"])
-        return nats / predicted / math.log(2)
+        return nats / predicted / math.log(2) / bytes_per_token
 
     return score

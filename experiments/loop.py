@@ -1,12 +1,11 @@
-"""The training loop: dispatch step t, read the numbers of step t - 1, look up now and then.
+"""The training loop: dispatch step t, read the numbers of step t - 1, evaluate and save at times.
 
-Everything it needs is an argument; it knows no config. Reading one step late keeps
-the device busy while Python books the last result.
+Everything it needs is an argument; it knows no config and no file. Reading one step late
+keeps the device busy while Python books the last result.
 """
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax
 from experiments.progress import Progress, Status
 from experiments.runs import RunError
 from experiments.speed import Speedometer
+from experiments.task import Batches
 from jaxpara.types import Params, Step, TrainState
 
 
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     Attributes:
       step: steps done.
       seconds: since the start, compilation and evaluations included.
-      loss: mean training loss in nats per token since the last row; NaN before the first step.
+      loss: mean training loss in nats per token since the last row.
       tokens_per_second: since the last row, compilation and evaluations not counted.
       gradient_norm: of the last step, before clipping; None where the step gives none.
     """
@@ -39,18 +39,34 @@ class Row(NamedTuple):
     gradient_norm: float | None
 
 
+class Memory(NamedTuple):
+    """What the loop knows besides the training state; a run that goes on begins with it.
+
+    Attributes:
+      losses: of the steps since the last row.
+      seconds: since the start of the run.
+      timed: steps whose time counts, and the seconds they took together.
+      enough: whether the task was solved, so that no further step is due.
+    """
+
+    losses: Sequence[float] = ()
+    seconds: float = 0.0
+    timed: tuple[int, float] = (0, 0.0)
+    enough: bool = False
+
+
 class Ending(NamedTuple):
     """How a run ended.
 
     Attributes:
       state: the last training state.
-      interrupted: whether it was stopped by hand.
-      seconds: of the whole loop.
-      tokens_per_second: of training alone, from the second step on.
+      stopped: whether it was stopped from outside.
+      seconds: since the start of the run.
+      tokens_per_second: of training alone, compilation and evaluations not counted.
     """
 
     state: TrainState
-    interrupted: bool
+    stopped: bool
     seconds: float
     tokens_per_second: float
 
@@ -59,62 +75,81 @@ def run_loop(
     *,
     state: TrainState,
     step: Step,
-    batches: Callable[[int], Any],
+    batches: Batches,
     steps: int,
     tokens_per_step: int,
     log_every: int,
     eval_every: int,
+    save_every: int,
     write_row: Callable[[Row], None],
-    look_up: Callable[[int, Params], None],
+    look_up: Callable[[int, Params], dict[str, float]],
+    save: Callable[[TrainState, Memory, dict[str, float] | None], None],
+    seconds: Callable[[], float],
     progress: Progress,
-    interrupted: Callable[[], bool],
+    stopped: Callable[[], Any],
+    begin: int = 0,
+    memory: Memory = Memory(),  # noqa: B008 (immutable)
+    bytes_per_token: float | None = None,
+    solved: Callable[[dict[str, float]], bool] | None = None,
 ) -> Ending:
-    """Trains for a number of steps.
+    """Trains up to a number of steps.
 
     Args:
       state: to begin with; its buffers are given away.
       step: one training step; its metrics hold `loss` in nats per token.
-      batches: `step number -> batch`, a pure function.
-      steps: how many.
+      batches: from the position that belongs to the state.
+      steps: how many in all.
       tokens_per_step: predicted tokens in a batch.
       log_every: steps between two rows.
-      eval_every: steps between two evaluations; the first and the last step have one too.
+      eval_every: steps between two evaluations; a new run is evaluated before its first step too,
+        and every run after its last.
+      save_every: steps between two checkpoints; the last step has one too.
       write_row: takes each row.
       look_up: evaluates parameters after so many steps; its time is not training time.
+      save: takes the state after a step, what else the run needs to go on, and the figures of
+        that step if it was evaluated. The state must be copied before it returns.
+      seconds: since the start of the run, what came before an interruption included.
       progress: shows every step.
-      interrupted: says whether to stop after this step.
+      stopped: says whether to stop after this step.
+      begin: steps done already; `state`, `batches` and `memory` are from then.
+      memory: what `save` was given then.
+      bytes_per_token: of text, to show bits per byte; None shows the loss alone.
+      solved: says of the figures of an evaluation whether they are all that was wanted.
 
     Returns:
       The ending.
 
     Raises:
-      Diverged: the loss became NaN or infinite.
+      Diverged: the loss became NaN or infinite, or the gradient of a state to be saved.
     """
-    began = time.perf_counter()
     last_finite: tuple[int, float] | None = None
-    losses: list[float] = []
-    speed = Speedometer(tokens_per_step)
+    losses = list(memory.losses)
+    speed = Speedometer(tokens_per_step, before=memory.timed)
+
+    def refuse(what: str, number: int) -> Diverged:
+        before = "no step before it had a finite one"
+        if last_finite is not None:
+            before = f"the last finite loss was {last_finite[1]:.4f} at step {last_finite[0]}"
+        return Diverged(
+            f"{what} at step {number} of {steps}; {before}. "
+            "Try a lower optim.learning_rate, or more optim.warmup"
+        )
 
     def book(number: int, metrics: dict[str, jax.Array]) -> None:
         nonlocal last_finite
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
-            before = "no step before it had a finite one"
-            if last_finite is not None:
-                before = f"the last finite loss was {last_finite[1]:.4f} at step {last_finite[0]}"
-            raise Diverged(
-                f"the loss is {loss} at step {number} of {steps}; {before}. "
-                "Try a lower optim.learning_rate, or more optim.warmup"
-            )
+            raise refuse(f"the loss is {loss}", number)
         last_finite = (number, loss)
         losses.append(loss)
         speed.tick()
+        bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
         progress.update(
             Status(
                 step=number,
                 steps=steps,
                 loss=loss,
-                bits_per_byte=loss / math.log(2),
+                bits_per_byte=bits,
                 tokens_per_second=speed.lately(),
                 seconds_left=speed.seconds_for(steps - number),
             )
@@ -124,7 +159,7 @@ def run_loop(
             write_row(
                 Row(
                     step=number,
-                    seconds=time.perf_counter() - began,
+                    seconds=seconds(),
                     loss=sum(losses) / len(losses),
                     tokens_per_second=speed.since_mark(),
                     gradient_norm=None if norm is None else float(norm),
@@ -134,20 +169,32 @@ def run_loop(
             speed.mark()
 
     # Evaluating before the first step finds what does not fit before minutes are spent.
-    look_up(0, state.params)
+    if begin == 0:
+        look_up(0, state.params)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     stop = False
-    for number in range(1, steps + 1):
-        state, metrics = step(state, batches(number - 1))
+    for number in range(begin + 1, 0 if memory.enough else steps + 1):
+        state, metrics = step(state, next(batches))
         if pending is not None:
             book(*pending)
         pending = (number, metrics)
-        stop = interrupted()
-        if stop or number % eval_every == 0 or number == steps:
-            book(*pending)
-            pending = None
-            if stop:
-                break
-            with speed.paused():
-                look_up(number, state.params)
-    return Ending(state, stop, time.perf_counter() - began, speed.overall())
+        stop = bool(stopped())
+        evaluated = number % eval_every == 0 or number == steps
+        saved = stop or number % save_every == 0 or number == steps
+        if not (evaluated or saved):
+            continue
+        book(*pending)
+        pending = None
+        with speed.paused():
+            # What is due at this step is measured before a stop too, or a run that goes on
+            # would lack it.
+            figures = look_up(number, state.params) if evaluated else None
+            enough = figures is not None and solved is not None and solved(figures)
+            if saved or enough:
+                norm = float(metrics.get("grad_norm", 0.0))
+                if not math.isfinite(norm):  # the loss was finite, what came of it is not
+                    raise refuse(f"the gradient's norm is {norm}", number)
+                save(state, Memory(tuple(losses), seconds(), speed.timed(), enough), figures)
+        if stop or enough:
+            break
+    return Ending(state, stop, seconds(), speed.overall())

@@ -18,7 +18,7 @@ class Status(NamedTuple):
       step: steps done.
       steps: steps in all.
       loss: mean nats per token, lately.
-      bits_per_byte: the same in bits.
+      bits_per_byte: the same in bits; None where the task is not about text.
       tokens_per_second: lately, evaluations not counted.
       seconds_left: of training, at that speed.
     """
@@ -26,7 +26,7 @@ class Status(NamedTuple):
     step: int
     steps: int
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens_per_second: float
     seconds_left: float
 
@@ -68,8 +68,9 @@ def describe(status: Status) -> str:
     Returns:
       Loss, bits per byte, tokens per second and time left.
     """
+    bits = "" if status.bits_per_byte is None else f"{status.bits_per_byte:.3f} bits/byte  "
     return (
-        f"loss {status.loss:.3f}  {status.bits_per_byte:.3f} bits/byte  "
+        f"loss {status.loss:.3f}  {bits}"
         f"{status.tokens_per_second:,.0f} tokens/s  {clock(status.seconds_left)} left"
     )
 

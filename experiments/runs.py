@@ -31,7 +31,10 @@ def write_json(path: Path, value: Any) -> None:
       path: the file.
       value: plain Python values.
     """
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    # Whole or not at all: a run may be killed at any moment.
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
 
 
 def _git(*arguments: str) -> str | None:
@@ -92,11 +95,36 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
     if (folder / CONFIG).exists():
         raise RunError(
             f"{folder} holds a run already, and one run is one folder: "
-            "leave hydra.run.dir alone or give a folder that does not exist"
+            "leave hydra.run.dir alone or give a folder that does not exist; "
+            f"`python -m experiments.train resume={folder}` goes on with it"
         )
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / CONFIG, resolve=True)
     write_json(folder / ENVIRONMENT, environment())
+
+
+def reopen_run(folder: Path) -> None:
+    """Adds to what is known of a run that it goes on, on what machine and with what versions.
+
+    Args:
+      folder: of a run that `open_run` opened.
+    """
+    known = json.loads((folder / ENVIRONMENT).read_text())
+    again = [*known.get("resumed", []), environment()]
+    write_json(folder / ENVIRONMENT, {**known, "resumed": again})
+
+
+def status(folder: Path) -> str | None:
+    """How a run ended.
+
+    Args:
+      folder: of a run.
+
+    Returns:
+      "finished", "interrupted", "diverged" or "failed"; None where it did not come to an end.
+    """
+    path = folder / SUMMARY
+    return json.loads(path.read_text()).get("status") if path.is_file() else None
 
 
 def close_run(folder: Path, summary: dict[str, Any]) -> None:

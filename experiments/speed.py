@@ -14,10 +14,17 @@ class Speedometer:
     Args:
       tokens_per_step: tokens that one step predicts.
       clock: seconds, increasing.
+      before: steps counted and their seconds before an interruption; `overall` includes them.
     """
 
-    def __init__(self, tokens_per_step: int, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        tokens_per_step: int,
+        clock: Callable[[], float] = time.perf_counter,
+        before: tuple[int, float] = (0, 0.0),
+    ):
         self._tokens = tokens_per_step
+        self._before = before
         self._clock = clock
         self._away = 0.0
         self._ticks: list[float] = []
@@ -77,10 +84,25 @@ class Speedometer:
         """
         return self._between(self._mark)
 
+    def timed(self) -> tuple[int, float]:
+        """What `before` is to a run that goes on.
+
+        Returns:
+          Steps counted so far and the seconds they took.
+        """
+        steps, seconds = self._before
+        if len(self._ticks) > 1:
+            steps, seconds = (
+                steps + len(self._ticks) - 1,
+                seconds + self._ticks[-1] - self._ticks[0],
+            )
+        return steps, seconds
+
     def overall(self) -> float:
-        """Since the first step; 0 until two are done.
+        """Since the first step, before an interruption too; 0 until two are done.
 
         Returns:
           Tokens per second.
         """
-        return self._between(0)
+        steps, seconds = self.timed()
+        return self._tokens * steps / max(seconds, 1e-9)

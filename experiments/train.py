@@ -1,4 +1,4 @@
-"""Trains a byte-level language model: `python -m experiments.train experiment=lm`."""
+"""Trains a task: `python -m experiments.train experiment=lm`."""
 
 import sys
 from pathlib import Path
@@ -7,46 +7,77 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import runs
+from experiments import checkpoints, runs
 from experiments.build import build
 from experiments.commandline import guarded, quote_text
-from experiments.language_model import Settings, check_settings, train
+from experiments.resuming import check_overrides, resume_arguments
+from experiments.trainer import make_settings, train
 
 
 def job(cfg: DictConfig) -> None:
-    """One run, from its config.
+    """One run, from its config, or on from where its folder's last checkpoint stands.
 
     Args:
       cfg: composed by Hydra.
 
     Raises:
       RunError: something to put right at the keyboard.
-      SystemExit: 130 after Ctrl-C, with everything saved.
+      SystemExit: 128 plus the signal's number after Ctrl-C or SIGTERM, with everything saved.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    parts = build(cfg)
+    resume = bool(cfg.resume) and (folder / runs.CONFIG).is_file()
+    if resume:
+        stored = runs.load_config(folder)
+        overrides = list(HydraConfig.get().overrides.task)
+        check_overrides(overrides, cfg=cfg, stored=stored, folder=folder)
+        if runs.status(folder) == "finished":
+            print(f"the run is finished, nothing is left to do: {folder}")
+            return
+        cfg = stored
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
-    settings = Settings(**{name: values[name] for name in Settings._fields})
-    check_settings(parts, settings)
-    runs.open_run(folder, cfg)
-    summary = train(parts, settings, folder)
-    if summary["interrupted"]:
+    settings = make_settings(values)
+    parts = build(cfg)
+    if resume:
+        runs.reopen_run(folder)
+    else:
+        runs.open_run(folder, cfg)
+    result = train(
+        parts.task,
+        optimizer=parts.optimizer,
+        projection=parts.projection,
+        settings=settings,
+        folder=folder,
+        sinks=parts.sinks,
+        config=values,
+        resume=resume,
+    )
+    if result.signal is not None:
         print(
-            f"interrupted after step {summary['steps']} of {settings.steps}: "
-            f"parameters, metrics and figures are in {folder}\n"
-            f"look at them with: python -m experiments.evaluate run={folder}"
+            f"interrupted after step {result.step} of {settings.steps}; "
+            f"everything is saved in {folder}. Go on with\n"
+            f"  {checkpoints.resume_command(folder)}",
+            flush=True,
         )
-        raise SystemExit(130)
+        raise SystemExit(128 + result.signal)
     print(f"everything is in {folder}")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
+def compose(cfg: DictConfig) -> None:
     """Hydra's entry."""
     guarded(lambda: job(cfg))
 
 
+def main() -> None:
+    """The command line: prompts as typed, `resume=FOLDER` as a folder."""
+
+    def prepare() -> None:
+        sys.argv[1:] = quote_text(resume_arguments(sys.argv[1:]), keys=("sample.prompt",))
+
+    guarded(prepare)
+    compose()
+
+
 if __name__ == "__main__":
-    sys.argv[1:] = quote_text(sys.argv[1:], keys=("sample.prompt",))
     main()

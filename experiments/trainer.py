@@ -1,0 +1,309 @@
+"""One training run of any task: from objects and numbers to a full folder."""
+
+import errno
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+from experiments import checkpoints, figures, loggers, metrics, runs
+from experiments.loop import Diverged, Ending, Memory, Row, run_loop
+from experiments.progress import Progress, progress
+from experiments.resuming import cut_table
+from experiments.stopping import stop_signal
+from experiments.task import Task
+from jaxpara.train import init_state, make_step
+from jaxpara.types import Params, TrainState
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Keep(NamedTuple):
+    """When checkpoints are written and which stay, as in conf/train.yaml."""
+
+    every: int
+    keep_last: int
+    keep_best: int
+
+
+class Settings(NamedTuple):
+    """The numbers of a run, named and explained in conf/train.yaml."""
+
+    name: str
+    seed: int
+    steps: int
+    batch_size: int
+    accumulate: int
+    log_every: int
+    eval_every: int
+    checkpoint: Keep
+
+
+def make_settings(values: Mapping[str, Any]) -> Settings:
+    """Picks the trainer's numbers out of a config and refuses what does not fit together.
+
+    Args:
+      values: of a whole config, plain.
+
+    Returns:
+      The settings.
+
+    Raises:
+      RunError: what was given, and what to change.
+    """
+    settings = Settings(**{name: values[name] for name in Settings._fields})
+    settings = settings._replace(checkpoint=Keep(**values["checkpoint"]))
+    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every"):
+        if getattr(settings, name) < 1:
+            raise runs.RunError(f"{name}={getattr(settings, name)}: give at least 1")
+    for name, least in (("every", 1), ("keep_last", 1), ("keep_best", 0)):
+        given = getattr(settings.checkpoint, name)
+        if given < least:
+            raise runs.RunError(f"checkpoint.{name}={given}: give at least {least}")
+    if settings.batch_size % settings.accumulate:
+        raise runs.RunError(
+            f"accumulate={settings.accumulate} does not divide batch_size={settings.batch_size}: "
+            "give a batch_size that is a multiple of it"
+        )
+    return settings
+
+
+class Result(NamedTuple):
+    """How a run came out.
+
+    Attributes:
+      status: "finished", or "interrupted" by a signal.
+      signal: the signal's number, or None.
+      step: steps done.
+    """
+
+    status: Literal["finished", "interrupted"]
+    signal: int | None
+    step: int
+
+
+def metric_columns(task: Task) -> tuple[str, ...]:
+    """The columns of a task's `metrics.csv`.
+
+    Args:
+      task: the task.
+
+    Returns:
+      Names, in order.
+    """
+    bits = () if task.bytes_per_token is None else ("train_bits_per_byte",)
+    first = ("step", "tokens", "seconds", "train_loss_nats", *bits)
+    return (*first, *task.columns, "tokens_per_second", "gradient_norm")
+
+
+def train(
+    task: Task,
+    *,
+    optimizer: optax.GradientTransformation,
+    projection: Callable[[Params], Params] | None,
+    settings: Settings,
+    folder: Path,
+    sinks: Sequence[loggers.Open] = (),
+    config: Mapping[str, Any],
+    resume: bool = False,
+) -> Result:
+    """Trains, looks up, saves and finishes; everything lands in the folder.
+
+    Args:
+      task: what is trained.
+      optimizer: of optax.
+      projection: applied to the parameters after each step, or None.
+      settings: numbers.
+      folder: of the run, opened by `runs.open_run`.
+      sinks: of numbers, besides `metrics.csv`.
+      config: resolved, for the sinks that keep it.
+      resume: go on from the folder's last checkpoint, if there is one.
+
+    Returns:
+      The result; `summary.json` says more.
+
+    Raises:
+      Diverged: the loss became NaN or infinite; what was measured is in the folder.
+      RunError: the disk is full.
+    """
+    began = time.perf_counter()
+
+    def seconds() -> float:
+        return time.perf_counter() - began
+
+    initial = jax.jit(lambda key: init_state(task.model, optimizer, key))
+    key = jax.random.key(settings.seed)
+    whole = checkpoints.steps(folder) if resume else []
+    begin = whole[-1] if whole else 0
+    if whole:
+        state, run = checkpoints.restore(folder, begin, jax.eval_shape(initial, key))
+        task.batches.set_state(run["data"])
+        memory = Memory(**run["memory"])
+        began -= memory.seconds
+    else:
+        state, memory = initial(key), Memory()
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    summary: dict[str, Any] = {
+        "name": settings.name,
+        "status": "failed",
+        **task.summary,
+        "parameters": count,
+    }
+    if resume:
+        _cut_tables(task, folder, begin)
+    columns = metric_columns(task)
+    place = loggers.Place(folder, settings.name, config, begin)
+    outlets = loggers.open_all([loggers.csv(columns), *sinks], place)
+    step = make_step(task.loss, optimizer, accumulate=settings.accumulate, project=projection)
+    try:
+        with (
+            progress(label=settings.name) as line,
+            stop_signal() as stopped,
+            checkpoints.saver(
+                folder,
+                keep_last=settings.checkpoint.keep_last,
+                keep_best=settings.checkpoint.keep_best,
+                best=task.best,
+            ) as save,
+        ):
+            line.say(
+                f"{settings.name}: {count:,} parameters; {task.about}; "
+                f"{jax.devices()[0].device_kind}; {folder}"
+            )
+            if resume:
+                line.say(f"goes on after step {begin} of {settings.steps}")
+
+            def keep(state: TrainState, memory: Memory, values: dict[str, float] | None) -> None:
+                run = {"data": task.batches.get_state(), "memory": memory._asdict()}
+                save(state, run, values)
+
+            ending = run_loop(
+                state=state,
+                step=jax.jit(step, donate_argnums=0),
+                batches=task.batches,
+                steps=settings.steps,
+                tokens_per_step=task.tokens_per_step,
+                log_every=settings.log_every,
+                eval_every=settings.eval_every,
+                save_every=settings.checkpoint.every,
+                write_row=_row_writer(task, outlets),
+                look_up=_look_up(task, folder, outlets, summary, line, seconds),
+                save=keep,
+                seconds=seconds,
+                progress=line,
+                stopped=stopped,
+                begin=begin,
+                memory=memory,
+                bytes_per_token=task.bytes_per_token,
+                solved=task.solved,
+            )
+            number = stopped() if ending.stopped else None
+        summary.update(_results(ending, folder))
+        if number is None:
+            task.finish(folder, ending.state.params, summary)
+            summary["status"] = "finished"
+        else:
+            summary["status"] = "interrupted"
+        return Result(summary["status"], number, summary["steps"])
+    except Diverged as error:
+        summary["status"] = "diverged"
+        summary["diverged"] = text = f"{error}. {_last_checkpoint(folder)}"
+        raise Diverged(text) from None
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise runs.RunError(
+            f"{error}. {_last_checkpoint(folder)}; make room, then go on with\n"
+            f"  {checkpoints.resume_command(folder)}"
+        ) from error
+    finally:
+        for outlet in outlets:
+            outlet.close()
+        summary["seconds"] = seconds()
+        _close(folder, summary)
+
+
+def _last_checkpoint(folder: Path) -> str:
+    whole = checkpoints.steps(folder)
+    if not whole:
+        return "There is no checkpoint yet"
+    return f"The last checkpoint is {checkpoints.path_of(folder, whole[-1])}"
+
+
+def _cut_tables(task: Task, folder: Path, begin: int) -> None:
+    for name in ("metrics", *task.tables):
+        # A run without a checkpoint begins again: the evaluation before its first step goes too.
+        cut_table(folder / f"{name}.csv", last=begin or -1)
+
+
+def _close(folder: Path, summary: dict[str, Any]) -> None:
+    """The result and the figures; a full disk must not hide what went wrong before."""
+    if jax.process_index() != 0:
+        return
+    try:
+        runs.close_run(folder, summary)
+        figures.draw_run(folder)
+    except OSError as error:
+        print(f"the summary and the figures of {folder} could not be written: {error}")
+
+
+def _row_writer(task: Task, outlets: Sequence[loggers.Logger]):
+    def write(row: Row) -> None:
+        values = {
+            "tokens": row.step * task.tokens_per_step,
+            "seconds": round(row.seconds, 2),
+            "train_loss_nats": row.loss,
+            "tokens_per_second": round(row.tokens_per_second),
+            "gradient_norm": row.gradient_norm,
+        }
+        if task.bytes_per_token is not None:
+            values["train_bits_per_byte"] = row.loss / math.log(2) / task.bytes_per_token
+        loggers.write_all(outlets, row.step, values)
+
+    return write
+
+
+def _look_up(
+    task: Task,
+    folder: Path,
+    outlets: Sequence[loggers.Logger],
+    summary: dict[str, Any],
+    line: Progress,
+    seconds: Callable[[], float],
+):
+    """The task's figures and tables, written and announced."""
+    for name, table in task.tables.items():
+        path = folder / f"{name}.csv"
+        if not path.exists():
+            metrics.start(path, ("step", "tokens", *table.columns))
+
+    def look_up(step: int, params: Params) -> dict[str, float]:
+        values = task.evaluate(step, params)
+        where = {"step": step, "tokens": step * task.tokens_per_step}
+        row = {"tokens": where["tokens"], "seconds": round(seconds(), 2), **values}
+        loggers.write_all(outlets, step, row)
+        summary.update(values)
+        said = [task.describe(values)]
+        for name, table in task.tables.items():
+            rows = table.rows(params)
+            for row in rows:
+                columns = ("step", "tokens", *table.columns)
+                metrics.append(folder / f"{name}.csv", columns, {**where, **row})
+            said.append(table.describe(rows))
+        line.say(f"step {step}: {'; '.join(said)}")
+        return values
+
+    return look_up
+
+
+def _results(ending: Ending, folder: Path) -> dict[str, Any]:
+    return {
+        "steps": int(ending.state.step),
+        "best_step": checkpoints.best_step(folder),
+        "training_seconds": ending.seconds,
+        "tokens_per_second": ending.tokens_per_second,
+    }
