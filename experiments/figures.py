@@ -56,6 +56,30 @@ def draw_loss(
     return figure
 
 
+def draw_accuracy(columns: Mapping[str, list[float | None]], *, title: str) -> Figure:
+    """Accuracy on held-out sequences against tokens, a line for each length.
+
+    Args:
+      columns: `metrics.csv`, its accuracies named `accuracy_32` and so on.
+      title: of the picture.
+
+    Returns:
+      The figure.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in (name for name in columns if name.startswith("accuracy_")):
+        label = f"T = {name.removeprefix('accuracy_')}"
+        axes.plot(*_pairs(columns, "tokens", name), marker="o", label=label)
+    axes.set_ylabel("accuracy (share of answers)")
+    axes.set_ylim(0, 1.02)
+    axes.set_title(title)
+    _tokens_axis(axes)
+    axes.set_xlabel("training tokens")
+    axes.legend()
+    return figure
+
+
 def draw_solver(columns: Mapping[str, list[float | None]], *, title: str) -> Figure:
     """Iterations and residual of the parallel solver in each layer against tokens.
 
@@ -109,8 +133,13 @@ def draw_run(folder: Path) -> list[Path]:
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text())
     name = summary.get("name", folder.name)
-    written = [folder / "loss.png"]
-    figure = draw_loss(metrics.read(table), summary.get("baselines", {}), title=name)
+    columns = metrics.read(table)
+    if "train_bits_per_byte" in columns:
+        written = [folder / "loss.png"]
+        figure = draw_loss(columns, summary.get("baselines", {}), title=name)
+    else:
+        written = [folder / "accuracy.png"]
+        figure = draw_accuracy(columns, title=f"{name}: {summary.get('problem', '')}")
     figure.savefig(written[0], dpi=120)
     solver = folder / "solver.csv"
     if solver.is_file():

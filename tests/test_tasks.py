@@ -9,7 +9,6 @@ from experiments.tasks import groups
 from experiments.tasks.induction import induction
 from experiments.tasks.problem import Examples, Problem, sample
 from experiments.tasks.recall import recall
-from experiments.tasks.stream import Stream
 from experiments.tasks.words import group_word, modular_sum, parity
 
 PROBLEMS = {
@@ -191,11 +190,3 @@ def test_a_problem_of_ones_own_is_a_function():
 
     examples = drawn(Problem("running maximum", 4, 1, draw))
     assert (np.diff(examples.targets, axis=1) >= 0).all() and len(examples.tokens) == 7
-
-
-def test_a_stream_goes_on_from_its_position():
-    stream = Stream(lambda number: number * number)
-    assert [next(stream) for _ in range(4)] == [0, 1, 4, 9]
-    other = Stream(lambda number: number * number)
-    other.set_state(stream.get_state())
-    assert next(other) == next(stream) == 16

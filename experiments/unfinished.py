@@ -1,0 +1,61 @@
+"""Solvers that stop at their budget and leave the rest as it is: for studies, not for training.
+
+The library's solvers complete sequentially what their budget leaves open, so that values and
+gradients are those of `lax.scan`. These do not: states are those of the last iterate, and the
+adjoint is taken at them. What other libraries do in silence is here asked for by name.
+"""
+
+import jax.numpy as jnp
+
+from jaxpara.recurrence import pointwise, shooting
+from jaxpara.recurrence.system import Settings, Solution, Solver, System
+
+
+def unfinished_newton(*, max_iters: int, tol: float | None = None) -> Solver:
+    """Pointwise Newton, `max_iters - 1` corrections at most.
+
+    Args:
+      max_iters: evaluations of all steps; the last one corrects nothing more.
+      tol: relative residual at which it stops earlier; None: a few ulp.
+
+    Returns:
+      A solver for `newton_scan`.
+
+    Raises:
+      ValueError: a budget below 1.
+    """
+    return Solver(_newton, _settings(max_iters, tol))
+
+
+def unfinished_shooting(*, max_iters: int, tol: float | None = None) -> Solver:
+    """Multiple shooting, `max_iters - 1` corrections of the chunk starts at most.
+
+    Args:
+      max_iters, tol: as for `unfinished_newton`.
+
+    Returns:
+      A solver for `newton_scan`.
+
+    Raises:
+      ValueError: a budget below 1.
+    """
+    return Solver(_shooting, _settings(max_iters, tol))
+
+
+def _settings(max_iters: int, tol: float | None) -> Settings:
+    if max_iters < 1:
+        raise ValueError(f"max_iters={max_iters}: give at least 1")
+    return Settings(max_iters=max_iters, tol=tol)
+
+
+def _leave_open(system: System, rows, *rest):
+    del system, rest
+    return rows, jnp.zeros((), jnp.int32)
+
+
+def _newton(system: System, settings: Settings, guess=None) -> Solution:
+    return pointwise.newton(system, settings, guess, finish=_leave_open)
+
+
+def _shooting(system: System, settings: Settings, guess=None) -> Solution:
+    return shooting.shoot(system, settings, guess, finish=_leave_open)
