@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 import jaxpara as jp
@@ -108,6 +109,16 @@ PARALLEL = {
     "jacobi": jp.jacobi(),
 }
 SOLVERS = {**PARALLEL, "sequential": jp.sequential(), "auto": jp.auto()}
+# `make check` runs these rows of a table; the others are marked slow.
+EVERYDAY = {"shooting", "newton", "sequential", "auto"}
+
+
+def solver_rows(names):
+    """Names of solvers as rows of a table."""
+    return [
+        pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow) for name in names
+    ]
+
 
 # Compiling is nearly all of the time of these tests: what runs for milliseconds need not
 # be optimised.

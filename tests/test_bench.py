@@ -180,6 +180,7 @@ def test_a_suite_that_cannot_run_says_what_was_expected():
         make_problem("grue", 1, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line_is_a_folder_with_table_numbers_and_machine(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.bench", f"hydra.run.dir={folder}"]

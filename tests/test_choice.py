@@ -100,6 +100,7 @@ def test_an_undifferentiated_sequential_solve_stores_no_state_that_is_not_asked_
     assert ends_only(ours) < ends_only(lax.scan) + trajectory // 2
 
 
+@pytest.mark.slow
 def test_the_fit_writes_a_map_that_the_rule_can_read(tmp_path, monkeypatch):
     class Quiet:
         def print(self, *args, **kwargs):

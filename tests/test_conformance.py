@@ -14,18 +14,23 @@ import pytest
 from jax import lax
 from recurrence_cases import (
     CASES,
-    PARALLEL,
     QUICK,
     SOLVERS,
     TIME,
     assert_close,
     cotangents,
     in_float64,
+    solver_rows,
     weighted,
 )
 
 import jaxpara as jp
 
+TABLE = {
+    **SOLVERS,
+    "shooting_default": jp.shooting(),
+    "newton_sequential": jp.newton(linear="sequential"),
+}
 RESETS = np.arange(TIME) % 7 == 3
 
 
@@ -132,7 +137,7 @@ def check(structure, column, solver, derivative=None):
 def check_info(info, solver):
     assert info.converged
     assert info.fallback_steps == 0
-    if solver in PARALLEL.values():
+    if solver not in (jp.sequential(), jp.auto()):
         # Even Jacobi needs no more than one iteration a step and one to confirm.
         assert 0 < info.iterations <= TIME + 1
         assert info.residual < 1e-6
@@ -142,9 +147,9 @@ def check_info(info, solver):
 
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("structure", CASES)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solver_rows(TABLE))
 def test_every_solver_gives_what_lax_scan_gives(solver, structure, column):
-    check(structure, column, SOLVERS[solver])
+    check(structure, column, TABLE[solver])
 
 
 @pytest.mark.parametrize("column", ["grad_vmap_checkpoint", "reset_reverse"])

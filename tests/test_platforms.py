@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from recurrence_cases import solver_rows
 
 import jaxpara as jp
 
@@ -43,7 +44,7 @@ def loss_of(scan, **options):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", solver_rows(SOLVERS))
 def test_values_and_gradients_lower_for_an_accelerator(name, platform):
     scale, gates = data(32, 2, 4)
     run = jax.value_and_grad(loss_of(jp.newton_scan, solver=SOLVERS[name]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from recurrence_cases import CASES, QUICK, assert_close, cotangents, in_float64, weighted
+from recurrence_cases import CASES, EVERYDAY, QUICK, assert_close, cotangents, in_float64, weighted
 
 import jaxpara as jp
 
@@ -57,7 +57,13 @@ def oracle(structure, scale, reverse):
 
 # Every parallel solver with every structure; both rules and both directions in turn.
 ROWS = [
-    (solver, structure, (None, "reverse")[(i + j) % 2], bool((i + j // 2) % 2))
+    pytest.param(
+        solver,
+        structure,
+        (None, "reverse")[(i + j) % 2],
+        bool((i + j // 2) % 2),
+        marks=() if solver in EVERYDAY else pytest.mark.slow,
+    )
     for i, solver in enumerate(("shooting", "newton", "quasi_newton", "jacobi"))
     for j, structure in enumerate(CASES)
 ]
