@@ -64,8 +64,8 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _plain_name(text: str) -> str:
-    """What any file system and shell takes."""
-    return re.sub(r"[^\w.,+-]+", "_", text).strip("_")
+    """What file systems, shells, and Hydra in `run=FOLDER`, take without quotes."""
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
 
 def _is_swept(override: Override) -> bool:
@@ -101,11 +101,12 @@ def name_sweep(arguments: Sequence[str]) -> list[str]:
     name = "+".join(map(_plain_name, [*chosen, *map(short, swept)]))[:LONGEST]
     if fixed:
         name += "-" + digest(fixed, 4)
-    return [
-        *given,
+    at = given.index(lines[-1]) + 1  # Hydra takes overrides in one piece, before or after `-m`
+    given[at:at] = [
         f"hydra.sweep.dir=multirun/${{name}}/{name}",
         f"hydra.sweep.subdir=${{job_folder:{','.join(map(short, swept))}}}",
     ]
+    return given
 
 
 def job_folder(*keys: str, _root_: DictConfig) -> str:
@@ -117,20 +118,20 @@ def job_folder(*keys: str, _root_: DictConfig) -> str:
       _root_: the job's whole config, given by OmegaConf.
 
     Returns:
-      `cell=para_gru,seed=0-` and six digits of the resolved config.
+      `cell-para_gru+seed-0-` and six digits of the resolved config.
     """
     overrides = OverridesParser.create().parse_overrides(list(_root_.hydra.overrides.task))
     params = OmegaConf.select(_root_, "hydra.sweeper.params") or {}
     varying = {*filter(None, keys), *map(short, params)}
     shown = [
-        f"{short(o.get_key_element())}={_plain_name(o.get_value_element_as_str())}"
+        f"{short(o.get_key_element())}-{_plain_name(o.get_value_element_as_str())}"
         for o in overrides
         if o.get_key_element() not in GIVEN_BY_THE_PATH
         and (not varying or short(o.get_key_element()) in varying)
     ]
-    readable = ",".join(shown)
+    readable = "+".join(shown)
     if len(readable) > LONGEST:
-        readable = readable[:LONGEST].rpartition(",")[0] or readable[:LONGEST]
+        readable = readable[:LONGEST].rpartition("+")[0] or readable[:LONGEST]
     try:
         config = plain_config(_root_)
     except OmegaConfBaseException:  # the job itself will say what does not resolve

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments import runs
-from experiments.commandline import explain
+from experiments.commandline import explain, guarded
 from experiments.sweep_folders import name_sweep
 
 ERROR = "error.txt"
@@ -111,7 +111,7 @@ def judge(folder: Path) -> tuple[str | None, float | None]:
     """
     path = folder / runs.SUMMARY
     summary = json.loads(path.read_text()) if path.is_file() else {}
-    column = summary.get("judged_by")
+    column = summary.get("judged_by", [None])[0]
     return column, summary.get(column)
 
 
@@ -175,8 +175,8 @@ def report(sweep: Path, jobs: Sequence[Job]) -> bool:
     done = [job for job in jobs if job.status.startswith("finished")]
     if done:
         print("next:")
-        print(f"  python -m experiments.compare runs='{shown}'")
-        print(f"  python -m experiments.plot runs='{shown}'")
+        print(f"  python -m experiments.compare runs={shown}")
+        print(f"  python -m experiments.plot runs={shown}")
     if len(done) < len(jobs):
         print(f"{len(jobs) - len(done)} of {len(jobs)} jobs are not finished: the same command")
         print("again runs them, from their last checkpoints, and leaves out what is finished")
@@ -216,9 +216,9 @@ def start(
     Raises:
       SystemExit: not 0 if a job is not finished.
     """
-    sys.argv[1:] = name_sweep(prepare(sys.argv[1:]))
+    HydraConfig.instance().cfg = None  # of an earlier program in this process
+    sys.argv[1:] = name_sweep(guarded(lambda: prepare(sys.argv[1:])))
     check_plugins(sys.argv[1:])
-    HydraConfig.instance().cfg = None
     began, code = time.time(), None
     try:
         main()

@@ -1,6 +1,5 @@
 """Trains a task: `python -m experiments.train experiment=lm`."""
 
-import sys
 from pathlib import Path
 
 import hydra
@@ -11,6 +10,7 @@ from experiments import checkpoints, runs
 from experiments.build import build
 from experiments.commandline import guarded, quote_text
 from experiments.resuming import check_overrides, resume_arguments
+from experiments.sweeps import once, start
 from experiments.trainer import make_settings, train
 
 
@@ -64,19 +64,18 @@ def job(cfg: DictConfig) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def compose(cfg: DictConfig) -> None:
-    """Hydra's entry."""
-    guarded(lambda: job(cfg))
+def compose(cfg: DictConfig) -> float | None:
+    """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
+    return guarded(lambda: once(cfg, job))
 
 
 def main() -> None:
-    """The command line: prompts as typed, `resume=FOLDER` as a folder."""
+    """The command line: prompts as typed, `resume=FOLDER` as a folder, sweeps in theirs."""
 
-    def prepare() -> None:
-        sys.argv[1:] = quote_text(resume_arguments(sys.argv[1:]), keys=("sample.prompt",))
+    def prepare(arguments: list[str]) -> list[str]:
+        return quote_text(resume_arguments(arguments), keys=("sample.prompt",))
 
-    guarded(prepare)
-    compose()
+    start(compose, prepare)
 
 
 if __name__ == "__main__":

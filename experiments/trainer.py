@@ -150,6 +150,7 @@ def train(
     summary: dict[str, Any] = {
         "name": settings.name,
         "status": "failed",
+        "judged_by": list(task.best),
         **task.summary,
         "parameters": count,
     }

@@ -1,0 +1,233 @@
+"""Runs every experiment and checks its figures: `python -m experiments.reproduce [full] [NAME]`.
+
+An experiment's file says, in comments before its first key, what to run and what to expect:
+
+    # python -m experiments.train experiment=lm
+    # 4 minutes on two CPU cores: validation_bits_per_byte 1.654 +- 0.02
+    # small, 0.5 minutes: steps=40 window=64: validation_bits_per_byte <= 4.2
+
+The last line is the same command with a few overrides more, for everyday checks. Figures are
+those of `summary.json`; several are separated by commas.
+"""
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.compare import show
+from experiments.runs import REPOSITORY, SUMMARY, RunError
+
+EXPERIMENTS = REPOSITORY / "experiments" / "conf" / "experiment"
+COMMAND = re.compile(r"# python -m (experiments\.\w+)(.*)")
+FULL = re.compile(r"# ([\d.]+) minutes? on ([^:]+): (.+)")
+SMALL = re.compile(r"# small, ([\d.]+) minutes?: (.+): ([^:]+)")
+FIGURE = re.compile(r"(\w+) (?:(<=|>=) (\S+)|(\S+) \+- (\S+))")
+
+
+class Expected(NamedTuple):
+    """What a figure must be.
+
+    Attributes:
+      figure: a name in `summary.json`.
+      low: the least value.
+      high: the largest value.
+      text: as written.
+    """
+
+    figure: str
+    low: float
+    high: float
+    text: str
+
+
+class Trial(NamedTuple):
+    """A command and what must come of it.
+
+    Attributes:
+      module: to run with `python -m`.
+      overrides: for Hydra.
+      minutes: that it takes.
+      expected: figures.
+    """
+
+    module: str
+    overrides: list[str]
+    minutes: float
+    expected: list[Expected]
+
+
+def read_figures(text: str) -> list[Expected]:
+    """Reads `NAME VALUE +- TOLERANCE`, `NAME >= VALUE` or `NAME <= VALUE`, comma-separated.
+
+    Args:
+      text: one or more of them.
+
+    Returns:
+      The figures.
+
+    Raises:
+      ValueError: something else; says what.
+    """
+    figures = []
+    for part in text.split(","):
+        match = FIGURE.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"{part.strip()!r}: write NAME VALUE +- TOLERANCE, or NAME >= VALUE")
+        name, sign, bound, value, tolerance = match.groups()
+        low = float(bound) if sign == ">=" else -math.inf
+        high = float(bound) if sign == "<=" else math.inf
+        if sign is None:
+            low, high = float(value) - float(tolerance), float(value) + float(tolerance)
+        figures.append(Expected(name, low, high, part.strip()))
+    return figures
+
+
+def read_head(path: Path) -> dict[str, Trial]:
+    """Reads the comments with which an experiment's file begins.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The trials "full" and "small".
+
+    Raises:
+      RunError: a line is missing or cannot be read; says how it is written.
+    """
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.strip())
+
+    def first(pattern: re.Pattern[str], example: str) -> tuple[str, ...]:
+        for line in lines:
+            if match := pattern.fullmatch(line):
+                return match.groups()
+        raise RunError(f"{path}: its first comments need a line like\n  {example}")
+
+    module, overrides = first(COMMAND, "# python -m experiments.train experiment=NAME")
+    minutes, _, figures = first(FULL, "# 4 minutes on two CPU cores: FIGURE 1.654 +- 0.02")
+    less, changed, rough = first(SMALL, "# small, 0.5 minutes: steps=40: FIGURE <= 4.2")
+    given = overrides.split()
+    try:
+        return {
+            "full": Trial(module, given, float(minutes), read_figures(figures)),
+            "small": Trial(module, given + changed.split(), float(less), read_figures(rough)),
+        }
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def judge(expected: Sequence[Expected], summary: Mapping[str, object]) -> list[str]:
+    """Compares figures with what was expected.
+
+    Args:
+      expected: figures.
+      summary: of the run.
+
+    Returns:
+      A line for each that is not as it should be; none if all is well.
+    """
+    wrong = []
+    for want in expected:
+        value = summary.get(want.figure)
+        if not isinstance(value, int | float):
+            wrong.append(f"summary.json has no number {want.figure}")
+        elif not want.low <= value <= want.high:
+            wrong.append(f"{want.figure} is {value:.4g}")
+    return wrong
+
+
+def run_trial(trial: Trial, folder: Path) -> tuple[dict[str, object], str | None]:
+    """Runs a trial in a process of its own; its output goes to a file beside the folder.
+
+    Args:
+      trial: what to run.
+      folder: of the run, to be made.
+
+    Returns:
+      The summary, and what went wrong with the process itself, if anything.
+    """
+    log = folder.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", trial.module, *trial.overrides, f"hydra.run.dir={folder}"]
+    with log.open("w") as file:
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
+    summary = folder / SUMMARY
+    known = json.loads(summary.read_text()) if summary.is_file() else {}
+    return known, f"exit code {done.returncode}, see {log}" if done.returncode else None
+
+
+def reproduce(
+    files: Sequence[Path],
+    *,
+    size: str,
+    folder: Path,
+    run: Callable[[Trial, Path], tuple[Mapping[str, object], str | None]] = run_trial,
+) -> bool:
+    """Runs experiments one after another and prints a table.
+
+    Args:
+      files: of the experiments.
+      size: "small" or "full".
+      folder: for the runs.
+      run: runs one trial.
+
+    Returns:
+      Whether every figure was as expected.
+
+    Raises:
+      RunError: a file does not say what to expect; before anything is run.
+    """
+    trials = {path.stem: read_head(path)[size] for path in files}
+    rows = []
+    for name, trial in trials.items():
+        print(f"{name}: about {trial.minutes:g} minutes", flush=True)
+        began = time.perf_counter()
+        summary, broken = run(trial, folder / name)
+        wrong = [broken] if broken else judge(trial.expected, summary)
+        found = [summary.get(want.figure) for want in trial.expected]
+        rows.append(
+            [
+                name,
+                round((time.perf_counter() - began) / 60, 2),
+                ", ".join(f"{x:.4g}" if isinstance(x, int | float) else "-" for x in found),
+                ", ".join(want.text for want in trial.expected),
+                "; ".join(wrong) or "as expected",
+            ]
+        )
+    show(["experiment", "minutes", "found", "expected", "verdict"], rows)
+    print(f"the runs and what they printed: {folder}")
+    return all(row[-1] == "as expected" for row in rows)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("words", nargs="*", metavar="full | NAME", help="default: all, small")
+    words = parser.parse_args().words
+    size = "full" if "full" in words else "small"
+    names = [word for word in words if word not in ("full", "small")]
+    there = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+    if unknown := sorted(set(names) - set(there)):
+        parser.error(f"no experiment is named {', '.join(unknown)}; there are {', '.join(there)}")
+    files = [EXPERIMENTS / f"{name}.yaml" for name in names or there]
+    folder = REPOSITORY / "runs" / "reproduce" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        good = reproduce(files, size=size, folder=folder)
+    except RunError as error:
+        raise SystemExit(f"error: {error}") from None
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
