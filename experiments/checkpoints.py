@@ -6,8 +6,10 @@ step's folder gets its name once it is whole, so what a killed run left half wri
 never taken for a checkpoint.
 """
 
+import logging
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as items
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -62,6 +63,26 @@ def _read(folder: Path, step: int, **what: Any) -> Any:
         return reader.restore(path_of(folder, step).absolute(), items.Composite(**what))
 
 
+def _reason(error: Exception) -> str:
+    """What the operating system said, where a library has wrapped it in paths."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs a failure from each of its threads; what matters is raised, and said once."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 @contextmanager
 def saver(
     folder: Path, *, keep_last: int, keep_best: int, best: tuple[str, Literal["min", "max"]]
@@ -85,11 +106,10 @@ def saver(
 
     def failed(error: Exception) -> RunError:
         whole = steps(folder)
-        kept = f"the one of step {whole[-1]} is whole" if whole else "there is no earlier one"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kept = f"that of step {whole[-1]} is whole" if whole else "there is no earlier one"
         return RunError(
-            f"the checkpoint of step {begun} could not be written to {folder / FOLDER}: {reason}\n"
-            f"{kept}. Make room there (or lower checkpoint.keep_last), then go on with\n"
+            f"the checkpoint of step {begun} could not be written to {folder / FOLDER}: "
+            f"{_reason(error)}; {kept}. Make room there, then go on with\n"
             f"  {resume_command(folder)}"
         )
 
@@ -107,9 +127,10 @@ def saver(
 
     def save(state: TrainState, run: dict[str, Any], figures: dict[str, float] | None) -> None:
         nonlocal begun
-        record = {**run, "best": list(best), "figures": figures}
+        kind = str(jax.random.key_impl(state.key))
+        record = {**run, "key_impl": kind, "best": list(best), "figures": figures}
         try:
-            manager.check_for_errors()
+            manager.wait_until_finished()
             begun = int(state.step)
             manager.save(
                 begun,
@@ -123,20 +144,19 @@ def saver(
         except Exception as error:
             raise failed(error) from error
 
-    try:
-        yield save
-    except BaseException:
+    with _quiet():
         try:
-            manager.close()
+            yield save
+        except BaseException:
+            try:
+                manager.close()
+            except Exception as error:
+                print(f"while stopping: {failed(error)}")
+            raise
+        try:
+            manager.close()  # waits
         except Exception as error:
-            print(f"while stopping: {failed(error)}")
-        raise
-    try:
-        manager.wait_until_finished()
-    except Exception as error:
-        raise failed(error) from error
-    finally:
-        manager.close()
+            raise failed(error) from error
 
 
 def steps(folder: Path) -> list[int]:
@@ -216,9 +236,9 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
         rest=items.StandardRestore(_target(placed)),
         run=items.JsonRestore(),
     )
-    rest = read["rest"]
-    key = jax.random.wrap_key_data(rest["key"], impl=jax.random.key_impl(jnp.zeros((), like.key)))
-    return TrainState(read["params"], rest["opt_state"], rest["step"], key), read["run"]
+    rest, run = read["rest"], read["run"]
+    key = jax.random.wrap_key_data(rest["key"], impl=run.pop("key_impl"))
+    return TrainState(read["params"], rest["opt_state"], rest["step"], key), run
 
 
 def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = "best") -> Params:

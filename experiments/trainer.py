@@ -144,14 +144,16 @@ def train(
         task.batches.set_state(run["data"])
         memory = Memory(**run["memory"])
         began -= memory.seconds
+        known = run["figures"] or {}
     else:
-        state, memory = initial(key), Memory()
+        state, memory, known = initial(key), Memory(), {}
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     summary: dict[str, Any] = {
         "name": settings.name,
         "status": "failed",
         "judged_by": list(task.best),
         **task.summary,
+        **known,
         "parameters": count,
     }
     if resume:
@@ -222,8 +224,8 @@ def train(
             f"  {checkpoints.resume_command(folder)}"
         ) from error
     finally:
-        for outlet in outlets:
-            outlet.close()
+        for used in (*outlets, task.batches):
+            getattr(used, "close", lambda: None)()  # batches that nothing fetches ahead have none
         summary["seconds"] = seconds()
         _close(folder, summary)
 

@@ -19,9 +19,8 @@ from experiments import figures, metrics, progress, runs
 from experiments.commandline import quote_text
 from experiments.judging import bits_per_byte
 from experiments.loop import Diverged, run_loop
-from experiments.sampling import draw, generate, sample_text
 from experiments.speed import Speedometer
-from experiments.stopping import interrupt_flag
+from experiments.stopping import stop_signal
 from jaxpara.nn import decoder, mixers
 from jaxpara.recurrence import cells
 from jaxpara.types import TrainState
@@ -33,27 +32,39 @@ def tiny():
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
-def loop(losses, *, log_every=2, eval_every=3, stop_after=None):
+def loop(losses, *, log_every=2, eval_every=3, stop_after=None, saves=None, norm=1.0, **options):
     """Runs the loop on a step that counts, with the losses given; returns all that it did."""
     rows, looks, statuses = [], [], []
+    saves = [] if saves is None else saves
+    begin = options.get("begin", 0)
 
     def step(state, batch):
         assert batch == int(state.step), "batch number and step number must go together"
         loss = jnp.float32(losses[int(state.step)])
-        return state._replace(step=state.step + 1, params=state.params + 1), {"loss": loss}
+        metrics = {"loss": loss, "grad_norm": jnp.float32(norm)}
+        return state._replace(step=state.step + 1, params=state.params + 1), metrics
+
+    def look_up(number, params):
+        looks.append((number, float(params)))
+        return {"params": float(params)}
 
     ending = run_loop(
-        state=TrainState(jnp.zeros(()), None, jnp.zeros((), int), None),
+        state=TrainState(jnp.float32(begin), None, jnp.int32(begin), None),
         step=step,
-        batches=lambda number: number,
+        batches=iter(range(begin, len(losses))),
         steps=len(losses),
         tokens_per_step=10,
         log_every=log_every,
         eval_every=eval_every,
+        save_every=options.pop("save_every", 100),
         write_row=rows.append,
-        look_up=lambda number, params: looks.append((number, float(params))),
+        look_up=look_up,
+        save=lambda state, memory, figures: saves.append((int(state.step), memory, figures)),
+        seconds=lambda: 0.0,
         progress=progress.Progress(statuses.append, lambda text: None),
-        interrupted=lambda: stop_after is not None and len(statuses) >= stop_after - 1,
+        stopped=lambda: stop_after is not None and begin + len(statuses) >= stop_after - 1,
+        bytes_per_token=1.0,
+        **options,
     )
     return ending, rows, looks, statuses
 
@@ -82,27 +93,71 @@ def test_loop_stops_at_the_first_loss_that_is_not_finite(at, before, bad):
         loop(losses)
 
 
-def test_loop_stops_by_hand_with_every_step_booked():
-    ending, rows, looks, statuses = loop([1.0] * 9, stop_after=4, eval_every=100)
-    assert ending.interrupted and int(ending.state.step) == statuses[-1].step == 4
+def test_loop_stops_by_hand_with_every_step_booked_and_saved():
+    saves = []
+    ending, rows, looks, statuses = loop([1.0] * 9, stop_after=4, eval_every=100, saves=saves)
+    assert ending.stopped and int(ending.state.step) == statuses[-1].step == 4
     assert rows[-1].step == 4 and looks == [(0, 0.0)]
+    assert [(step, figures) for step, _, figures in saves] == [(4, None)]
+
+
+def test_loop_saves_at_intervals_and_after_the_last_step_with_the_figures_of_that_step():
+    saves = []
+    loop([1.0] * 7, save_every=2, eval_every=4, saves=saves)
+    expected = [(2, None), (4, {"params": 4.0}), (6, None), (7, {"params": 7.0})]
+    assert [(step, figures) for step, _, figures in saves] == expected
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_loop_stopped_anywhere_and_begun_again_writes_the_rows_of_one_loop(at):
+    losses, saves = [1.0, 3.0, 5.0, 9.0, 2.0, 4.0, 8.0, 7.0], []
+    _, whole, looked, _ = loop(losses, log_every=3)
+    _, first, looks, _ = loop(losses, log_every=3, stop_after=at, saves=saves)
+    [*_, (step, memory, _)] = saves
+    _, second, more, _ = loop(losses, log_every=3, begin=step, memory=memory)
+    assert step == at and [*looks, *more] == looked
+    assert [(r.step, r.loss) for r in (*first, *second)] == [(r.step, r.loss) for r in whole]
+
+
+def test_loop_ends_when_the_task_is_solved_and_saves_that_it_is():
+    saves = []
+    ending, _, looks, _ = loop([1.0] * 9, solved=lambda f: f["params"] >= 6, saves=saves)
+    assert not ending.stopped and int(ending.state.step) == 6 and looks[-1] == (6, 6.0)
+    [(step, memory, _)] = saves
+    assert step == 6 and memory.enough
+    ending, *_ = loop([1.0] * 9, begin=6, memory=memory)
+    assert int(ending.state.step) == 6, "no step is due after that"
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_loop_saves_no_state_whose_gradient_was_not_finite(norm):
+    saves = []
+    with pytest.raises(Diverged, match=f"gradient's norm is {norm} at step 2 of 9"):
+        loop([1.0] * 9, save_every=2, norm=norm, saves=saves)
+    assert saves == []
 
 
 @pytest.fixture
-def interrupts():
-    """Ctrl-C as in a terminal: a shell starts background jobs with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def handlers():
+    """Handlers that raise, as Ctrl-C does in a terminal: a shell's background jobs ignore it."""
+
+    def ended(signum, frame):
+        raise KeyboardInterrupt(signum)
+
+    before = {s: signal.signal(s, ended) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield ended
+    for s, handler in before.items():
+        signal.signal(s, handler)
 
 
-def test_first_interrupt_is_a_flag_and_the_second_is_the_old_behaviour(interrupts):
-    with pytest.raises(KeyboardInterrupt), interrupt_flag() as pressed:
-        assert not pressed()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert pressed()
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_a_flag_and_the_second_is_the_old_behaviour(handlers, which):
+    with pytest.raises(KeyboardInterrupt), stop_signal() as stopped:
+        assert stopped() is None
+        os.kill(os.getpid(), which)
+        assert stopped() == which
+        os.kill(os.getpid(), which)
+    assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is handlers
 
 
 def test_watch_counts_neither_compilation_nor_evaluations():
@@ -120,6 +175,8 @@ def test_watch_counts_neither_compilation_nor_evaluations():
     assert speed.overall() == pytest.approx(300 / 8)
     assert speed.since_mark() == pytest.approx(100 / 4)
     assert speed.seconds_for(3) == pytest.approx(8.0)
+    assert speed.timed() == (3, pytest.approx(8.0))
+    assert Speedometer(100, before=(3, 6.0)).overall() == pytest.approx(50)
 
 
 def test_plain_lines_come_now_and_then_and_at_the_end():
@@ -128,6 +185,8 @@ def test_plain_lines_come_now_and_then_and_at_the_end():
         for step in range(1, 6):
             line.update(progress.Status(step, 5, 1.0, 1.4427, 12345.0, 61.0))
         line.say("hello")
+        line.update(progress.Status(5, 5, 1.0, None, 12345.0, 0.0))
+    assert lines.pop() == "step 5/5  loss 1.000  12,345 tokens/s  0:00 left", "no text, no bits"
     assert lines == [
         "step 1/5  loss 1.000  1.443 bits/byte  12,345 tokens/s  1:01 left",
         "step 5/5  loss 1.000  1.443 bits/byte  12,345 tokens/s  1:01 left",
@@ -156,52 +215,6 @@ def test_durations_read_as_clocks():
     ]
 
 
-def test_decoding_takes_the_tokens_that_rerunning_the_prefix_takes(tiny):
-    model, params = tiny
-    prompt = b"def f(x):"
-    drawn = bytes(generate(model, params, prompt, length=12, temperature=0, top_k=None, seed=0))
-    whole = np.frombuffer(prompt + drawn, np.uint8)
-    logits = jax.jit(model.apply)(params, jnp.asarray(whole[None], jnp.int32))[0]
-    expected = np.argmax(logits, -1)[len(prompt) - 1 : -1]
-    assert drawn == bytes(expected.astype(np.uint8))
-
-
-def test_text_is_a_function_of_the_seed(tiny):
-    model, params = tiny
-
-    def text(seed):
-        return sample_text(
-            model, params, prompt="a", length=20, temperature=1.0, top_k=None, seed=seed
-        )
-
-    assert text(0) == text(0) != text(1)
-    assert text(0).startswith("a")
-
-
-def test_draws_follow_the_tempered_distribution_of_the_top_k():
-    logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = jax.vmap(lambda k: draw(k, logits[None], temperature=0.5, top_k=3)[0])(keys)
-    seen = np.bincount(drawn, minlength=4) / len(keys)
-    expected = np.array([0, 0.2, 0.3, 0.4]) ** 2
-    np.testing.assert_allclose(seen, expected / expected.sum(), atol=0.015)
-
-
-@pytest.mark.parametrize(
-    "bad, message",
-    [
-        (dict(prompt=b""), "the prompt is empty.*give prompt="),
-        (dict(length=0), "length=0 bytes to draw: give at least 1"),
-        (dict(temperature=-1.0), r"temperature=-1\.0 is negative: give 0"),
-        (dict(top_k=0), "top_k=0: give at least 1, or null"),
-    ],
-)
-def test_generation_refuses_before_the_first_byte(tiny, bad, message):
-    settings = dict(prompt=b"x", length=1, temperature=1.0, top_k=None, seed=0)
-    with pytest.raises(ValueError, match=message):
-        generate(*tiny, **{**settings, **bad})
-
-
 def test_bits_per_byte_equal_a_slow_sum_in_float64(tiny):
     model, params = tiny
     cut = np.random.default_rng(0).integers(0, 256, (5, 9)).astype(np.uint8)
@@ -214,7 +227,22 @@ def test_bits_per_byte_equal_a_slow_sum_in_float64(tiny):
     ]
     expected = np.mean(nats) / np.log(2)
     # Two windows at a time leave one over: the last batch is smaller.
-    assert bits_per_byte(model, cut, batch_size=2)(params) == pytest.approx(expected, rel=1e-5)
+    score = bits_per_byte(model, {"tokens": cut}, batch_size=2)(params)
+    assert score == pytest.approx(expected, rel=1e-5)
+    score = bits_per_byte(model, {"tokens": cut}, batch_size=5, bytes_per_token=4.0)(params)
+    assert score == pytest.approx(expected / 4, rel=1e-5)
+
+
+def test_bits_per_byte_of_packed_windows_begin_anew_where_a_document_does(tiny):
+    model, params = tiny
+    cut = np.random.default_rng(1).integers(0, 256, (1, 9)).astype(np.int32)
+    reset = np.arange(8)[None] == 4
+    packed = bits_per_byte(model, {"tokens": cut, "reset": reset}, batch_size=1)(params)
+    apart = [
+        bits_per_byte(model, {"tokens": part}, batch_size=1)(params)
+        for part in (cut[:, :5], cut[:, 4:])
+    ]
+    assert packed == pytest.approx(np.mean(apart), rel=1e-5)
 
 
 def test_tables_come_back_as_they_were_written(tmp_path):
