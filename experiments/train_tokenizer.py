@@ -1,4 +1,4 @@
-"""Trains a byte-level tokenizer: `python -m experiments.train_tokenizer data=text data.path=...`."""
+"""Trains a byte-level tokenizer: `python -m experiments.train_tokenizer vocab_size=4096`."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -88,7 +88,8 @@ def job(cfg: DictConfig) -> None:
     print(
         f"{output}: {size} tokens; {len(held_out) / tokens:.2f} bytes per token on "
         f"{len(held_out):,} held-out bytes, {data.source}\n"
-        f"train with it: python -m experiments.train data.tokenizer={output}"
+        f"train with it: python -m experiments.train data.tokenizer={output} "
+        f"model.vocab_size={size}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Data: the split leaks nothing, windows are where they should be, rulers agree with others."""
+"""Data: splits leak nothing, batches are where they should be, rulers agree with others."""
 
 import gzip
 import lzma
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.data import baselines, stdlib, windows
-from experiments.data.corpus import split_by_file
+from experiments.data import baselines, splits, stdlib, windows
+from experiments.data.corpus import from_documents
 
 FILES = {f"package/file_{i}.py": f"def f_{i}(x):\n    return x + {i}\n".encode() for i in range(40)}
 
@@ -24,41 +24,77 @@ def make_tree(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def split(files, fraction=0.25, seed=0):
-    return split_by_file(files, validation_fraction=fraction, seed=seed, source="here")
+SPLITS = pytest.mark.parametrize(
+    "split", [splits.shuffled, splits.by_content, splits.by_name], ids=lambda f: f.__name__
+)
 
 
-def test_split_is_by_file_complete_and_without_leak():
-    corpus = split({**FILES, "again.py": FILES["package/file_3.py"], "empty.py": b""})
-    train = set(corpus.train.tobytes().split(b"\ndef "))
-    held_out = set(corpus.validation.tobytes().split(b"\ndef "))
-    assert not train & held_out
-    contents = [
-        FILES.get(n, FILES["package/file_3.py"])
-        for n in (*corpus.train_files, *corpus.validation_files)
-    ]
-    assert sorted(contents) == sorted(FILES.values())
-    assert len(corpus.validation_files) == 10
-    expected = b"\n".join(contents[len(corpus.train_files) :])
-    assert corpus.validation.tobytes() == expected
+def data_of(documents, *, sampler=windows.RANDOM, split=splits.shuffled, fraction=0.25, **changes):
+    settings = dict(source="here", seed=0, tokenizer=None, prefetch=0) | changes
+    return from_documents(
+        documents, split=split, validation_fraction=fraction, sampler=sampler, **settings
+    )
 
 
-def test_split_depends_on_the_seed_alone():
+@SPLITS
+def test_split_is_by_document_complete_and_without_leak(split):
+    twice = {**FILES, "again.py": FILES["package/file_3.py"], "empty.py": b""}
+    sides = split(twice, 0.25, 0)
+    train, held_out = ([twice[name] for name in side] for side in sides)
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(FILES.values())
+
+
+@SPLITS
+def test_split_depends_on_the_seed_alone(split):
     backwards = dict(reversed(FILES.items()))
-    assert split(FILES).validation_files == split(backwards).validation_files
-    assert split(FILES, seed=1).validation_files != split(FILES).validation_files
+    assert split(FILES, 0.25, 0) == split(backwards, 0.25, 0)
+    assert split(FILES, 0.25, 1).validation != split(FILES, 0.25, 0).validation
 
 
-def test_split_refuses_what_it_cannot_split():
-    with pytest.raises(ValueError, match=r"here: 3 files of which 1 distinct.*data\.root"):
-        split({"a.py": b"x", "b.py": b"x", "c.py": b""})
+@SPLITS
+def test_split_holds_out_the_fraction(split):
+    many = {f"{i}.py": f"x = {i}".encode() for i in range(2000)}
+    assert len(split(many, 0.25, 0).validation) == pytest.approx(500, rel=0.15)
+    assert len(split(FILES, 0.25, 0).validation) in range(4, 17)
+
+
+@SPLITS
+def test_split_refuses_what_it_cannot_split(split):
+    with pytest.raises(ValueError, match=r"here: 3 documents of which 1 distinct.*piece_size"):
+        data_of({"a.py": b"x", "b.py": b"x", "c.py": b""}, split=split)
     with pytest.raises(ValueError, match=r"validation_fraction=1\.5 must lie strictly"):
-        split(FILES, fraction=1.5)
+        data_of(FILES, split=split, fraction=1.5)
 
 
-def test_a_tiny_corpus_still_has_both_sides():
-    corpus = split({"a.py": b"x", "b.py": b"y"}, fraction=0.01)
-    assert len(corpus.train_files) == len(corpus.validation_files) == 1
+@SPLITS
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_a_tiny_corpus_still_has_both_sides(split, fraction):
+    sides = split({"a.py": b"x", "b.py": b"y"}, fraction, 0)
+    assert len(sides.train) == len(sides.validation) == 1
+
+
+@pytest.mark.parametrize("split", [splits.by_content, splits.by_name])
+def test_adding_documents_moves_none_of_the_old_ones(split):
+    more = {**FILES, **{f"more/{i}.py": f"y = {i}".encode() for i in range(40)}}
+    before, after = split(FILES, 0.25, 0), split(more, 0.25, 0)
+    assert set(before.train) <= set(after.train)
+    assert set(before.validation) <= set(after.validation)
+
+
+def test_split_by_name_holds_out_the_same_files_of_another_version():
+    other = {name: content + b"# newer\n" for name, content in FILES.items()}
+    assert splits.by_name(FILES, 0.25, 0) == splits.by_name(other, 0.25, 0)
+    assert splits.by_content(FILES, 0.25, 0) != splits.by_content(other, 0.25, 0)
+
+
+def test_held_out_bytes_are_the_held_out_documents():
+    data = data_of(FILES)
+    sides = splits.shuffled(FILES, 0.25, 0)
+    assert data.validation.tobytes() == b"\n".join(FILES[name] for name in sides.validation)
+    assert data.bytes_per_token == 1
+    assert data.train_bytes == len(b"\n".join(FILES[name] for name in sides.train))
+    assert list(data.documents()) == [FILES[name] for name in sides.train]
 
 
 def test_folder_is_read_without_tests_and_third_parties(tmp_path):
@@ -68,14 +104,18 @@ def test_folder_is_read_without_tests_and_third_parties(tmp_path):
 
 
 def test_standard_library_of_this_python_is_held_out_by_file():
-    corpus = stdlib.load()
+    data = stdlib.load(prefetch=0)
     root = Path(sysconfig.get_paths()["stdlib"])
-    read = {name: (root / name).read_bytes() for name in corpus.validation_files}
-    assert corpus.validation.tobytes() == b"\n".join(read.values())
-    train = {(root / name).read_bytes() for name in corpus.train_files}
-    assert not train & set(read.values())
-    assert 0.03 < len(read) / (len(read) + len(train)) < 0.07
-    assert stdlib.load().validation_files == corpus.validation_files
+    files = stdlib.python_files(root)
+    sides = splits.shuffled(files, 0.05, 0)
+    assert data.validation.tobytes() == b"\n".join(files[name] for name in sides.validation)
+    assert 0.03 < len(sides.validation) / len(sides.validation + sides.train) < 0.07
+    # The order of the training windows is that of every run since the first.
+    train = np.frombuffer(b"\n".join(files[name] for name in sides.train), np.uint8)
+    batches = data.batches(seed=3, batch_size=4, length=64)
+    for step in range(3):
+        expected = windows.sample_batch(train, seed=3, step=step, batch_size=4, length=64)
+        np.testing.assert_array_equal(next(batches)["tokens"], expected)
 
 
 def test_missing_text_is_an_error_that_says_what_to_give(tmp_path):
@@ -116,8 +156,8 @@ def test_evaluation_windows_are_evenly_spaced_from_the_first_byte_to_the_last():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (dict(length=5000), r"5000 \+ 1 bytes does not fit into 5000 bytes.*at most 4999"),
-        (dict(length=0), r"length=0 bytes to predict: give at least 1"),
+        (dict(length=5000), r"5000 \+ 1 tokens does not fit into 5000 tokens.*at most 4999"),
+        (dict(length=0), r"length=0 tokens to predict: give at least 1"),
     ],
 )
 def test_windows_that_do_not_fit_are_refused(bad, message):

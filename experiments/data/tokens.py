@@ -138,24 +138,3 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
     ids = np.concatenate(parts) if parts else np.zeros(0, kind)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Tokens(ids, starts, max(len(ids) - len(end), 0))
-
-
-def fit_vocab_size(given: int | None, needed: int) -> int:
-    """The vocabulary of a model that is trained on these tokens: one place decides.
-
-    Args:
-      given: `model.vocab_size`; None follows the data.
-      needed: of the tokenizer.
-
-    Returns:
-      The size: `given` where it is large enough (a multiple of 128 may be faster).
-
-    Raises:
-      ValueError: `given` is too small.
-    """
-    if given is not None and given < needed:
-        raise ValueError(
-            f"model.vocab_size={given}, but the data has {needed} tokens: "
-            "give model.vocab_size=null (it follows the data), or at least that many"
-        )
-    return needed if given is None else given

@@ -1,0 +1,299 @@
+"""Sources of data: what is read is what is there, and what cannot be read is named."""
+
+import gzip
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.data import files, huggingface, jsonl, parquet, text, tokens
+from experiments.runs import RunError
+from experiments.train_tokenizer import train as train_tokenizer
+
+WORDS = [f"document {i}, with the word {'x' * i}\n" for i in range(12)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    """The library `datasets` keeps its cache to this run and asks nobody."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    patch.undo()
+
+
+def write_texts(folder, contents=WORDS):
+    for i, content in enumerate(contents):
+        path = folder / f"part{i % 2}/{i:02d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return folder
+
+
+def everything(data):
+    """All documents, trained on or held out; none of WORDS has an empty line in it."""
+    held_out = data.validation.tobytes().split(b"\ndocument")
+    held_out = [held_out[0], *(b"document" + part for part in held_out[1:])]
+    return sorted([*data.documents(), *held_out])
+
+
+EXPECTED = sorted(word.encode() for word in WORDS)
+
+
+def test_text_is_read_from_a_folder_or_a_glob_without_hidden_files(tmp_path):
+    write_texts(tmp_path)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden/no.txt").write_text("no")
+    (tmp_path / "no.bin").write_bytes(b"\0")
+    assert everything(text.load(path=str(tmp_path))) == EXPECTED
+    assert everything(text.load(path=f"{tmp_path}/**/*.txt")) == EXPECTED
+    half = everything(text.load(path=f"{tmp_path}/part0/*"))
+    assert half == sorted(word.encode() for word in WORDS[::2])
+
+
+def test_one_large_file_is_cut_at_line_ends(tmp_path):
+    lines = "".join(f"line {i} of the file\n" for i in range(500)) + "no newline at the end"
+    (tmp_path / "all.txt").write_text(lines)
+    data = text.load(path=str(tmp_path / "all.txt"), piece_size=300)
+    found = [*data.documents(), data.validation.tobytes()]
+    assert sorted(b"".join(found).split()) == sorted(lines.encode().split())
+    assert all(300 <= len(piece) < 330 for piece in found[:-2])
+    assert "".join(text.pieces(lines, 300)) == lines
+    with pytest.raises(ValueError, match="1 documents of which 1 distinct.*data.piece_size=20000"):
+        text.load(path=str(tmp_path / "all.txt"))
+    with pytest.raises(ValueError, match="data.piece_size=0 characters: give at least 1"):
+        text.load(path=str(tmp_path / "all.txt"), piece_size=0)
+
+
+def test_text_of_another_encoding_is_read_as_utf_8(tmp_path):
+    for encoding in ("latin-1", "utf-16"):
+        for name in ("ä", "ö"):
+            (tmp_path / f"{name}.txt").write_text(f"naïve {name}", encoding=encoding)
+        data = text.load(path=str(tmp_path), encoding=encoding)
+        both = sorted([*data.documents(), data.validation.tobytes()])
+        assert both == sorted(["naïve ä".encode(), "naïve ö".encode()])
+
+
+def test_what_is_no_text_is_named_with_its_file_and_line(tmp_path):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes("first\nsecond\nna\xefve".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"bad\.txt, line 3: byte 0xef at offset 15 is not utf-8.*encoding=latin-1"
+    ):
+        text.load(path=str(tmp_path))
+    for content in (b"plain\0text", gzip.compress(b"text" * 99, mtime=0)):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.txt is not a text file: it has a NUL byte"):
+            text.load(path=str(tmp_path))
+    with pytest.raises(ValueError, match="data.encoding='utf-9' is no encoding that Python knows"):
+        text.load(path=str(tmp_path), encoding="utf-9")
+
+
+@pytest.mark.parametrize("source", [text, jsonl, parquet], ids=lambda m: m.__name__[17:])
+def test_missing_and_empty_input_is_named(source, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.path='.*gone' is neither a file nor a f"):
+        source.load(path=str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match=r"no file matches it as a glob"):
+        source.load(path=f"{tmp_path}/*.nothing")
+    with pytest.raises(
+        FileNotFoundError, match=rf"no .*\*\{source.ENDINGS[0]}.* in the folder data\.path="
+    ):
+        source.load(path=str(tmp_path))
+    if source is not parquet:
+        (tmp_path / f"empty{source.ENDINGS[0]}").write_text("")
+        with pytest.raises(ValueError, match=r"all of them empty|0 documents of which 0 distinct"):
+            source.load(path=str(tmp_path))
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+def test_json_lines_are_read_by_field(tmp_path):
+    # U+2028 ends a line for str.splitlines, and stands unescaped in a JSON string.
+    contents = [*WORDS, "document with\u2028a separator", "", None]
+    path = write_lines(tmp_path / "a.jsonl", [{"id": 1, "body": c} for c in contents])
+    path.write_text(path.read_text() + "\n  \n")
+    expected = sorted([*EXPECTED, "document with\u2028a separator".encode()])
+    assert everything(jsonl.load(path=str(path), field="body")) == expected
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": "a"', r"line 2: not JSON \(.* at column 13\)\. A file of JSON Lines"),
+        ('["text"]', r'line 2: list where an object such as \{"text": "\.\.\."\} was'),
+        ('{"body": "a", "id": 2}', r"line 2: no field 'text'; the fields there are: body, id\."),
+        ('{"text": {"deep": 1}}', r"line 2: the field 'text' holds \{'deep': 1\}, dict and not t"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(line, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, " + message):
+        jsonl.load(path=str(tmp_path))
+
+
+def test_json_lines_that_are_no_utf_8_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "na\xefve"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: byte 0xef"):
+        jsonl.load(path=str(tmp_path))
+
+
+def write_parquet(path, table):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    return path
+
+
+def test_parquet_is_read_by_column(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"n": [*range(13)], "body": [*WORDS, None]})
+    assert everything(parquet.load(path=str(path), field="body")) == EXPECTED
+
+
+def test_parquet_that_cannot_be_read_is_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"n": [1, 2], "body": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text'; the columns are: n, body"):
+        parquet.load(path=str(path))
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: the field 'n' holds 1, int and not"):
+        parquet.load(path=str(path), field="n")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet \(.*\): copy it"):
+        parquet.load(path=str(path), field="body")
+
+
+@pytest.mark.parametrize(
+    "library, call",
+    [
+        ("pyarrow", lambda path: parquet.read(path, field="text")),
+        ("datasets", lambda path: huggingface.load(path="json", data_files=str(path))),
+        ("tokenizers", lambda path: tokens.open_tokenizer(str(path))),
+    ],
+)
+def test_a_library_that_is_missing_is_named_with_its_extra(library, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    (tmp_path / "file").write_text("{}")
+    extra = "parquet" if library == "pyarrow" else library
+    with pytest.raises(ValueError, match=rf"library {library}: pip install 'jaxpara\[{extra}\]'"):
+        call(tmp_path / "file")
+
+
+def test_a_data_set_is_streamed_and_judged_by_what_it_holds_out(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": word} for word in WORDS * 2])
+    data = huggingface.load(path="json", data_files=str(path), validation_fraction=0.3)
+    held_out = set(EXPECTED) - set(data.documents())
+    assert 0 < len(held_out) < 12
+    # Both copies of a document are on one side; the held-out ones count once.
+    assert len(list(data.documents())) == 2 * (12 - len(held_out))
+    assert len(data.validation) == sum(map(len, held_out)) + len(held_out) - 1
+    less = huggingface.load(
+        path="json", data_files=str(path), validation_fraction=0.3, validation_bytes=1
+    )
+    assert 0 < len(less.validation) < len(data.validation)
+    assert list(less.documents()) == list(data.documents())
+
+
+def test_a_data_set_with_a_validation_split_trains_on_no_copy_of_it(tmp_path):
+    train = write_lines(tmp_path / "train.jsonl", [{"text": word} for word in WORDS])
+    judged = write_lines(tmp_path / "valid.jsonl", [{"text": word} for word in WORDS[9:]])
+    data = huggingface.load(
+        path="json",
+        data_files={"train": str(train), "valid": str(judged)},
+        validation_split="valid",
+    )
+    assert list(data.documents()) == [word.encode() for word in WORDS[:9]]
+    assert data.validation.tobytes() == "\n".join(WORDS[9:]).encode()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(path="nobody/nothing"), r"data set 'nobody/nothing', split 'train', cannot be op"),
+        (dict(split="other"), r"data set 'json', split 'other', cannot be opened \(Bad split"),
+        (dict(data_files="gone.jsonl"), r"data set 'json', split 'train', cannot be opened"),
+        (dict(field="body"), r"data set 'json': no field 'body'; the fields are: text\. Give data"),
+        (dict(field="n"), r"data set 'json', record 1: the field 'n' holds 0, int and not text"),
+        (dict(validation_fraction=1e-9), "no document of split 'train' is left to be judged by"),
+        (dict(validation_fraction=2), r"validation_fraction=2 must lie strictly between"),
+    ],
+)
+def test_a_data_set_that_cannot_be_read_is_named(settings, message, tmp_path):
+    extra = {"n": 0} if settings.get("field") == "n" else {}
+    path = write_lines(tmp_path / "a.jsonl", [{"text": word, **extra} for word in WORDS])
+    given = dict(path="json", data_files=str(path)) | settings
+    if given["path"] != "json":
+        del given["data_files"]
+    with pytest.raises(ValueError, match=message):
+        huggingface.load(**given)
+
+
+def test_a_data_set_of_which_nothing_is_left_to_train_on_is_no_endless_loop(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "the same"}] * 3)
+    data = huggingface.load(
+        path="json",
+        data_files={"train": str(path), "valid": str(path)},
+        validation_split="valid",
+        prefetch=0,
+    )
+    batches = data.batches(seed=0, batch_size=1, length=4)
+    with pytest.raises(ValueError, match="3 records, of which none can be trained on"):
+        next(batches)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "deep/tokenizer.json"
+    corpus = [word.encode() for word in WORDS] + ["naïve 𝄞 ☃".encode()]
+    assert train_tokenizer(corpus, vocab_size=300, size=10**6, output=path) == 300
+    return str(path)
+
+
+def test_a_tokenizer_gives_the_bytes_back_also_token_by_token(tokenizer):
+    t = tokens.open_tokenizer(tokenizer)
+    assert t.vocab_size == 300
+    for content in ("document 3, with the word", " naïve\r\n\t𝄞☃ \x00\x7f", "日本語", ""):
+        ids = t.encode(content.encode())
+        assert t.decode(ids) == content.encode()
+        # A token may end inside a character: the bytes of each are still its own.
+        assert b"".join(t.decode([i]) for i in ids) == content.encode()
+    assert len(t.encode(WORDS[5].encode())) < len(WORDS[5]) / 2
+    assert t.decode(t.separator) == b"<|endoftext|>"
+    assert b"<|endoftext|>" not in b"".join(t.decode([i]) for i in range(1, 300))
+
+
+def test_bits_per_byte_divide_by_the_held_out_bytes(tokenizer, tmp_path):
+    write_texts(tmp_path)
+    data = text.load(path=str(tmp_path), tokenizer=tokenizer, prefetch=0)
+    t = data.tokenizer
+    documents = [d for d in EXPECTED if d not in set(data.documents())]
+    count = sum(len(t.encode(document)) for document in documents) + len(documents) - 1
+    assert data.bytes_per_token == pytest.approx(len(data.validation) / count)
+    batch = next(data.batches(seed=0, batch_size=2, length=8))
+    assert batch["tokens"].max() < 300 and batch["tokens"].dtype == np.int32
+    starts = batch["tokens"][:, :-1][batch["reset"]]
+    assert set(starts.tolist()) <= {int(t.encode(document)[0]) for document in EXPECTED}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.tokenizer='gone\.json' is not a file: t"):
+        tokens.open_tokenizer("gone.json")
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"t\.json is not a file of the library tokenizers"):
+        tokens.open_tokenizer(str(tmp_path / "t.json"))
+    with pytest.raises(RunError, match=r"vocab_size=256: .*need at least 257"):
+        train_tokenizer([b"a"], vocab_size=256, size=1, output=tmp_path / "no.json")
+
+
+def test_a_tokenizer_learns_from_no_more_than_it_is_given(tmp_path):
+    many = (word.encode() for word in WORDS * 100)
+    train_tokenizer(many, vocab_size=260, size=100, output=tmp_path / "t.json")
+    assert sum(1 for _ in many) == 1200 - 4
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cannot be read: Is a directory"):
+        files.read_text(tmp_path, encoding="utf-8")
