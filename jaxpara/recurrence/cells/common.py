@@ -6,7 +6,8 @@ matmul over all time steps. Its result is a tuple of *separate* gate arrays
 `[time, batch, gates, hidden]` array.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +94,61 @@ def clip_recurrent(bound: float) -> Callable[[Params], Params]:
     return lambda params: jax.tree_util.tree_map_with_path(clip, params)
 
 
+def assemble(
+    step: Callable[[dict[str, jax.Array], Carry, tuple[jax.Array, ...]], tuple[Carry, Any]],
+    features: int,
+    units: tuple[int, ...],
+    *,
+    gates: Mapping[str, int],
+    states: int = 1,
+    recurrent: Sequence[str] = (),
+    shape: tuple[int, ...] = (),
+    half_width: float = 0.0,
+    clip: float | None = None,
+    time_constants: tuple[float, float] = (1.0, 64.0),
+) -> Cell:
+    """A cell from its equations.
+
+    Args:
+      step: `(recurrent weights by name, carry, gates) -> (carry, y)`, all in one dtype.
+      features: size of an input.
+      units: axes of a state and of a gate.
+      gates: how the bias of each starts, in units of `log(tau)`: 1, 0 or -1.
+      states: number of states in the carry; more than one make a tuple.
+      recurrent: names of the recurrent weights.
+      shape: of each of them.
+      half_width: they start uniform in `±half_width`.
+      clip: see `bounded`.
+      time_constants: of `tau`, see `chrono`.
+    """
+    bound = bounded(clip)
+    hidden = math.prod(units)
+
+    def init(key):
+        k_in, k_time, k_rec = jax.random.split(key, 3)
+        log_tau = chrono(k_time, (hidden,), time_constants)
+        params: dict[str, Any] = input_parameters(
+            k_in, features, [sign * log_tau for sign in gates.values()]
+        )
+        if recurrent:
+            params[RECURRENT] = recurrent_parameters(k_rec, recurrent, shape, half_width)
+        return params
+
+    def start(params, batch_shape):
+        # At least float32 whatever the parameters are stored in.
+        dtype = jnp.promote_types(params["bias"].dtype, jnp.float32)
+        zero = jnp.zeros((*batch_shape, *units), dtype)
+        return zero if states == 1 else (zero,) * states
+
+    def cell_step(params, carry, gates):
+        # Storage may be narrow, the recurrence is not: everything takes the carry's dtype.
+        dtype = jax.tree.leaves(carry)[0].dtype
+        weights = {name: bound(params[RECURRENT][name]).astype(dtype) for name in recurrent}
+        return step(weights, carry, tuple(gate.astype(dtype) for gate in gates))
+
+    return Cell(init, start, projection(features, len(gates), units), cell_step)
+
+
 def bounded(clip: float | None) -> Callable[[jax.Array], jax.Array]:
     """`a` clipped to `±clip` in value, with the gradient of the identity.
 
@@ -161,13 +217,3 @@ def projection(
         return tuple(part.reshape(x.shape[:-1] + units) for part in jnp.split(y, gates, axis=-1))
 
     return project
-
-
-def zeros(params: Params, shape: tuple[int, ...]) -> jax.Array:
-    """A zero state, at least float32 whatever the parameters are stored in."""
-    return jnp.zeros(shape, jnp.promote_types(params["bias"].dtype, jnp.float32))
-
-
-def in_dtype(gates: tuple[jax.Array, ...], carry: jax.Array) -> tuple[jax.Array, ...]:
-    """The gates in the carry's dtype: storage may be narrow, the recurrence is not."""
-    return tuple(gate.astype(carry.dtype) for gate in gates)

@@ -8,17 +8,7 @@ input projection of the next layer.
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence.cells.common import (
-    RECURRENT,
-    bounded,
-    check_sizes,
-    chrono,
-    in_dtype,
-    input_parameters,
-    projection,
-    recurrent_parameters,
-    zeros,
-)
+from jaxpara.recurrence.cells.common import assemble, check_sizes
 from jaxpara.types import Cell
 
 
@@ -53,31 +43,26 @@ def gru(
     References: [gru], [pararnn].
     """
     check_sizes(features=features, hidden=hidden)
-    bound = bounded(clip)
 
-    def init(key):
-        k_in, k_time, k_rec = jax.random.split(key, 3)
-        zero = jnp.zeros(hidden, jnp.float32)
-        biases = (-chrono(k_time, (hidden,), time_constants), zero, zero)
-        names = ("update", "reset", "candidate")
-        return {
-            **input_parameters(k_in, features, biases),
-            RECURRENT: recurrent_parameters(k_rec, names, (hidden,), scale),
-        }
-
-    def start(params, batch_shape):
-        return zeros(params, (*batch_shape, hidden))
-
-    def step(params, h, gates):
-        x_z, x_r, x_n = in_dtype(gates, h)
-        a = {name: bound(v).astype(h.dtype) for name, v in params[RECURRENT].items()}
+    def step(a, h, gates):
+        x_z, x_r, x_n = gates
         z = jax.nn.sigmoid(x_z + a["update"] * h)
         r = jax.nn.sigmoid(x_r + a["reset"] * h)
         n = jnp.tanh(x_n + a["candidate"] * (r * h))
         h = h + z * (n - h)
         return h, h
 
-    return Cell(init, start, projection(features, 3, (hidden,)), step)
+    return assemble(
+        step,
+        features,
+        (hidden,),
+        gates={"update": -1, "reset": 0, "candidate": 0},
+        recurrent=("update", "reset", "candidate"),
+        shape=(hidden,),
+        half_width=scale,
+        clip=clip,
+        time_constants=time_constants,
+    )
 
 
 def lstm(
@@ -112,25 +97,10 @@ def lstm(
     References: [lstm], [cifg], [peephole], [pararnn].
     """
     check_sizes(features=features, hidden=hidden)
-    bound = bounded(clip)
 
-    def init(key):
-        k_in, k_time, k_rec = jax.random.split(key, 3)
-        zero = jnp.zeros(hidden, jnp.float32)
-        biases = (chrono(k_time, (hidden,), time_constants), zero, zero)
-        names = ("forget", "candidate", "output", "peephole_forget", "peephole_output")
-        return {
-            **input_parameters(k_in, features, biases),
-            RECURRENT: recurrent_parameters(k_rec, names, (hidden,), scale),
-        }
-
-    def start(params, batch_shape):
-        return zeros(params, (*batch_shape, hidden)), zeros(params, (*batch_shape, hidden))
-
-    def step(params, carry, gates):
+    def step(a, carry, gates):
         c, h = carry
-        x_f, x_g, x_o = in_dtype(gates, h)
-        a = {name: bound(v).astype(h.dtype) for name, v in params[RECURRENT].items()}
+        x_f, x_g, x_o = gates
         f = jax.nn.sigmoid(x_f + a["forget"] * h + a["peephole_forget"] * c)
         g = jnp.tanh(x_g + a["candidate"] * h)
         c = g + f * (c - g)
@@ -138,7 +108,18 @@ def lstm(
         h = o * jnp.tanh(c)
         return (c, h), h
 
-    return Cell(init, start, projection(features, 3, (hidden,)), step)
+    return assemble(
+        step,
+        features,
+        (hidden,),
+        gates={"forget": 1, "candidate": 0, "output": 0},
+        states=2,
+        recurrent=("forget", "candidate", "output", "peephole_forget", "peephole_output"),
+        shape=(hidden,),
+        half_width=scale,
+        clip=clip,
+        time_constants=time_constants,
+    )
 
 
 def elman(
@@ -168,24 +149,22 @@ def elman(
     References: [elman].
     """
     check_sizes(features=features, hidden=hidden)
-    bound = bounded(clip)
 
-    def init(key):
-        k_in, k_rec = jax.random.split(key)
-        return {
-            **input_parameters(k_in, features, (jnp.zeros(hidden, jnp.float32),)),
-            RECURRENT: recurrent_parameters(k_rec, ("hidden",), (hidden,), scale),
-        }
-
-    def start(params, batch_shape):
-        return zeros(params, (*batch_shape, hidden))
-
-    def step(params, h, gates):
-        (x_h,) = in_dtype(gates, h)
-        h = jnp.tanh(x_h + bound(params[RECURRENT]["hidden"]).astype(h.dtype) * h)
+    def step(a, h, gates):
+        (x_h,) = gates
+        h = jnp.tanh(x_h + a["hidden"] * h)
         return h, h
 
-    return Cell(init, start, projection(features, 1, (hidden,)), step)
+    return assemble(
+        step,
+        features,
+        (hidden,),
+        gates={"hidden": 0},
+        recurrent=("hidden",),
+        shape=(hidden,),
+        half_width=scale,
+        clip=clip,
+    )
 
 
 def slstm(
@@ -222,26 +201,10 @@ def slstm(
     References: [xlstm].
     """
     check_sizes(features=features, hidden=hidden)
-    bound = bounded(clip)
 
-    def init(key):
-        k_in, k_time, k_rec = jax.random.split(key, 3)
-        zero = jnp.zeros(hidden, jnp.float32)
-        biases = (zero, zero, chrono(k_time, (hidden,), time_constants), zero)
-        names = ("candidate", "input", "forget", "output")
-        return {
-            **input_parameters(k_in, features, biases),
-            RECURRENT: recurrent_parameters(k_rec, names, (hidden,), scale),
-        }
-
-    def start(params, batch_shape):
-        c, n, m, h = (zeros(params, (*batch_shape, hidden)) for _ in range(4))
-        return c, n, m, h
-
-    def step(params, carry, gates):
+    def step(a, carry, gates):
         c, n, m, h = carry
-        x_g, x_i, x_f, x_o = in_dtype(gates, h)
-        a = {name: bound(v).astype(h.dtype) for name, v in params[RECURRENT].items()}
+        x_g, x_i, x_f, x_o = gates
         g = jnp.tanh(x_g + a["candidate"] * h)
         log_input = x_i + a["input"] * h
         # n = 0 marks the empty start, where m is log 0 and not 0: else exp(i - m') underflows
@@ -255,4 +218,15 @@ def slstm(
         h = o * c / n
         return (c, n, m, h), h
 
-    return Cell(init, start, projection(features, 4, (hidden,)), step)
+    return assemble(
+        step,
+        features,
+        (hidden,),
+        gates={"candidate": 0, "input": 0, "forget": 1, "output": 0},
+        states=4,
+        recurrent=("candidate", "input", "forget", "output"),
+        shape=(hidden,),
+        half_width=scale,
+        clip=clip,
+        time_constants=time_constants,
+    )

@@ -8,17 +8,7 @@ dense one.
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence.cells.common import (
-    RECURRENT,
-    bounded,
-    check_sizes,
-    chrono,
-    in_dtype,
-    input_parameters,
-    projection,
-    recurrent_parameters,
-    zeros,
-)
+from jaxpara.recurrence.cells.common import assemble, check_sizes
 from jaxpara.types import Cell
 
 
@@ -33,7 +23,7 @@ def _head_size(hidden: int, heads: int) -> int:
 
 
 def _mix(h: jax.Array, recurrent: jax.Array) -> jax.Array:
-    return jnp.einsum("...ki,kij->...kj", h, recurrent.astype(h.dtype))
+    return jnp.einsum("...ki,kij->...kj", h, recurrent)
 
 
 def _flat(h: jax.Array) -> jax.Array:
@@ -74,31 +64,26 @@ def gru_heads(
     """
     check_sizes(features=features)
     size = _head_size(hidden, heads)
-    bound = bounded(clip)
 
-    def init(key):
-        k_in, k_time, k_rec = jax.random.split(key, 3)
-        zero = jnp.zeros(hidden, jnp.float32)
-        biases = (-chrono(k_time, (hidden,), time_constants), zero, zero)
-        names, shape = ("update", "reset", "candidate"), (heads, size, size)
-        return {
-            **input_parameters(k_in, features, biases),
-            RECURRENT: recurrent_parameters(k_rec, names, shape, scale * size**-0.5),
-        }
-
-    def start(params, batch_shape):
-        return zeros(params, (*batch_shape, heads, size))
-
-    def step(params, h, gates):
-        x_z, x_r, x_n = in_dtype(gates, h)
-        recurrent = {name: bound(v) for name, v in params[RECURRENT].items()}
+    def step(recurrent, h, gates):
+        x_z, x_r, x_n = gates
         z = jax.nn.sigmoid(x_z + _mix(h, recurrent["update"]))
         r = jax.nn.sigmoid(x_r + _mix(h, recurrent["reset"]))
         n = jnp.tanh(x_n + _mix(r * h, recurrent["candidate"]))
         h = h + z * (n - h)
         return h, _flat(h)
 
-    return Cell(init, start, projection(features, 3, (heads, size)), step)
+    return assemble(
+        step,
+        features,
+        (heads, size),
+        gates={"update": -1, "reset": 0, "candidate": 0},
+        recurrent=("update", "reset", "candidate"),
+        shape=(heads, size, size),
+        half_width=scale * size**-0.5,
+        clip=clip,
+        time_constants=time_constants,
+    )
 
 
 def lstm_heads(
@@ -135,27 +120,10 @@ def lstm_heads(
     """
     check_sizes(features=features)
     size = _head_size(hidden, heads)
-    bound = bounded(clip)
 
-    def init(key):
-        k_in, k_time, k_rec = jax.random.split(key, 3)
-        log_tau = chrono(k_time, (hidden,), time_constants)
-        zero = jnp.zeros(hidden, jnp.float32)
-        biases = (-log_tau, log_tau, zero, zero)
-        names, shape = ("input", "forget", "candidate", "output"), (heads, size, size)
-        return {
-            **input_parameters(k_in, features, biases),
-            RECURRENT: recurrent_parameters(k_rec, names, shape, scale * size**-0.5),
-        }
-
-    def start(params, batch_shape):
-        shape = (*batch_shape, heads, size)
-        return zeros(params, shape), zeros(params, shape)
-
-    def step(params, carry, gates):
+    def step(recurrent, carry, gates):
         c, h = carry
-        x_i, x_f, x_g, x_o = in_dtype(gates, h)
-        recurrent = {name: bound(v) for name, v in params[RECURRENT].items()}
+        x_i, x_f, x_g, x_o = gates
         i = jax.nn.sigmoid(x_i + _mix(h, recurrent["input"]))
         f = jax.nn.sigmoid(x_f + _mix(h, recurrent["forget"]))
         g = jnp.tanh(x_g + _mix(h, recurrent["candidate"]))
@@ -164,7 +132,18 @@ def lstm_heads(
         h = o * jnp.tanh(c)
         return (c, h), _flat(h)
 
-    return Cell(init, start, projection(features, 4, (heads, size)), step)
+    return assemble(
+        step,
+        features,
+        (heads, size),
+        gates={"input": -1, "forget": 1, "candidate": 0, "output": 0},
+        states=2,
+        recurrent=("input", "forget", "candidate", "output"),
+        shape=(heads, size, size),
+        half_width=scale * size**-0.5,
+        clip=clip,
+        time_constants=time_constants,
+    )
 
 
 def elman_heads(
@@ -197,22 +176,19 @@ def elman_heads(
     """
     check_sizes(features=features)
     size = _head_size(hidden, heads)
-    bound = bounded(clip)
 
-    def init(key):
-        k_in, k_rec = jax.random.split(key)
-        shape = (heads, size, size)
-        return {
-            **input_parameters(k_in, features, (jnp.zeros(hidden, jnp.float32),)),
-            RECURRENT: recurrent_parameters(k_rec, ("hidden",), shape, scale * size**-0.5),
-        }
-
-    def start(params, batch_shape):
-        return zeros(params, (*batch_shape, heads, size))
-
-    def step(params, h, gates):
-        (x_h,) = in_dtype(gates, h)
-        h = jnp.tanh(x_h + _mix(h, bound(params[RECURRENT]["hidden"])))
+    def step(recurrent, h, gates):
+        (x_h,) = gates
+        h = jnp.tanh(x_h + _mix(h, recurrent["hidden"]))
         return h, _flat(h)
 
-    return Cell(init, start, projection(features, 1, (heads, size)), step)
+    return assemble(
+        step,
+        features,
+        (heads, size),
+        gates={"hidden": 0},
+        recurrent=("hidden",),
+        shape=(heads, size, size),
+        half_width=scale * size**-0.5,
+        clip=clip,
+    )

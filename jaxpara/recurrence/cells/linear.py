@@ -7,14 +7,7 @@ comparison needs them.
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence.cells.common import (
-    check_sizes,
-    chrono,
-    in_dtype,
-    input_parameters,
-    projection,
-    zeros,
-)
+from jaxpara.recurrence.cells.common import assemble, check_sizes
 from jaxpara.types import Cell
 
 
@@ -44,21 +37,13 @@ def mingru(
     """
     check_sizes(features=features, hidden=hidden)
 
-    def init(key):
-        k_in, k_time = jax.random.split(key)
-        bias = -chrono(k_time, (hidden,), time_constants)
-        return input_parameters(k_in, features, (bias, jnp.zeros(hidden, jnp.float32)))
-
-    def start(params, batch_shape):
-        return zeros(params, (*batch_shape, hidden))
-
-    def step(params, h, gates):
-        del params
-        x_z, x_n = in_dtype(gates, h)
+    def step(_, h, gates):
+        x_z, x_n = gates
         h = h + jax.nn.sigmoid(x_z) * (x_n - h)
         return h, h
 
-    return Cell(init, start, projection(features, 2, (hidden,)), step)
+    gates = {"update": -1, "candidate": 0}
+    return assemble(step, features, (hidden,), gates=gates, time_constants=time_constants)
 
 
 def linear(
@@ -88,21 +73,13 @@ def linear(
     """
     check_sizes(features=features, hidden=hidden)
 
-    def init(key):
-        k_in, k_time = jax.random.split(key)
-        bias = chrono(k_time, (hidden,), time_constants)
-        return input_parameters(k_in, features, (bias, jnp.zeros(hidden, jnp.float32)))
-
-    def start(params, batch_shape):
-        return zeros(params, (*batch_shape, hidden))
-
-    def step(params, h, gates):
-        del params
-        x_a, x_u = in_dtype(gates, h)
+    def step(_, h, gates):
+        x_a, x_u = gates
         a = jax.nn.sigmoid(x_a)
         # sqrt(1 - a^2) by its factors: 1 - a = sigmoid(-x_a) neither cancels nor has an
         # infinite slope under the root.
         h = a * h + jnp.exp(0.5 * jax.nn.log_sigmoid(-x_a)) * jnp.sqrt(1 + a) * x_u
         return h, h
 
-    return Cell(init, start, projection(features, 2, (hidden,)), step)
+    gates = {"decay": 1, "input": 0}
+    return assemble(step, features, (hidden,), gates=gates, time_constants=time_constants)
