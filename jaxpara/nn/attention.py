@@ -108,9 +108,10 @@ def rotary_attention(
             first = jnp.maximum(first, jax.lax.cummax(jnp.where(reset, positions, 0), axis=1))
         slots = jnp.arange(max_length, dtype=jnp.int32)
         seen = (slots <= positions[:, None]) & (slots >= first[:, :, None])
-        y = jax.nn.dot_product_attention(
-            q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen[:, None]
-        )
+        with jax.named_scope("attention"):
+            y = jax.nn.dot_product_attention(
+                q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen[:, None]
+            )
         # dynamic_update_slice would overwrite the newest slots in silence.
         y = jnp.where(state.position + time <= max_length, y, jnp.nan)
         state = AttentionState(keys, values, state.position + time, first[:, -1])

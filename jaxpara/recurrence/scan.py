@@ -91,6 +91,7 @@ def newton_scan(
     return out
 
 
+@jax.named_scope("newton_scan")  # as profiles of a program show it
 def solve_scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: PyTree,

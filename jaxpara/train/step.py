@@ -86,10 +86,11 @@ def make_step(
     def step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = gradient(state.params, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if project is not None:
-            params = project(params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            if project is not None:
+                params = project(params)
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
         metrics = {**metrics, "grad_norm": norm}
         return TrainState(params, opt_state, state.step + 1, state.key), metrics
