@@ -1,20 +1,106 @@
-"""Continues a prompt: `python -m experiments.generate run=FOLDER prompt="def "`."""
+"""Continues prompts: `python -m experiments.generate run=FOLDER prompt="def "`."""
 
-import codecs
+import json
 import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import hydra
 import jax
-from omegaconf import DictConfig
+import jax.numpy as jnp
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import checkpoints, runs
 from experiments.build import build_model
 from experiments.commandline import guarded, quote_text
-from experiments.sampling import encode, generate
+from experiments.data.tokens import Tokenizer, open_tokenizer
+from experiments.prompts import check_output, read_prompts, stop_strings
+from experiments.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
+from jaxpara.types import Model, Params
+
+DEFAULT_PROMPT = "def "
+FREE_TEXT = ("prompt", "prompts", "stop", "output")
+
+
+def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
+    """A finished run as a model of text.
+
+    Args:
+      folder: from `runs.find_run`.
+
+    Returns:
+      The model, its parameters and its tokenizer.
+
+    Raises:
+      RunError: the run has no parameters, or is not of a language model.
+    """
+    trained = runs.load_config(folder)
+    model = build_model(trained)
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    try:
+        tokenizer = open_tokenizer(OmegaConf.select(trained, "data.tokenizer"))
+    except (ValueError, OSError) as error:
+        raise runs.RunError(str(error)) from error
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tokens = jax.eval_shape(model.apply, like, one).shape[-1]
+    if tokens < tokenizer.vocab_size:
+        raise runs.RunError(
+            f"run={str(folder)!r} is not of a language model: it knows {tokens} tokens, and text "
+            f"has {tokenizer.vocab_size}. Give a run of `python -m experiments.train experiment=lm`"
+        )
+    return model, checkpoints.load_params(folder, like), tokenizer
+
+
+def read_requests(cfg: DictConfig) -> list[Request]:
+    """What is to be continued, each prompt as often as it is to be sampled.
+
+    Args:
+      cfg: see conf/generate.yaml.
+
+    Returns:
+      The requests.
+
+    Raises:
+      RunError: no or two sources of prompts, or a file that cannot be used.
+    """
+    if cfg.prompt is not None and cfg.prompts is not None:
+        raise runs.RunError(
+            f"prompt={cfg.prompt!r} and prompts={cfg.prompts!r}: give one or the other"
+        )
+    if cfg.samples < 1:
+        raise runs.RunError(f"samples={cfg.samples} for each prompt: give at least 1")
+    if cfg.prompts is not None:
+        prompts = read_prompts(str(cfg.prompts), field=cfg.field)
+    else:
+        prompts = [DEFAULT_PROMPT if cfg.prompt is None else str(cfg.prompt)]
+    return [Request(encode(prompt), i) for prompt in prompts for i in range(cfg.samples)]
+
+
+def write_lines(sampler: Sampler, params: Params, requests: list[Request], cfg: DictConfig) -> None:
+    """Writes a JSON line for every request, as soon as its batch is done.
+
+    Args:
+      sampler: continues.
+      params: of its model.
+      requests: what is continued.
+      cfg: `output` is the file, else stdout.
+    """
+    output = nullcontext(sys.stdout) if cfg.output is None else open(cfg.output, "x")
+    with output as lines:
+        drawn = complete(sampler, params, requests, seed=cfg.seed, batch_size=cfg.batch_size)
+        for request, continuation in zip(requests, drawn, strict=True):
+            record: dict[str, Any] = {
+                "prompt": request.prompt.decode(errors="replace"),
+                "sample": request.sample,
+                **continuation._asdict(),
+            }
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.flush()
 
 
 def job(cfg: DictConfig) -> None:
-    """Streams a continuation to stdout, each character as soon as its bytes are complete.
+    """One prompt: its continuation to stdout while it is drawn. Several: JSON Lines.
 
     Args:
       cfg: composed by Hydra, see conf/generate.yaml.
@@ -23,27 +109,22 @@ def job(cfg: DictConfig) -> None:
       RunError: no such run, or settings that cannot be served.
     """
     folder = runs.find_run(cfg.run)
-    model = build_model(runs.load_config(folder))
-    params = checkpoints.load_params(folder, jax.eval_shape(model.init, jax.random.key(0)))
-    prompt = encode(str(cfg.prompt))
+    requests = read_requests(cfg)
+    check_output(cfg.output)
+    rule = Rule(cfg.length, cfg.temperature, cfg.top_k, cfg.top_p, stop_strings(cfg.stop))
+    model, params, tokenizer = open_model(folder)
     try:
-        stream = generate(
-            model,
-            params,
-            prompt,
-            length=cfg.length,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            seed=cfg.seed,
-        )
+        writer = sampler(model, rule, tokenizer=tokenizer, block=cfg.block)
+        if len(requests) > 1 or cfg.output is not None:
+            write_lines(writer, params, requests, cfg)
+        else:
+            for [piece] in follow(writer, params, requests, seed=cfg.seed)[1]:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
     except ValueError as error:
         raise runs.RunError(str(error)) from error
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    sys.stdout.write(prompt.decode(errors="replace"))
-    for byte in stream:
-        sys.stdout.write(decoder.decode(bytes([byte])))
-        sys.stdout.flush()
-    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+    print(writer.decode.watch.report(), file=sys.stderr)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
@@ -53,5 +134,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_text(sys.argv[1:], keys=("prompt",))
+    sys.argv[1:] = quote_text(sys.argv[1:], keys=FREE_TEXT)
     main()

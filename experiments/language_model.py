@@ -54,12 +54,8 @@ def language_model(
       RunError: numbers that do not fit the data.
     """
     try:
-        check_generation(
-            encode(sample["prompt"]),
-            length=sample["length"],
-            temperature=sample["temperature"],
-            top_k=sample["top_k"],
-        )
+        rule = {name: value for name, value in sample.items() if name != "prompt"}
+        check_generation(encode(sample["prompt"]), **rule)
         batches = data.batches(seed=seed, batch_size=batch_size, length=window)
     except ValueError as error:
         raise runs.RunError(str(error)) from error
@@ -81,7 +77,7 @@ def language_model(
     def finish(folder: Path, params: Params, summary: dict[str, Any]) -> None:
         shape = f"{check['batch_size']} windows of {check['length']} tokens"
         summary["solvers"] = _compare(models, params, tokens, observe, shape)
-        text = sample_text(models.model, params, seed=seed, **sample)
+        text = sample_text(models.model, params, seed=seed, tokenizer=data.tokenizer, **sample)
         (folder / "sample.txt").write_text(text)
         print(f"--- a sample from {sample['prompt']!r} ---\n{text}\n---")
         where = f"{evaluation['windows']} windows of held-out files"
