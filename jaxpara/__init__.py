@@ -1,5 +1,7 @@
 """Pure JAX functions, trained in parallel: over time, devices, experts, bits and ranks."""
 
+import importlib as _importlib
+
 from jaxpara import nn as nn
 from jaxpara import testing as testing
 from jaxpara import train as train
@@ -26,3 +28,10 @@ from jaxpara.recurrence.system import Solver as Solver
 from jaxpara.types import Cell as Cell
 from jaxpara.types import Model as Model
 from jaxpara.types import TrainState as TrainState
+
+
+def __getattr__(name: str):
+    """`jp.linen` and `jp.nnx`, imported when first asked for: they are all that needs Flax."""
+    if name in ("linen", "nnx"):
+        return _importlib.import_module(f"jaxpara.{name}")
+    raise AttributeError(f"module 'jaxpara' has no attribute {name!r}")
