@@ -49,6 +49,8 @@ def explain(error: BaseException) -> str | None:
       The text; None where the traceback is worth its lines.
     """
     cause = error.__cause__
+    if isinstance(cause, InstantiationException):  # an object inside another one
+        return explain(cause)
     if isinstance(error, RunError):
         return str(error)
     if not isinstance(error, InstantiationException):

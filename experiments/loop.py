@@ -120,7 +120,7 @@ def run_loop(
       The ending.
 
     Raises:
-      Diverged: the loss became NaN or infinite, or the gradient of a state to be saved.
+      Diverged: the loss became NaN or infinite, or the gradient of a state to be judged or saved.
     """
     last_finite: tuple[int, float] | None = None
     losses = list(memory.losses)
@@ -185,15 +185,15 @@ def run_loop(
             continue
         book(*pending)
         pending = None
+        norm = float(metrics.get("grad_norm", 0.0))
+        if not math.isfinite(norm):  # the loss was finite, what came of it is not
+            raise refuse(f"the gradient's norm is {norm}", number)
         with speed.paused():
             # What is due at this step is measured before a stop too, or a run that goes on
             # would lack it.
             figures = look_up(number, state.params) if evaluated else None
             enough = figures is not None and solved is not None and solved(figures)
             if saved or enough:
-                norm = float(metrics.get("grad_norm", 0.0))
-                if not math.isfinite(norm):  # the loss was finite, what came of it is not
-                    raise refuse(f"the gradient's norm is {norm}", number)
                 save(state, Memory(tuple(losses), seconds(), speed.timed(), enough), figures)
         if stop or enough:
             break
