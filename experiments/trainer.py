@@ -1,6 +1,8 @@
 """One training run of any task: from objects and numbers to a full folder."""
 
+import contextlib
 import errno
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +12,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from experiments import checkpoints, figures, loggers, metrics, runs
+from experiments import checkpoints, figures, loggers, metrics, profiling, runs, step_cost
 from experiments.loop import Diverged, Ending, Memory, Row, run_loop
 from experiments.progress import Progress, progress
 from experiments.resuming import cut_table
 from experiments.stopping import stop_signal
 from experiments.task import Task
 from jaxpara.train import init_state, make_step
-from jaxpara.types import Params, TrainState
+from jaxpara.types import Params, Step, TrainState
 
+COST_COLUMNS = ("memory_bytes", "model_flops_per_second")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,6 +31,13 @@ class Keep(NamedTuple):
     every: int
     keep_last: int
     keep_best: int
+
+
+class Traced(NamedTuple):
+    """Which steps `profile=true` traces, as in conf/train.yaml."""
+
+    start: int
+    steps: int
 
 
 class Settings(NamedTuple):
@@ -41,6 +51,9 @@ class Settings(NamedTuple):
     log_every: int
     eval_every: int
     checkpoint: Keep
+    profile: bool
+    trace: Traced
+    peak_flops: float | None
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
@@ -56,7 +69,9 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
       RunError: what was given, and what to change.
     """
     settings = Settings(**{name: values[name] for name in Settings._fields})
-    settings = settings._replace(checkpoint=Keep(**values["checkpoint"]))
+    settings = settings._replace(
+        checkpoint=Keep(**values["checkpoint"]), trace=Traced(**values["trace"])
+    )
     for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every"):
         if getattr(settings, name) < 1:
             raise runs.RunError(f"{name}={getattr(settings, name)}: give at least 1")
@@ -64,6 +79,14 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         given = getattr(settings.checkpoint, name)
         if given < least:
             raise runs.RunError(f"checkpoint.{name}={given}: give at least {least}")
+    for name, given in settings.trace._asdict().items():
+        if given < 1:
+            raise runs.RunError(f"trace.{name}={given}: give at least 1; the first step compiles")
+    if settings.profile and sum(settings.trace) > settings.steps:
+        raise runs.RunError(
+            f"trace.start={settings.trace.start} and trace.steps={settings.trace.steps} do not fit "
+            f"steps={settings.steps}: together they may be no more"
+        )
     if settings.batch_size % settings.accumulate:
         raise runs.RunError(
             f"accumulate={settings.accumulate} does not divide batch_size={settings.batch_size}: "
@@ -97,7 +120,7 @@ def metric_columns(task: Task) -> tuple[str, ...]:
     """
     bits = () if task.bytes_per_token is None else ("train_bits_per_byte",)
     first = ("step", "tokens", "seconds", "train_loss_nats", *bits)
-    return (*first, *task.columns, "tokens_per_second", "gradient_norm")
+    return (*first, *task.columns, "tokens_per_second", "gradient_norm", *COST_COLUMNS)
 
 
 def train(
@@ -162,6 +185,8 @@ def train(
     place = loggers.Place(folder, settings.name, config, begin)
     outlets = loggers.open_all([loggers.csv(columns), *sinks], place)
     step = make_step(task.loss, optimizer, accumulate=settings.accumulate, project=projection)
+    costs: list[step_cost.StepCost] = []  # of the step, once it is compiled
+    step = step_cost.measured(jax.jit(step, donate_argnums=0), task.loss, costs.append)
     try:
         with (
             progress(label=settings.name) as line,
@@ -172,6 +197,7 @@ def train(
                 keep_best=settings.checkpoint.keep_best,
                 best=task.best,
             ) as save,
+            _profiled(settings, step, task, folder, costs, line.say) as (step, batches),
         ):
             line.say(
                 f"{settings.name}: {count:,} parameters; {task.about}; "
@@ -184,18 +210,19 @@ def train(
                 run = {"data": task.batches.get_state(), "memory": memory._asdict()}
                 save(state, run, values)
 
+            aside = functools.partial(jax.profiler.annotate_function, name=profiling.ASIDE)
             ending = run_loop(
                 state=state,
-                step=jax.jit(step, donate_argnums=0),
-                batches=task.batches,
+                step=step,
+                batches=batches,
                 steps=settings.steps,
                 tokens_per_step=task.tokens_per_step,
                 log_every=settings.log_every,
                 eval_every=settings.eval_every,
                 save_every=settings.checkpoint.every,
-                write_row=_row_writer(task, outlets),
-                look_up=_look_up(task, folder, outlets, summary, line, seconds),
-                save=keep,
+                write_row=_row_writer(task, outlets, costs),
+                look_up=aside(_look_up(task, folder, outlets, summary, line, seconds)),
+                save=aside(keep),
                 seconds=seconds,
                 progress=line,
                 stopped=stopped,
@@ -206,6 +233,14 @@ def train(
             )
             number = stopped() if ending.stopped else None
         summary.update(_results(ending, folder))
+        summary.update(
+            step_cost.figures(
+                costs[0] if costs else None,
+                tokens_per_step=task.tokens_per_step,
+                tokens_per_second=ending.tokens_per_second,
+                peak=settings.peak_flops,
+            )
+        )
         if number is None:
             task.finish(folder, ending.state.params, summary)
             summary["status"] = "finished"
@@ -254,14 +289,38 @@ def _close(folder: Path, summary: dict[str, Any]) -> None:
         print(f"the summary and the figures of {folder} could not be written: {error}")
 
 
-def _row_writer(task: Task, outlets: Sequence[loggers.Logger]):
+def _profiled(
+    settings: Settings,
+    step: Step,
+    task: Task,
+    folder: Path,
+    costs: Sequence[step_cost.StepCost],
+    say: Callable[[str], None],
+):
+    """Step and batches, some of which are traced if that was asked for, on process 0."""
+    if not settings.profile or jax.process_index() != 0:
+        return contextlib.nullcontext((step, task.batches))
+    return profiling.profiled(
+        step,
+        task.batches,
+        folder=folder,
+        **settings.trace._asdict(),
+        text=lambda: costs[0].text(),
+        say=say,
+    )
+
+
+def _row_writer(task: Task, outlets: Sequence[loggers.Logger], costs: Sequence[step_cost.StepCost]):
     def write(row: Row) -> None:
+        flops = costs[0].model_flops / task.tokens_per_step * row.tokens_per_second
         values = {
             "tokens": row.step * task.tokens_per_step,
             "seconds": round(row.seconds, 2),
             "train_loss_nats": row.loss,
             "tokens_per_second": round(row.tokens_per_second),
             "gradient_norm": row.gradient_norm,
+            "memory_bytes": step_cost.peak_memory(),
+            "model_flops_per_second": round(flops),
         }
         if task.bytes_per_token is not None:
             values["train_bits_per_byte"] = row.loss / math.log(2) / task.bytes_per_token

@@ -1,0 +1,151 @@
+"""What a training step costs: compile time, memory, and the arithmetic that the model needs.
+
+Model FLOPs are those of the matrix products and convolutions of the loss, times three: a
+backward pass takes two products for each one of the forward pass. Nothing is added for what is
+recomputed or for a solver's further iterations, so they measure the model, not the program.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import Jaxpr
+
+from jaxpara.jaxprs import subjaxprs
+from jaxpara.types import Loss, Step
+
+BACKWARD_AND_FORWARD = 3
+
+
+class StepCost(NamedTuple):
+    """What is known of a step once it is compiled.
+
+    Attributes:
+      compile_seconds: of tracing, lowering and compiling.
+      model_flops: of one step, see above.
+      text: the optimised program, in which a trace's operations are found by name.
+    """
+
+    compile_seconds: float
+    model_flops: float
+    text: Callable[[], str]
+
+
+def measured(step: Step, loss: Loss, report: Callable[[StepCost], None]) -> Step:
+    """A jitted step that is compiled, timed apart, before its first call.
+
+    Args:
+      step: from `jax.jit`.
+      loss: that it minimises.
+      report: is told once, before the first step runs.
+
+    Returns:
+      A step that does the same; JAX reuses what was compiled.
+    """
+    known = False
+
+    def call(state, batch):
+        nonlocal known
+        if not known:
+            known = True
+            began = time.perf_counter()
+            program = step.lower(state, batch).compile()
+            seconds = time.perf_counter() - began
+            flops = model_flops(loss, state.params, batch, state.key)
+            report(StepCost(seconds, flops, program.as_text))
+        return step(state, batch)
+
+    return call
+
+
+def figures(
+    cost: StepCost | None, *, tokens_per_step: int, tokens_per_second: float, peak: float | None
+) -> dict[str, float]:
+    """A run's cost in numbers for its summary.
+
+    Args:
+      cost: of its step; None before the first one.
+      tokens_per_step: predicted tokens in a batch.
+      tokens_per_second: of training.
+      peak: FLOP/s of all devices together; None where it is not known.
+
+    Returns:
+      Peak memory and, where known, compile time, model FLOPs for each token and second, and
+      their share in the peak.
+    """
+    found: dict[str, float] = {"memory_bytes": peak_memory()}
+    if cost is not None:
+        speed = cost.model_flops / tokens_per_step * tokens_per_second
+        found["compile_seconds"] = cost.compile_seconds
+        found["model_flops_per_token"] = cost.model_flops / tokens_per_step
+        found["model_flops_per_second"] = speed
+        if peak is not None:
+            found["model_flops_utilization"] = speed / peak
+    return found
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """Additions and multiplications in matrix products and convolutions.
+
+    What a scan holds counts once for each of its steps, of the branches of a cond the dearest;
+    a `while_loop`, whose number of rounds is not known before it runs, counts once.
+
+    Args:
+      jaxpr: open or closed.
+
+    Returns:
+      Two for each multiplication that is added up.
+    """
+    opened: Jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0.0
+    for eqn in opened.eqns:
+        name, inner = eqn.primitive.name, [matmul_flops(j) for j in subjaxprs(eqn)]
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * eqn.outvars[0].aval.size * kernel.size / outputs
+        elif name == "scan":
+            total += eqn.params["length"] * sum(inner)
+        elif name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
+def model_flops(loss: Loss, params: Any, batch: Any, key: jax.Array) -> float:
+    """Model FLOPs of a training step on a batch.
+
+    Args:
+      loss: of a task.
+      params: arrays, or their shapes and dtypes.
+      batch: as the loss takes it.
+      key: for the loss.
+
+    Returns:
+      Floating-point operations, forward and backward.
+    """
+    return BACKWARD_AND_FORWARD * matmul_flops(jax.make_jaxpr(loss)(params, batch, key))
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far.
+
+    Returns:
+      Bytes: the largest peak of its devices where the backend reports one, as GPUs and TPUs do;
+      otherwise, on a CPU, the peak of the process's resident set, Python and compiler included.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
