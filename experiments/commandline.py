@@ -8,6 +8,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
 from experiments.runs import RunError
 
@@ -53,6 +54,12 @@ def explain(error: BaseException) -> str | None:
         return explain(cause)
     if isinstance(error, RunError):
         return str(error)
+    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+        missing = re.search(r"[Mm]issing mandatory value: (\S+)", str(error))
+        name = missing[1] if missing else "a setting without a default"
+        # A task reads the data and the model where they stand in groups of their own.
+        name = re.sub(r"^task\.(data|model)\.", r"\1.", name)
+        return f"{name} must be given: {name}=VALUE on the command line"
     if not isinstance(error, InstantiationException):
         return None
     if isinstance(cause, RunError):

@@ -6,8 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import MissingMandatoryValue
 
-from experiments.data import files, huggingface, jsonl, parquet, text, tokens
+from experiments.commandline import explain
+from experiments.data import files, huggingface, jsonl, parquet, splits, text, tokens
 from experiments.runs import RunError
 from experiments.train_tokenizer import train as train_tokenizer
 
@@ -297,3 +301,39 @@ def test_a_tokenizer_learns_from_no_more_than_it_is_given(tmp_path):
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be read: Is a directory"):
         files.read_text(tmp_path, encoding="utf-8")
+
+
+def config(*overrides, name="train"):
+    with initialize_config_module("experiments.conf", version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl", "parquet", "huggingface", "stdlib_by_name"])
+def test_every_source_is_a_config(name, tmp_path):
+    write_texts(tmp_path)
+    write_lines(tmp_path / "a.jsonl", [{"text": word} for word in WORDS])
+    write_parquet(tmp_path / "a.parquet", {"text": WORDS})
+    place = {
+        "stdlib_by_name": [f"data.root={write_python(tmp_path)}"],
+        "huggingface": ["data.path=json", f"data.data_files={tmp_path}/a.jsonl"],
+    }.get(name, [f"data.path={tmp_path}"])
+    data = instantiate(config(f"data={name}", "data.validation_fraction=0.3", *place).data)
+    assert everything(data) == EXPECTED
+    held_out = [word for word in EXPECTED if word not in set(data.documents())]
+    expected = splits.by_name if name == "stdlib_by_name" else splits.by_content
+    named = {f"{i:02d}.py": word.encode() for i, word in enumerate(WORDS)}
+    assert {named[n] for n in expected(named, 0.3, 0).validation} == set(held_out)
+
+
+def write_python(folder):
+    (folder / "python").mkdir()
+    for i, word in enumerate(WORDS):
+        (folder / f"python/{i:02d}.py").write_text(word)
+    return folder / "python"
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl", "parquet", "huggingface"])
+def test_a_path_that_is_not_given_is_asked_for(name):
+    with pytest.raises(MissingMandatoryValue) as raised:
+        instantiate(config(f"data={name}").data)
+    assert explain(raised.value) == "data.path must be given: data.path=VALUE on the command line"
