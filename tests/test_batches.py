@@ -20,6 +20,7 @@ from experiments.data.batches import ahead, by_step
 from experiments.data.corpus import from_documents
 from experiments.data.streaming import StreamBatches
 from experiments.data.tokens import BYTES, tokenize
+from experiments.runs import RunError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Lengths from 1 byte to many rows; a byte that no other document has tells them apart.
@@ -269,6 +270,34 @@ def test_the_shards_of_a_stream_share_no_document_and_cover_all(folder, count):
 def test_shards_and_windows_that_do_not_fit_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         memory(packing.PACKED).batches(**(SHAPE | bad))
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(seed=6), "seed was 5 and is 6. Give back what it was"),
+        (dict(length=9), "length was 8 and is 9"),
+        (dict(batch_size=2), "batch_size was 4 and is 2"),
+    ],
+)
+@pytest.mark.parametrize("name", ["jsonl", "huggingface"])
+def test_a_position_is_refused_where_it_would_mean_other_batches(name, changed, message, folder):
+    data = load(name, folder, 0)
+    state = data.batches(**SHAPE).get_state()
+    with pytest.raises(RunError, match=message):
+        data.batches(**(SHAPE | changed)).set_state(state)
+
+
+def test_a_position_is_refused_where_the_text_has_changed(folder, tmp_path):
+    state = load("text", folder, 0).batches(**SHAPE).get_state()
+    for file in (folder / "text").glob("*.txt"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    same = text.load(path=str(tmp_path), prefetch=0)
+    same.batches(**SHAPE).set_state(state)
+    (tmp_path / "one_more.txt").write_text("of another file\n" * 9)
+    more = text.load(path=str(tmp_path), prefetch=0)
+    with pytest.raises(RunError, match=r"saved for other data: text was '\w+' and is '\w+'"):
+        more.batches(**SHAPE).set_state(state)
 
 
 class Counted:

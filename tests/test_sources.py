@@ -13,6 +13,7 @@ from omegaconf import MissingMandatoryValue
 from experiments.commandline import explain
 from experiments.data import files, huggingface, jsonl, parquet, splits, text, tokens
 from experiments.runs import RunError
+from experiments.train_tokenizer import job as train_job
 from experiments.train_tokenizer import train as train_tokenizer
 
 WORDS = [f"document {i}, with the word {'x' * i}\n" for i in range(12)]
@@ -290,6 +291,18 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
         tokens.open_tokenizer(str(tmp_path / "t.json"))
     with pytest.raises(RunError, match=r"vocab_size=256: .*need at least 257"):
         train_tokenizer([b"a"], vocab_size=256, size=1, output=tmp_path / "no.json")
+
+
+def test_the_command_trains_on_what_is_not_held_out_and_says_how_to_go_on(tmp_path, capsys):
+    write_texts(tmp_path)
+    output = tmp_path / "t.json"
+    given = ["data=text", f"data.path={tmp_path}", "vocab_size=280", f"output={output}"]
+    train_job(config(*given, name="train_tokenizer"))
+    said = capsys.readouterr().out
+    assert f"train with it: python -m experiments.train data.tokenizer={output} model.vo" in said
+    held_out = text.load(path=str(tmp_path)).validation.tobytes()
+    count = len(tokens.open_tokenizer(str(output)).encode(held_out))
+    assert f"{len(held_out) / count:.2f} bytes per token on {len(held_out)} held-out" in said
 
 
 def test_a_tokenizer_learns_from_no_more_than_it_is_given(tmp_path):

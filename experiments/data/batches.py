@@ -5,11 +5,12 @@ consumer after the batches before it, a thread that ends, and a position that co
 what was *returned* and not what was fetched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
 
+from experiments.runs import RunError
 from experiments.task import Batches
 
 # "Without end" for Grain, which wants a length: no run has that many steps.
@@ -68,3 +69,49 @@ def ahead(batches: Batches, *, prefetch: int = 2) -> Batches:
     """
     _check(prefetch)
     return grain.experimental.ThreadPrefetchDatasetIterator(batches, prefetch)
+
+
+class _OnlyFor:
+    """Batches whose position says what it is a position in."""
+
+    def __init__(self, batches: Batches, about: Mapping[str, Any]):
+        self._batches, self._about = batches, dict(about)
+
+    def __iter__(self) -> "_OnlyFor":
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"position": self._batches.get_state(), "in": dict(self._about)}
+
+    def set_state(self, state: dict[str, Any], /) -> None:
+        saved = state["in"]
+        changed = [
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in self._about.items()
+            if saved.get(name) != value
+        ]
+        if changed:
+            raise RunError(
+                f"the position in the data was saved for other data: {'; '.join(changed)}. "
+                "Give back what it was to go on with the run, or start a new one"
+            )
+        self._batches.set_state(state["position"])
+
+    def close(self) -> None:
+        getattr(self._batches, "close", lambda: None)()
+
+
+def only_for(batches: Batches, about: Mapping[str, Any]) -> Batches:
+    """Batches that refuse a position in other data, where it would mean other batches.
+
+    Args:
+      batches: whose positions are marked.
+      about: what the order of the batches depends on, JSON-able; saved with each position.
+
+    Returns:
+      The iterator. Its `set_state` raises `RunError` where a value is not the saved one.
+    """
+    return _OnlyFor(batches, about)

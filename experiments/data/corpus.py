@@ -4,13 +4,14 @@ Every source of data ends here. A source is a function that reads documents; the
 the tokenizer, the order of the batches and the fetching ahead are the same for all.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
 
-from experiments.data.batches import by_step
+from experiments.data.batches import by_step, only_for
 from experiments.data.splits import Split
 from experiments.data.tokens import Tokenizer, Tokens, open_tokenizer, tokenize
 from experiments.task import Batches
@@ -116,10 +117,14 @@ def from_documents(
     def batches(*, seed, batch_size, length, shard_index=0, shard_count=1):
         rows = shard_rows(batch_size, shard_index, shard_count)
         cut = sampler.batches(train, seed=seed, batch_size=batch_size, length=length)
-        return by_step(
+        own = by_step(
             lambda step: {name: rows_of_all[rows] for name, rows_of_all in cut(step).items()},
             prefetch=prefetch,
         )
+        # The same position in other text, or in other rows, would be other batches.
+        digest = hashlib.blake2b(train.ids.tobytes(), digest_size=8).hexdigest()
+        about = {"text": digest, "seed": seed, "batch_size": batch_size, "length": length}
+        return only_for(own, about)
 
     return Data(
         source=source,

@@ -8,7 +8,7 @@ its own shuffle buffer is not used, since it does not.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from experiments.data.batches import ahead
+from experiments.data.batches import ahead, only_for
 from experiments.data.corpus import Data, judged_by, shard_rows
 from experiments.data.files import check_string
 from experiments.data.packing import PACKED
@@ -153,7 +153,16 @@ def load(
             length=length,
             block=block,
         )
-        return ahead(stream, prefetch=prefetch)
+        about = {
+            "stream": f"{where}, {split}, {field}",
+            "tokenizer": tokenizer,
+            "block": block,
+            "seed": seed,
+            "batch_size": batch_size,
+            "length": length,
+            "shards": f"{shard_index} of {shard_count}",
+        }
+        return only_for(ahead(stream, prefetch=prefetch), about)
 
     def documents() -> Iterator[bytes]:
         found = (to_train_on(r, n) for n, r in enumerate(open_split(split), start=1))
