@@ -29,7 +29,7 @@ RESULTS = (
     "parameters",
     "memory_bytes",
     "minutes",
-    "ended",
+    "status",
     "commit",
 )
 SUFFIXES = (".csv", ".md")
@@ -50,23 +50,6 @@ class Comparison(NamedTuple):
     better: str
     header: list[str]
     rows: list[list[Cell]]
-
-
-def ended(run: Run) -> str:
-    """How a run ended.
-
-    Args:
-      run: read from its folder.
-
-    Returns:
-      "finished", "interrupted", "diverged", or "unfinished" where no summary was written.
-    """
-    if not run.summary:
-        return "unfinished"
-    for how in ("diverged", "interrupted"):
-        if run.summary.get(how):
-            return how
-    return "finished"
 
 
 def _last(run: Run, column: str) -> float | None:
@@ -90,7 +73,7 @@ def _results(run: Run, metric: str, better: str) -> dict[str, Cell]:
         "parameters": run.summary.get("parameters"),
         "memory_bytes": run.summary.get("memory_bytes", _largest(run, "memory_bytes")),
         "minutes": None if seconds is None else round(seconds / 60, 2),
-        "ended": ended(run),
+        "status": run.summary.get("status", "unfinished"),
         # The star says that the tree held changes that no commit has.
         "commit": commit and commit[:8] + ("*" if run.environment.get("git_dirty") else ""),
     }
@@ -119,7 +102,7 @@ def tabulate(
       runs: at least one.
       metric: the column of `metrics.csv` of which `final` and `best` are shown; None: what the
         runs are judged by.
-      better: "min" or "max"; None: "max" for an accuracy, else "min".
+      better: "min" or "max"; None: as the runs are judged, else "max" for an accuracy.
       columns: which, beside `run`: names of results, keys of the config, of `summary.json`, or
         columns of `metrics.csv` (their last value); None: differing keys and results.
       sort: a column; `-NAME` puts the largest first. None: as the runs were found.
@@ -136,7 +119,8 @@ def tabulate(
         raise RunError(f"metric={metric!r}: no run has that column; there are {', '.join(there)}")
     if better not in (None, "min", "max"):
         raise RunError(f"better={better!r}: give min or max")
-    better = better or ("max" if "accuracy" in metric else "min")
+    judged = dict([run.summary["judged_by"]] for run in runs if "judged_by" in run.summary)
+    better = better or judged.get(metric) or ("max" if "accuracy" in metric else "min")
     seeds = ["seed"] if len({run.config.get("seed") for run in runs}) > 1 else []
     shown = list(columns) if columns is not None else [*differing_keys(runs), *seeds, *RESULTS]
     by = (sort or "").removeprefix("-")

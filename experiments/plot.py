@@ -31,10 +31,11 @@ def pick_y(runs: Sequence[Run]) -> str:
       RunError: there is none such.
     """
     shared = [name for name in runs[0].columns if all(name in run.columns for run in runs)]
-    judged = [n for n in shared if n.startswith("validation") or n.endswith("accuracy")]
-    lost = [n for n in shared if n.startswith("train")]
-    for name in (*judged, *lost):
-        return name
+    best = [run.summary["judged_by"][0] for run in runs if "judged_by" in run.summary]
+    likely = [n for n in shared if n.startswith("validation") or "accuracy" in n]
+    for name in (*best, *likely, *(n for n in shared if n.startswith("train"))):
+        if name in shared:
+            return name
     raise RunError(f"give y=COLUMN; the columns that all runs have are {', '.join(shared)}")
 
 

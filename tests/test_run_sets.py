@@ -218,11 +218,11 @@ def test_compare_tells_what_differs_and_what_came_of_it(tmp_path):
         {"step": step, "seconds": 60.0 * step, Y: value, "memory_bytes": 1e6}
         for step, value in enumerate([3.0, 1.0, 2.0])
     ]
-    done = {"seconds": 90, "tokens_per_second": 5e4, "parameters": 700, "interrupted": False}
+    done = {"seconds": 90, "tokens_per_second": 5e4, "parameters": 700, "status": "finished"}
     known = {"git_commit": "0123456789", "git_dirty": True}
     make_run(tmp_path / "a", config(), rows, summary=done, environment=known)
     make_run(tmp_path / "b", config(cell=LSTM, seed=1), rows[:2])
-    make_run(tmp_path / "c", config(), rows, summary={**done, "diverged": "the loss is nan"})
+    make_run(tmp_path / "c", config(), rows, summary={**done, "status": "diverged"})
     table = compare.tabulate(run_sets.read_all(str(tmp_path))[0])
     assert table.header == ["run", "cell", "seed", *compare.RESULTS]
     first, second, third = table.rows
@@ -240,6 +240,16 @@ def test_best_is_the_highest_accuracy_and_the_lowest_loss(tmp_path):
 
     assert best() == 0.9 and best(metric="loss") == 0.2
     assert best(metric="loss", better="max") == 0.9
+
+
+def test_what_the_runs_are_judged_by_is_shown_unless_something_else_is_asked_for(tmp_path):
+    rows = [{"step": s, "validation_a": v, "score": v} for s, v in enumerate([0.2, 0.9, 0.5])]
+    make_run(tmp_path / "a", config(), rows, summary={"judged_by": ["score", "max"]})
+    make_run(tmp_path / "b", config(seed=1), rows)
+    runs, _ = run_sets.read_all(str(tmp_path))
+    table = compare.tabulate(runs, columns=["best"])
+    assert (table.metric, table.better) == ("score", "max") and table.rows[0][1] == 0.9
+    assert plot.pick_y(runs) == "score" and plot.pick_y(runs[1:]) == "validation_a"
 
 
 def test_a_table_is_sorted_by_any_column_with_missing_values_last(sweep):
