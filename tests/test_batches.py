@@ -408,6 +408,24 @@ def test_fetching_ahead_is_bounded_and_its_thread_ends(fetch):
     assert threading.active_count() == others
 
 
+class Slow(Counted):
+    def __next__(self):
+        time.sleep(0.01)
+        return super().__next__()
+
+
+def test_closing_a_stream_does_not_wait_for_its_block():
+    stream = StreamBatches(Slow(), BYTES, seed=0, rows=8, length=1000, block=100)
+    batches = ahead(stream, prefetch=1)
+    batches.start_prefetch()
+    time.sleep(0.05)
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 2  # the block needs nine thousand documents
+    with pytest.raises(RuntimeError, match="these batches are closed: make new ones"):
+        next(stream)
+
+
 @pytest.mark.parametrize("fetch", FETCHERS.values(), ids=FETCHERS)
 def test_a_negative_prefetch_is_refused(fetch):
     with pytest.raises(ValueError, match="prefetch=-1 batches: give 0"):

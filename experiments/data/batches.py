@@ -53,6 +53,18 @@ def by_step(batch: Callable[[int], Any], *, prefetch: int = 2) -> Batches:
     return iter(grain.MapDataset.source(_Steps(batch)).to_iter_dataset(options))
 
 
+class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Grain waits for the batch in the making; what makes it is told first that nobody wants it."""
+
+    def __init__(self, batches: Batches, prefetch: int):
+        super().__init__(batches, prefetch)
+        self._source = batches
+
+    def close(self) -> None:
+        getattr(self._source, "close", lambda: None)()
+        super().close()
+
+
 def ahead(batches: Batches, *, prefetch: int = 2) -> Batches:
     """Any batches, fetched ahead.
 
@@ -68,7 +80,7 @@ def ahead(batches: Batches, *, prefetch: int = 2) -> Batches:
       ValueError: `prefetch` is negative.
     """
     _check(prefetch)
-    return grain.experimental.ThreadPrefetchDatasetIterator(batches, prefetch)
+    return _Ahead(batches, prefetch)
 
 
 class _OnlyFor:

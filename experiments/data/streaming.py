@@ -69,6 +69,7 @@ class StreamBatches:
         self._block: _Block | None = None
         # The document in which a block ends is the one in which the next begins.
         self._shared: np.ndarray | None = None
+        self._closed = False
 
     def __iter__(self) -> "StreamBatches":
         return self
@@ -98,8 +99,8 @@ class StreamBatches:
         self._block = self._shared = None
 
     def close(self) -> None:
-        """Lets go of what was read."""
-        self._block = self._shared = None
+        """Stops reading, also in the middle of a block and from another thread."""
+        self._closed = True
 
     def _read(self) -> _Block:
         rows = self._steps * self._rows
@@ -107,6 +108,8 @@ class StreamBatches:
         parts, begins, have, skipped = [], np.zeros(needed, bool), 0, self._begin["token"]
         before = self._begin["document"]
         while have < needed:
+            if self._closed:
+                raise RuntimeError("these batches are closed: make new ones")
             if self._shared is None:
                 before = self._documents.get_state()
                 self._shared = self._encode(next(self._documents))
