@@ -2,16 +2,23 @@
 
 import gzip
 import json
+import mailbox
+import pathlib
+import re
 import sys
+import types
 
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
-from omegaconf import MissingMandatoryValue
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import MissingMandatoryValue, OmegaConf
 
+import experiments.data
 from experiments.commandline import explain
 from experiments.data import files, huggingface, jsonl, parquet, splits, text, tokens
+from experiments.data.corpus import Sampler
 from experiments.runs import RunError
 from experiments.train_tokenizer import job as train_job
 from experiments.train_tokenizer import train as train_tokenizer
@@ -350,3 +357,42 @@ def test_a_path_that_is_not_given_is_asked_for(name):
     with pytest.raises(MissingMandatoryValue) as raised:
         instantiate(config(f"data={name}").data)
     assert explain(raised.value) == "data.path must be given: data.path=VALUE on the command line"
+
+
+PAGE = (pathlib.Path(__file__).resolve().parent.parent / "docs/data.md").read_text()
+
+
+def block(language):
+    return re.search(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)[1]
+
+
+def test_the_source_that_the_page_adds_works_as_it_says(tmp_path, monkeypatch):
+    box = mailbox.mbox(tmp_path / "all.mbox")
+    for word in WORDS:
+        message = mailbox.mboxMessage()
+        message.set_payload(word)
+        box.add(message)
+    box.flush()
+    module = types.ModuleType("experiments.data.mail")
+    exec(block("python"), vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(experiments.data, "mail", module, raising=False)
+    settings = OmegaConf.create(block("yaml"))
+    data = instantiate(settings, path=str(tmp_path / "all.mbox"))
+    read = b"\n".join([*data.documents(), data.validation.tobytes()])
+    assert all(read.count(word.strip().encode()) == 1 for word in WORDS[1:])
+    assert "reset" in next(data.batches(seed=0, batch_size=2, length=16))
+    with pytest.raises(InstantiationException) as raised:
+        instantiate(settings, path="gone")
+    assert "data.path='gone' is not a file: give an mbox" in explain(raised.value)
+
+
+def test_the_settings_that_the_page_names_exist():
+    given = re.findall(r"experiments\.train( [^\n`#|]*)", PAGE)
+    assert len(given) > 6
+    for arguments in given:
+        names = [word for word in arguments.split() if "=" in word and "data=mail" not in arguments]
+        cfg = config(*names)
+        assert "_target_" in cfg.data
+    for path in re.findall(r"experiments\.data\.\w+\.[A-Z]+", PAGE):
+        assert isinstance(get_object(path), Sampler)
