@@ -119,7 +119,7 @@ def tabulate(
         raise RunError(f"metric={metric!r}: no run has that column; there are {', '.join(there)}")
     if better not in (None, "min", "max"):
         raise RunError(f"better={better!r}: give min or max")
-    judged = dict([run.summary["judged_by"]] for run in runs if "judged_by" in run.summary)
+    judged = dict(run.summary["judged_by"] for run in runs if "judged_by" in run.summary)
     better = better or judged.get(metric) or ("max" if "accuracy" in metric else "min")
     seeds = ["seed"] if len({run.config.get("seed") for run in runs}) > 1 else []
     shown = list(columns) if columns is not None else [*differing_keys(runs), *seeds, *RESULTS]

@@ -1,6 +1,7 @@
 """Eight CPU devices and one compilation cache for the whole suite; nothing else is global."""
 
 import hashlib
+import logging.config
 import os
 import pathlib
 import platform
@@ -34,6 +35,13 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_handlers_from_imports():
+    # Hydra closes every logging handler that it finds, and absl's closes a stderr that is not the
+    # present one: in a test with capsys that is pytest's own. Closed here, it closes nothing.
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
 
 
 def pytest_collection_modifyitems(items):
