@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench notebooks gpu format clean
+.PHONY: help setup run test check bench reproduce notebooks gpu format clean
 
 help: ## list these commands
 	@echo "jaxpara: the commands (ARGS=\"...\" is passed on, PYTHON=... names the interpreter)"
@@ -32,6 +32,9 @@ check: setup ## ruff, types and the fast tests
 
 bench: setup ## solvers against lax.scan and others (ARGS="suite=recurrence_full")
 	$(PY) -m experiments.bench $(ARGS)
+
+reproduce: setup ## run every experiment, small, and check its figures (ARGS=full; ARGS="full lm")
+	$(PY) -m experiments.reproduce $(ARGS)
 
 notebooks: setup ## execute the notebooks and their assertions
 	$(PY) -m pytest -q tests/test_notebooks.py $(ARGS)

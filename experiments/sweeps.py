@@ -6,6 +6,7 @@ there goes on with it. So the same command, repeated, does what is left to do.
 
 import importlib.util
 import json
+import re
 import sys
 import time
 import traceback
@@ -43,15 +44,17 @@ class Job(NamedTuple):
     """What became of one job.
 
     Attributes:
+      number: in the sweep.
       folder: of its run.
       overrides: as Hydra was given them.
-      status: "finished", "finished before", "interrupted", "failed", or "killed" where it left
-        no word.
+      status: "finished", "finished before", "interrupted", "failed", or "no ending" where it
+        was killed or goes on.
       figure: what the run is judged by, after its last evaluation; None without one.
       column: the name of that figure.
       error: one line, for a failed job.
     """
 
+    number: int
     folder: Path
     overrides: list[str]
     status: str
@@ -123,16 +126,15 @@ def jobs_since(sweep: Path, began: float) -> list[Job]:
       began: seconds since the epoch.
 
     Returns:
-      The jobs, in the order in which they were launched.
+      The jobs, in order.
     """
     launched = [path for path in sweep.rglob(str(OVERRIDES)) if path.stat().st_mtime >= began]
-    launched.sort(key=lambda path: (path.stat().st_mtime_ns, path))
-    return [_read_job(path, began) for path in launched]
+    return sorted((_read_job(path, began) for path in launched), key=lambda job: job.number)
 
 
 def _read_job(record: Path, began: float) -> Job:
     folder = record.parent.parent
-    status, error = runs.status(folder) or "killed", None
+    status, error = runs.status(folder) or "no ending", None
     if (folder / ERROR).is_file():
         status, error = "failed", (folder / ERROR).read_text().split("\n")[0]
     elif status == "finished" and (folder / runs.SUMMARY).stat().st_mtime < began:
@@ -140,7 +142,9 @@ def _read_job(record: Path, began: float) -> Job:
     overrides = OmegaConf.to_container(OmegaConf.load(record))
     assert isinstance(overrides, list)
     column, figure = judge(folder)
-    return Job(folder, overrides, status, figure, column, error)
+    # The file is long, and OmegaConf takes its time over it.
+    number = re.search(r"^    num: (\d+)$", record.with_name("hydra.yaml").read_text(), re.M)
+    return Job(int(number[1]) if number else 0, folder, overrides, status, figure, column, error)
 
 
 def report(sweep: Path, jobs: Sequence[Job]) -> bool:
@@ -158,10 +162,10 @@ def report(sweep: Path, jobs: Sequence[Job]) -> bool:
     table = Table()
     for name in ("job", "overrides", "status", "/".join(sorted(columns)) or "figure", "folder"):
         table.add_column(name, overflow="fold")
-    for i, job in enumerate(jobs):
+    for job in jobs:
         own = " ".join(line for line in job.overrides if line not in alike)
         figure = "-" if job.figure is None else f"{job.figure:.4g}"
-        row = (str(i), own, job.status, figure, job.folder.name)
+        row = (str(job.number), own, job.status, figure, job.folder.name)
         table.add_row(*map(escape, row))
     console = Console(highlight=False)
     # On a terminal rich fits its width; in a file nothing may be cut off.
@@ -169,9 +173,9 @@ def report(sweep: Path, jobs: Sequence[Job]) -> bool:
     shown = _from_here(sweep)
     console.print(f"\n{shown}: {len(jobs)} jobs", markup=False)
     console.print(table)
-    for i, job in enumerate(jobs):
+    for job in jobs:
         if job.error:
-            print(f"job {i}: {job.error}")
+            print(f"job {job.number}: {job.error}")
     done = [job for job in jobs if job.status.startswith("finished")]
     if done:
         print("next:")
