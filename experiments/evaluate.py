@@ -1,53 +1,115 @@
-"""Bits per byte of a finished run: `python -m experiments.evaluate run=FOLDER`."""
+"""Bits per byte of finished runs: `python -m experiments.evaluate run=FOLDER`."""
+
+import glob
+import json
+from pathlib import Path
+from typing import Any
 
 import hydra
-import jax
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from experiments import checkpoints, runs, tables
-from experiments.build import build_data, build_model
+from experiments import run_sets, runs, tables
+from experiments.build import build_data
 from experiments.commandline import guarded
 from experiments.data.baselines import baselines
 from experiments.judging import bits_per_byte
+from experiments.trained import open_model
 
 
-def job(cfg: DictConfig) -> float:
-    """Scores the parameters of a run on the windows that the run itself used.
+def find_runs(given: Any) -> list[Path]:
+    """The runs that are meant.
+
+    Args:
+      given: a run's folder; or a glob, or a list of folders and globs.
+
+    Returns:
+      Their folders.
+
+    Raises:
+      RunError: there is none.
+    """
+    if isinstance(given, ListConfig):
+        return run_sets.expand(map(str, given))
+    if given and glob.has_magic(given):
+        return run_sets.expand(given)
+    return [runs.find_run(given)]
+
+
+def judged_on(cfg: DictConfig, trained: DictConfig) -> dict[str, Any]:
+    """What a run is judged on: as it was itself, where nothing else is asked for.
+
+    Args:
+      cfg: see conf/evaluate.yaml.
+      trained: config of the run.
+
+    Returns:
+      `data`, the config of a source; `windows`, `length` and `batch_size`.
+    """
+    own = OmegaConf.to_container(trained.data, resolve=True)
+    data = own if "data" not in cfg else OmegaConf.to_container(cfg.data, resolve=True)
+    assert isinstance(own, dict) and isinstance(data, dict)
+    numbers = {
+        name: trained.evaluation[name] if cfg[name] is None else cfg[name]
+        for name in ("windows", "length", "batch_size")
+    }
+    # Other text, but in the tokens that the model knows.
+    return {"data": {**data, "tokenizer": own.get("tokenizer")}, **numbers}
+
+
+def score(folders: list[Path], where: dict[str, Any]) -> dict[str, float]:
+    """Scores runs on the same windows, and shows them beside compressors.
+
+    Args:
+      folders: of the runs.
+      where: from `judged_on`.
+
+    Returns:
+      Bits per byte by folder.
+
+    Raises:
+      RunError: the windows do not fit, or a run is not of a language model.
+    """
+    data = build_data(OmegaConf.create({"data": where["data"]}))
+    try:
+        held_out = data.held_out(count=where["windows"], length=where["length"])
+    except ValueError as error:
+        raise runs.RunError(str(error)) from error
+    scored = {}
+    for folder in folders:
+        model, params, _ = open_model(folder)
+        judge = bits_per_byte(
+            model,
+            held_out,
+            batch_size=where["batch_size"],
+            bytes_per_token=data.bytes_per_token,
+        )
+        scored[str(folder)] = judge(params)
+    unit = "bytes" if data.bytes_per_token == 1 else "tokens"
+    windows = f"{where['windows']} windows of {where['length']} {unit}"
+    tables.show_quality(scored, baselines(data.validation), where=f"{windows}, {data.source}")
+    return scored
+
+
+def job(cfg: DictConfig) -> dict[str, float]:
+    """Scores runs; a table for those that are judged on the same text.
 
     Args:
       cfg: composed by Hydra, see conf/evaluate.yaml.
 
     Returns:
-      Bits per byte.
+      Bits per byte by folder.
 
     Raises:
       RunError: no such run, or settings that do not fit.
     """
-    folder = runs.find_run(cfg.run)
-    trained = runs.load_config(folder)
-    model = build_model(trained)
-    params = checkpoints.load_params(folder, jax.eval_shape(model.init, jax.random.key(0)))
-    chosen = {
-        name: trained.evaluation[name] if cfg[name] is None else cfg[name]
-        for name in ("windows", "length", "batch_size")
-    }
-    corpus = build_data(trained)
-    try:
-        held_out = corpus.held_out(count=chosen["windows"], length=chosen["length"])
-    except ValueError as error:
-        raise runs.RunError(str(error)) from error
-    bits = bits_per_byte(
-        model,
-        held_out,
-        batch_size=chosen["batch_size"],
-        bytes_per_token=corpus.bytes_per_token,
-    )(params)
-    tables.show_quality(
-        bits,
-        baselines(corpus.validation),
-        where=f"{chosen['windows']} windows of {chosen['length']} bytes, {corpus.source}",
-    )
-    return bits
+    together: dict[str, list[Path]] = {}
+    for folder in find_runs(cfg.run):
+        where = judged_on(cfg, runs.load_config(folder))
+        together.setdefault(json.dumps(where), []).append(folder)
+    scored = {}
+    for where, folders in together.items():
+        scored.update(score(folders, json.loads(where)))
+    return scored
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")

@@ -3,53 +3,20 @@
 import json
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import hydra
-import jax
-import jax.numpy as jnp
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from experiments import checkpoints, runs
-from experiments.build import build_model
+from experiments import runs
 from experiments.commandline import guarded, quote_text
-from experiments.data.tokens import Tokenizer, open_tokenizer
 from experiments.prompts import check_output, read_prompts, stop_strings
 from experiments.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
-from jaxpara.types import Model, Params
+from experiments.trained import open_model
+from jaxpara.types import Params
 
 DEFAULT_PROMPT = "def "
 FREE_TEXT = ("prompt", "prompts", "stop", "output")
-
-
-def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
-    """A finished run as a model of text.
-
-    Args:
-      folder: from `runs.find_run`.
-
-    Returns:
-      The model, its parameters and its tokenizer.
-
-    Raises:
-      RunError: the run has no parameters, or is not of a language model.
-    """
-    trained = runs.load_config(folder)
-    model = build_model(trained)
-    like = jax.eval_shape(model.init, jax.random.key(0))
-    try:
-        tokenizer = open_tokenizer(OmegaConf.select(trained, "data.tokenizer"))
-    except (ValueError, OSError) as error:
-        raise runs.RunError(str(error)) from error
-    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tokens = jax.eval_shape(model.apply, like, one).shape[-1]
-    if tokens < tokenizer.vocab_size:
-        raise runs.RunError(
-            f"run={str(folder)!r} is not of a language model: it knows {tokens} tokens, and text "
-            f"has {tokenizer.vocab_size}. Give a run of `python -m experiments.train experiment=lm`"
-        )
-    return model, checkpoints.load_params(folder, like), tokenizer
 
 
 def read_requests(cfg: DictConfig) -> list[Request]:

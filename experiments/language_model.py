@@ -81,7 +81,7 @@ def language_model(
         (folder / "sample.txt").write_text(text)
         print(f"--- a sample from {sample['prompt']!r} ---\n{text}\n---")
         where = f"{evaluation['windows']} windows of held-out files"
-        tables.show_quality(summary[BITS], rulers, where=where)
+        tables.show_quality({"this model": summary[BITS]}, rulers, where=where)
 
     size = "" if data.train_bytes is None else f"{data.train_bytes:,} bytes to train on, "
     return Task(

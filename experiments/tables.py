@@ -22,15 +22,17 @@ def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     console.print(table)
 
 
-def show_quality(scored: float, rulers: Mapping[str, float | None], *, where: str) -> None:
-    """Prints what the model needs for a byte beside what other methods need.
+def show_quality(
+    scored: Mapping[str, float], rulers: Mapping[str, float | None], *, where: str
+) -> None:
+    """Prints what models need for a byte beside what other methods need.
 
     Args:
-      scored: the model's bits per byte.
+      scored: bits per byte by model.
       rulers: bits per byte by method; None where this Python lacks its module.
       where: the bytes judged, for the title.
     """
-    rows = [("this model", f"{scored:.3f}")]
+    rows = [(name, f"{bits:.3f}") for name, bits in scored.items()]
     for name, bits in rulers.items():
         missing = f"not measured: this Python has no {COMPRESSORS.get(name, 'module for it')}"
         rows.append((name, missing if bits is None else f"{bits:.3f}"))

@@ -2,24 +2,21 @@
 
 import json
 import math
-import os
 import re
-import sys
 
 import jax
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from saved_run import MODEL, call, save_run, settle_logging
 
-from experiments import checkpoints, generate, sampling
-from experiments.commandline import quote_text
+from experiments import generate, sampling
 from experiments.data.tokens import BYTES, Tokenizer
 from experiments.prompts import check_output, read_prompts, stop_strings
 from experiments.runs import RunError
 from experiments.sampling import Rule, check_generation, complete, sample_text
 from experiments.transcript import Transcript
 from jaxpara.nn import decoder, mixers
-from jaxpara.train import init_state, optimizer
 
 WORDS = ["de", "f ", "é", "end", " ", "x"]
 PIECES = Tokenizer(
@@ -28,13 +25,6 @@ PIECES = Tokenizer(
     decode=lambda ids: "".join(WORDS[i] for i in ids).encode(),
     separator=(4,),
 )
-MODEL = {
-    "_target_": "jaxpara.nn.decoder",
-    "vocab_size": 256,
-    "width": 8,
-    "layers": 1,
-    "mixer": {"_target_": "jaxpara.nn.mixers.named", "name": "min_gru"},
-}
 
 
 def given(text, *, stop=(), pieces=1, prompt=b"p"):
@@ -214,43 +204,14 @@ def test_text_that_is_longer_than_the_model_can_hold_is_an_error_and_no_nonsense
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run that did not train: its config and its first parameters."""
-    place = tmp_path_factory.mktemp("run")
-    folder = save_run(place / "run", MODEL, tokenizer=None)
-    # Hydra's first set-up of logging closes absl's stream. Here that is still sys.stderr, which is
-    # spared; under capsys it would be what pytest itself writes to.
-    assert call(place, f"run={folder}", "length=1", f"output={place}/o.jsonl") is None
+    folder = save_run(tmp_path_factory.mktemp("run") / "run")
+    settle_logging(generate, folder)
     return folder
-
-
-def save_run(folder, model, *, tokenizer):
-    folder.mkdir()
-    OmegaConf.save({"model": model, "data": {"tokenizer": tokenizer}}, folder / "config.yaml")
-    options = {k: v for k, v in model.items() if k not in ("_target_", "mixer")}
-    built = decoder(**options, mixer=mixers.named("min_gru"))
-    state = init_state(built, optimizer(steps=1), jax.random.key(0))
-    with checkpoints.saver(folder, keep_last=1, keep_best=0, best=("loss", "min")) as save:
-        save(state, {}, None)
-    return folder
-
-
-def call(folder, *arguments):
-    """Runs the command in this process, as `python -m experiments.generate` would."""
-    before, cwd = sys.argv, os.getcwd()
-    sys.argv = ["generate.py", *quote_text(arguments, keys=generate.FREE_TEXT)]
-    os.chdir(folder)
-    try:
-        generate.main()
-    except SystemExit as end:
-        return str(end.code)
-    finally:
-        sys.argv = before
-        os.chdir(cwd)
-    return None
 
 
 def test_one_prompt_is_streamed_and_the_speed_is_said_on_stderr(run, tmp_path, capsys):
     arguments = (f"run={run}", "prompt=a [b] = ", "length=9", "block=4", "temperature=0")
-    assert call(tmp_path, *arguments) is None
+    assert call(generate, tmp_path, *arguments) is None
     shown = capsys.readouterr()
     assert shown.out.startswith("a [b] = ") and shown.out.endswith("\n")
     speed = r"prefill: 8 tokens, [\d,]+ tokens/s; decode: 9 tokens, [\d,]+ tokens/s; compiling: "
@@ -262,22 +223,24 @@ def test_prompts_from_a_file_become_json_lines_that_equal_single_prompts(run, tm
     prompts = write(tmp_path, "p.jsonl", '{"q": "a\\n"}\n{"q": "é"}\n{"q": "xyz"}\n')
     common = (f"run={run}", "length=6", "top_p=0.9", "samples=2")
     one_by_one = ("field=q", f"prompts={prompts}", "batch_size=4", f"output={tmp_path}/o.jsonl")
-    assert call(tmp_path, *common, *one_by_one) is None
+    assert call(generate, tmp_path, *common, *one_by_one) is None
     assert capsys.readouterr().out == ""
     written = (tmp_path / "o.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in written]
     assert [(r["prompt"], r["sample"]) for r in records] == [
         (prompt, sample) for prompt in ("a\n", "é", "xyz") for sample in (0, 1)
     ]
-    assert call(tmp_path, *common, "prompt=é") is None
+    assert call(generate, tmp_path, *common, "prompt=é") is None
     assert capsys.readouterr().out.splitlines() == written[2:4]
 
 
 def test_stop_strings_reach_the_model_as_typed(run, tmp_path, capsys):
-    assert call(tmp_path, f"run={run}", "prompt=a", "length=8", "temperature=0") is None
+    assert call(generate, tmp_path, f"run={run}", "prompt=a", "length=8", "temperature=0") is None
     text = capsys.readouterr().out[1:-1]
     stop = json.dumps(["never, ever", text[2]])
-    assert call(tmp_path, f"run={run}", "prompt=a", "temperature=0", f"stop={stop}") is None
+    assert (
+        call(generate, tmp_path, f"run={run}", "prompt=a", "temperature=0", f"stop={stop}") is None
+    )
     assert capsys.readouterr().out == "a" + text[: text.index(text[2])] + "\n"
 
 
@@ -296,7 +259,7 @@ def test_stop_strings_reach_the_model_as_typed(run, tmp_path, capsys):
     ],
 )
 def test_what_a_person_can_put_right_is_one_line(run, tmp_path, arguments, message):
-    assert re.search(message, call(tmp_path, f"run={run}", *arguments) or "no error")
+    assert re.search(message, call(generate, tmp_path, f"run={run}", *arguments) or "no error")
 
 
 def test_an_output_is_never_written_over(tmp_path):
@@ -307,7 +270,7 @@ def test_an_output_is_never_written_over(tmp_path):
 
 def test_a_run_of_something_else_than_text_is_refused(tmp_path):
     OmegaConf.save({"model": {**MODEL, "vocab_size": 6}}, tmp_path / "config.yaml")
-    message = call(tmp_path, f"run={tmp_path}", "prompt=a")
+    message = call(generate, tmp_path, f"run={tmp_path}", "prompt=a")
     assert re.search("is not of a language model: it knows 6 tokens, and text has 256", message)
 
 
@@ -321,10 +284,13 @@ def test_a_run_with_a_tokenizer_speaks_its_tokens(tmp_path, capsys):
     trained.train_from_iterator(["def f(x): return x\n"] * 20, trainer)
     trained.save(str(tmp_path / "t.json"))
     model = {**MODEL, "vocab_size": 320}  # more rows than tokens, as one pads them
-    folder = save_run(tmp_path / "run", model, tokenizer=str(tmp_path / "t.json"))
-    assert call(tmp_path, f"run={folder}", "prompt=def f(", "length=20", "temperature=2") is None
+    folder = save_run(tmp_path / "run", model=model, data={"tokenizer": str(tmp_path / "t.json")})
+    assert (
+        call(generate, tmp_path, f"run={folder}", "prompt=def f(", "length=20", "temperature=2")
+        is None
+    )
     shown = capsys.readouterr()
     tokens = len(trained.encode("def f(").ids)
     assert shown.out.startswith("def f(") and f"prefill: {tokens} tokens" in shown.err
     (tmp_path / "t.json").unlink()
-    assert "data.tokenizer=" in call(tmp_path, f"run={folder}", "prompt=a")
+    assert "data.tokenizer=" in call(generate, tmp_path, f"run={folder}", "prompt=a")

@@ -1,0 +1,57 @@
+"""Runs that did not train, to read: a config and first parameters; and commands on them."""
+
+import os
+import sys
+
+import jax
+from omegaconf import OmegaConf
+
+from experiments import checkpoints
+from experiments.build import build_model
+from experiments.commandline import quote_text
+from experiments.generate import FREE_TEXT
+from jaxpara.train import init_state, optimizer
+
+MODEL = {
+    "_target_": "jaxpara.nn.decoder",
+    "vocab_size": 256,
+    "width": 8,
+    "layers": 1,
+    "mixer": {"_target_": "jaxpara.nn.mixers.named", "name": "min_gru"},
+}
+EVALUATION = {"windows": 6, "length": 16, "batch_size": 4}
+
+
+def save_run(folder, *, model=MODEL, data=None, seed=0):
+    """Writes a run's folder as a training that ended at once would have."""
+    folder.mkdir()
+    cfg = OmegaConf.create({"model": model, "data": data or {}, "evaluation": EVALUATION})
+    OmegaConf.save(cfg, folder / "config.yaml")
+    state = init_state(build_model(cfg), optimizer(steps=1), jax.random.key(seed))
+    with checkpoints.saver(folder, keep_last=1, keep_best=0, best=("loss", "min")) as save:
+        save(state, {}, None)
+    return folder
+
+
+def call(program, place, *arguments):
+    """Runs a command in this process, from a folder; returns its error, if any."""
+    before, cwd = sys.argv, os.getcwd()
+    sys.argv = ["program.py", *quote_text(arguments, keys=FREE_TEXT)]
+    os.chdir(place)
+    try:
+        program.main()
+    except SystemExit as end:
+        return str(end.code)
+    finally:
+        sys.argv = before
+        os.chdir(cwd)
+    return None
+
+
+def settle_logging(program, place):
+    """Lets Hydra set up logging once, while `sys.stderr` is what it was when absl was imported.
+
+    Hydra then closes absl's stream, which spares `sys.stderr`; under capsys that is another one,
+    and what would be closed is pytest's own.
+    """
+    assert "error: give run=FOLDER" in call(program, place)
