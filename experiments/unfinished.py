@@ -27,11 +27,14 @@ def unfinished_newton(*, max_iters: int, tol: float | None = None) -> Solver:
     return Solver(_newton, _settings(max_iters, tol))
 
 
-def unfinished_shooting(*, max_iters: int, tol: float | None = None) -> Solver:
+def unfinished_shooting(
+    *, max_iters: int, tol: float | None = None, chunks: int | None = None
+) -> Solver:
     """Multiple shooting, `max_iters - 1` corrections of the chunk starts at most.
 
     Args:
       max_iters, tol: as for `unfinished_newton`.
+      chunks: of time; so many evaluations are always exact.
 
     Returns:
       A solver for `newton_scan`.
@@ -39,7 +42,7 @@ def unfinished_shooting(*, max_iters: int, tol: float | None = None) -> Solver:
     Raises:
       ValueError: a budget below 1.
     """
-    return Solver(_shooting, _settings(max_iters, tol))
+    return Solver(_shooting, _settings(max_iters, tol)._replace(chunks=chunks))
 
 
 def _settings(max_iters: int, tol: float | None) -> Settings:

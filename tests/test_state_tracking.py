@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -350,3 +351,16 @@ def test_runs_of_other_tasks_have_no_such_figure(tmp_path):
     runs, _ = read_all(str(tmp_path))
     with pytest.raises(RunError, match="none of the 1 runs has a column accuracy_N"):
         state_tracking_figure.methods(runs)
+
+
+def test_the_task_of_the_documentation_works_as_written():
+    text = (CONF.parent.parent / "docs" / "state_tracking.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", text, re.S)
+    [config] = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    namespace = {}
+    exec(code, namespace)
+    chosen = yaml.safe_load(config)
+    assert chosen["problem"]["_target_"].startswith("experiments.tasks.")
+    task = make_task(problem=namespace["maximum"](values=8), vocab_size=chosen["vocab_size"])
+    examples = next(task.batches)
+    assert np.array_equal(examples.targets, np.maximum.accumulate(examples.tokens, axis=1))
