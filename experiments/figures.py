@@ -80,6 +80,30 @@ def draw_accuracy(columns: Mapping[str, list[float | None]], *, title: str) -> F
     return figure
 
 
+def draw_figure(columns: Mapping[str, list[float | None]], judged: str, *, title: str) -> Figure:
+    """Training loss, and the figure by which a task of any kind is judged, against tokens.
+
+    Args:
+      columns: `metrics.csv`.
+      judged: the column of that figure.
+      title: of the picture.
+
+    Returns:
+      The figure.
+    """
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    above.plot(*_pairs(columns, "tokens", "train_loss_nats"), lw=1)
+    above.set_ylabel("training loss (nats)")
+    above.set_title(title)
+    above.grid(alpha=0.3)
+    below.plot(*_pairs(columns, "tokens", judged), marker="o")
+    below.set_ylabel(judged.replace("_", " "))
+    _tokens_axis(below)
+    below.set_xlabel("training tokens")
+    return figure
+
+
 def draw_solver(columns: Mapping[str, list[float | None]], *, title: str) -> Figure:
     """Iterations and residual of the parallel solver in each layer against tokens.
 
@@ -137,6 +161,9 @@ def draw_run(folder: Path) -> list[Path]:
     if "train_bits_per_byte" in columns:
         written = [folder / "loss.png"]
         figure = draw_loss(columns, summary.get("baselines", {}), title=name)
+    elif "judged_by" in summary and not any(name.startswith("accuracy_") for name in columns):
+        written = [folder / "loss.png"]
+        figure = draw_figure(columns, summary["judged_by"][0], title=name)
     else:
         written = [folder / "accuracy.png"]
         figure = draw_accuracy(columns, title=f"{name}: {summary.get('problem', '')}")

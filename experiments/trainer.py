@@ -79,14 +79,16 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         given = getattr(settings.checkpoint, name)
         if given < least:
             raise runs.RunError(f"checkpoint.{name}={given}: give at least {least}")
-    for name, given in settings.trace._asdict().items():
-        if given < 1:
-            raise runs.RunError(f"trace.{name}={given}: give at least 1; the first step compiles")
-    if settings.profile and sum(settings.trace) > settings.steps:
-        raise runs.RunError(
-            f"trace.start={settings.trace.start} and trace.steps={settings.trace.steps} do not fit "
-            f"steps={settings.steps}: together they may be no more"
-        )
+    if settings.profile:
+        for name, given in settings.trace._asdict().items():
+            if given < 1:
+                text = f"trace.{name}={given}: give at least 1; the first step compiles"
+                raise runs.RunError(text)
+        if sum(settings.trace) > settings.steps:
+            raise runs.RunError(
+                f"trace.start={settings.trace.start} and trace.steps={settings.trace.steps} do "
+                f"not fit steps={settings.steps}: together they may be no more"
+            )
     if settings.batch_size % settings.accumulate:
         raise runs.RunError(
             f"accumulate={settings.accumulate} does not divide batch_size={settings.batch_size}: "

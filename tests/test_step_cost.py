@@ -2,19 +2,25 @@
 
 import csv
 import functools
+import json
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from jax import lax
+from omegaconf import OmegaConf
 
-from experiments import profiling, step_cost
+from experiments import metrics, profiling, runs, step_cost, trainer
 from experiments.profiling import Operation, Program, Trace, divide, read_program
+from experiments.task import Task
 from jaxpara.nn import decoder, mixers
 from jaxpara.recurrence import cells
 from jaxpara.train import init_state, make_step, next_token_loss, optimizer
+from jaxpara.types import Model
 
 
 def flops(f, *arguments):
@@ -236,3 +242,76 @@ def test_a_run_that_ends_too_early_has_no_profile_and_says_so(tmp_path):
     with jax.profiler.trace(str(tmp_path / "again")):  # the profiler is free again
         pass
     assert not (tmp_path / "profile.csv").exists()
+
+
+SETTINGS = {
+    "name": "toy",
+    "seed": 0,
+    "steps": 6,
+    "batch_size": 4,
+    "accumulate": 1,
+    "log_every": 2,
+    "eval_every": 3,
+    "checkpoint": {"every": 6, "keep_last": 1, "keep_best": 0},
+    "profile": True,
+    "trace": {"start": 2, "steps": 3},
+    "peak_flops": 1e12,
+}
+
+
+def test_a_run_records_its_cost_and_its_profile(tmp_path, capsys):
+    def loss(params, batch, key):
+        del key
+        mean = jnp.mean((batch @ params["w"]) ** 2)
+        return mean, {"loss": mean}
+
+    task = Task(
+        model=Model(lambda key: {"w": jax.random.normal(key, (3, 2))}, lambda p, x: x @ p["w"]),
+        loss=loss,
+        batches=Batches(np.ones((4, 3), np.float32)),
+        tokens_per_step=4,
+        columns=("accuracy",),
+        evaluate=lambda step, params: {"accuracy": 0.5},
+        best=("accuracy", "max"),
+        describe=str,
+        finish=lambda folder, params, summary: None,
+        about="a toy",
+    )
+    runs.open_run(tmp_path, OmegaConf.create(SETTINGS))
+    trainer.train(
+        task,
+        optimizer=optax.sgd(0.1),
+        projection=None,
+        settings=trainer.make_settings(SETTINGS),
+        folder=tmp_path,
+        config=SETTINGS,
+    )
+    assert "a traced step takes" in capsys.readouterr().out
+    assert (tmp_path / "loss.png").exists() and (tmp_path / "profile.csv").exists()
+    assert (tmp_path / "trace").is_dir()
+    table = metrics.read(tmp_path / "metrics.csv")
+    trained = [i for i, loss in enumerate(table["train_loss_nats"]) if loss is not None]
+    assert [table["step"][i] for i in trained] == [2, 4, 6]
+    flops_per_token = 3 * 2 * 3 * 2  # one product, [4, 3] @ [3, 2], of four tokens
+    for i in trained:
+        expected = flops_per_token * table["tokens_per_second"][i]
+        assert table["model_flops_per_second"][i] == pytest.approx(expected, abs=flops_per_token)
+        assert table["memory_bytes"][i] > 50e6
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["model_flops_per_token"] == flops_per_token
+    assert summary["compile_seconds"] > 0 and summary["memory_bytes"] > 50e6
+    rate = summary["model_flops_utilization"] * 1e12
+    assert rate == pytest.approx(summary["tokens_per_second"] * flops_per_token)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"start": 0, "steps": 1}, "trace.start=0: give at least 1; the first step compiles"),
+        ({"start": 4, "steps": 3}, "trace.start=4 and trace.steps=3 do not fit steps=6"),
+    ],
+)
+def test_steps_that_cannot_be_traced_are_refused(changes, message):
+    with pytest.raises(runs.RunError, match=message):
+        trainer.make_settings({**SETTINGS, "trace": changes})
+    assert trainer.make_settings({**SETTINGS, "trace": changes, "profile": False})
