@@ -54,7 +54,7 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError as error:
         raise RunError(
-            "this command needs the library tokenizers: pip install 'jaxpara[tokenizers]'"
+            "this command needs the library tokenizers: pip install '.[tokenizers]'"
         ) from error
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -185,7 +185,7 @@ def _open(path: str, name: str | None, data_files: Any, split: str, where: str) 
         import datasets
     except ImportError as error:
         raise ValueError(
-            "data=huggingface needs the library datasets: pip install 'jaxpara[datasets]'"
+            "data=huggingface needs the library datasets: pip install '.[datasets]'"
         ) from error
     try:
         return datasets.load_dataset(

@@ -28,7 +28,7 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(
-            "data=parquet needs the library pyarrow: pip install 'jaxpara[parquet]'"
+            "data=parquet needs the library pyarrow: pip install '.[parquet]'"
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(file) as table:

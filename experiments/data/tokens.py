@@ -75,7 +75,7 @@ def open_tokenizer(path: str | None) -> Tokenizer:
     except ImportError as error:
         raise ValueError(
             f"data.tokenizer={path!r} needs the library tokenizers: "
-            "pip install 'jaxpara[tokenizers]', or leave data.tokenizer null for bytes"
+            "pip install '.[tokenizers]', or leave data.tokenizer null for bytes"
         ) from error
     try:
         model = tokenizers.Tokenizer.from_file(str(path))

@@ -1,0 +1,74 @@
+"""Tokenizers: bytes come back, figures stay per byte, what cannot be read is named."""
+
+import numpy as np
+import pytest
+from documents import WORDS, config, write_texts
+
+from experiments.data import text, tokens
+from experiments.runs import RunError
+from experiments.train_tokenizer import job as train_job
+from experiments.train_tokenizer import train as train_tokenizer
+
+EXPECTED = [word.encode() for word in WORDS]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "deep/tokenizer.json"
+    corpus = [word.encode() for word in WORDS] + ["naïve 𝄞 ☃".encode()]
+    assert train_tokenizer(corpus, vocab_size=300, size=10**6, output=path) == 300
+    return str(path)
+
+
+def test_a_tokenizer_gives_the_bytes_back_also_token_by_token(tokenizer):
+    t = tokens.open_tokenizer(tokenizer)
+    assert t.vocab_size == 300
+    for content in ("document 3, with the word", " naïve\r\n\t𝄞☃ \x00\x7f", "日本語", ""):
+        ids = t.encode(content.encode())
+        assert t.decode(ids) == content.encode()
+        # A token may end inside a character: the bytes of each are still its own.
+        assert b"".join(t.decode([i]) for i in ids) == content.encode()
+    assert len(t.encode(WORDS[5].encode())) < len(WORDS[5]) / 2
+    assert t.decode(t.separator) == b"<|endoftext|>"
+    assert b"<|endoftext|>" not in b"".join(t.decode([i]) for i in range(1, 300))
+
+
+def test_bits_per_byte_divide_by_the_held_out_bytes(tokenizer, tmp_path):
+    write_texts(tmp_path)
+    data = text.load(path=str(tmp_path), tokenizer=tokenizer, prefetch=0)
+    t = data.tokenizer
+    documents = [d for d in EXPECTED if d not in set(data.documents())]
+    count = sum(len(t.encode(document)) for document in documents) + len(documents) - 1
+    assert data.bytes_per_token == pytest.approx(len(data.validation) / count)
+    batch = next(data.batches(seed=0, batch_size=2, length=8))
+    assert batch["tokens"].max() < 300 and batch["tokens"].dtype == np.int32
+    starts = batch["tokens"][:, :-1][batch["reset"]]
+    assert set(starts.tolist()) <= {int(t.encode(document)[0]) for document in EXPECTED}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data\.tokenizer='gone\.json' is not a file: t"):
+        tokens.open_tokenizer("gone.json")
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"t\.json is not a file of the library tokenizers"):
+        tokens.open_tokenizer(str(tmp_path / "t.json"))
+    with pytest.raises(RunError, match=r"vocab_size=256: .*need at least 257"):
+        train_tokenizer([b"a"], vocab_size=256, size=1, output=tmp_path / "no.json")
+
+
+def test_the_command_trains_on_what_is_not_held_out_and_says_how_to_go_on(tmp_path, capsys):
+    write_texts(tmp_path)
+    output = tmp_path / "t.json"
+    given = ["data=text", f"data.path={tmp_path}", "vocab_size=280", f"output={output}"]
+    train_job(config(*given, name="train_tokenizer"))
+    said = capsys.readouterr().out
+    assert f"train with it: python -m experiments.train data.tokenizer={output} model.vo" in said
+    held_out = text.load(path=str(tmp_path)).validation.tobytes()
+    count = len(tokens.open_tokenizer(str(output)).encode(held_out))
+    assert f"{len(held_out) / count:.2f} bytes per token on {len(held_out)} held-out" in said
+
+
+def test_a_tokenizer_learns_from_no_more_than_it_is_given(tmp_path):
+    many = (word.encode() for word in WORDS * 100)
+    train_tokenizer(many, vocab_size=260, size=100, output=tmp_path / "t.json")
+    assert sum(1 for _ in many) == 1200 - 4
