@@ -154,17 +154,20 @@ def _sorted(table: list[dict[str, Cell]], by: str, *, largest_first: bool) -> li
     return sorted(there, key=order, reverse=largest_first) + missing
 
 
-def text(value: Cell) -> str:
+def text(value: Cell, column: str = "") -> str:
     """A cell for people.
 
     Args:
       value: of a table.
+      column: in which it stands; bytes are shown in MiB.
 
     Returns:
       Four significant digits, whole numbers with commas, "-" for None.
     """
     if value is None:
         return "-"
+    if column.endswith("bytes") and not isinstance(value, str):
+        return f"{value / 2**20:,.0f} MiB"
     if isinstance(value, bool | str):
         return str(value)
     if float(value).is_integer() or abs(value) >= 1e4 and math.isfinite(value):
@@ -211,7 +214,10 @@ def as_markdown(table: Comparison) -> str:
     Returns:
       Markdown, under a line that says what is compared.
     """
-    rows = [[text(cell).replace("|", "\\|") for cell in row] for row in table.rows]
+    rows = [
+        [text(cell, name).replace("|", "\\|") for name, cell in zip(table.header, row, strict=True)]
+        for row in table.rows
+    ]
     lines = [table.header, ["---"] * len(table.header), *rows]
     return f"{title(table)}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -227,7 +233,8 @@ def show(table: Comparison) -> None:
         numbers = all(isinstance(row[i], int | float) or row[i] is None for row in table.rows)
         printed.add_column(escape(name), justify="right" if numbers else "left", overflow="fold")
     for row in table.rows:
-        printed.add_row(*(escape(text(cell)) for cell in row))
+        cells = (text(cell, name) for name, cell in zip(table.header, row, strict=True))
+        printed.add_row(*map(escape, cells))
     # On a terminal rich fits its width; in a file nothing may be cut off.
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -128,7 +128,7 @@ def wandb(*, project: str = "jaxpara", mode: str = "online", tags: Sequence[str]
         W&B did not like, for example that nobody is logged in.
     """
     if mode not in ("online", "offline"):
-        raise ValueError(f"logger.wandb.mode={mode!r}: give 'online' or 'offline'")
+        raise ValueError(f"mode={mode!r}: give 'online' or 'offline'")
     package = _package("wandb", "wandb")
 
     def open_(place: Place) -> Logger:

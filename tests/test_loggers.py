@@ -5,6 +5,8 @@ import types
 
 import jax
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 
 from experiments import loggers, metrics
 from experiments.loggers import Place
@@ -145,3 +147,19 @@ def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch, name):
     make = {"tensorboardX": loggers.tensorboard, "wandb": loggers.wandb}[name]
     with pytest.raises(ValueError, match=rf"needs the package {name}: pip install '\.\["):
         make()
+
+
+@pytest.mark.parametrize(
+    "choice, names",
+    [
+        ("logger=tensorboard", ["tensorboard"]),
+        ("logger=wandb", ["wandb"]),
+        ("logger=[tensorboard,wandb]", ["tensorboard", "wandb"]),
+    ],
+)
+def test_the_group_logger_picks_one_or_several(choice, names, fake_wandb):
+    pytest.importorskip("tensorboardX")
+    with initialize_config_module("experiments.conf", version_base="1.3"):
+        chosen = compose("train", [choice]).logger
+    assert list(chosen) == names
+    assert all(callable(instantiate(one)) for one in chosen.values())
