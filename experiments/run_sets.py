@@ -172,8 +172,10 @@ def read_all(patterns: str | Iterable[str] | None) -> tuple[list[Run], list[str]
     return found, left_out
 
 
-def _is_seed(key: str) -> bool:
-    return key.rpartition(".")[2] == "seed"
+def _is_seed(runs: Sequence[Run], key: str) -> bool:
+    """The seed of a run, or a copy of it; a seed that chooses other data is none."""
+    copied = key.endswith(".seed") and _values(runs, key) == _values(runs, "seed")
+    return key == "seed" or copied
 
 
 def _values(runs: Sequence[Run], key: str) -> tuple[str, ...]:
@@ -206,7 +208,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     differing = [
         key
         for key in every
-        if not _is_seed(key)
+        if not _is_seed(runs, key)
         and key.split(".")[0] not in NOT_COMPARED
         and len(set(_values(runs, key))) > 1
     ]

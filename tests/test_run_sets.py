@@ -81,6 +81,14 @@ def test_one_difference_that_shows_in_two_places_counts_once(tmp_path):
     assert run_sets.differing_keys(run_sets.read_all(str(tmp_path))[0]) == ["steps"]
 
 
+def test_a_copy_of_the_seed_is_no_difference_but_another_split_of_the_data_is(tmp_path):
+    for seed in range(2):
+        make_run(tmp_path / f"{seed}", config(seed=seed, data={"seed": 7}, task={"seed": seed}))
+    assert run_sets.differing_keys(run_sets.read_all(str(tmp_path))[0]) == []
+    make_run(tmp_path / "2", config(data={"seed": 8}, task={"seed": 0}))
+    assert run_sets.differing_keys(run_sets.read_all(str(tmp_path))[0]) == ["data.seed"]
+
+
 def test_a_value_tuned_for_each_method_is_a_difference_of_its_own(tmp_path):
     make_run(tmp_path / "a", config(optim__learning_rate=0.2))
     make_run(tmp_path / "b", config(cell=LSTM, optim__learning_rate=0.4))
