@@ -2,6 +2,7 @@
 
 import csv
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -211,7 +212,7 @@ def draw(
             getattr(axes, f"set_{name}scale")("log")
     for (label, curve), (colour, style) in zip(curves.items(), styles(list(curves)), strict=True):
         marker = "o" if len(curve.x) <= 25 else None
-        seeds = f"{label} (n={curve.runs})"
+        seeds = textwrap.fill(f"{label} (n={curve.runs})", 70)
         axes.plot(curve.x, curve.mean, style, color=colour, marker=marker, ms=4, label=seeds)
         if curve.runs > 1:
             axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, lw=0)

@@ -9,7 +9,9 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 from matplotlib.colors import to_hex
+from omegaconf import OmegaConf
 from run_folders import ATTENTION, LSTM, config, make_run
 
 from experiments import compare, curves, plot, run_sets
@@ -79,6 +81,23 @@ def test_one_difference_that_shows_in_two_places_counts_once(tmp_path):
     make_run(tmp_path / "a", config())
     make_run(tmp_path / "b", config(steps=8, optim__steps=8, seed=1, name="other"))
     assert run_sets.differing_keys(run_sets.read_all(str(tmp_path))[0]) == ["steps"]
+
+
+@pytest.mark.parametrize(
+    "choices, keys",
+    [
+        (["", "seed=1"], []),
+        (["mixer=attention", "cell=para_lstm", ""], ["mixer", "mixer.cell"]),
+        (["steps=10", "steps=20 seed=3"], ["steps"]),
+        (["solver=newton", "solver=shooting"], ["solver"]),
+    ],
+)
+def test_the_real_configs_differ_in_what_was_typed(tmp_path, choices, keys):
+    with initialize_config_module("experiments.conf", version_base="1.3"):
+        for i, typed in enumerate(choices):
+            cfg = compose("train", typed.split())
+            make_run(tmp_path / str(i), OmegaConf.to_container(cfg, resolve=True))
+    assert run_sets.differing_keys(run_sets.read_all(str(tmp_path))[0]) == keys
 
 
 def test_a_copy_of_the_seed_is_no_difference_but_another_split_of_the_data_is(tmp_path):
