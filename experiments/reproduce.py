@@ -4,10 +4,11 @@ An experiment's file says, in comments before its first key, what to run and wha
 
     # python -m experiments.train experiment=lm
     # 4 minutes on two CPU cores: validation_bits_per_byte 1.654 +- 0.02
-    # small, 0.5 minutes: steps=40 window=64: validation_bits_per_byte <= 4.2
+    # small, 0.5 minutes: steps=40 window=64:
+    #   validation_bits_per_byte <= 4.2
 
-The last line is the same command with a few overrides more, for everyday checks. Figures are
-those of `summary.json`; several are separated by commas.
+The last lines are the same command with a few overrides more, for everyday checks; what goes on
+on another line is indented. Figures are those of `summary.json`; several are separated by commas.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.compare import show
 from experiments.runs import REPOSITORY, SUMMARY, RunError
+from experiments.tables import show
 
 EXPERIMENTS = REPOSITORY / "experiments" / "conf" / "experiment"
 COMMAND = re.compile(r"# python -m (experiments\.\w+)(.*)")
@@ -105,7 +106,10 @@ def read_head(path: Path) -> dict[str, Trial]:
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
             break
-        lines.append(line.strip())
+        if line.startswith("#  ") and lines:
+            lines[-1] += " " + line[1:].strip()
+        else:
+            lines.append(line.strip())
 
     def first(pattern: re.Pattern[str], example: str) -> tuple[str, ...]:
         for line in lines:
@@ -198,14 +202,14 @@ def reproduce(
         rows.append(
             [
                 name,
-                round((time.perf_counter() - began) / 60, 2),
+                f"{(time.perf_counter() - began) / 60:.2f}",
                 ", ".join(f"{x:.4g}" if isinstance(x, int | float) else "-" for x in found),
                 ", ".join(want.text for want in trial.expected),
                 "; ".join(wrong) or "as expected",
             ]
         )
-    show(["experiment", "minutes", "found", "expected", "verdict"], rows)
-    print(f"the runs and what they printed: {folder}")
+    title = f"The runs and what they printed are in {folder}"
+    show(title, ("experiment", "minutes", "found", "expected", "verdict"), rows)
     return all(row[-1] == "as expected" for row in rows)
 
 

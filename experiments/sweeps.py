@@ -18,13 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from experiments import runs
 from experiments.commandline import explain, guarded
 from experiments.sweep_folders import name_sweep
+from experiments.tables import show
 
 ERROR = "error.txt"
 OVERRIDES = Path(".hydra") / "overrides.yaml"
@@ -159,20 +157,14 @@ def report(sweep: Path, jobs: Sequence[Job]) -> bool:
     """
     alike = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     columns = {job.column for job in jobs if job.column}
-    table = Table()
-    for name in ("job", "overrides", "status", "/".join(sorted(columns)) or "figure", "folder"):
-        table.add_column(name, overflow="fold")
+    rows = []
     for job in jobs:
         own = " ".join(line for line in job.overrides if line not in alike)
         figure = "-" if job.figure is None else f"{job.figure:.4g}"
-        row = (str(job.number), own, job.status, figure, job.folder.name)
-        table.add_row(*map(escape, row))
-    console = Console(highlight=False)
-    # On a terminal rich fits its width; in a file nothing may be cut off.
-    console = console if console.is_terminal else Console(width=240, highlight=False)
+        rows.append((str(job.number), own, job.status, figure, job.folder.name))
     shown = _from_here(sweep)
-    console.print(f"\n{shown}: {len(jobs)} jobs", markup=False)
-    console.print(table)
+    names = ("job", "overrides", "status", "/".join(sorted(columns)) or "figure", "folder")
+    show(f"\n{shown}: {len(jobs)} jobs", names, rows)
     for job in jobs:
         if job.error:
             print(f"job {job.number}: {job.error}")

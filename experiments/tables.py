@@ -4,20 +4,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 COMPRESSORS = {"gzip -9": "zlib", "xz -9e": "lzma"}
 
 
-def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table under a line of its own.
+
+    Args:
+      title: the line.
+      columns: names.
+      rows: as many cells each; a column of numbers stands at the right.
+    """
     table = Table()
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        numbers = all(row[i][:1] in "-+0123456789" for row in rows)
+        table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120  # a file has no width: do not fold to rich's default of 80
+        console.width = 400  # a file has no width: nothing is folded
     console.print(title, markup=False)
     console.print(table)
 
@@ -37,7 +46,7 @@ def show_quality(
         missing = f"not measured: this Python has no {COMPRESSORS.get(name, 'module for it')}"
         rows.append((name, missing if bits is None else f"{bits:.3f}"))
     rows.sort(key=lambda row: row[1])
-    _show(f"Bits per byte on {where}", ("method", "bits per byte"), rows)
+    show(f"Bits per byte on {where}", ("method", "bits per byte"), rows)
 
 
 def show_solvers(rows: Sequence[Mapping[str, Any]], *, shape: str) -> None:
@@ -66,4 +75,4 @@ def show_solvers(rows: Sequence[Mapping[str, Any]], *, shape: str) -> None:
         )
         for row in rows
     ]
-    _show(f"Sequential against parallel, {shape}", columns, cells)
+    show(f"Sequential against parallel, {shape}", columns, cells)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -88,12 +89,9 @@ def test_every_member_of_every_group_builds(choice, text):
 
 
 @pytest.mark.parametrize("name", members("experiment"))
-def test_every_experiment_builds_and_begins_with_its_command_and_figure(name, text):
+def test_every_experiment_builds(name, text):
     cfg = composed(text, f"experiment={name}")
     assert build(cfg).task.about and cfg.name == name
-    head = (CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
-    assert f"# python -m experiments.train experiment={name}" in head
-    assert "minutes" in head and ("bits per byte" in head or "accuracy" in head)
 
 
 @pytest.mark.parametrize("name", members("sweep"))
@@ -101,7 +99,13 @@ def test_every_value_of_every_sweep_composes(name, text):
     swept = yaml.safe_load((CONF / "sweep" / f"{name}.yaml").read_text())["hydra"]
     assert swept["mode"] == "MULTIRUN"
     for key, values in swept["sweeper"]["params"].items():
-        for value in str(values).split(","):
+        override = OverridesParser.create().parse_override(f"{key}={values}")
+        if override.is_discrete_sweep():
+            chosen = list(override.sweep_string_iterator())
+        else:
+            interval = override.value()
+            chosen = [interval.start, interval.end]
+        for value in chosen:
             assert composed(text, f"{key}={value}")
 
 
