@@ -5,28 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# One row every `log_every` steps and at each evaluation; what was not measured is empty.
-TRAINING_COLUMNS = (
-    "step",
-    "tokens",
-    "seconds",
-    "train_loss_nats",
-    "train_bits_per_byte",
-    "validation_bits_per_byte",
-    "tokens_per_second",
-    "gradient_norm",
-)
-# One row a layer at each evaluation.
-SOLVER_COLUMNS = (
-    "step",
-    "tokens",
-    "layer",
-    "iterations",
-    "residual",
-    "converged",
-    "fallback_steps",
-)
-
 
 def start(path: Path, columns: Sequence[str]) -> None:
     """Creates a table with its header.
