@@ -30,7 +30,20 @@ def test_a_tokenizer_gives_the_bytes_back_also_token_by_token(tokenizer):
         assert b"".join(t.decode([i]) for i in ids) == content.encode()
     assert len(t.encode(WORDS[5].encode())) < len(WORDS[5]) / 2
     assert t.decode(t.separator) == b"<|endoftext|>"
+    # Only the end of a document is one, whatever is written in it.
+    written = t.encode(b"a<|endoftext|>b")
+    assert t.decode(written) == b"a<|endoftext|>b" and t.separator[0] not in written
     assert b"<|endoftext|>" not in b"".join(t.decode([i]) for i in range(1, 300))
+
+
+@pytest.mark.parametrize("together", [1, 5, 1000])
+def test_many_texts_are_encoded_as_each_is(together, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "TOGETHER", together)
+    t = tokens.open_tokenizer(tokenizer)
+    one_by_one = [t.encode(text).tolist() for text in EXPECTED]
+    assert [ids.tolist() for ids in t.encode_all(EXPECTED)] == one_by_one
+    joined = tokens.tokenize(EXPECTED, t)
+    assert joined.ids.tolist() == [i for ids in one_by_one for i in [*ids, *t.separator]]
 
 
 def test_bits_per_byte_divide_by_the_held_out_bytes(tokenizer, tmp_path):

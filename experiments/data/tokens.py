@@ -1,6 +1,8 @@
 """Text as numbers: its bytes, or what a file of the `tokenizers` library makes of it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +18,14 @@ class Tokenizer(NamedTuple):
       encode: `bytes -> numbers`.
       decode: `numbers -> bytes`.
       separator: the numbers that end a document.
+      encode_all: as `encode`, of many texts on all cores; None encodes one after the other.
     """
 
     vocab_size: int
     encode: Callable[[bytes], Integer[np.ndarray, " tokens"]]
     decode: Callable[[Sequence[int]], bytes]
     separator: tuple[int, ...]
+    encode_all: Callable[[Iterable[bytes]], Iterable[Integer[np.ndarray, " tokens"]]] | None = None
 
 
 class Tokens(NamedTuple):
@@ -46,6 +50,8 @@ BYTES = Tokenizer(
 )
 
 END_OF_TEXT = "<|endoftext|>"
+# Documents that the library encodes at a time, all cores sharing them.
+TOGETHER = 1000
 
 
 def open_tokenizer(path: str | None) -> Tokenizer:
@@ -92,13 +98,21 @@ def open_tokenizer(path: str | None) -> Tokenizer:
         def decode(ids: Sequence[int]) -> bytes:
             return model.decode([int(i) for i in ids], skip_special_tokens=False).encode()
 
+    # A document that writes <|endoftext|> does not thereby end.
+    model.encode_special_tokens = True
+
+    def encode_all(texts: Iterable[bytes]) -> Iterator[np.ndarray]:
+        rest = (text.decode(errors="replace") for text in texts)
+        while some := list(islice(rest, TOGETHER)):
+            for encoded in model.encode_batch(some, add_special_tokens=False):
+                yield np.asarray(encoded.ids, np.int32)
+
     def encode(text: bytes) -> np.ndarray:
-        ids = model.encode(text.decode(errors="replace"), add_special_tokens=False).ids
-        return np.asarray(ids, np.int32)
+        return next(encode_all([text]))
 
     end = model.token_to_id(END_OF_TEXT)
     separator = (end,) if end is not None else tuple(encode(b"\n").tolist())
-    return Tokenizer(model.get_vocab_size(), encode, decode, separator)
+    return Tokenizer(model.get_vocab_size(), encode, decode, separator, encode_all)
 
 
 def _byte_level(model: Any) -> Callable[[Sequence[int]], bytes]:
@@ -132,8 +146,9 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
     kind = np.min_scalar_type(tokenizer.vocab_size - 1)
     end = np.asarray(tokenizer.separator, kind)
     parts = []
-    for document in documents:
-        parts += [tokenizer.encode(document).astype(kind, copy=False), end]
+    encode_all = tokenizer.encode_all or partial(map, tokenizer.encode)
+    for ids in encode_all(documents):
+        parts += [ids.astype(kind, copy=False), end]
     lengths = [len(a) + len(b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     ids = np.concatenate(parts) if parts else np.zeros(0, kind)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
