@@ -46,12 +46,3 @@ def call(program, place, *arguments):
         sys.argv = before
         os.chdir(cwd)
     return None
-
-
-def settle_logging(program, place):
-    """Lets Hydra set up logging once, while `sys.stderr` is what it was when absl was imported.
-
-    Hydra then closes absl's stream, which spares `sys.stderr`; under capsys that is another one,
-    and what would be closed is pytest's own.
-    """
-    assert "error: give run=FOLDER" in call(program, place)

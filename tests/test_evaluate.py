@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from saved_run import EVALUATION, MODEL, call, save_run, settle_logging
+from saved_run import EVALUATION, MODEL, call, save_run
 
 from experiments import checkpoints, evaluate
 from experiments.build import build_data, build_model
@@ -31,7 +31,6 @@ def place(tmp_path_factory):
     (place / "lm").mkdir()
     for seed, (run, text) in enumerate({"a": "one", "b": "one", "c": "two"}.items()):
         save_run(place / "lm" / run, data=source(place / text), seed=seed)
-    settle_logging(evaluate, place)
     return place
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from saved_run import MODEL, call, save_run, settle_logging
+from saved_run import MODEL, call, save_run
 
 from experiments import generate, sampling
 from experiments.data.tokens import BYTES, Tokenizer
@@ -204,9 +204,7 @@ def test_text_that_is_longer_than_the_model_can_hold_is_an_error_and_no_nonsense
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run that did not train: its config and its first parameters."""
-    folder = save_run(tmp_path_factory.mktemp("run") / "run")
-    settle_logging(generate, folder)
-    return folder
+    return save_run(tmp_path_factory.mktemp("run") / "run")
 
 
 def test_one_prompt_is_streamed_and_the_speed_is_said_on_stderr(run, tmp_path, capsys):
