@@ -98,6 +98,23 @@ def test_gradients_with_respect_to_one_thing_only():
         assert_same(found, jax.grad(loss(lax.scan), which)(w, H0, XS))
 
 
+@pytest.mark.parametrize("solver", [jp.shooting(), jp.newton()])
+def test_gradients_with_respect_to_inputs_that_enter_one_leaf_alone(solver):
+    # The other leaf then has a constant zero on the right-hand side of the linear solve.
+    def step(carry, x):
+        v, tired = carry
+        return (0.9 * v + x - tired, 0.97 * tired + 0.1 * jnp.tanh(v)), v
+
+    init = (jnp.zeros(3), jnp.zeros(3))
+    xs = jnp.linspace(0, 1, 15).reshape(5, 3)
+
+    def loss(scan):
+        return lambda xs: jnp.sum(scan(step, init, xs)[1] ** 2)
+
+    found = jax.grad(loss(functools.partial(jp.newton_scan, solver=solver)))(xs)
+    np.testing.assert_allclose(found, jax.grad(loss(lax.scan))(xs), rtol=1e-4)
+
+
 def test_checkpoint_policies():
     policy = jax.checkpoint_policies.nothing_saveable
     run = lambda h: jnp.sum(jp.newton_scan(step, h, XS, solver=SHOOTING)[1])  # noqa: E731

@@ -279,7 +279,7 @@ def linear_solve(
     first = operator.push(jax.tree.map(lambda d: d[0], operator.data), init)
     if axis is not None:
         first = [jnp.where(axis.rank() == 0, f, jnp.zeros_like(f)) for f in first]
-    b = [b_.at[0].add(f) for b_, f in zip(b, first, strict=True)]
+    b = _together([b_.at[0].add(f) for b_, f in zip(b, first, strict=True)])
 
     def matvec(v):
         moved = jax.vmap(operator.push)(operator.data, timeaxis.preceding(axis, still, v))
@@ -291,6 +291,19 @@ def linear_solve(
         solve=lambda _, b: forward(operator, b, still, settings, reverse),
         transpose_solve=lambda _, g: transposed(operator, g, settings, reverse)[0],
     )
+
+
+def _together(b: list[jax.Array]) -> list[jax.Array]:
+    """The same values, each depending linearly on all of them.
+
+    A leaf that the perturbation does not enter directly has a constant zero here, and the
+    transpose of a linear solve takes a right-hand side that is linear in all of its leaves.
+    """
+    if len(b) == 1:
+        return b
+    token = sum(jnp.sum(b_).astype(jnp.float32) for b_ in b)
+    # Selects on a constant, which XLA folds away: no value changes, not even that of a NaN.
+    return [jnp.where(False, jnp.asarray(token).astype(b_.dtype), b_) for b_ in b]
 
 
 def _reverse(problem: Problem, full, light, wanted):
