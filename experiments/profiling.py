@@ -327,7 +327,11 @@ def profiled(
         jax.block_until_ready(state)
         window.__exit__(None, None, None)
         jax.profiler.stop_trace()
-        times = divide(read_trace(folder / "trace"), read_program(text()))
+        trace = read_trace(folder / "trace")
+        if not trace.operations:
+            say(f"no profile: this backend's trace names no operations; look at {folder}/trace")
+            return
+        times = divide(trace, read_program(text()))
         write(folder / "profile.csv", times, steps)
         say(describe(times, steps))
 

@@ -244,6 +244,27 @@ def test_a_run_that_ends_too_early_has_no_profile_and_says_so(tmp_path):
     assert not (tmp_path / "profile.csv").exists()
 
 
+def test_a_backend_that_names_no_operations_gives_no_shares(tmp_path, monkeypatch):
+    def silent(folder):
+        del folder
+        return Trace([], [], [], (0, 1))
+
+    def step(state, batch):
+        return state + 1, batch
+
+    monkeypatch.setattr(profiling, "read_trace", silent)
+    said = []
+    with profiling.profiled(
+        step, Batches({}), folder=tmp_path, start=1, steps=1, text=str, say=said.append
+    ) as (traced, batches):
+        traced(0, next(batches))
+        traced(1, next(batches))
+    assert said == [
+        f"no profile: this backend's trace names no operations; look at {tmp_path}/trace"
+    ]
+    assert (tmp_path / "trace").is_dir() and not (tmp_path / "profile.csv").exists()
+
+
 SETTINGS = {
     "name": "toy",
     "seed": 0,
