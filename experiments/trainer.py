@@ -68,6 +68,12 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     Raises:
       RunError: what was given, and what to change.
     """
+    missing = [name for name in Settings._fields if name not in values]
+    if missing:
+        raise runs.RunError(
+            f"the config has no {', '.join(missing)}: another version of this program wrote it, "
+            "and that version can go on with it"
+        )
     settings = Settings(**{name: values[name] for name in Settings._fields})
     settings = settings._replace(
         checkpoint=Keep(**values["checkpoint"]), trace=Traced(**values["trace"])

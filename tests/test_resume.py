@@ -1,5 +1,6 @@
 """A run that was interrupted goes on as if it had not been."""
 
+import errno
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 
 from experiments import checkpoints, metrics, runs, train, trainer
 from experiments.build import build
+from experiments.loggers import Logger
 from experiments.resuming import check_overrides, cut_table, resume_arguments
 from experiments.task import Table, Task
 from jaxpara.train import init_state
@@ -94,7 +96,7 @@ def toy():
     )
 
 
-def run_toy(folder, *, resume=False, **changes):
+def run_toy(folder, *, resume=False, sinks=(), **changes):
     if not resume:
         runs.open_run(folder, OmegaConf.create(NUMBERS))
     return trainer.train(
@@ -103,6 +105,7 @@ def run_toy(folder, *, resume=False, **changes):
         projection=None,
         settings=trainer.make_settings(NUMBERS),
         folder=folder,
+        sinks=sinks,
         config=NUMBERS,
         resume=resume,
     )
@@ -225,6 +228,34 @@ def test_a_solved_task_that_was_interrupted_while_finishing_trains_no_further(tm
     assert run_toy(tmp_path / "run", resume=True, **solved) == ("finished", None, 4)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["norm"] == summary["end"]
+
+
+def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(tmp_path, whole_toy):
+    folder = tmp_path / "run"
+
+    def full(place):
+        def write(step, values):
+            if step == 6:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return Logger(write, lambda: None)
+
+    with pytest.raises(runs.RunError) as caught:
+        run_toy(folder, sinks=[full])
+    assert re.search(
+        rf"No space left on device. The last checkpoint is {folder}/checkpoints/4; make room, then "
+        rf"go on with\n  python -m experiments.train resume={folder}$",
+        str(caught.value),
+    )
+    assert runs.status(folder) == "failed"
+    assert run_toy(folder, resume=True).status == "finished"
+    check_same_files(folder, whole_toy)
+
+
+def test_a_config_of_another_version_is_said_to_be_one():
+    old = {name: value for name, value in NUMBERS.items() if name != "trace"}
+    with pytest.raises(runs.RunError, match="the config has no trace: another version"):
+        trainer.make_settings(old)
 
 
 @pytest.mark.parametrize(
