@@ -30,7 +30,7 @@ def draw(table: Path) -> Figure:
         rows = list(csv.DictReader(file))
     lengths = sorted({int(row["length"]) for row in rows})
     columns = [key for key in PANELS if any(row[key] for row in rows)]
-    figure = Figure(figsize=(5 * len(columns), 3.4 * len(lengths) + 0.8), layout="constrained")
+    figure = Figure(figsize=(5 * len(columns) + 1, 3 * len(lengths) + 1.4), layout="constrained")
     grid = figure.subplots(len(lengths), len(columns), squeeze=False, sharey=True)
     for length, line in zip(lengths, grid, strict=True):
         for key, axes in zip(columns, line, strict=True):
@@ -38,7 +38,7 @@ def draw(table: Path) -> Figure:
             axes.set_title(f"T = {length}")
         line[0].set_ylabel("accuracy (share of answers)")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(columns), fontsize="small")
     return figure
 
 
