@@ -12,7 +12,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert "newton_scan.ipynb" in {path.name for path in NOTEBOOKS}
+    names = {path.stem for path in NOTEBOOKS}
+    assert {"first_steps", "newton_scan", "state_tracking", "bring_your_own_flax"} <= names
 
 
 @pytest.mark.slow
