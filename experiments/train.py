@@ -10,8 +10,9 @@ from experiments import checkpoints, runs
 from experiments.build import build
 from experiments.commandline import guarded, quote_text
 from experiments.resuming import check_overrides, resume_arguments
+from experiments.settings import make_settings
 from experiments.sweeps import once, start
-from experiments.trainer import make_settings, train
+from experiments.trainer import train
 
 
 def job(cfg: DictConfig) -> None:

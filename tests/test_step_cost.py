@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from experiments import metrics, profiling, runs, step_cost, trainer
 from experiments.profiling import Operation, Program, Trace, divide, read_program
+from experiments.settings import make_settings
 from experiments.task import Task
 from jaxpara.nn import decoder, mixers
 from jaxpara.recurrence import cells
@@ -303,7 +304,7 @@ def test_a_run_records_its_cost_and_its_profile(tmp_path, capsys):
         task,
         optimizer=optax.sgd(0.1),
         projection=None,
-        settings=trainer.make_settings(SETTINGS),
+        settings=make_settings(SETTINGS),
         folder=tmp_path,
         config=SETTINGS,
     )
@@ -334,5 +335,5 @@ def test_a_run_records_its_cost_and_its_profile(tmp_path, capsys):
 )
 def test_steps_that_cannot_be_traced_are_refused(changes, message):
     with pytest.raises(runs.RunError, match=message):
-        trainer.make_settings({**SETTINGS, "trace": changes})
-    assert trainer.make_settings({**SETTINGS, "trace": changes, "profile": False})
+        make_settings({**SETTINGS, "trace": changes})
+    assert make_settings({**SETTINGS, "trace": changes, "profile": False})

@@ -1,0 +1,156 @@
+"""`resume=` on the command line: the folder's own config is what counts."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from interrupted_runs import check_same_files, check_same_state, stopper
+from omegaconf import OmegaConf
+
+from experiments import runs, train
+from experiments.build import build
+from experiments.resuming import check_overrides, cut_table, resume_arguments
+from jaxpara.train import init_state
+
+TINY = (
+    "steps=10 mixer=attention mixer.heads=2 model.width=8 model.layers=1 batch_size=2 window=16 "
+    "log_every=2 eval_every=4 "
+    "evaluation.windows=6 evaluation.length=16 evaluation.batch_size=4 check.batch_size=2 "
+    "check.length=16 sample.length=8"
+).split()
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    return stopper(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    root = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        (root / f"f{i}.py").write_text(f"def f_{i}(x):\n    return x + {i}\n" * 20)
+    return root
+
+
+def call(*arguments):
+    """Runs the command in this process; returns its exit code, the message being on stderr."""
+    before = sys.argv
+    sys.argv = ["train.py", *map(str, arguments)]
+    try:
+        train.main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text):
+    """A language model that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert call(f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 0
+    return folder
+
+
+def test_a_language_model_interrupted_and_resumed_equals_one_that_was_not(
+    tmp_path, text, whole, stop_after, capsys
+):
+    folder = tmp_path / "run"
+    stop_after(5)
+    assert call(f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 130
+    said = capsys.readouterr().out
+    assert "interrupted after step 5 of 10" in said
+    command = re.search(r"python -m experiments\.train (resume=\S+)$", said, re.M)
+    stop_after(None)
+    assert call(command[1]) == 0
+    assert "goes on after step 5 of 10" in capsys.readouterr().out
+    parts = build(runs.load_config(folder))
+    key = jax.random.key(0)
+    like = jax.eval_shape(lambda: init_state(parts.task.model, parts.optimizer, key))
+    check_same_files(folder, whole)
+    check_same_state(folder, whole, like)
+    assert (folder / "sample.txt").read_bytes() == (whole / "sample.txt").read_bytes()
+    known = json.loads((folder / "env.json").read_text())
+    assert len(known["resumed"]) == 1 and known["command"] != known["resumed"][0]["command"]
+    overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    assert "steps=10" in overrides, "how the run was begun is still there"
+
+
+def test_resume_true_begins_a_run_where_there_is_none_and_does_nothing_where_it_is_finished(
+    tmp_path, text, whole, capsys
+):
+    arguments = [f"hydra.run.dir={whole}", f"data.root={text}", *TINY, "resume=true"]
+    assert call(*arguments) == 0
+    assert "the run is finished, nothing is left to do" in capsys.readouterr().out
+    arguments[0] = f"hydra.run.dir={tmp_path / 'new'}"
+    assert call(*arguments, "steps=0") == 1
+    assert "steps=0: give at least 1" in capsys.readouterr().err, "it goes about a new run"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["steps=20"], r"error: steps=20 contradicts the run in .*, which has steps=10: leave it"),
+        (["optim.learning_rate=1.0"], r"optim.learning_rate=1.0 contradicts .*=0.006"),
+        (["cell=para_lstm"], r"cell=para_lstm contradicts the run in .*, which has cell=para_gru"),
+        (["solver@parallel=newton"], r"solver@parallel=newton contradicts .*=shooting"),
+        (["model.layers=1", "seed=3"], "seed=3 contradicts .* which has seed=0"),
+        (["experiment=state_tracking"], "experiment=state_tracking contradicts .*experiment=lm"),
+    ],
+)
+def test_a_command_line_that_contradicts_the_folder_is_an_error_that_names_the_key(
+    whole, capsys, overrides, message
+):
+    before = (whole / "metrics.csv").read_bytes()
+    assert call(f"resume={whole}", *overrides) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert (whole / "metrics.csv").read_bytes() == before
+
+
+def test_a_command_line_that_agrees_with_the_folder_is_taken(whole, capsys):
+    assert call(f"resume={whole}", "experiment=lm", "steps=10", "cell=para_gru") == 0
+    assert "the run is finished" in capsys.readouterr().out
+
+
+def test_resume_of_no_run_makes_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("resume=gone") == 1
+    assert re.search("error: run='gone': no such folder", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_folder_is_turned_into_arguments(whole):
+    plain = ["resume=true", "resume=false", "steps=3", "-m"]
+    assert resume_arguments(plain) == plain
+    changed = resume_arguments([f"resume={whole}"])
+    assert changed == ["resume=true", f"hydra.run.dir='{whole}'", "hydra.output_subdir=null"]
+
+
+def test_keys_that_hydra_alone_reads_contradict_nothing():
+    cfg = OmegaConf.create({"steps": 3})
+    check_overrides(["hydra.verbose=true", "resume=true"], cfg=cfg, stored=cfg, folder=Path("x"))
+
+
+@pytest.mark.parametrize(
+    "rows, last, kept",
+    [
+        ("0,a\n2,b\n4,c\n", 2, "0,a\n2,b\n"),
+        ("0,a\n2,b\n4", 4, "0,a\n2,b\n"),
+        ("0,a\n", -1, ""),
+    ],
+)
+def test_rows_after_the_checkpoint_are_cut_and_half_rows_too(tmp_path, rows, last, kept):
+    table = tmp_path / "t.csv"
+    table.write_text("step,x\n" + rows)
+    cut_table(table, last=last)
+    assert table.read_text().replace("\r", "") == "step,x\n" + kept
+    cut_table(tmp_path / "none.csv", last=3)
+    assert not (tmp_path / "none.csv").exists()
