@@ -193,7 +193,7 @@ def _cells(row: Mapping[str, Any], choice: Choice) -> list[str]:
         f"{choice.rate:g}" + ("*" if edge else ""),
         f"{choice.figure:.3f}",
         f"{row['training tokens/s']:,.0f}",
-        "-" if held is None else f"{held:,.0f}",
+        "-" if held is None else f"{held:,.3g}",
         f"{row['decoding tokens/s']:,.0f}",
     ]
 

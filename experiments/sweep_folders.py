@@ -79,9 +79,11 @@ def name_sweep(arguments: Sequence[str]) -> list[str]:
       arguments: of the command line, without the program.
 
     Returns:
-      The arguments, with `hydra.sweep.dir` and `hydra.sweep.subdir` unless they are there.
+      The arguments, `-m` first, with `hydra.sweep.dir` and `hydra.sweep.subdir` unless they are
+      there.
     """
-    given = list(arguments)
+    # Hydra takes overrides in one piece only: `a=1 -m b=1,2` would be an error.
+    given = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
     lines = [argument for argument in given if "=" in argument and argument[0] != "-"]
     try:
         overrides = OverridesParser.create().parse_overrides(lines)
@@ -101,7 +103,7 @@ def name_sweep(arguments: Sequence[str]) -> list[str]:
     name = "+".join(map(_plain_name, [*chosen, *map(short, swept)]))[:LONGEST]
     if fixed:
         name += "-" + digest(fixed, 4)
-    at = given.index(lines[-1]) + 1  # Hydra takes overrides in one piece, before or after `-m`
+    at = given.index(lines[-1]) + 1
     given[at:at] = [
         f"hydra.sweep.dir=multirun/${{name}}/{name}",
         f"hydra.sweep.subdir=${{job_folder:{','.join(map(short, swept))}}}",

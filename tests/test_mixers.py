@@ -98,6 +98,6 @@ def test_the_table_and_the_figure_are_written(tmp_path, monkeypatch, capsys):
     mixers.compare(runs, output=tmp_path / "out" / "m", optimizer_of=None, decoding={})
     shown = capsys.readouterr().out
     assert "0.1*" in shown and "* at the edge of its grid" in shown
-    assert "| gru | 7 | 0.1* | 1.100 | 100 | 2 | 50 |" in (tmp_path / "out/m.md").read_text()
+    assert "| gru | 7 | 0.1* | 1.100 | 100 | 2.5 | 50 |" in (tmp_path / "out/m.md").read_text()
     [written] = csv.DictReader((tmp_path / "out/m.csv").open())
     assert written["bits per byte"] == "1.1" and (tmp_path / "out/m.png").stat().st_size > 5000

@@ -81,6 +81,7 @@ def statuses(text):
     [
         (["-m", "seed=0,1"], "seed"),
         (["cell=a,b", "optim.learning_rate=0.1,0.2", "-m"], "cell+learning_rate"),
+        (["cell=a,b", "-m", "optim.learning_rate=0.1,0.2"], "cell+learning_rate"),
         (["-m", "solver@parallel=a,b"], "parallel"),
         (["sweep=seeds"], "seeds"),
         (["sweep=seeds", "cell=a,b", "experiment=lm"], "seeds+cell"),
@@ -90,7 +91,8 @@ def statuses(text):
 )
 def test_a_sweep_is_named_by_what_varies(arguments, folder):
     named = name_sweep(arguments)
-    assert [word for word in named if word in arguments] == arguments
+    assert {word for word in named if "hydra.sweep." not in word} == set(arguments)
+    assert "-m" not in named[1:], "Hydra takes overrides in one piece"
     [place] = [word for word in named if word.startswith("hydra.sweep.dir=")]
     assert place == f"hydra.sweep.dir=multirun/${{name}}/{folder}"
 
