@@ -1,4 +1,4 @@
-"""Runs every experiment and checks its figures: `python -m experiments.reproduce [full] [NAME]`.
+"""Runs every experiment and checks its figures: `python -m experiments.reproduce full NAME`.
 
 An experiment's file says, in comments before its first key, what to run and what to expect:
 
