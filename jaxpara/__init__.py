@@ -25,9 +25,17 @@ from jaxpara.recurrence.structure import Diagonal as Diagonal
 from jaxpara.recurrence.structure import Structure as Structure
 from jaxpara.recurrence.structure import jacobian_structure as jacobian_structure
 from jaxpara.recurrence.system import Solver as Solver
+from jaxpara.tree import combine as combine
+from jaxpara.tree import split as split
 from jaxpara.types import Cell as Cell
 from jaxpara.types import Model as Model
 from jaxpara.types import TrainState as TrainState
+from jaxpara.weights.lift import lift as lift
+from jaxpara.weights.lora import lora as lora
+from jaxpara.weights.quant.fake import fake_quant as fake_quant
+from jaxpara.weights.reparam import Reparam as Reparam
+from jaxpara.weights.reparam import chain as chain
+from jaxpara.weights.weight import Weight as Weight
 
 
 def __getattr__(name: str):

@@ -28,6 +28,19 @@ def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
     return jex_core.jaxpr_as_fun(jaxpr)(*arguments)
 
 
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Runs one equation of a jaxpr on operands, custom rules included."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = ((), params) if isinstance(params, dict) else params
+    out = eqn.primitive.bind(*functions, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def is_tracer(value: Any) -> bool:
+    """Whether a value stands for one that a surrounding transform will know."""
+    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def varying_axes(array: Any) -> frozenset[str]:
     """Mesh axes over which `array` varies inside `shard_map` (empty elsewhere)."""
     kind = getattr(jax.typeof(array), "manual_axis_type", None)

@@ -1,0 +1,134 @@
+"""Paths of a tree, the leaves that a pattern selects, and trees taken apart and put together."""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Where = str | re.Pattern[str] | Callable[[str, Any], bool] | None
+IsLeaf = Callable[[Any], bool] | None
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """A path as text: the names of its steps joined by `/`.
+
+    Args:
+      keys: as `jax.tree_util` gives them.
+
+    Returns:
+      For example `blocks/0/kernel`.
+    """
+
+    def name(key: Any) -> str:
+        for attribute in ("key", "idx", "name"):
+            if hasattr(key, attribute):
+                return str(getattr(key, attribute))
+        return str(key)
+
+    return "/".join(map(name, keys))
+
+
+def matcher(where: Where) -> Callable[[str, Any], bool]:
+    """What a `where=` selects, as a predicate on (path, leaf).
+
+    Args:
+      where: a glob on the whole path (`*` within one name, `**` across names), a compiled
+        regular expression that must match the whole path, a predicate, or None for floating
+        leaves with two or more axes.
+
+    Returns:
+      The predicate.
+
+    Raises:
+      TypeError: `where` is none of these.
+    """
+    if where is None:
+        return lambda path, leaf: leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    if isinstance(where, str):
+        translated = re.escape(where).replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
+        where = re.compile(translated)
+    if isinstance(where, re.Pattern):
+        pattern = where
+        return lambda path, leaf: pattern.fullmatch(path) is not None
+    if callable(where):
+        return where
+    raise TypeError(
+        f"where={where!r}: expected a glob such as 'blocks/*/kernel', a compiled regular "
+        "expression, or a function of (path, leaf)"
+    )
+
+
+def select(tree: Any, where: Where, *, is_leaf: IsLeaf = None) -> dict[str, Any]:
+    """The leaves that a pattern selects.
+
+    Args:
+      tree: any pytree.
+      where: see `matcher`.
+      is_leaf: as for `jax.tree.map`.
+
+    Returns:
+      Leaf by path, in the order of the tree.
+
+    Raises:
+      ValueError: nothing is selected; names the paths that come nearest.
+    """
+    wanted = matcher(where)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    known = {path_of(keys): leaf for keys, leaf in leaves}
+    found = {path: leaf for path, leaf in known.items() if wanted(path, leaf)}
+    if found:
+        return found
+    text = where if isinstance(where, str) else getattr(where, "pattern", "")
+    near = difflib.get_close_matches(text, known, n=3, cutoff=0.3) or list(known)[:3]
+    raise ValueError(
+        f"where={where!r} selects none of the {len(known)} leaves; "
+        + (f"near it are {', '.join(map(repr, near))}" if near else "the tree is empty")
+    )
+
+
+def split(tree: Any, mask: Any) -> tuple[Any, Any]:
+    """Takes a tree apart by a mask, so that gradients see one part alone.
+
+    Args:
+      tree: any pytree of arrays.
+      mask: booleans in the same structure.
+
+    Returns:
+      `(true part, false part)`: both have the structure of `tree` with None for what is in the
+      other.
+
+    Raises:
+      ValueError: the structures differ.
+    """
+    have, want = jax.tree.structure(tree), jax.tree.structure(mask)
+    if have != want:
+        raise ValueError(f"split got a tree {have} and a mask {want}: they must be alike")
+    return (
+        jax.tree.map(lambda leaf, take: leaf if take else None, tree, mask),
+        jax.tree.map(lambda leaf, take: None if take else leaf, tree, mask),
+    )
+
+
+def combine(first: Any, second: Any) -> Any:
+    """Undoes `split`.
+
+    Args:
+      first, second: trees of one structure, each with None where the other has a leaf.
+
+    Returns:
+      The tree.
+
+    Raises:
+      ValueError: both have a leaf in one place, or neither has, or the structures differ.
+    """
+
+    def one(keys, a, b):
+        if (a is None) == (b is None):
+            both = "neither part has" if a is None else "both parts have"
+            raise ValueError(f"combine: {both} a leaf at {path_of(keys)!r}")
+        return b if a is None else a
+
+    return jax.tree_util.tree_map_with_path(one, first, second, is_leaf=lambda x: x is None)

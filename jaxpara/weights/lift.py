@@ -1,0 +1,174 @@
+"""Runs a function of parameters on weights that are not arrays, building them late or never.
+
+The function is traced on the shapes of the effective weights, and its jaxpr is walked with the
+weights themselves as values (see `walk`). Rules of `custom_jvp` and `custom_vjp` functions are
+theirs: such a function gets dense arrays.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpara import compat
+from jaxpara.tree import path_of
+from jaxpara.weights.lazy import Lazy, array, is_lazy
+from jaxpara.weights.walk import Use, Walk
+from jaxpara.weights.weight import is_weight, shape_of
+
+
+class Report(NamedTuple):
+    """Every use of every reparameterised leaf in one call of a function.
+
+    Attributes:
+      uses: in the order of the program; a loop's body counts once.
+      leaves: path -> (names of the methods, innermost first; shape).
+      parts, bases: how many numbers they hold.
+    """
+
+    uses: tuple[Use, ...]
+    leaves: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+    parts: int
+    bases: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.leaves)} leaves; {self.parts:,} numbers in parts, {self.bases:,} in bases"
+        ]
+        for path, (methods, shape) in self.leaves.items():
+            uses = [f"{u.primitive}: {u.how}" for u in self.uses if u.path == path]
+            lines.append(
+                f"  {path} {list(shape)} {' > '.join(methods)}: {', '.join(uses) or 'not used'}"
+            )
+        return "\n".join(lines)
+
+
+class _Call(NamedTuple):
+    """A function with what is not an array bound to it, and the arrays."""
+
+    function: Callable[[Any, list[Any]], Any]
+    arrays: list[Any]
+    signature: Any
+
+
+def _is_array(leaf: Any) -> bool:
+    kinds = (float, complex, np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
+    return isinstance(leaf, kinds)
+
+
+def _bind(function, args, kwargs) -> _Call:
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    static = {i: leaf for i, leaf in enumerate(leaves) if not _is_array(leaf)}
+    for leaf in static.values():
+        if getattr(type(leaf), "__hash__", None) is None:
+            raise TypeError(
+                f"lift: an input of type {type(leaf).__name__} is neither an array nor hashable; "
+                "bind it to the function first, with functools.partial or a lambda"
+            )
+
+    def call(params, arrays):
+        left = iter(arrays)
+        whole = [static[i] if i in static else next(left) for i in range(len(leaves))]
+        args, kwargs = jax.tree.unflatten(structure, whole)
+        return function(params, *args, **kwargs)
+
+    arrays = [leaf for i, leaf in enumerate(leaves) if i not in static]
+    return _Call(call, arrays, (structure, tuple(static.items())))
+
+
+class _Traced(NamedTuple):
+    """A function traced on effective shapes."""
+
+    jaxpr: Any
+    out_tree: Any
+
+
+def _trace(function, state, arrays) -> _Traced:
+    shapes = jax.tree.map(shape_of, state, is_leaf=is_weight)
+    closed, out = jax.make_jaxpr(function, return_shape=True)(shapes, arrays)
+    return _Traced(closed, jax.tree.structure(out))
+
+
+def _evaluate(traced: _Traced, uses: dict[Any, Use], consts, state, arrays):
+    def lazy(keys, leaf):
+        return Lazy(leaf, (), path_of(keys)) if is_weight(leaf) else leaf
+
+    state = jax.tree_util.tree_map_with_path(lazy, state, is_leaf=is_weight)
+    flat = [*jax.tree.leaves(state, is_leaf=is_lazy), *arrays]
+    outs = Walk(uses).run(compat.open_jaxpr(traced.jaxpr), consts, flat)
+    return jax.tree.unflatten(traced.out_tree, list(map(array, outs)))
+
+
+def _signature(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(map(jax.typeof, leaves))
+
+
+def lift(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of a tree in which some leaves are `Weight`s.
+
+    `lift(f)(state, *inputs) == f(effective(state), *inputs)`, in values and gradients.
+
+    Args:
+      function: `(params, *inputs, **inputs) -> outputs`, traceable. Inputs that are no arrays
+        (integers, truth values, text, functions) stay what they are, so that they may be sizes
+        and branches; they must be hashable, and another value is another signature.
+
+    Returns:
+      A function of the same type. It is traced once for each signature, and what is called
+      eagerly is compiled as a whole.
+
+    Raises:
+      TypeError: when called, for an input that is neither an array nor hashable.
+    """
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def lifted(state, *args, **kwargs):
+        if not any(map(is_weight, jax.tree.leaves(state, is_leaf=is_weight))):
+            return function(state, *args, **kwargs)
+        call = _bind(function, args, kwargs)
+        signature = call.signature, _signature((state, call.arrays))
+        if signature not in known:
+            traced = _trace(call.function, state, call.arrays)
+            consts = getattr(traced.jaxpr, "consts", ())
+            if any(map(compat.is_tracer, consts)):
+                # It closes over values of a surrounding transform: this trace is for this call.
+                return _evaluate(traced, {}, consts, state, call.arrays)
+            known[signature] = jax.jit(functools.partial(_evaluate, traced, {})), consts
+        run, consts = known[signature]
+        return run(consts, state, call.arrays)
+
+    return lifted
+
+
+def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) -> Report:
+    """How a function uses the reparameterised leaves of a tree; nothing is computed.
+
+    Args:
+      function: of parameters, lifted or not.
+      state: the tree.
+      args, kwargs: arrays or shapes.
+
+    Returns:
+      The report.
+    """
+    call = _bind(getattr(function, "__wrapped__", function), args, kwargs)
+    traced = _trace(call.function, state, call.arrays)
+    uses: dict[Any, Use] = {}
+    consts = getattr(traced.jaxpr, "consts", ())
+    jax.eval_shape(functools.partial(_evaluate, traced, uses), consts, state, call.arrays)
+    leaves, parts, bases = {}, 0, 0
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight):
+        if not is_weight(leaf):
+            continue
+        methods, inner = [], leaf
+        while is_weight(inner):
+            methods.append(inner.method.name)
+            parts += sum(part.size for part in jax.tree.leaves(inner.parts))
+            inner = inner.base
+        bases += inner.size
+        leaves[path_of(keys)] = (tuple(reversed(methods)), shape_of(leaf).shape)
+    return Report(tuple(uses.values()), leaves, parts, bases)

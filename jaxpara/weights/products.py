@@ -1,0 +1,112 @@
+"""Rules of additive weights: a product with `W + s A B` is `x W + s (x A) B`, never building it."""
+
+from typing import Any
+
+from jax import lax
+
+from jaxpara import compat
+from jaxpara.weights.lazy import Lazy, final_axes, is_lazy, moved, transposed
+from jaxpara.weights.weight import Factors, contract, is_weight, shape_of
+
+
+def additive(lazy: Lazy) -> bool:
+    """Whether the weight is a base plus a product of factors."""
+    return lazy.weight.method.factors is not None
+
+
+def _factors(lazy: Lazy) -> Factors:
+    weight, casts = lazy.weight, [move for move in lazy.moves if move.kind == "cast"]
+    assert weight.method.factors is not None
+    ndim = len(shape_of(weight).shape)
+    factors = weight.method.factors(weight.method.settings, weight.parts, ndim)
+    terms = tuple((moved(array, casts), axes) for array, axes in factors.terms)
+    return factors._replace(terms=terms)
+
+
+def _base(lazy: Lazy) -> Any:
+    """What the factors are added to, as a value of the walk."""
+    base = lazy.weight.base
+    return Lazy(base, lazy.moves, lazy.path) if is_weight(base) else moved(base, lazy.moves)
+
+
+def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """A matmul with any batch and contracting axes, the weight on either side."""
+    both = all(map(is_lazy, operands))
+    side = 1 if is_lazy(operands[1]) else 0
+    lazy = operands[side]
+    if both or not additive(lazy):
+        return None
+    other = operands[1 - side]
+    contracting, batch = eqn.params["dimension_numbers"]
+    axes: list[Any] = list(final_axes(lazy))
+    # The operand's own axes get names; shared ones are those of the weight.
+    own: list[Any] = [f"free {i}" for i in range(other.ndim)]
+    for theirs, ours in (
+        *zip(contracting[1 - side], contracting[side], strict=True),
+        *zip(batch[1 - side], batch[side], strict=True),
+    ):
+        own[theirs] = axes[ours]
+
+    def free(names, which):
+        return [a for i, a in enumerate(names) if i not in (*contracting[which], *batch[which])]
+
+    sides = {side: axes, 1 - side: own}
+    out = (*(sides[0][i] for i in batch[0]), *free(sides[0], 0), *free(sides[1], 1))
+    walk.note(eqn, lazy, "rule")
+    # The base may be lazy itself: the same equation on it.
+    replaced = list(operands)
+    replaced[side] = _base(lazy)
+    if is_lazy(replaced[side]):
+        (plain,) = walk.step(eqn, replaced)
+    else:
+        (plain,) = compat.bind(eqn, replaced)
+    factors = _factors(lazy)
+    options = {"precision": eqn.params["precision"]}
+    added = contract(factors, tuple(out), operand=(other, tuple(own)), **options)
+    return [plain + (factors.scale * added).astype(plain.dtype)]
+
+
+def gather(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """Rows of a matrix, as an embedding takes them: `(A B)[rows] = A[rows] B`."""
+    lazy, indices = operands
+    if not is_lazy(lazy) or not additive(lazy) or transposed(lazy):
+        return None
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = shape_of(lazy.weight).shape
+    rows = (
+        len(shape) == 2
+        and tuple(numbers.collapsed_slice_dims) == (0,)
+        and tuple(numbers.start_index_map) == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(sizes) == (1, shape[1])
+        and tuple(numbers.offset_dims) == (indices.ndim - 1,)
+    )
+    if not rows:
+        return None
+    walk.note(eqn, lazy, "rule")
+
+    def taken(array):
+        return lax.gather(
+            array,
+            indices,
+            numbers,
+            (1, array.shape[1]),
+            unique_indices=eqn.params["unique_indices"],
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            mode=eqn.params["mode"],
+            fill_value=eqn.params["fill_value"],
+        )
+
+    base = _base(lazy)
+    if is_lazy(base):
+        (plain,) = walk.step(eqn, [base, indices])
+    else:
+        plain = taken(base)
+    factors = _factors(lazy)
+    batch = tuple(f"row {i}" for i in range(indices.ndim - 1))
+    terms = [
+        (taken(array), (*batch, axes[1])) if axes[0] == -2 else (array, axes)
+        for array, axes in factors.terms
+    ]
+    added = contract(factors._replace(terms=tuple(terms)), (*batch, -1))
+    return [plain + (factors.scale * added).astype(plain.dtype)]

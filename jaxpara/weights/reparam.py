@@ -1,0 +1,183 @@
+"""Reparameterisations: which leaves of a parameter tree are computed from parts, and how.
+
+`chain(a, b)` is written as the weight flows: `effective = b(a(W))`.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpara.tree import Where, path_of, select
+from jaxpara.types import Key, Model, Params
+from jaxpara.weights.lift import Report, lift, report
+from jaxpara.weights.weight import Method, Weight, dense, is_weight
+
+
+class Member(NamedTuple):
+    """One method and the leaves that it is for."""
+
+    method: Method
+    where: Where
+
+
+class Reparam(NamedTuple):
+    """A transform of models, and the pure functions that belong to it.
+
+    Attributes:
+      members: methods in the order in which the weight flows through them.
+    """
+
+    members: tuple[Member, ...]
+
+    def __call__(self, model: Model) -> Model:
+        """The same model, whose parameters are the state of this reparameterisation.
+
+        Args:
+          model: any; its functions must take the parameters first.
+
+        Returns:
+          The model; `init` makes parameters and attaches to them.
+        """
+
+        def init(key: Key) -> Any:
+            k_params, k_attach = jax.random.split(key)
+            return self.attach(k_attach, model.init(k_params))
+
+        lifted = [
+            None if function is None else lift(function)
+            for function in (model.apply, model.start, model.run)
+        ]
+        assert lifted[0] is not None
+        return Model(init, lifted[0], lifted[1], lifted[2])
+
+    def attach(self, key: Key, params: Params) -> Any:
+        """Puts the parts beside existing parameters.
+
+        Args:
+          key: random; each leaf draws from it by its path, so the order of leaves is of no matter.
+          params: arrays.
+
+        Returns:
+          The state: `params` with `Weight`s for the leaves that were selected.
+
+        Raises:
+          ValueError: a member selects nothing; names the leaves that come near.
+        """
+        state = params
+        for i, member in enumerate(self.members):
+            # Patterns speak of the leaves of the parameters, whatever came before.
+            selected = select(params, member.where)
+            begin = jax.random.fold_in(key, i)
+
+            def attached(keys, leaf, member=member, selected=selected, begin=begin):
+                path = path_of(keys)
+                if path not in selected:
+                    return leaf
+                number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
+                method = member.method
+                own = jax.random.fold_in(begin, number)
+                return Weight(leaf, method.init(method.settings, own, dense(leaf)), method)
+
+            state = jax.tree_util.tree_map_with_path(attached, state, is_leaf=is_weight)
+        return state
+
+    def effective(self, state: Any) -> Params:
+        """The dense weights: the definition of everything else here.
+
+        Args:
+          state: from `attach`.
+
+        Returns:
+          Parameters as the model knows them.
+        """
+        return jax.tree.map(dense, state, is_leaf=is_weight)
+
+    def trainable(self, state: Any) -> Any:
+        """What is trained: what the last freezing member leaves, and what came after it.
+
+        Args:
+          state: from `attach`.
+
+        Returns:
+          Booleans in the structure of the state; true on floating arrays only.
+        """
+        freezing = any(member.method.freezes for member in self.members)
+
+        def floating(leaf):
+            return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+
+        def mask(leaf):
+            if not is_weight(leaf):
+                return floating(leaf) and not freezing
+            base = mask(leaf.base)
+            if leaf.method.freezes:
+                base = jax.tree.map(lambda _: False, base)
+            return Weight(base, jax.tree.map(floating, leaf.parts), leaf.method)
+
+        return jax.tree.map(mask, state, is_leaf=is_weight)
+
+    def merge(self, state: Any) -> Any:
+        """What is deployed: plain arrays, or integers with their scales.
+
+        Args:
+          state: from `attach`.
+
+        Returns:
+          The tree; `lift` runs it as it is.
+        """
+
+        def one(leaf):
+            if not is_weight(leaf) or leaf.method.merge is None:
+                return dense(leaf)
+            return leaf.method.merge(leaf.method.settings, dense(leaf.base), leaf.parts)
+
+        return jax.tree.map(one, state, is_leaf=is_weight)
+
+    def report(self, state: Any, function: Callable[..., Any], *inputs: Any) -> Report:
+        """Every use of every matched leaf: by a rule, or densified.
+
+        Args:
+          state: from `attach`.
+          function: of the model, lifted or not.
+          inputs: arrays or shapes, as the function takes them after the parameters.
+
+        Returns:
+          The report; print it.
+        """
+        return report(function, state, *inputs)
+
+
+def reparam(method: Method, where: Where) -> Reparam:
+    """The reparameterisation of one method.
+
+    Args:
+      method: how.
+      where: which leaves, see `jaxpara.tree.matcher`.
+
+    Returns:
+      The reparameterisation.
+    """
+    return Reparam((Member(method, where),))
+
+
+def chain(*reparams: Reparam) -> Reparam:
+    """Reparameterisations one after another, as the weight flows.
+
+    `chain(lora(), fake_quant())` quantises `W + A B` (the adapter is inside the quantiser);
+    `chain(fake_quant(), lora())` adapts a quantised weight, `Q(W) + A B`.
+
+    Args:
+      reparams: in order.
+
+    Returns:
+      The reparameterisation.
+
+    Raises:
+      ValueError: none is given.
+    """
+    if not reparams:
+        raise ValueError("chain() needs at least one reparameterisation")
+    return Reparam(tuple(member for each in reparams for member in each.members))
