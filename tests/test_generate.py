@@ -2,13 +2,14 @@
 
 import json
 import math
+import pathlib
 import re
+import shlex
 
-import jax
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from saved_run import MODEL, call, save_run
+from saved_run import MODEL, call, random_params, save_run
 
 from experiments import generate, sampling
 from experiments.data.tokens import BYTES, Tokenizer
@@ -185,7 +186,7 @@ def test_batches_and_blocks_have_a_size():
 @pytest.fixture(scope="module")
 def attention():
     model = decoder(256, 8, 1, mixer=mixers.attention(heads=2))
-    return model, jax.jit(model.init)(jax.random.key(0))
+    return model, random_params(model)
 
 
 def test_a_length_for_which_there_is_no_memory_is_refused_before_it_is_taken(attention):
@@ -292,3 +293,17 @@ def test_a_run_with_a_tokenizer_speaks_its_tokens(tmp_path, capsys):
     assert shown.out.startswith("def f(") and f"prefill: {tokens} tokens" in shown.err
     (tmp_path / "t.json").unlink()
     assert "data.tokenizer=" in call(generate, tmp_path, f"run={folder}", "prompt=a")
+
+
+def test_the_page_about_sampling_runs_and_its_settings_exist():
+    root = pathlib.Path(__file__).resolve().parent.parent
+    page = (root / "docs/sampling.md").read_text()
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    exec(code, {})
+    commands = re.findall(r"^python -m experiments\.(\w+) (.*)$", page, re.M)
+    assert {program for program, _ in commands} == {"generate", "evaluate"}
+    for program, words in commands:
+        known = OmegaConf.load(root / f"experiments/conf/{program}.yaml")
+        for word in shlex.split(words):
+            key = word.partition("=")[0]
+            assert key.split(".")[0] in {*known, "data"}, f"{program} has no {key}"
