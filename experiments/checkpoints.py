@@ -73,14 +73,15 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs a failure from each of its threads; what matters is raised, and said once."""
+    """Orbax logs a failure from each of its threads; what matters is raised, and said once.
+
+    Those threads may speak long after the error was raised: after one, it stays quiet.
+    """
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+    yield
+    logger.setLevel(before)
 
 
 @contextmanager

@@ -41,7 +41,8 @@ def _git(*arguments: str) -> str | None:
     """What git says about this repository; None without git or outside a checkout."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(REPOSITORY), *arguments],
+            # It reads alone: a run that dies meanwhile must leave no lock in a repository.
+            ["git", "--no-optional-locks", "-C", str(REPOSITORY), *arguments],
             capture_output=True,
             text=True,
             timeout=20,
