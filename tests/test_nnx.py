@@ -41,11 +41,11 @@ def pair(cell, solver=SHOOTING, **fields):
 
 def test_rnn_has_the_values_and_gradients_of_flax():
     keywords = dict(seq_lengths=LENGTHS, return_carry=True, reverse=True, keep_order=True)
-    theirs, ours = pair(flax.GRUCell)
+    theirs, ours = pair(flax.SimpleCell)
     close(both(ours, X, **keywords), both(theirs, X, **keywords))
 
 
-@pytest.mark.parametrize("name", ["OptimizedLSTMCell", "LSTMCell"])
+@pytest.mark.parametrize("name", ["GRUCell", "OptimizedLSTMCell"])
 def test_rnn_has_the_values_of_flax_over_other_cells(name):
     theirs, ours = pair(getattr(flax, name))
     close(ours(X), theirs(X))
@@ -238,7 +238,7 @@ def test_an_rnn_brings_its_state_with_it():
     def build(kind, **fields):
         return lambda rngs: kind(flax.OptimizedLSTMCell(4, 5, rngs=rngs), **fields)
 
-    model = nnx.from_nnx(build(nnx.RNN, solver=jp.jacobi()))
+    model = nnx.from_nnx(build(nnx.RNN))
     params = model.init(jax.random.key(0))
     state, first = model.run(params, model.start(params, 3, 7), X[:, :4])
     state, second = model.run(params, state, X[:, 4:])
