@@ -4,13 +4,15 @@ import os
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from omegaconf import OmegaConf
 
 from experiments import checkpoints
 from experiments.build import build_model
 from experiments.commandline import quote_text
 from experiments.generate import FREE_TEXT
-from jaxpara.train import init_state, optimizer
+from jaxpara.types import TrainState
 
 MODEL = {
     "_target_": "jaxpara.nn.decoder",
@@ -22,12 +24,24 @@ MODEL = {
 EVALUATION = {"windows": 6, "length": 16, "batch_size": 4}
 
 
+def random_params(model, *, seed=0):
+    """Parameters for which what came before matters; by NumPy, for compiling an init takes long."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        fan_in = leaf.shape[-2] if leaf.ndim > 2 else 4
+        return jnp.asarray(2 * fan_in**-0.5 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(fill, jax.eval_shape(model.init, jax.random.key(0)))
+
+
 def save_run(folder, *, model=MODEL, data=None, seed=0):
     """Writes a run's folder as a training that ended at once would have."""
     folder.mkdir()
     cfg = OmegaConf.create({"model": model, "data": data or {}, "evaluation": EVALUATION})
     OmegaConf.save(cfg, folder / "config.yaml")
-    state = init_state(build_model(cfg), optimizer(steps=1), jax.random.key(seed))
+    params = random_params(build_model(cfg), seed=seed)
+    state = TrainState(params, (), jnp.zeros((), jnp.int32), jax.random.key(0))
     with checkpoints.saver(folder, keep_last=1, keep_best=0, best=("loss", "min")) as save:
         save(state, {}, None)
     return folder

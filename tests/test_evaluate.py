@@ -46,7 +46,7 @@ def test_a_list_of_runs_is_judged_on_the_same_windows_beside_compressors(place, 
     bits = scored(shown)
     assert set(bits) == {"lm/a", "lm/b", "unigram", "gzip -9", "xz -9e"}
     assert shown.count("Bits per byte on 6 windows of 16 bytes") == 1
-    assert abs(bits["lm/a"] - 8) < 2 and bits["lm/a"] != bits["lm/b"]
+    assert bits["lm/a"] > 4 and bits["lm/a"] != bits["lm/b"]
 
 
 def test_runs_on_different_text_get_a_table_each(place, capsys):
@@ -67,7 +67,9 @@ def test_other_text_is_read_in_place_of_the_runs_own(place, capsys):
     text = build_data(OmegaConf.create({"data": source(place / "two")})).validation
     cut = evenly_spaced(text, count=EVALUATION["windows"], length=EVALUATION["length"])
     model = build_model(OmegaConf.create({"model": MODEL}))
-    params = checkpoints.load_params(place / "lm" / "a", model.init(jax.random.key(0)))
+    params = checkpoints.load_params(
+        place / "lm" / "a", jax.eval_shape(model.init, jax.random.key(0))
+    )
     logits = np.asarray(model.apply(params, jnp.asarray(cut[:, :-1], jnp.int32)), np.float64)
     chosen = np.take_along_axis(logits, cut[:, 1:, None].astype(int), -1)[..., 0]
     nats = np.log(np.exp(logits).sum(-1)) - chosen

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saved_run import random_params
 
 from experiments import decoding, sampling
-from experiments.data.tokens import BYTES, Tokenizer
-from experiments.sampling import Request, Rule, complete, drawing, row_key, sample_text
+from experiments.data.tokens import Tokenizer
+from experiments.sampling import Request, Rule, Sampler, complete, drawing, row_key, sample_text
 from jaxpara.nn import decoder, mixers
 
 WIDTH, LENGTH = 16, 12
-PROMPTS = [b"def f(x):", b"a", b"import os\n\n", b"class A(B):\n    x"]
+PLAIN = [b"def f(x):", b"a", b"import os  ", b"class A(B):     x"]
 NAMES = ("para_gru", "para_lstm", "slstm", "min_gru", "attention")
 HYBRID = [mixers.named("para_gru"), mixers.named("attention", heads=2)]
 MIXERS = {**{name: mixers.named(name) for name in NAMES}, "hybrid": HYBRID}
@@ -24,20 +25,7 @@ ASCII = Tokenizer(
     decode=lambda ids: bytes(i + 32 for i in ids),
     separator=(0,),
 )
-PLAIN = [prompt.replace(b"\n", b" ") for prompt in PROMPTS]
 LIKELIEST, DRAWN = Rule(LENGTH, 0.0), Rule(LENGTH, 1.3, top_k=50, top_p=0.95)
-
-
-def make(mixer):
-    model = decoder(256, WIDTH, len(mixer) if isinstance(mixer, list) else 1, mixer=mixer)
-    params = jax.jit(model.init)(jax.random.key(0))
-    # Sharper than at the start of training: what came before then matters.
-    return model, jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 2 else leaf, params)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return make(mixers.named("min_gru"))
 
 
 @functools.cache
@@ -45,133 +33,152 @@ def jitted(rule, vocab_size=None):
     return jax.jit(drawing(rule, vocab_size=vocab_size))
 
 
-def rerun(model, params, prompts, rule, *, vocab_size=None):
+@jax.jit
+def half_by_half(keys, logits):
+    """Both rules in one program: the likeliest tokens in the first rows, drawn ones in the rest."""
+    half = len(PLAIN)
+    likeliest, drawn = (drawing(rule, vocab_size=95) for rule in (LIKELIEST, DRAWN))
+    return jnp.concatenate(
+        [likeliest(keys[:half], logits[:half]), drawn(keys[half:], logits[half:])]
+    )
+
+
+def make(mixer):
+    layers = len(mixer) if isinstance(mixer, list) else 1
+    model = decoder(256, WIDTH, layers, mixer=mixer)
+    return model, random_params(model)
+
+
+def rerun(model, params, texts, choose):
     """The oracle: all tokens so far are read anew for every token; no padding on the left, no
     state, no resets. The model is causal: what stands behind the last token plays no part.
     """
+    prompts = list(map(ASCII.encode, texts))
     keys = jnp.stack([row_key(0, prompt, 0) for prompt in prompts])
-    tokens = np.zeros((len(prompts), max(map(len, prompts)) + rule.length), np.int32)
+    ends, rows = np.array(list(map(len, prompts))), np.arange(len(prompts))
+    tokens = np.zeros((len(prompts), ends.max() + LENGTH), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = np.asarray(prompt)
-    ends, rows = np.array([len(prompt) for prompt in prompts]), np.arange(len(prompts))
+        tokens[row, : len(prompt)] = prompt
     apply = jax.jit(model.apply)
-    for i in range(rule.length):
+    for i in range(LENGTH):
         logits = apply(params, jnp.asarray(tokens))[rows, ends + i - 1]
-        keys_i = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        tokens[rows, ends + i] = jitted(rule, vocab_size)(keys_i, logits)
-    return [tokens[row, end : end + rule.length].tolist() for row, end in enumerate(ends)]
+        tokens[rows, ends + i] = choose(jax.vmap(jax.random.fold_in, (0, None))(keys, i), logits)
+    drawn = (tokens[row, end : end + LENGTH] for row, end in enumerate(ends))
+    return [ASCII.decode(row.tolist()).decode() for row in drawn]
+
+
+def stopped_at(texts, stop):
+    """What is left of texts, and the stop string that is complete first."""
+    ends = [[(t.index(s) + len(s), t.index(s), s) for s in stop if s in t] for t in texts]
+    cut = [
+        (t[: min(e)[1]], min(e)[2]) if e else (t, None) for t, e in zip(texts, ends, strict=True)
+    ]
+    assert sum(stopped is not None for _, stopped in cut) >= 2
+    return cut
 
 
 @pytest.fixture(scope="module", params=MIXERS, ids=str)
 def mixed(request):
-    """A model, and what re-running the prefix makes of every prompt, likeliest and drawn."""
+    """A sampler, its parameters, and what re-running the prefix makes of every prompt."""
     model, params = make(MIXERS[request.param])
-    return (
-        model,
-        params,
-        {
-            rule: [
-                bytes(drawn)
-                for drawn in rerun(model, params, list(map(BYTES.encode, PROMPTS)), rule)
-            ]
-            for rule in (LIKELIEST, DRAWN)
-        },
-    )
+    sampler = Sampler(decoding.decoder(model, half_by_half, block=5), ASCII, LIKELIEST)
+    return sampler, params, rerun(model, params, 2 * PLAIN, half_by_half)
 
 
-@pytest.mark.parametrize("rule", [LIKELIEST, DRAWN], ids=["likeliest", "drawn"])
-def test_decoding_in_blocks_and_batches_equals_rerunning_the_prefix(mixed, rule):
-    model, params, expected = mixed
-    sampler = sampling.sampler(model, rule, block=5)
-    requests = [Request(prompt) for prompt in PROMPTS]
-    together = complete(sampler, params, requests, seed=0, batch_size=len(PROMPTS))
-    assert [c.text for c in together] == [
-        drawn.decode(errors="replace") for drawn in expected[rule]
-    ]
-    assert len(set(expected[rule])) == len(PROMPTS), "the test must see differences"
+def test_decoding_in_blocks_and_batches_equals_rerunning_the_prefix(mixed):
+    sampler, params, expected = mixed
+    requests = [Request(prompt) for prompt in 2 * PLAIN]
+    together = complete(sampler, params, requests, seed=0, batch_size=len(requests))
+    assert [c.text for c in together] == expected
+    assert len(set(expected)) == len(expected), "the test must see differences"
+
+
+def test_a_stop_string_ends_each_prompt_where_rerunning_the_prefix_meets_it(mixed):
+    sampler, params, texts = mixed
+    stop = (texts[0][3:5], texts[5][6])
+    sampler = sampler._replace(rule=sampler.rule._replace(stop=stop))
+    requests = [Request(prompt) for prompt in 2 * PLAIN]
+    done = list(complete(sampler, params, requests, seed=0, batch_size=len(requests)))
+    assert done == stopped_at(texts, stop)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make(mixers.named("min_gru"))
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    """A sampler that is compiled once for all tests that take it."""
+    return sampling.sampler(tiny[0], DRAWN, tokenizer=ASCII, block=5)
 
 
 @pytest.fixture(scope="module")
 def drawn(tiny):
     """What a small model makes of the prompts by re-running the prefix."""
-    return [
-        ASCII.decode(tokens).decode()
-        for tokens in rerun(*tiny, list(map(ASCII.encode, PLAIN)), DRAWN, vocab_size=95)
-    ]
+    return rerun(*tiny, PLAIN, jitted(DRAWN, 95))
 
 
-@pytest.mark.parametrize("block, batch_size", [(1, 1), (LENGTH + 1, 3)])
-def test_a_prompt_gives_the_same_text_in_any_batch_and_block(tiny, drawn, block, batch_size):
+@pytest.mark.parametrize("block, batch_size", [(5, 1), (1, 3)])
+def test_a_prompt_gives_the_same_text_in_any_batch_and_block(tiny, small, drawn, block, batch_size):
     model, params = tiny
+    sampler = small if block == 5 else sampling.sampler(model, DRAWN, tokenizer=ASCII, block=block)
     requests = [Request(prompt) for prompt in PLAIN]
-    sampler = sampling.sampler(model, DRAWN, tokenizer=ASCII, block=block)
+    before = dict(sampler.decode.watch.tokens)
     done = complete(sampler, params, requests, seed=0, batch_size=batch_size)
     assert [c.text for c in done] == drawn
     # Three at a time leave one over: its batch is filled up, and the filling is not counted.
-    read, made = sum(map(len, PLAIN)), LENGTH * len(PLAIN)
-    assert sampler.decode.watch.tokens == {"prefill": read, "decode": made}
+    counted = {name: count - before[name] for name, count in sampler.decode.watch.tokens.items()}
+    assert counted == {"prefill": sum(map(len, PLAIN)), "decode": LENGTH * len(PLAIN)}
 
 
-def test_a_stop_string_ends_each_prompt_where_rerunning_the_prefix_meets_it(tiny, drawn):
-    model, params = tiny
-    stop = (drawn[0][3:5], drawn[1][6])
-    expected = []
-    for text in drawn:
-        ends = [(text.index(s) + len(s), text.index(s), s) for s in stop if s in text]
-        expected.append((text[: min(ends)[1]], min(ends)[2]) if ends else (text, None))
-    assert sum(stopped is not None for _, stopped in expected) >= 2
-    for block in (1, 5):
-        sampler = sampling.sampler(model, DRAWN._replace(stop=stop), tokenizer=ASCII, block=block)
-        requests = [Request(prompt) for prompt in PLAIN]
-        done = list(complete(sampler, params, requests, seed=0, batch_size=len(PLAIN)))
-        assert done == expected
-
-
-def test_no_more_is_drawn_once_every_prompt_has_met_its_stop_string(tiny, drawn):
+def test_no_more_is_drawn_once_every_prompt_has_met_its_stop_string(tiny, small, drawn):
     rule = DRAWN._replace(length=10_000, stop=(drawn[0][4],))
-    sampler = sampling.sampler(*tiny[:1], rule, tokenizer=ASCII, block=8)
-    [done] = complete(sampler, tiny[1], [Request(PLAIN[0])], seed=0, batch_size=1)
-    assert done.stopped == drawn[0][4] and sampler.decode.watch.tokens["decode"] == 8
+    before = small.decode.watch.tokens["decode"]
+    request = [Request(PLAIN[0])]
+    [done] = complete(small._replace(rule=rule), tiny[1], request, seed=0, batch_size=1)
+    assert done.stopped == drawn[0][4]
+    assert small.decode.watch.tokens["decode"] - before == 5 * (
+        drawn[0].index(drawn[0][4]) // 5 + 1
+    )
 
 
-def test_a_long_prompt_is_read_in_pieces(tiny, monkeypatch):
-    model, params = tiny
+def test_a_long_prompt_is_read_in_pieces(tiny, small, monkeypatch):
     prompt = bytes(range(97, 97 + 23))
-    [expected] = rerun(model, params, [ASCII.encode(prompt)], LIKELIEST, vocab_size=95)
-    for piece in (4, 23):
-        monkeypatch.setattr(decoding, "PIECE", piece)
-        text = sample_text(
-            model, params, prompt=prompt.decode(), seed=0, tokenizer=ASCII, **LIKELIEST._asdict()
-        )
-        assert text == prompt.decode() + ASCII.decode(expected).decode()
+    expected = rerun(*tiny, [prompt], jitted(DRAWN, 95))
+    monkeypatch.setattr(decoding, "PIECE", 4)
+    [done] = complete(small, tiny[1], [Request(prompt)], seed=0, batch_size=1)
+    assert [done.text] == expected
 
 
 def test_the_draw_loop_is_compiled_once_for_all_batches_and_blocks(tiny):
     model, params = tiny
     traced = []
-    counted = model._replace(
-        run=lambda *inputs: traced.append(inputs[2].shape) or model.run(*inputs)
-    )
-    sampler = sampling.sampler(
-        counted, LIKELIEST, tokenizer=ASCII, block=5
-    )  # 12 tokens: the last block is shorter
+
+    def run(params, state, tokens, *reset):
+        traced.append(tokens.shape)
+        return model.run(params, state, tokens, *reset)
+
+    # Of the 12 tokens the last block has fewer; of the three prompts the last batch.
+    sampler = sampling.sampler(model._replace(run=run), LIKELIEST, tokenizer=ASCII, block=5)
     for seed in (0, 1):
         requests = [Request(b"abc"), Request(b"a"), Request(b"xyz")]
         list(complete(sampler, params, requests, seed=seed, batch_size=2))
     assert [shape for shape in traced if shape[1] == 1] == [(2, 1)]
 
 
-def test_text_is_a_function_of_the_seed_the_prompt_and_the_number_of_the_sample(tiny):
-    model, params = tiny
-    sampler = sampling.sampler(model, DRAWN, tokenizer=ASCII)
+def test_text_is_a_function_of_the_seed_the_prompt_and_the_number_of_the_sample(tiny, small):
+    def texts(seed, *requests):
+        done = complete(small, tiny[1], requests, seed=seed, batch_size=1)
+        return [c.text for c in done]
 
-    def texts(seed, requests):
-        return [c.text for c in complete(sampler, params, requests, seed=seed, batch_size=2)]
-
-    first, second = texts(0, [Request(b"ab", 0), Request(b"ab", 1)])
+    first, second = texts(0, Request(b"a", 0), Request(b"a", 1))
     assert first != second
-    assert texts(0, [Request(b"cd", 0), Request(b"ab", 1)])[1] == second
-    assert texts(1, [Request(b"ab", 0), Request(b"ab", 1)])[0] != first
+    assert texts(0, Request(b"c", 0), Request(b"a", 1))[1] == second
+    assert texts(1, Request(b"a", 0))[0] != first
+    model, params = tiny
+    text = sample_text(model, params, prompt="a", seed=0, tokenizer=ASCII, **DRAWN._asdict())
+    assert text == "a" + first
 
 
 def test_other_prompts_draw_other_numbers():
