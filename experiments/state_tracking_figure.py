@@ -85,7 +85,9 @@ def draw(by_method: Mapping[str, Sequence[Run]]) -> Figure:
       The figure.
     """
     problems = list(dict.fromkeys(problem_of(r) for runs in by_method.values() for r in runs))
-    figure = Figure(figsize=(3.6 * len(problems) + 0.6, 4.6), layout="constrained")
+    width = max(6.0, 3.6 * len(problems))
+    columns = int(width // 4.5)  # of the legend, whose labels are long
+    figure = Figure(figsize=(width, 4.6 + 0.18 * len(by_method) / columns), layout="constrained")
     panels = figure.subplots(1, len(problems), squeeze=False, sharey=True)[0]
     lines = {}
     for problem, axes in zip(problems, panels, strict=True):
@@ -110,7 +112,9 @@ def draw(by_method: Mapping[str, Sequence[Run]]) -> Figure:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy (share of answers)")
     figure.suptitle("mean over seeds, and their range")
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8
+    )
     return figure
 
 
