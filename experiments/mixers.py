@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import curves
 from experiments.build import build_model
@@ -58,6 +58,32 @@ class Choice(NamedTuple):
     runs: list[Run]
 
 
+def contender_of(run: Run) -> str:
+    """The contender that a run trained.
+
+    Args:
+      run: read from its folder.
+
+    Returns:
+      Its name.
+
+    Raises:
+      RunError: the run is of none.
+    """
+    if "contender" in run.config:
+        return run.config["contender"]
+    # Contenders from elsewhere need not name themselves in the config; Hydra knows them too.
+    overrides = run.folder / ".hydra" / "overrides.yaml"
+    for line in OmegaConf.load(overrides) if overrides.is_file() else []:
+        key, _, name = str(line).partition("=")
+        if key == "contender":
+            return name
+    raise RunError(
+        f"{run.folder} has no contender: give the runs of "
+        "`python -m experiments.train experiment=lm sweep=mixers`"
+    )
+
+
 def choose(runs: Sequence[Run]) -> tuple[str, list[Choice]]:
     """Picks each contender's learning rate.
 
@@ -76,12 +102,7 @@ def choose(runs: Sequence[Run]) -> tuple[str, list[Choice]]:
         raise RunError(f"the runs are not judged alike: {sorted(judged)}; compare one task's runs")
     [(column, better)] = judged or {("", "")}
     for run in runs:
-        if "contender" not in run.config:
-            raise RunError(
-                f"{run.folder} has no contender: give the runs of "
-                "`python -m experiments.train experiment=lm sweep=mixers`"
-            )
-        rates = by_name.setdefault(run.config["contender"], {})
+        rates = by_name.setdefault(contender_of(run), {})
         rates.setdefault(run.config[RATE], [])
         if run.summary.get("status") == "finished":
             rates[run.config[RATE]].append(run)

@@ -64,6 +64,12 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, described, message):
         mixers.choose(runs_of(tmp_path, *described))
 
 
+def test_a_contender_that_the_config_does_not_name_is_found_in_hydras_record(tmp_path):
+    [run] = runs_of(tmp_path, (None, 0.1, 0, 1.0))
+    (run.folder / ".hydra" / "overrides.yaml").write_text("- seed=0\n- contender=slstm\n")
+    assert mixers.choose([run])[1][0].name == "slstm"
+
+
 def test_contenders_must_have_seen_equal_numbers_of_tokens(tmp_path):
     runs = runs_of(tmp_path, ("gru", 0.1, 0, 1.0), ("lstm", 0.1, 0, 1.0))
     runs[1].columns["tokens"][-1] = 99.0
