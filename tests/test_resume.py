@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -219,3 +221,22 @@ def test_a_config_of_another_version_is_said_to_be_one():
 def test_numbers_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(runs.RunError, match=message):
         make_settings({**NUMBERS, **changes})
+
+
+def test_recording_the_environment_writes_nothing_into_the_repository(tmp_path, monkeypatch):
+    def git(*arguments):
+        name = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *name, *arguments], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("text")
+    git("add", "file")
+    git("commit", "-m", "one")
+    os.utime(tmp_path / "file", (1, 1))  # `git status` would note in the index that it is the same
+    index = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
+    known = runs.environment()
+    assert len(known["git_commit"]) == 40 and known["git_dirty"] is False
+    assert (tmp_path / ".git" / "index").read_bytes() == index
+    git("status")
+    assert (tmp_path / ".git" / "index").read_bytes() != index, "or the test would show nothing"
