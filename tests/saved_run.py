@@ -1,12 +1,10 @@
 """Runs that did not train, to read: a config and first parameters; and commands on them."""
 
-import os
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from omegaconf import OmegaConf
+from programs import ending
 
 from experiments import checkpoints
 from experiments.build import build_model
@@ -49,14 +47,4 @@ def save_run(folder, *, model=MODEL, data=None, seed=0):
 
 def call(program, place, *arguments):
     """Runs a command in this process, from a folder; returns its error, if any."""
-    before, cwd = sys.argv, os.getcwd()
-    sys.argv = ["program.py", *quote_text(arguments, keys=FREE_TEXT)]
-    os.chdir(place)
-    try:
-        program.main()
-    except SystemExit as end:
-        return str(end.code)
-    finally:
-        sys.argv = before
-        os.chdir(cwd)
-    return None
+    return ending(program, place, *quote_text(arguments, keys=FREE_TEXT))

@@ -1,9 +1,7 @@
 """The commands, end to end on tiny runs: every config builds, a run's folder is complete."""
 
 import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from programs import call
 
 from experiments import checkpoints, evaluate, generate, metrics, runs, train
 from experiments.build import build, build_model
@@ -42,24 +41,6 @@ def text(tmp_path_factory):
     for i in range(20):
         (root / f"f{i}.py").write_text(f"def f_{i}(x):\n    return x + {i}\n" * 20)
     return root
-
-
-def call(program, folder, *arguments):
-    """Runs a program's Hydra main in this process, in a folder; returns its exit code."""
-    before, cwd = sys.argv, os.getcwd()
-    sys.argv = [f"{program.__name__}.py", *arguments]
-    os.chdir(folder)
-    try:
-        program.main()
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code
-    finally:
-        sys.argv = before
-        os.chdir(cwd)
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import jax
 import pytest
 from interrupted_runs import check_same_files, check_same_state, stopper
 from omegaconf import OmegaConf
+from programs import call
 
 from experiments import runs, train
 from experiments.build import build
@@ -36,27 +36,11 @@ def text(tmp_path_factory):
     return root
 
 
-def call(*arguments):
-    """Runs the command in this process; returns its exit code, the message being on stderr."""
-    before = sys.argv
-    sys.argv = ["train.py", *map(str, arguments)]
-    try:
-        train.main()
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code
-    finally:
-        sys.argv = before
-    return 0
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, text):
     """A language model that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert call(f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 0
+    assert call(train, ".", f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 0
     return folder
 
 
@@ -65,12 +49,12 @@ def test_a_language_model_interrupted_and_resumed_equals_one_that_was_not(
 ):
     folder = tmp_path / "run"
     stop_after(5)
-    assert call(f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 130
+    assert call(train, ".", f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 130
     said = capsys.readouterr().out
     assert "interrupted after step 5 of 10" in said
     command = re.search(r"python -m experiments\.train (resume=\S+)$", said, re.M)
     stop_after(None)
-    assert call(command[1]) == 0
+    assert call(train, ".", command[1]) == 0
     assert "goes on after step 5 of 10" in capsys.readouterr().out
     parts = build(runs.load_config(folder))
     key = jax.random.key(0)
@@ -88,10 +72,10 @@ def test_resume_true_begins_a_run_where_there_is_none_and_does_nothing_where_it_
     tmp_path, text, whole, capsys
 ):
     arguments = [f"hydra.run.dir={whole}", f"data.root={text}", *TINY, "resume=true"]
-    assert call(*arguments) == 0
+    assert call(train, ".", *arguments) == 0
     assert "the run is finished, nothing is left to do" in capsys.readouterr().out
     arguments[0] = f"hydra.run.dir={tmp_path / 'new'}"
-    assert call(*arguments, "steps=0") == 1
+    assert call(train, ".", *arguments, "steps=0") == 1
     assert "steps=0: give at least 1" in capsys.readouterr().err, "it goes about a new run"
 
 
@@ -110,19 +94,19 @@ def test_a_command_line_that_contradicts_the_folder_is_an_error_that_names_the_k
     whole, capsys, overrides, message
 ):
     before = (whole / "metrics.csv").read_bytes()
-    assert call(f"resume={whole}", *overrides) == 1
+    assert call(train, ".", f"resume={whole}", *overrides) == 1
     assert re.search(message, capsys.readouterr().err)
     assert (whole / "metrics.csv").read_bytes() == before
 
 
 def test_a_command_line_that_agrees_with_the_folder_is_taken(whole, capsys):
-    assert call(f"resume={whole}", "experiment=lm", "steps=10", "cell=para_gru") == 0
+    assert call(train, ".", f"resume={whole}", "experiment=lm", "steps=10", "cell=para_gru") == 0
     assert "the run is finished" in capsys.readouterr().out
 
 
 def test_resume_of_no_run_makes_no_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert call("resume=gone") == 1
+    assert call(train, ".", "resume=gone") == 1
     assert re.search("error: run='gone': no such folder", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 

@@ -2,9 +2,7 @@
 
 import csv
 import math
-import os
 import re
-import sys
 
 import matplotlib.image
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
+from programs import call
 from run_folders import ATTENTION, LSTM, config, make_run
 
 from experiments import compare, curves, plot, run_sets
@@ -37,21 +36,6 @@ def sweep(tmp_path_factory):
 
 def read(sweep):
     return run_sets.read_all(str(sweep / "multirun"))[0]
-
-
-def call(program, folder, *arguments):
-    before, cwd = sys.argv, os.getcwd()
-    sys.argv = [f"{program.__name__}.py", *arguments]
-    os.chdir(folder)
-    try:
-        program.main()
-    except SystemExit as end:
-        print(end.code, file=sys.stderr)
-        return 1
-    finally:
-        sys.argv = before
-        os.chdir(cwd)
-    return 0
 
 
 def test_a_config_is_flattened_to_what_objects_are_called():
