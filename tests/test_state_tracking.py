@@ -35,9 +35,7 @@ from jaxpara.types import Model
 
 CONF = Path(__file__).resolve().parent.parent / "experiments" / "conf"
 TASKS = sorted(
-    path.stem
-    for path in (CONF / "task").glob("*.yaml")
-    if path.stem != "language_model"
+    path.stem for path in (CONF / "task").glob("*.yaml") if path.stem != "language_model"
 )
 MIXERS = sorted(path.stem for path in (CONF / "mixer" / "tracking").glob("*.yaml"))
 MASK = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
