@@ -33,6 +33,9 @@ from jaxpara.types import TrainState as TrainState
 from jaxpara.weights.lift import lift as lift
 from jaxpara.weights.lora import lora as lora
 from jaxpara.weights.quant.fake import fake_quant as fake_quant
+from jaxpara.weights.quant.lr_qat import lr_qat as lr_qat
+from jaxpara.weights.quant.lsq import l4q as l4q
+from jaxpara.weights.quant.lsq import lsq as lsq
 from jaxpara.weights.reparam import Reparam as Reparam
 from jaxpara.weights.reparam import chain as chain
 from jaxpara.weights.weight import Weight as Weight

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxpara.tree import Where
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Factors, Method
+from jaxpara.weights.weight import Factors, Method, shape_of
 
 
 class _Settings(NamedTuple):
@@ -16,12 +16,13 @@ class _Settings(NamedTuple):
     scale: float
 
 
-def _init(settings: _Settings, key, dense):
-    *lead, rows, columns = dense.shape
+def _init(settings: _Settings, key, base):
+    like = shape_of(base)
+    *lead, rows, columns = like.shape
     # Uniform as PyTorch's kaiming with a = sqrt(5), which Hugging Face PEFT starts from too.
     bound = rows**-0.5
-    a = jax.random.uniform(key, (*lead, rows, settings.rank), dense.dtype, -bound, bound)
-    return {"a": a, "b": jnp.zeros((*lead, settings.rank, columns), dense.dtype)}
+    a = jax.random.uniform(key, (*lead, rows, settings.rank), like.dtype, -bound, bound)
+    return base, {"a": a, "b": jnp.zeros((*lead, settings.rank, columns), like.dtype)}
 
 
 def _axes(settings: _Settings, ndim: int):

@@ -79,7 +79,7 @@ class Reparam(NamedTuple):
                 number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
                 method = member.method
                 own = jax.random.fold_in(begin, number)
-                return Weight(leaf, method.init(method.settings, own, dense(leaf)), method)
+                return Weight(*method.init(method.settings, own, leaf), method)
 
             state = jax.tree_util.tree_map_with_path(attached, state, is_leaf=is_weight)
         return state

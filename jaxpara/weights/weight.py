@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Axes = tuple[int | str, ...]
 """The axes of a part: negative numbers are axes of the weight, names are its own."""
@@ -39,8 +40,8 @@ class Method(NamedTuple):
     Attributes:
       name: for reports.
       settings: a hashable value, handed to every function below.
-      init: `(settings, key, dense) -> parts`; must leave the effective weight as it is, or
-        as close as the method allows.
+      init: `(settings, key, base) -> (base, parts)`, the base as it is kept; must leave the
+        effective weight as it is, or as close as the method allows.
       effective: `(settings, dense base, parts) -> dense`; None for additive methods.
       factors: `(settings, parts, ndim) -> Factors`; None for the others.
       axes: `(settings, ndim) -> axes of each part`.
@@ -53,7 +54,7 @@ class Method(NamedTuple):
 
     name: str
     settings: Any
-    init: Callable[..., dict[str, jax.Array]]
+    init: Callable[..., tuple[Any, dict[str, jax.Array]]]
     effective: Callable[..., jax.Array] | None
     factors: Callable[..., Factors] | None
     axes: Callable[..., Mapping[str, Axes]]
@@ -103,13 +104,16 @@ def dense(weight: Any) -> jax.Array:
     """
     if not is_weight(weight):
         return weight
-    base, method = dense(weight.base), weight.method
+    base, method = jnp.asarray(dense(weight.base)), weight.method
     if method.effective is not None:
         return method.effective(method.settings, base, weight.parts)
     assert method.factors is not None
     factors = method.factors(method.settings, weight.parts, base.ndim)
     whole = tuple(range(-base.ndim, 0))
-    return base + factors.scale * contract(factors, whole).astype(base.dtype)
+    added = factors.scale * contract(factors, whole).astype(base.dtype)
+    # The product is rounded before the sum in every program: a fused multiply-add in one and not
+    # in another would put a quantiser that follows on two sides of a tie.
+    return base + lax.optimization_barrier(added)
 
 
 def contract(

@@ -2,18 +2,15 @@
 
 import jax
 
-from jaxpara.weights.quant.grid import Grid, dequantised
+from jaxpara.weights.quant.grid import Grid, Parts, dequantised
 from jaxpara.weights.weight import Method, Weight
 
 
-def _effective(grid: Grid, values, parts):
-    return dequantised(grid, values, parts["scale"])
-
-
-def _axes(grid: Grid, ndim: int):
-    # The scale has one axis more: groups and entries of a group stand for the axis -2.
-    lead = tuple(range(-ndim, -2))
-    return {"scale": (*lead, "groups", "entry", "all" if grid.per_tensor else -1)}
+def part_axes(grid: Grid, ndim: int):
+    """The axes of scales and offsets, for `Method.axes`."""
+    # They have one axis more: groups and entries of a group stand for the axis -2.
+    along = (*range(-ndim, -2), "groups", "entry", "all" if grid.per_tensor else -1)
+    return {"scale": along, "offset": along}
 
 
 def separable(grid: Grid, ndim: int) -> frozenset[int]:
@@ -21,29 +18,29 @@ def separable(grid: Grid, ndim: int) -> frozenset[int]:
     return frozenset(range(-ndim, -2)) | (frozenset() if grid.per_tensor else frozenset({-1}))
 
 
-def _none(grid: Grid, key, dense):
+def _none(grid: Grid, key, base):
     raise TypeError("integers are made by merging a quantised weight, not attached to one")
 
 
-def quantised_array(grid: Grid, values: jax.Array, scale: jax.Array) -> Weight:
+def quantised_array(grid: Grid, values: jax.Array, parts: Parts) -> Weight:
     """A weight held as integers.
 
     Args:
       grid: the grid.
       values: `[.., rows, columns]`, int8.
-      scale: `[.., groups, 1, columns]`.
+      parts: `scale`, and `offset` if the grid is affine.
 
     Returns:
-      A weight that stands for `values * scale`.
+      A weight that stands for `values * scale + offset`.
     """
     method = Method(
         name=f"int{grid.bits}",
         settings=grid,
         init=_none,
-        effective=_effective,
+        effective=dequantised,
         factors=None,
-        axes=_axes,
+        axes=part_axes,
         separable=separable,
         freezes=False,
     )
-    return Weight(values, {"scale": scale}, method)
+    return Weight(values, parts, method)

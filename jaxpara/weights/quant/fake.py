@@ -1,32 +1,35 @@
 """Fake quantisation: the forward pass sees the grid, the gradient passes straight through. [ste]"""
 
-import jax
+from jax import lax
 
 from jaxpara.tree import Where
-from jaxpara.weights.quant.array import quantised_array, separable
-from jaxpara.weights.quant.grid import Grid, absmax_scale, dequantised, integers
+from jaxpara.weights.quant.array import part_axes, quantised_array, separable
+from jaxpara.weights.quant.grid import (
+    Grid,
+    absmax_scale,
+    check_group,
+    dequantised,
+    integers,
+    make_grid,
+)
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Method
+from jaxpara.weights.weight import Method, shape_of
 
 
-def _init(grid: Grid, key, dense):
-    absmax_scale(grid, dense)  # a group that does not divide the rows is refused here
-    return {}
+def _init(grid: Grid, key, base):
+    check_group(grid, shape_of(base).shape)
+    return base, {}
 
 
 def _effective(grid: Grid, w, parts):
-    scale = absmax_scale(grid, w)
+    scale = {"scale": absmax_scale(grid, w)}
     on_grid = dequantised(grid, integers(grid, w, scale), scale)
     # Straight through: the value is exactly the grid's, the derivative that of the identity.
-    return jax.lax.stop_gradient(on_grid) + (w - jax.lax.stop_gradient(w))
-
-
-def _axes(grid: Grid, ndim: int):
-    return {}
+    return lax.stop_gradient(on_grid) + (w - lax.stop_gradient(w))
 
 
 def _merge(grid: Grid, w, parts):
-    scale = absmax_scale(grid, w)
+    scale = {"scale": absmax_scale(grid, w)}
     return quantised_array(grid, integers(grid, w, scale), scale)
 
 
@@ -58,17 +61,13 @@ def fake_quant(
 
     References: [ste].
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits={bits}: give 2 to 8")
-    if per_tensor and group is not None:
-        raise ValueError(f"per_tensor=True with group={group}: choose one of them")
     method = Method(
         name=f"fake_quant(bits={bits})",
-        settings=Grid(bits, group, per_tensor),
+        settings=make_grid(bits, group, per_tensor),
         init=_init,
         effective=_effective,
         factors=None,
-        axes=_axes,
+        axes=part_axes,
         separable=separable,
         freezes=False,
         merge=_merge,

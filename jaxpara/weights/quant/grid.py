@@ -1,8 +1,10 @@
 """The integer grid of a quantised weight, computed in one place by training and by merging.
 
-    scale = max |W| / q over the axes that share one,   q = 2^(bits-1) - 1
-    integer = clip(round(W / scale), -q, q)             ties to even
+    integer = clip(round((W - offset) / scale), low, high)      ties to even
+    value   = integer * scale + offset
 
+A symmetric grid has no offset and runs from `-q` to `q = 2^(bits-1) - 1`, an affine one from
+`-q - 1`.
 Training multiplies the integers by the scale, deployment keeps both: they are equal bit for bit
 because both call `integers` on equal input.
 """
@@ -13,41 +15,101 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+Parts = dict[str, jax.Array]
+
 
 class Grid(NamedTuple):
-    """A symmetric integer grid.
+    """An integer grid.
 
     Attributes:
       bits: 2 to 8.
       group: consecutive entries along the contraction axis -2 that share a scale; None: all.
       per_tensor: one scale for the last two axes together, instead of one an output channel.
+      affine: whether there is an offset.
     """
 
     bits: int
-    group: int | None
-    per_tensor: bool
+    group: int | None = None
+    per_tensor: bool = False
+    affine: bool = False
 
 
-def largest(grid: Grid) -> int:
-    """The largest integer of the grid."""
-    return 2 ** (grid.bits - 1) - 1
+def make_grid(bits: int, group: int | None, per_tensor: bool, affine: bool = False) -> Grid:
+    """A grid whose settings are possible.
+
+    Args:
+      bits, group, per_tensor, affine: see `Grid`.
+
+    Returns:
+      The grid.
+
+    Raises:
+      ValueError: the bits are not 2 to 8, or `group` with `per_tensor`.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits={bits}: give 2 to 8")
+    if per_tensor and group is not None:
+        raise ValueError(f"per_tensor=True with group={group}: choose one of them")
+    return Grid(bits, group, per_tensor, affine)
 
 
-def _blocks(grid: Grid, w: jax.Array) -> jax.Array:
-    """`[.., in, out]` as `[.., groups, group, out]`."""
-    rows = w.shape[-2]
+def limits(grid: Grid) -> tuple[int, int]:
+    """The smallest and the largest integer of the grid."""
+    q = 2 ** (grid.bits - 1) - 1
+    return (-q - 1 if grid.affine else -q), q
+
+
+def check_group(grid: Grid, shape: tuple[int, ...]) -> int:
+    """The rows that share a scale.
+
+    Args:
+      grid: the grid.
+      shape: of a weight.
+
+    Returns:
+      Their number.
+
+    Raises:
+      ValueError: the group does not divide the rows.
+    """
+    rows = shape[-2]
     group = rows if grid.group is None else grid.group
     if rows % group:
         divisors = [n for n in range(1, rows + 1) if rows % n == 0]
         raise ValueError(
-            f"group={group} does not divide the {rows} rows of a weight of shape {w.shape}: "
+            f"group={group} does not divide the {rows} rows of a weight of shape {shape}: "
             f"give one of {divisors}, or None"
         )
-    return w.reshape(*w.shape[:-2], rows // group, group, w.shape[-1])
+    return group
+
+
+def blocks(grid: Grid, w: jax.Array) -> jax.Array:
+    """`[.., rows, columns]` as `[.., groups, group, columns]`.
+
+    Args:
+      grid: the grid.
+      w: a weight; leading axes are batches.
+
+    Returns:
+      The weight, reshaped: a scale of `[.., groups, 1, columns]` broadcasts over it.
+    """
+    group = check_group(grid, w.shape)
+    return w.reshape(*w.shape[:-2], w.shape[-2] // group, group, w.shape[-1])
+
+
+def shared_axes(grid: Grid) -> tuple[int, ...]:
+    """The axes of `blocks` over which one scale is shared."""
+    return (-3, -2, -1) if grid.per_tensor else (-2,)
+
+
+def never_zero(scale: jax.Array) -> jax.Array:
+    """A scale that one may divide by, whatever an optimiser made of it."""
+    tiny = jnp.finfo(scale.dtype).tiny
+    return jnp.where(jnp.abs(scale) < tiny, tiny, scale)
 
 
 def absmax_scale(grid: Grid, w: Float[Array, "*lead rows columns"]) -> Float[Array, "*lead g 1 c"]:
-    """The scale at which nothing is clipped.
+    """The scale at which a symmetric grid clips nothing.
 
     Args:
       grid: the grid.
@@ -56,40 +118,40 @@ def absmax_scale(grid: Grid, w: Float[Array, "*lead rows columns"]) -> Float[Arr
     Returns:
       `[.., groups, 1, columns]`, or `[.., 1, 1, 1]` per tensor; never zero.
     """
-    axes = (-3, -2, -1) if grid.per_tensor else (-2,)
-    size = jnp.max(jnp.abs(_blocks(grid, w)), axis=axes, keepdims=True)
-    # Of a weight of zeros every scale is right; the smallest normal number keeps it finite.
-    tiny = jnp.finfo(w.dtype).tiny
-    return jnp.maximum(size / largest(grid), tiny)
+    size = jnp.max(jnp.abs(blocks(grid, w)), axis=shared_axes(grid), keepdims=True)
+    return never_zero(size / limits(grid)[1])
 
 
 def integers(
-    grid: Grid, w: Float[Array, "*lead rows columns"], scale: jax.Array
+    grid: Grid, w: Float[Array, "*lead rows columns"], parts: Parts
 ) -> Int8[Array, "*lead rows columns"]:
     """The nearest point of the grid, as an integer.
 
     Args:
       grid: the grid.
       w: the weight.
-      scale: as `absmax_scale` gives it.
+      parts: `scale`, and `offset` if the grid is affine, both `[.., groups, 1, columns]`.
 
     Returns:
       Integers within the grid.
     """
-    q = largest(grid)
-    rounded = jnp.clip(jnp.round(_blocks(grid, w) / scale), -q, q)
+    centred = blocks(grid, w) - parts["offset"] if grid.affine else blocks(grid, w)
+    rounded = jnp.clip(jnp.round(centred / never_zero(parts["scale"])), *limits(grid))
     return rounded.reshape(w.shape).astype(jnp.int8)
 
 
-def dequantised(grid: Grid, values: jax.Array, scale: jax.Array) -> jax.Array:
-    """Integers times their scale, in the dtype of the scale.
+def dequantised(grid: Grid, values: jax.Array, parts: Parts) -> jax.Array:
+    """What integers stand for, in the dtype of the scale.
 
     Args:
       grid: the grid.
       values: integers `[.., rows, columns]`.
-      scale: as `absmax_scale` gives it.
+      parts: as for `integers`.
 
     Returns:
       `[.., rows, columns]`.
     """
-    return (_blocks(grid, values.astype(scale.dtype)) * scale).reshape(values.shape)
+    scaled = blocks(grid, values.astype(parts["scale"].dtype)) * never_zero(parts["scale"])
+    if grid.affine:
+        scaled = scaled + parts["offset"]
+    return scaled.reshape(values.shape)

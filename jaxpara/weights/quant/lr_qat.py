@@ -1,0 +1,152 @@
+"""LR-QAT: low-rank training on the integer grid itself. [lrqat]
+
+    Phi = downcast(clip(W / s0, low, high))                 frozen, in units of the grid
+    W_q = s clip(round(Phi + (alpha / r) A B), low, high)   A, B and s are trained
+
+What is merged are the integers of the forward pass and `s`, with nothing left over.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpara.tree import Where
+from jaxpara.weights.quant.array import part_axes, quantised_array, separable
+from jaxpara.weights.quant.grid import (
+    Grid,
+    absmax_scale,
+    blocks,
+    limits,
+    make_grid,
+    never_zero,
+    shared_axes,
+)
+from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.weight import Method, dense
+
+DOWNCASTS = ("float32", "bfloat16", "fixed8")
+
+
+class _Settings(NamedTuple):
+    grid: Grid
+    rank: int
+    scale: float
+    downcast: str
+
+
+def _search(grid: Grid, w: jax.Array) -> jax.Array:
+    """The scale with the least sum of fourth powers of the error, of twenty below absmax."""
+    whole, axes, (low, high) = blocks(grid, w), shared_axes(grid), limits(grid)
+    best = absmax_scale(grid, w)
+    least = jnp.full(best.shape, jnp.inf, w.dtype)
+    for share in (1 - 0.04 * i for i in range(20)):
+        scale = never_zero(share * absmax_scale(grid, w))
+        rounded = jnp.clip(jnp.round(whole / scale), low, high) * scale
+        error = jnp.sum((rounded - whole) ** 4, axis=axes, keepdims=True)
+        best, least = jnp.where(error < least, scale, best), jnp.minimum(error, least)
+    return best
+
+
+def _init(settings: _Settings, key, base):
+    grid, w = settings.grid, jnp.asarray(dense(base))
+    scale = _search(grid, w)
+    phi = jnp.clip(blocks(grid, w) / scale, *limits(grid)).reshape(w.shape)
+    if settings.downcast == "fixed8":
+        # bits before the point, 8 - bits behind it: the largest magnitude is 2^7 - 2^(8 - bits).
+        kept = jnp.round(phi * 2 ** (8 - grid.bits)).astype(jnp.int8)
+    else:
+        kept = phi.astype(settings.downcast)
+    *lead, rows, columns = w.shape
+    bound = rows**-0.5
+    parts = {
+        "a": jax.random.uniform(key, (*lead, rows, settings.rank), w.dtype, -bound, bound),
+        "b": jnp.zeros((*lead, settings.rank, columns), w.dtype),
+        "scale": scale,
+    }
+    return kept, parts
+
+
+def _on_grid(settings: _Settings, kept, parts):
+    """The weight in units of the grid, before it is rounded."""
+    dtype = parts["scale"].dtype
+    unit = 2 ** (8 - settings.grid.bits) if settings.downcast == "fixed8" else 1
+    update = jnp.matmul(parts["a"], parts["b"], precision=lax.Precision.HIGHEST)
+    # Rounded before the sum in every program, as in `weight.dense`.
+    return kept.astype(dtype) / unit + lax.optimization_barrier(settings.scale * update)
+
+
+def _effective(settings: _Settings, kept, parts):
+    low, high = limits(settings.grid)
+    v = _on_grid(settings, kept, parts)
+    clipped = jnp.where(v < low, low, jnp.where(v > high, high, v))
+    rounded = clipped + lax.stop_gradient(jnp.round(clipped) - clipped)
+    return (blocks(settings.grid, rounded) * never_zero(parts["scale"])).reshape(v.shape)
+
+
+def _merge(settings: _Settings, kept, parts):
+    grid = settings.grid
+    values = jnp.clip(jnp.round(_on_grid(settings, kept, parts)), *limits(grid))
+    scale = {"scale": never_zero(parts["scale"])}
+    return quantised_array(grid, values.astype(jnp.int8), scale)
+
+
+def _axes(settings: _Settings, ndim: int):
+    lead = tuple(range(-ndim, -2))
+    adapters = {"a": (*lead, -2, "rank"), "b": (*lead, "rank", -1)}
+    return {**part_axes(settings.grid, ndim), **adapters}
+
+
+def _separable(settings: _Settings, ndim: int):
+    return separable(settings.grid, ndim)
+
+
+def lr_qat(
+    *,
+    bits: int = 4,
+    rank: int = 8,
+    alpha: float | None = None,
+    group: int | None = None,
+    downcast: str = "float32",
+    where: Where = None,
+) -> Reparam:
+    """Trains a low-rank update in units of the integer grid, and the scales.
+
+    Args:
+      bits: 2 to 8; with `downcast="fixed8"` 2 to 7.
+      rank: of the update.
+      alpha: the update is scaled by `alpha / rank`; None means `rank`, so 1.
+      group: consecutive entries along the contraction axis -2 that share a scale; None: all.
+      downcast: how the frozen weight is stored: "float32", "bfloat16", or "fixed8", a byte with
+        `8 - bits` binary places.
+      where: the leaves, see `jaxpara.tree.matcher`.
+
+    Returns:
+      The reparameterisation; `merge` gives the integers of the forward pass.
+
+    Raises:
+      ValueError: a setting is out of range; when attached: the group does not divide the rows.
+
+    References: [lrqat].
+    """
+    if downcast not in DOWNCASTS:
+        raise ValueError(f"downcast={downcast!r}: expected one of {', '.join(DOWNCASTS)}")
+    if downcast == "fixed8" and bits > 7:
+        raise ValueError(f"bits={bits} leave no binary place in a byte: downcast another way")
+    if rank < 1:
+        raise ValueError(f"rank={rank}: give at least 1")
+    scale = (rank if alpha is None else alpha) / rank
+    grid = make_grid(bits, group, per_tensor=False)
+    method = Method(
+        name=f"lr_qat(bits={bits}, rank={rank}, {downcast})",
+        settings=_Settings(grid, rank, float(scale), downcast),
+        init=_init,
+        effective=_effective,
+        factors=None,
+        axes=_axes,
+        separable=_separable,
+        freezes=True,
+        merge=_merge,
+    )
+    return reparam(method, where)
