@@ -5,6 +5,7 @@ import logging.config
 import os
 import pathlib
 import platform
+import signal
 
 import pytest
 
@@ -22,6 +23,10 @@ def _machine() -> str:
 
 
 def pytest_configure(config):
+    # A shell that starts us in the background has told us to ignore Ctrl-C, and everything that
+    # we start would too: the tests of it need what a person at the keyboard has.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Subprocesses that tests start inherit these two. `make gpu` selects -m gpu and keeps the GPU.
     if config.getoption("markexpr") != "gpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

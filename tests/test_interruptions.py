@@ -75,8 +75,6 @@ def live(folder, *arguments, act, file_limit=None):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                # a shell that starts jobs in the background has them ignore Ctrl-C
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         )
         stack.callback(process.kill)
