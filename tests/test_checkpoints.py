@@ -1,5 +1,7 @@
 """Checkpoints: what is written comes back, anywhere; which ones stay; which one is the best."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,7 +186,11 @@ def test_what_was_half_written_is_no_checkpoint_and_is_removed(saved):
     half.mkdir()
     assert checkpoints.steps(folder) == [3]
     with checkpoints.saver(folder, keep_last=1, keep_best=1, best=BEST):
-        assert not half.exists() and checkpoints.steps(folder) == [3]
+        assert checkpoints.steps(folder) == [3]
+        deadline = time.monotonic() + 60
+        while half.exists():  # Orbax removes it in a thread of its own
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_the_resume_command_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
