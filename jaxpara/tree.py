@@ -31,6 +31,20 @@ def path_of(keys: Sequence[Any]) -> str:
     return "/".join(map(name, keys))
 
 
+def is_matrix(leaf: Any) -> bool:
+    """Whether a leaf is a floating array of two or more axes.
+
+    Args:
+      leaf: anything that stands in a tree.
+
+    Returns:
+      False for numbers, functions and whatever else has no shape and dtype.
+    """
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return False
+    return len(leaf.shape) >= 2 and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
 def matcher(where: Where) -> Callable[[str, Any], bool]:
     """What a `where=` selects, as a predicate on (path, leaf).
 
@@ -46,7 +60,7 @@ def matcher(where: Where) -> Callable[[str, Any], bool]:
       TypeError: `where` is none of these.
     """
     if where is None:
-        return lambda path, leaf: leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return lambda path, leaf: is_matrix(leaf)
     if isinstance(where, str):
         translated = re.escape(where).replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
         where = re.compile(translated)

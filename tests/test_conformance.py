@@ -121,7 +121,7 @@ def oracle(structure, column):
     return in_float64(function, args, moves, weights)
 
 
-def check(structure, column, solver, derivative=None):
+def assert_equals_the_oracle(structure, column, solver, derivative=None):
     case, args, moves, weights = data(structure)
     solve = functools.partial(jp.solve_scan, solver=solver, derivative=derivative)
     run = jax.jit(COLUMNS[column](solve, case, weights, moves), compiler_options=QUICK)
@@ -129,12 +129,12 @@ def check(structure, column, solver, derivative=None):
     if column == "values_and_jvp":
         *found, info = found
         wanted = wanted[:2]
-        check_info(info, solver)
+        assert_iterated(info, solver)
     # Second derivatives sum T^2 rounded terms.
     assert_close(tuple(found), tuple(wanted), 5e-6 if column == "grad_of_grad" else 2e-6)
 
 
-def check_info(info, solver):
+def assert_iterated(info, solver):
     assert info.converged
     assert info.fallback_steps == 0
     if solver not in (jp.sequential(), jp.auto()):
@@ -149,14 +149,14 @@ def check_info(info, solver):
 @pytest.mark.parametrize("structure", CASES)
 @pytest.mark.parametrize("solver", solver_rows(TABLE))
 def test_every_solver_gives_what_lax_scan_gives(solver, structure, column):
-    check(structure, column, TABLE[solver])
+    assert_equals_the_oracle(structure, column, TABLE[solver])
 
 
 @pytest.mark.parametrize("column", ["grad_vmap_checkpoint", "reset_reverse"])
 @pytest.mark.parametrize("structure", CASES)
 @pytest.mark.parametrize("solver", ["shooting", "sequential"])
 def test_the_fused_reverse_rule_gives_the_same_gradients(solver, structure, column):
-    check(structure, column, SOLVERS[solver], "reverse")
+    assert_equals_the_oracle(structure, column, SOLVERS[solver], "reverse")
 
 
 @pytest.mark.parametrize("structure", CASES)

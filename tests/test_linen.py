@@ -24,7 +24,7 @@ CELLS = {
 }
 
 
-def close(found, wanted, tolerance=1e-5):
+def assert_close(found, wanted, tolerance=1e-5):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert (f.shape, f.dtype) == (w.shape, w.dtype)
@@ -48,15 +48,15 @@ def test_rnn_has_the_parameters_values_and_gradients_of_flax(name):
     keywords = dict(seq_lengths=LENGTHS, return_carry=True, reverse=True, keep_order=True)
     flax, ours = nn.RNN(CELLS[name]), linen.RNN(CELLS[name], solver=SHOOTING)
     variables = flax.init(jax.random.key(1), X)
-    close(ours.init(jax.random.key(1), X), variables, 0)
-    close(both(ours, **keywords)(variables, X), both(flax, **keywords)(variables, X))
+    assert_close(ours.init(jax.random.key(1), X), variables, 0)
+    assert_close(both(ours, **keywords)(variables, X), both(flax, **keywords)(variables, X))
 
 
 @pytest.mark.parametrize("name", ["SimpleCell", "MGUCell", "LSTMCell"])
 def test_rnn_has_the_values_of_flax_over_other_cells(name):
     flax, ours = nn.RNN(CELLS[name]), linen.RNN(CELLS[name], solver=SHOOTING)
     variables = flax.init(jax.random.key(1), X)
-    close(ours.apply(variables, X), flax.apply(variables, X))
+    assert_close(ours.apply(variables, X), flax.apply(variables, X))
 
 
 def test_rnn_runs_a_convolutional_cell():
@@ -64,7 +64,7 @@ def test_rnn_runs_a_convolutional_cell():
     cell = nn.ConvLSTMCell(2, (3, 3))
     variables = nn.RNN(cell).init(jax.random.key(1), x)
     out = linen.RNN(cell, solver=SHOOTING).apply(variables, x)
-    close(out, nn.RNN(cell).apply(variables, x))
+    assert_close(out, nn.RNN(cell).apply(variables, x))
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_every_option_means_what_it_means_in_flax(keywords):
     # Once as attributes, once as arguments of the call, where Flax takes them there.
     wanted = flax.apply(variables, x, **call)
     ours = linen.RNN(nn.SimpleCell(5), solver=SHOOTING, **fields)
-    close(ours.apply(variables, x, **call), wanted)
+    assert_close(ours.apply(variables, x, **call), wanted)
     fields.pop("unroll", None)
     ours = linen.RNN(nn.SimpleCell(5), solver=SHOOTING)
-    close(ours.apply(variables, x, **fields, **call), wanted)
+    assert_close(ours.apply(variables, x, **fields, **call), wanted)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_every_solver_gives_the_same_and_a_parallel_one_iterates(solver, paralle
     cell = nn.SimpleCell(5)
     variables = nn.RNN(cell).init(jax.random.key(1), X)
     out = linen.RNN(cell, solver=solver).apply(variables, X)
-    close(out, nn.RNN(cell).apply(variables, X))
+    assert_close(out, nn.RNN(cell).apply(variables, X))
     ((converged, iterations),) = seen
     assert converged and (iterations > 1) == parallel
 
@@ -128,7 +128,7 @@ def test_rnn_under_vmap_remat_and_the_reverse_rule():
     many = jnp.stack([X, 2 * X])
     wanted = jax.vmap(both(flax), (None, 0))(variables, many)
     ours = nn.remat(linen.RNN)(nn.SimpleCell(5), solver=SHOOTING, derivative="reverse")
-    close(jax.vmap(both(ours), (None, 0))(variables, many), wanted)
+    assert_close(jax.vmap(both(ours), (None, 0))(variables, many), wanted)
 
 
 class Stack(nn.Module):
@@ -148,7 +148,7 @@ def test_rnn_takes_the_place_of_flax_inside_a_model():
     shapes = functools.partial(jax.tree.map, jnp.shape)
     assert shapes(Stack(linen.RNN).init(jax.random.key(1), X)) == shapes(variables)
     ours = Stack(functools.partial(linen.RNN, solver=jp.sequential()))
-    close(ours.apply(variables, X), Stack().apply(variables, X))
+    assert_close(ours.apply(variables, X), Stack().apply(variables, X))
 
 
 class Noisy(nn.RNNCellBase):
@@ -193,7 +193,7 @@ def test_collections_and_random_streams_are_those_of_flax(solver):
     variables, mutable = noisy_variables(), ["count", "trace"]
     wanted = flax.apply(variables, X, rngs=KEYS, mutable=mutable)
     assert wanted[1]["count"]["cell"]["steps"] == 8
-    close(ours.apply(variables, X, rngs=KEYS, mutable=mutable), wanted)
+    assert_close(ours.apply(variables, X, rngs=KEYS, mutable=mutable), wanted)
 
 
 def test_a_collection_that_changes_must_be_carried():
@@ -219,8 +219,8 @@ def test_a_module_becomes_a_model_with_its_own_parameters():
     dense = nn.Dense(3)
     model = linen.from_linen(dense, jax.ShapeDtypeStruct((2, 4), jnp.float32))
     params = model.init(jax.random.key(0))
-    close(params, dense.init(jax.random.key(0), X[:, 0])["params"], 0)
-    close(model.apply(params, X), dense.apply({"params": params}, X), 0)
+    assert_close(params, dense.init(jax.random.key(0), X[:, 0])["params"], 0)
+    assert_close(model.apply(params, X), dense.apply({"params": params}, X), 0)
     assert model.start is None and model.run is None
 
 
@@ -232,7 +232,7 @@ def test_keys_and_collections_are_ordinary_inputs_and_outputs():
     key = jax.random.key(1)
     out, updates = jax.jit(train.apply)(variables, X, key)
     wanted = Net().apply(variables, X, rngs={"dropout": key}, mutable=["batch_stats"])
-    close((out, updates), wanted)
+    assert_close((out, updates), wanted)
     assert jnp.any(train.apply(variables, X, jax.random.key(2))[0] != out)
     after = variables | updates
     assert jnp.any(test.apply(after, X)[0] != test.apply(variables, X)[0])
@@ -306,6 +306,6 @@ def test_an_rnn_brings_its_state_with_it():
     params = model.init(jax.random.key(0))
     state, first = model.run(params, model.start(params, 3, 7), X[:, :4])
     state, second = model.run(params, state, X[:, 4:])
-    close(jnp.concatenate([first, second], 1), model.apply(params, X))
+    assert_close(jnp.concatenate([first, second], 1), model.apply(params, X))
     assert linen.from_linen(nn.RNN(nn.GRUCell(5)), X).run is not None
     assert linen.from_linen(nn.RNN(nn.GRUCell(5), reverse=True), X).run is None

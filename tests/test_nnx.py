@@ -15,7 +15,7 @@ X = jax.random.normal(jax.random.key(0), (3, 7, 4))
 LENGTHS = jnp.array([3, 7, 1])
 
 
-def close(found, wanted, tolerance=1e-5):
+def assert_close(found, wanted, tolerance=1e-5):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert (f.shape, f.dtype) == (w.shape, w.dtype)
@@ -42,13 +42,13 @@ def pair(cell, solver=SHOOTING, **fields):
 def test_rnn_has_the_values_and_gradients_of_flax():
     keywords = dict(seq_lengths=LENGTHS, return_carry=True, reverse=True, keep_order=True)
     theirs, ours = pair(flax.SimpleCell)
-    close(both(ours, X, **keywords), both(theirs, X, **keywords))
+    assert_close(both(ours, X, **keywords), both(theirs, X, **keywords))
 
 
 @pytest.mark.parametrize("name", ["GRUCell", "OptimizedLSTMCell"])
 def test_rnn_has_the_values_of_flax_over_other_cells(name):
     theirs, ours = pair(getattr(flax, name))
-    close(ours(X), theirs(X))
+    assert_close(ours(X), theirs(X))
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_every_option_means_what_it_means_in_flax(keywords):
     call = {k: v for k, v in keywords.items() if k not in fields}
     theirs, ours = pair(flax.SimpleCell, **fields)
     wanted = theirs(x, **call)
-    close(ours(x, **call), wanted)
+    assert_close(ours(x, **call), wanted)
     fields.pop("unroll", None)
-    close(pair(flax.SimpleCell)[1](x, **fields, **call), wanted)
+    assert_close(pair(flax.SimpleCell)[1](x, **fields, **call), wanted)
 
 
 @pytest.mark.parametrize("solver", [jp.newton(), jp.jacobi(), jp.sequential(), None, SHOOTING])
@@ -83,7 +83,7 @@ def test_every_solver_gives_the_same_and_the_named_one_iterates(solver, monkeypa
 
     monkeypatch.setattr(nnx, "newton_scan", watched)
     theirs, ours = pair(flax.SimpleCell, solver)
-    close(ours(X), theirs(X))
+    assert_close(ours(X), theirs(X))
     assert seen[0] > 1 or solver in (None, jp.sequential())
 
 
@@ -99,7 +99,7 @@ def test_rnn_under_vmap_and_the_reverse_rule():
         return jnp.sum(jnp.sin(over(layer)))
 
     wanted, got = (flax.to_pure_dict(flax.grad(loss)(layer)) for layer in (theirs, ours))
-    close(got, wanted)
+    assert_close(got, wanted)
 
 
 class Noisy(flax.Module):
@@ -130,8 +130,10 @@ def test_what_a_cell_changes_is_carried_and_written_back(solver, broadcast):
 
     theirs, ours = layer(flax.RNN), layer(nnx.RNN, solver=solver)
     for _ in range(2):  # the second call goes on from what the first one wrote
-        close(ours(X), theirs(X))
-        close(*(flax.to_pure_dict(flax.state(m.cell, flax.BatchStat)) for m in (ours, theirs)))
+        assert_close(ours(X), theirs(X))
+        assert_close(
+            *(flax.to_pure_dict(flax.state(m.cell, flax.BatchStat)) for m in (ours, theirs))
+        )
     assert ours.cell.steps[...] == 14
     counts = [m.cell.dropout.rngs.count[...] for m in (ours, theirs)]
     assert counts[0] == counts[1]
@@ -169,10 +171,10 @@ def test_a_module_becomes_a_model_with_its_own_parameters():
     model = nnx.from_nnx(lambda rngs: flax.Linear(4, 6, rngs=rngs))
     params = jax.jit(model.init)(jax.random.key(0))
     module = flax.Linear(4, 6, rngs=flax.Rngs(jax.random.key(0)))
-    close(params, flax.to_pure_dict(flax.state(module)), 1e-6)
-    close(jax.jit(model.apply)(params, X), module(X))
+    assert_close(params, flax.to_pure_dict(flax.state(module)), 1e-6)
+    assert_close(jax.jit(model.apply)(params, X), module(X))
     trained = nnx.from_nnx(lambda rngs: module)  # one that is there already keeps its weights
-    close(trained.init(jax.random.key(5)), flax.to_pure_dict(flax.state(module)), 0)
+    assert_close(trained.init(jax.random.key(5)), flax.to_pure_dict(flax.state(module)), 0)
     assert model.start is None and model.run is None
 
 
@@ -186,7 +188,9 @@ def test_keys_and_collections_are_ordinary_inputs_and_outputs():
     test = nnx.from_nnx(evaluating, mutable=("batch_stats",))
     variables = train.init(jax.random.key(0))
     out, updates = jax.jit(train.apply)(variables, X, jax.random.key(1))
-    close(train.apply(variables, X, jax.random.key(1)), (out, updates))  # pure: nothing is kept
+    assert_close(
+        train.apply(variables, X, jax.random.key(1)), (out, updates)
+    )  # pure: nothing is kept
     assert jnp.any(train.apply(variables, X, jax.random.key(2))[0] != out)
     after = variables | updates
     assert jnp.any(test.apply(after, X)[0] != test.apply(variables, X)[0])
@@ -242,7 +246,7 @@ def test_an_rnn_brings_its_state_with_it():
     params = model.init(jax.random.key(0))
     state, first = model.run(params, model.start(params, 3, 7), X[:, :4])
     state, second = model.run(params, state, X[:, 4:])
-    close(jnp.concatenate([first, second], 1), model.apply(params, X))
+    assert_close(jnp.concatenate([first, second], 1), model.apply(params, X))
     assert nnx.from_nnx(build(flax.RNN)).run is not None
     assert nnx.from_nnx(build(flax.RNN, reverse=True)).run is None
 

@@ -51,6 +51,15 @@ def test_a_pattern_that_selects_nothing_names_what_comes_near():
         jp.lora(where="block/*/kernel").attach(jax.random.key(0), params())
     with pytest.raises(ValueError, match="selects none"):
         jp.lora(where="kernel").attach(jax.random.key(0), params())  # a whole path, not its end
+    with pytest.raises(
+        ValueError, match=r"also selects 'blocks/0/bias', of shape \(4,\).*narrow it"
+    ):
+        jp.lora(where="blocks/0/*").attach(jax.random.key(0), params())
+    with pytest.raises(ValueError, match="also selects 'count', of shape .* dtype int"):
+        jp.fake_quant(where="count").attach(jax.random.key(0), params())
+    assert weights_in(jp.lora().attach(jax.random.key(0), {"w": normal(0, 2, 2), "x": 1.5})) == {
+        "w"
+    }
     with pytest.raises(TypeError, match="where=3: expected a glob"):
         jp.lora(where=3).attach(jax.random.key(0), params())
 

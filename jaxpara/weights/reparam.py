@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpara.tree import Where, path_of, select
+from jaxpara.tree import Where, is_matrix, path_of, select
 from jaxpara.types import Key, Model, Params
 from jaxpara.weights.lift import Report, lift, report
 from jaxpara.weights.weight import Method, Weight, dense, is_weight
@@ -64,12 +64,20 @@ class Reparam(NamedTuple):
           The state: `params` with `Weight`s for the leaves that were selected.
 
         Raises:
-          ValueError: a member selects nothing; names the leaves that come near.
+          ValueError: a member selects nothing (names the leaves that come near), or a leaf that is
+            not a floating array of two or more axes.
         """
         state = params
         for i, member in enumerate(self.members):
             # Patterns speak of the leaves of the parameters, whatever came before.
             selected = select(params, member.where)
+            for path, leaf in selected.items():
+                if not is_matrix(leaf):
+                    raise ValueError(
+                        f"{member.method.name} needs a floating array of two or more axes; where="
+                        f"{member.where!r} also selects {path!r}, of shape {jnp.shape(leaf)} and "
+                        f"dtype {jnp.result_type(leaf)}: narrow it"
+                    )
             begin = jax.random.fold_in(key, i)
 
             def attached(keys, leaf, member=member, selected=selected, begin=begin):
