@@ -1,0 +1,44 @@
+"""What a kernel receives of the user's step: ready elementwise functions.
+
+`jaxpara.recurrence.elementwise` prepares them from a traced step. Every function takes lists of
+arrays of one common shape, whatever that shape is (a tile of the kernel's own), computes in
+float32 and uses elementwise primitives alone, so that a kernel body may call it on values in
+registers. Values that the step keeps in a narrower type are rounded to it inside.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+
+Arrays = Sequence[jax.Array]
+
+
+class ElementwiseCell(NamedTuple):
+    """`h_t = step(h_{t-1}, x_t, p)` on K state leaves, elementwise over lanes.
+
+    Attributes:
+      states: K, the number of state leaves; element i of each is one system of K equations.
+      inputs: number of arrays that change with time.
+      params: number of arrays that do not.
+      step: `(states, inputs, params) -> states`.
+      push: `(states, inputs, params, columns) -> (states, columns)`: the step together with its
+        Jacobian applied to tangents; `columns[j][i]` is tangent j of state leaf i.
+      pull: `(states, inputs, params, cotangents) -> (d_states, d_inputs, d_params)`: the vjp at
+        the states *before* the step; nothing is summed over lanes.
+      pull_state: `(states, inputs, params, cotangents) -> d_states`, the first part of `pull`.
+    """
+
+    states: int
+    inputs: int
+    params: int
+    step: Callable[[Arrays, Arrays, Arrays], list[jax.Array]]
+    push: Callable[
+        [Arrays, Arrays, Arrays, Sequence[Arrays]],
+        tuple[list[jax.Array], list[list[jax.Array]]],
+    ]
+    pull: Callable[
+        [Arrays, Arrays, Arrays, Arrays],
+        tuple[list[jax.Array], list[jax.Array], list[jax.Array]],
+    ]
+    pull_state: Callable[[Arrays, Arrays, Arrays, Arrays], list[jax.Array]]
