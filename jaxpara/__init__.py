@@ -5,6 +5,7 @@ import importlib as _importlib
 from jaxpara import nn as nn
 from jaxpara import testing as testing
 from jaxpara import train as train
+from jaxpara import weights as weights
 from jaxpara.recurrence import cells as cells
 from jaxpara.recurrence.choice import Choice as Choice
 from jaxpara.recurrence.choice import explain_choice as explain_choice

@@ -33,7 +33,7 @@ def public_names():
                 found[prefix + name] = value
 
     collect(jaxpara, "")
-    for name in ("cells", "nn", "nn.mixers", "train", "testing", "linen", "nnx"):
+    for name in ("cells", "nn", "nn.mixers", "train", "weights", "testing", "linen", "nnx"):
         try:
             collect(operator.attrgetter(name)(jaxpara), f"{name}.")
         except AttributeError:

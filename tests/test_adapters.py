@@ -1,0 +1,81 @@
+"""Adapters alone: out of a state and back, and on disk as Hugging Face PEFT names them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpara as jp
+
+KEY = jax.random.key(0)
+
+
+def parameters():
+    draw = np.random.default_rng(0).standard_normal
+    return {
+        "blocks": [{"kernel": jnp.asarray(draw((3, 8, 6)), jnp.float32)}],
+        "bias": jnp.zeros(6),
+    }
+
+
+def moved(state):
+    """Every floating number of a state changed, so that nothing is what `attach` made."""
+    return jax.tree.map(lambda leaf: leaf + 0.25 if leaf.dtype == jnp.float32 else leaf, state)
+
+
+CHAINS = {
+    "lora": jp.lora(rank=2),
+    "lr_qat": jp.lr_qat(rank=2, downcast="fixed8"),
+    "l4q": jp.l4q(rank=2),
+    "lora_on_integers": jp.chain(jp.fake_quant(), jp.lora(rank=2)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_adapters_put_back_onto_the_same_base_give_the_same_state(name):
+    t, params = CHAINS[name], parameters()
+    state = t.attach(KEY, params)
+    train, frozen = jp.split(state, t.trainable(state))
+    state = jp.combine(moved(train), frozen)
+    saved = jax.tree.map(np.asarray, jp.weights.adapters(state))  # as from a file
+    fresh = t.attach(jax.random.key(1), params)
+    again = jp.weights.with_adapters(fresh, saved)
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+    assert not np.array_equal(jax.tree.leaves(fresh)[-1], jax.tree.leaves(again)[-1])
+
+
+def test_adapters_are_plain_trees_in_the_structure_of_the_parameters():
+    state = jp.l4q(rank=2).attach(KEY, parameters())
+    parts = jp.weights.adapters(state)["blocks"]["0"]["kernel"]
+    assert set(parts) == {"scale", "offset", "base"} and set(parts["base"]) == {"a", "b"}
+    assert parts["base"]["a"].shape == (3, 8, 2)
+    lone = jp.lora(rank=2).attach(KEY, jnp.ones((4, 5)))
+    assert set(jp.weights.adapters(lone)) == {"a", "b"}
+    again = jp.weights.with_adapters(lone, {"a": np.ones((4, 2)), "b": np.ones((2, 5))})
+    np.testing.assert_array_equal(again.parts["b"], np.ones((2, 5)))
+
+
+def test_what_trains_the_weight_itself_has_no_adapters():
+    state = jp.fake_quant().attach(KEY, parameters())
+    with pytest.raises(ValueError, match="trains the weight 'blocks/0/kernel' itself"):
+        jp.weights.adapters(state)
+    with pytest.raises(ValueError, match="no leaf of the state is reparameterised"):
+        jp.weights.adapters(parameters())
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda parts: parts.pop("b"), "there is no 'blocks/0/kernel/b'"),
+        (lambda parts: parts.update(c=np.ones(2)), "the state has no 'blocks/0/kernel/c'"),
+        (lambda parts: parts.update(a=np.ones((3, 8, 4))), "has shape (3, 8, 4) and the state"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_by_name(change, said):
+    state = jp.lora(rank=2).attach(KEY, parameters())
+    saved = jp.weights.adapters(state)
+    change(saved["blocks"]["0"]["kernel"])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        jp.weights.with_adapters(state, saved)
