@@ -220,12 +220,13 @@ def _cells(row: Mapping[str, Any], choice: Choice) -> list[str]:
 
 
 def compare(
-    runs: Sequence[Run], *, output: Path, optimizer_of, decoding: Mapping[str, int]
+    runs: Sequence[Run], *, y: str, output: Path, optimizer_of, decoding: Mapping[str, int]
 ) -> None:
     """Prints the table; writes it and the figure.
 
     Args:
       runs: of the sweep.
+      y: the column that the figure shows over training tokens.
       output: without suffix.
       optimizer_of: config of a run -> its optimiser.
       decoding: see `decode_speed`.
@@ -233,7 +234,7 @@ def compare(
     Raises:
       RunError: runs that cannot be compared.
     """
-    column, choices = choose(runs)
+    _, choices = choose(runs)
     rows = [measure(choice, optimizer_of=optimizer_of, decoding=decoding) for choice in choices]
     cells = [_cells(row, choice) for row, choice in zip(rows, choices, strict=True)]
     device = jax.devices()[0].device_kind
@@ -251,8 +252,9 @@ def compare(
     lines = [COLUMNS, ["---"] * len(COLUMNS), *cells]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     output.with_suffix(".md").write_text(f"{title}\n\n{table}{note and chr(10) + note}")
-    lines = {f"{c.name}, {c.rate:g}": curves.make_curve(c.runs, "tokens", column) for c in choices}
-    figure = curves.draw(lines, x="tokens", y=column, title="equal parameters, best learning rate")
+    lines = {f"{c.name}, {c.rate:g}": curves.make_curve(c.runs, "tokens", y) for c in choices}
+    title = "equal parameters, best learning rate"
+    figure = curves.draw(lines, x="tokens", y=y, title=title, log_x=True, log_y=True)
     figure.savefig(output.with_suffix(".png"), dpi=120)
     print(f"{output}.png, .csv and .md")
 
@@ -267,6 +269,7 @@ def main(cfg: DictConfig) -> None:
             print(f"left out: {line}")
         compare(
             runs,
+            y=cfg.y,
             output=Path(cfg.output),
             optimizer_of=lambda trained: instantiate(trained.optim),
             decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
