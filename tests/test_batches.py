@@ -124,6 +124,7 @@ for state, data in zip(states, (
 """
 
 
+@pytest.mark.slow
 def test_another_process_takes_up_a_position(folder):
     runs = [load(name, folder, 2).batches(**SHAPE) for name in ("jsonl", "huggingface")]
     for batches in runs:

@@ -240,6 +240,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_says_where(tmp_path, text,
     assert metrics.read(folder / "metrics.csv")["step"][0] == 0
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_every_job_a_folder_and_a_seed_repeats_a_run_bit_for_bit(
     tmp_path, text, finished
 ):

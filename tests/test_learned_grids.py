@@ -181,6 +181,7 @@ def test_the_start_of_lr_qat_is_no_worse_than_rounding_to_nearest():
         assert error(jp.lr_qat(bits=bits)) <= error(jp.fake_quant(bits=bits)) * (1 + 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MERGED)
 def test_stacked_layers_are_quantised_layer_by_layer_inside_a_scan(name, double):
     t = {"l4q": jp.l4q(bits=4, rank=2)}.get(name, MERGED[name])

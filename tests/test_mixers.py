@@ -82,6 +82,7 @@ def model():
     return decoder(256, 8, 1, mixer=token_mixers.recurrent(cells.gru), mlp_hidden=8)
 
 
+@pytest.mark.slow
 def test_a_steps_memory_grows_with_its_batch(model):
     def held(batch_size):
         return mixers.step_memory(model, optax.adam(1e-3), batch_size=batch_size, window=16)

@@ -32,6 +32,8 @@ MODELS = {
     },
     "hybrid": {"mixer": HYBRID, "tied": True, **LOOP},
 }
+EVERYDAY = ("para_gru", "attention")  # what `make check` runs
+NAMES = [pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow) for name in MODELS]
 
 
 @cache
@@ -74,7 +76,7 @@ def assert_close(a, b, scale=1.0):
     np.testing.assert_allclose(a, b, rtol=0, atol=scale * 1e-5 * max(np.abs(b).max(), 1e-3))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_apply_equals_run_whole_in_uneven_pieces_and_token_by_token(name):
     model, params = make(name)
     x = tokens()
@@ -95,7 +97,7 @@ def test_apply_equals_run_whole_in_uneven_pieces_and_token_by_token(name):
             assert_close(leaf, same)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient_of_apply_equals_gradient_of_run_in_pieces(name):
     model, params = make(name)
     x = tokens()
@@ -118,7 +120,7 @@ def test_gradient_of_apply_equals_gradient_of_run_in_pieces(name):
     assert all(np.any(leaf) for leaf in map(np.asarray, jax.tree.leaves(a)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_output_has_exactly_zero_gradient_with_respect_to_later_inputs(name):
     # One token for each position, so that the gradient of a row of the embedding is that of
     # an input; untied, because a tied head reads every row.
@@ -137,7 +139,7 @@ def test_output_has_exactly_zero_gradient_with_respect_to_later_inputs(name):
     assert np.all(np.any(rows[: at + 1] != 0, axis=1))
 
 
-@pytest.mark.parametrize("name", ["para_lstm", "hybrid"])
+@pytest.mark.parametrize("name", ["para_lstm", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_reset_hides_the_documents_before_in_values_and_gradients(name):
     model, params = make(name)
     x = tokens()
@@ -165,7 +167,7 @@ def test_reset_hides_the_documents_before_in_values_and_gradients(name):
     )
 
 
-@pytest.mark.parametrize("name", ["slstm", "hybrid"])
+@pytest.mark.parametrize("name", ["slstm", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_bfloat16_compute_keeps_recurrent_carries_and_logits_in_float32(name):
     model, params = make(name, compute_dtype=jnp.bfloat16)
     exact, _ = make(name)
@@ -198,6 +200,7 @@ def test_every_other_cell_is_a_mixer_too(cell):
     assert_close(logits, jax.jit(model.apply)(params, tokens()))
 
 
+@pytest.mark.slow
 def test_the_scan_over_blocks_equals_a_python_loop_over_them():
     model, params = make("para_gru")
     stack = [jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"][0]) for i in range(2)]
@@ -237,6 +240,7 @@ def test_default_model_has_seven_hundred_thousand_parameters():
     assert count(nn.mixers.named("para_gru"), tied=True) == total - 256 * 128
 
 
+@pytest.mark.slow
 def test_initial_loss_is_that_of_a_guess_and_the_stream_does_not_explode():
     model = nn.decoder(64, 32, 6, mixer=nn.mixers.named("para_gru"), **LOOP)
     params = jax.jit(model.init)(jax.random.key(0))

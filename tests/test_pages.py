@@ -24,6 +24,7 @@ def sections(page):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "package"),
     [
@@ -47,6 +48,7 @@ def test_every_section_of_the_adapters_page_is_run():
     assert with_code == {"Flax Linen", "Flax NNX", "Equinox", "Haiku"}
 
 
+@pytest.mark.slow
 def test_the_page_on_adding_a_cell_can_be_followed(tmp_path, monkeypatch, capsys):
     page = (DOCS / "adding_a_cell.md").read_text()
     files = {block.split()[1]: block for block in blocks(page)}

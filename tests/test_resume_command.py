@@ -44,6 +44,7 @@ def whole(tmp_path_factory, text):
     return folder
 
 
+@pytest.mark.slow
 def test_a_language_model_interrupted_and_resumed_equals_one_that_was_not(
     tmp_path, text, whole, stop_after, capsys
 ):

@@ -200,6 +200,7 @@ def test_donated_arguments():
     assert_same(run(jnp.asarray(H0), jnp.asarray(XS)), lax.scan(step, H0, XS))
 
 
+@pytest.mark.slow
 def test_data_sharded_over_a_mesh_axis():
     """Plain solvers inside a shard_map over batches, whose constants are replicated."""
     P = jax.sharding.PartitionSpec

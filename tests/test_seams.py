@@ -61,6 +61,7 @@ def running_sum(width):
     )
 
 
+@pytest.mark.slow
 def test_a_mixer_of_ones_own_makes_a_causal_model_that_decodes():
     model = jp.nn.decoder(11, 8, 2, mixer=running_sum, mlp_hidden=8)
     params, tokens = model.init(KEY), jnp.arange(10).reshape(2, 5)

@@ -236,6 +236,7 @@ def mixing(leaves):
     return [jnp.tanh(leaves[0]) + 0.1 * jnp.roll(leaves[1], 1), leaves[1] * 0.5]
 
 
+@pytest.mark.slow
 def test_check_structure_accepts_what_is_true_and_names_the_leaf_that_is_not():
     leaves, key = [jnp.ones(4), jnp.ones(4)], jax.random.key(0)
     check_structure(Dense(), mixing, leaves, key)

@@ -160,6 +160,7 @@ def test_a_failed_job_does_not_sink_the_sweep_and_is_reported(tmp_path, capfd):
         assert f"python -m experiments.{command} runs=multirun/toy/act\n" in shown.out
 
 
+@pytest.mark.slow
 def test_the_same_command_runs_what_is_not_finished_and_nothing_else(tmp_path, capfd):
     arguments = ("-m", "x=1,2", "act=finish,fail,bug")
     assert sweep(tmp_path, *arguments) == 1

@@ -11,6 +11,7 @@ import jaxpara as jp
 from jaxpara.testing import check_model, check_scan
 
 
+@pytest.mark.slow
 def test_check_scan_accepts_our_scan():
     check_scan(functools.partial(jp.newton_scan, solver=jp.shooting(chunks=4)))
 

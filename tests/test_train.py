@@ -47,6 +47,7 @@ def slow_loss(kernel, batch):
     return total / count, gradient / count
 
 
+@pytest.mark.slow
 def test_loss_and_evaluation_are_nats_of_the_next_token():
     model = table_model()
     params = model.init(jax.random.key(0))
@@ -90,6 +91,7 @@ def test_three_steps_equal_adamw_written_out_by_hand():
     assert slow_loss(kernel, np.asarray(windows()))[0] < first
 
 
+@pytest.mark.slow
 def test_training_a_decoder_lowers_its_loss_and_compiles_once(model):
     optimizer = train.optimizer(learning_rate=0.02, steps=30)
     traces = []

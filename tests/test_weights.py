@@ -219,6 +219,7 @@ def test_plain_lora_merged_and_requantised_is_not_what_was_trained():
     assert np.mean(again != trained) > 0.5
 
 
+@pytest.mark.slow
 def test_a_transformed_model_has_every_function_of_the_model():
     model = jp.nn.decoder(
         vocab_size=16,
