@@ -1,12 +1,19 @@
-"""Rules of additive weights: a product with `W + s A B` is `x W + s (x A) B`, never building it."""
+"""Rules of products with lazy weights.
 
+An additive weight is never built: a product with `W + s A B` is `x W + s (x A) B`. A method may
+also bring a product of its own (`Method.product`).
+"""
+
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat
 from jaxpara.weights.lazy import Lazy, final_axes, is_lazy, moved, transposed
-from jaxpara.weights.weight import Factors, contract, is_weight, shape_of
+from jaxpara.weights.weight import Axes, Factors, contract, is_weight, shape_of
 
 
 def additive(lazy: Lazy) -> bool:
@@ -34,9 +41,11 @@ def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
     both = all(map(is_lazy, operands))
     side = 1 if is_lazy(operands[1]) else 0
     lazy = operands[side]
-    if both or not additive(lazy):
+    if both:
         return None
     other = operands[1 - side]
+    if not additive(lazy):
+        return _own_product(walk, eqn, lazy, side, other)
     contracting, batch = eqn.params["dimension_numbers"]
     axes: list[Any] = list(final_axes(lazy))
     # The operand's own axes get names; shared ones are those of the weight.
@@ -64,6 +73,42 @@ def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
     options = {"precision": eqn.params["precision"]}
     added = contract(factors, tuple(out), operand=(other, tuple(own)), **options)
     return [plain + (factors.scale * added).astype(plain.dtype)]
+
+
+def _batched(weight: Any, lead: Axes) -> bool:
+    """Whether everything that a weight is made of has these leading axes."""
+    if not is_weight(weight):
+        return True
+    axes = weight.method.axes(weight.method.settings, len(shape_of(weight).shape))
+    parts = all(tuple(axes[name])[: len(lead)] == lead for name in weight.parts)
+    return parts and _batched(weight.base, lead)
+
+
+def _own_product(walk: Any, eqn: Any, lazy: Lazy, side: int, x: Any) -> list[Any] | None:
+    """`x @ W` by the method itself, where the contraction is over the axis -2 of the weight."""
+    weight, axes = lazy.weight, final_axes(lazy)
+    method, lead = weight.method, tuple(range(-len(axes), -2))
+    contracting, batch = eqn.params["dimension_numbers"]
+    fits = [axes[i] for i in contracting[side]] == [-2]
+    fits = fits and tuple(axes[i] for i in batch[side]) == lead and _batched(weight, lead)
+    if method.product is None or not fits:
+        return None
+    walk.note(eqn, lazy, "rule")
+    own = (*batch[1 - side], *contracting[1 - side])
+    free = [i for i in range(jnp.ndim(x)) if i not in own]
+    x = jnp.transpose(x, (*batch[1 - side], *free, *contracting[1 - side]))
+    out = eqn.outvars[0].aval.dtype
+
+    def run(x, base, parts):
+        assert method.product is not None
+        cast = functools.partial(moved, moves=[m for m in lazy.moves if m.kind == "cast"])
+        options = {"precision": eqn.params["precision"], "preferred_element_type": out}
+        return method.product(method.settings, x, base, parts, cast, **options)
+
+    for _ in lead:
+        run = jax.vmap(run)
+    y = run(x, weight.base, weight.parts).astype(out)
+    return [y if side == 1 else jnp.moveaxis(y, -1, len(lead))]
 
 
 def gather(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:

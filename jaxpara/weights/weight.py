@@ -1,7 +1,7 @@
 """Weights that are computed from parts: what stands in a parameter tree instead of an array.
 
-    effective = f(base, parts)                                      any method
-    effective = base + scale * (product of the factors)             an additive one
+    effective = f(base, parts)                                       any method
+    effective = (base + scale * (product of the factors)) * scaling  an additive one
 
 Axes of a weight are counted from its end, since leading axes (layers of a stacked
 leaf, experts, heads) are batches. A method says along which of them each of its parts
@@ -22,16 +22,48 @@ Axes = tuple[int | str, ...]
 """The axes of a part: negative numbers are axes of the weight, names are its own."""
 
 
+class Pick(NamedTuple):
+    """A factor of zeros and ones that is never built: entry `(i, k)` is one where `index[k] == i`.
+
+    Attributes:
+      index: integers, distinct along the last axis.
+      names: axes of the index, the last one a name that counts what is picked.
+      axis: of the weight, where it is picked.
+      size: of that axis.
+    """
+
+    index: jax.Array
+    names: Axes
+    axis: int
+    size: int
+
+    @property
+    def axes(self) -> Axes:
+        """Axes of the matrix."""
+        return (*self.names[:-1], self.axis, self.names[-1])
+
+    def matrix(self, dtype: Any) -> jax.Array:
+        """The zeros and ones."""
+        return jnp.swapaxes(jax.nn.one_hot(self.index, self.size, dtype=dtype), -1, -2)
+
+
+class Term(NamedTuple):
+    """A factor that is an array."""
+
+    array: jax.Array
+    axes: Axes
+
+
 class Factors(NamedTuple):
-    """What an additive method adds: `scale` times the product of arrays over their own axes.
+    """What an additive method adds: `scale` times the product of factors over their own axes.
 
     Attributes:
       scale: a number.
-      terms: `(array, axes)`; summed over the axes that are names.
+      terms: summed over the axes that are names; none adds nothing.
     """
 
     scale: float
-    terms: tuple[tuple[jax.Array, Axes], ...]
+    terms: tuple[Term | Pick, ...]
 
 
 class Method(NamedTuple):
@@ -43,13 +75,17 @@ class Method(NamedTuple):
       init: `(settings, key, base) -> (base, parts)`, the base as it is kept; must leave the
         effective weight as it is, or as close as the method allows.
       effective: `(settings, dense base, parts) -> dense`; None for additive methods.
-      factors: `(settings, parts, ndim) -> Factors`; None for the others.
+      factors: `(settings, parts, shape of the weight) -> Factors`; None for the others.
       axes: `(settings, ndim) -> axes of each part`.
       separable: `(settings, ndim) -> axes` along which a slice of the effective weight is
         computed from slices alone.
       freezes: whether the base is left as it is while the parts are trained.
       merge: `(settings, dense base, parts) -> Weight | dense`, what is deployed; None means
         the effective weight.
+      product: `(settings, x, base, parts, cast, **options) -> x @ W` for `x[.., rows]` and a weight
+        of two axes, if the method multiplies in a way of its own: `base` as it is kept, `cast` for
+        the weight's dtype in the function, `options` of `jnp.matmul`. It keeps what it keeps for
+        the backward pass; the rule is met where the axis -2 is contracted.
     """
 
     name: str
@@ -61,10 +97,13 @@ class Method(NamedTuple):
     separable: Callable[..., frozenset[int]]
     freezes: bool
     merge: Callable[..., Any] | None = None
+    product: Callable[..., jax.Array] | None = None
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("base", "parts"), meta_fields=("method",)
+    jax.tree_util.register_dataclass,
+    data_fields=("base", "parts"),
+    meta_fields=("method", "shared"),
 )
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -74,11 +113,13 @@ class Weight:
       base: an array, or another such weight.
       parts: arrays of the method.
       method: see `Method`.
+      shared: `(name of a part, name of its pool)` for parts that are not here but in a pool.
     """
 
     base: Any
     parts: dict[str, jax.Array]
     method: Method
+    shared: tuple[tuple[str, str], ...] = ()
 
 
 def is_weight(leaf: Any) -> bool:
@@ -108,12 +149,25 @@ def dense(weight: Any) -> jax.Array:
     if method.effective is not None:
         return method.effective(method.settings, base, weight.parts)
     assert method.factors is not None
-    factors = method.factors(method.settings, weight.parts, base.ndim)
-    whole = tuple(range(-base.ndim, 0))
-    added = factors.scale * contract(factors, whole).astype(base.dtype)
-    # The product is rounded before the sum in every program: a fused multiply-add in one and not
-    # in another would put a quantiser that follows on two sides of a tie.
-    return base + lax.optimization_barrier(added)
+    factors = method.factors(method.settings, weight.parts, base.shape)
+    whole, total = tuple(range(-base.ndim, 0)), base
+    if factors.terms:
+        added = factors.scale * contract(factors, whole).astype(base.dtype)
+        # The product is rounded before the sum in every program: a fused multiply-add in one and
+        # not in another would put a quantiser that follows on two sides of a tie.
+        total = base + lax.optimization_barrier(added)
+    if method.scaling is not None:
+        scaling = method.scaling(method.settings, base, weight.parts)
+        total = (total * spread(scaling, whole)).astype(base.dtype)
+    return total
+
+
+def spread(term: Term, over: Axes) -> jax.Array:
+    """An array with its axes where `over` has them, and axes of size one for the others."""
+    order = sorted(range(len(term.axes)), key=lambda i: over.index(term.axes[i]))
+    array = term.array.transpose(order)
+    sizes = {term.axes[i]: size for i, size in zip(order, array.shape, strict=True)}
+    return array.reshape([sizes.get(axis, 1) for axis in over])
 
 
 def contract(
@@ -140,17 +194,45 @@ def contract(
     """
     terms = list(factors.terms)
     if operand is None:
-        now, axes = terms.pop(0)
+        first = next(i for i, term in enumerate(terms) if isinstance(term, Term))
+        now, axes = terms.pop(first)
     else:
         now, axes = operand
     while terms:
         summed = [axis for axis in axes if axis not in out]
-        terms.sort(key=lambda term: -sum(axis in summed for axis in term[1]))
-        term, along = terms.pop(0)
-        later = {*out, *(axis for _, other in terms for axis in other)}
-        kept = tuple(dict.fromkeys(a for a in (*axes, *along) if a in later))
-        now, axes = _einsum((now, axes), (term, along), kept, **options), kept
+        terms.sort(key=lambda term: -sum(axis in summed for axis in term.axes))
+        term = terms.pop(0)
+        if isinstance(term, Pick):
+            now, axes = _picked(now, axes, term)
+            continue
+        later = {*out, *(axis for other in terms for axis in other.axes)}
+        kept = tuple(dict.fromkeys(a for a in (*axes, *term.axes) if a in later))
+        now, axes = _einsum((now, axes), term, kept, **options), kept
     return _einsum((now, axes), None, out, **options) if axes != out else now
+
+
+def _picked(now: jax.Array, axes: Axes, pick: Pick) -> tuple[jax.Array, Axes]:
+    """The product with a pick: entries are taken along its axis, or put back there."""
+    *lead, name = pick.names
+    inner = tuple(axis for axis in axes if axis not in lead)
+    old, new = (pick.axis, name) if pick.axis in inner else (name, pick.axis)
+    at = inner.index(old)
+
+    def one(now, index):
+        if new == name:
+            return jnp.take(now, index, at, mode="clip")
+        zeros = jnp.zeros((*now.shape[:at], pick.size, *now.shape[at + 1 :]), now.dtype)
+        return zeros.at[(*(slice(None),) * at, index)].add(now, unique_indices=True)
+
+    run, remaining = one, axes
+    # The first leading axis is the outermost map: wrap from the last one.
+    places = []
+    for axis in lead:
+        places.append(remaining.index(axis) if axis in remaining else None)
+        remaining = tuple(a for a in remaining if a != axis)
+    for place in reversed(places):
+        run = jax.vmap(run, (place, 0))
+    return run(now, pick.index), (*lead, *(new if axis == old else axis for axis in inner))
 
 
 def _einsum(a, b, out: Axes, **options: Any) -> jax.Array:
@@ -187,3 +269,49 @@ def cut(weight: Any, axis: int, one: Callable[[jax.Array, int], jax.Array]) -> A
         for name, part in weight.parts.items()
     }
     return Weight(base, parts, method)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("params", "pools"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """Parameters some of whose weights have parts in common.
+
+    Attributes:
+      params: the tree; its weights name their pools, see `Weight.shared`.
+      pools: arrays that stand here once, by name.
+    """
+
+    params: Any
+    pools: dict[str, jax.Array]
+
+
+def resolved(state: Any) -> Any:
+    """The tree in which every weight has its parts, those from pools too.
+
+    Args:
+      state: any tree, with a `Pooled` in it or not.
+
+    Returns:
+      The tree. A pool stands in each weight of it, so its gradient is the sum over them.
+    """
+
+    def of(pools):
+        def one(leaf):
+            if not is_weight(leaf):
+                return leaf
+            common = {part: pools[name] for part, name in leaf.shared}
+            return dataclasses.replace(
+                leaf, base=one(leaf.base), parts={**leaf.parts, **common}
+            )
+
+        return one
+
+    def opened(node):
+        if not isinstance(node, Pooled):
+            return node
+        return jax.tree.map(of(node.pools), node.params, is_leaf=is_weight)
+
+    stop = lambda node: isinstance(node, Pooled | Weight)  # noqa: E731
+    return jax.tree.map(opened, state, is_leaf=stop)
