@@ -1,5 +1,7 @@
 """Cells against slow float64 loops written from their equations, one unit of time at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,9 +75,9 @@ def mingru_oracle(p, x, h):
     return (h,), h
 
 
-def linear_oracle(p, x, h):
+def linear_oracle(p, x, h, low=0.0, high=1.0):
     xa, xu = split(p, x, 2)
-    a = sigmoid(xa)
+    a = low + (high - low) * sigmoid(xa)
     h = a * h + np.sqrt(1 - a**2) * xu
     return (h,), h
 
@@ -111,11 +113,21 @@ TABLE = {
     "slstm": (cells.slstm, slstm_oracle, 4),
     "mingru": (cells.mingru, mingru_oracle, 1),
     "linear": (cells.linear, linear_oracle, 1),
+    "signed_linear": (
+        partial(cells.linear, decays=(-1.0, 1.0)),
+        partial(linear_oracle, low=-1.0),
+        1,
+    ),
+    "bounded_linear": (
+        partial(cells.linear, decays=(-0.5, 0.9)),
+        partial(linear_oracle, low=-0.5, high=0.9),
+        1,
+    ),
     "gru_heads": (cells.gru_heads, gru_heads_oracle, 1),
     "lstm_heads": (cells.lstm_heads, lstm_heads_oracle, 2),
     "elman_heads": (cells.elman_heads, elman_heads_oracle, 1),
 }
-RECURRENT = [name for name in TABLE if name not in ("mingru", "linear")]
+RECURRENT = [name for name in TABLE if "linear" not in name and name != "mingru"]
 
 
 def make(name, **options):
@@ -337,3 +349,9 @@ def test_initialisation_follows_scale_and_time_constants(name):
 def test_bad_input_says_what_was_given_and_what_is_expected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("decays", [(0.5, 0.5), (-1.5, 1.0), (0.0, 1.01)])
+def test_decays_out_of_order_or_beyond_one_are_refused(decays):
+    with pytest.raises(ValueError, match="-1 <= low < high <= 1"):
+        cells.linear(FEATURES, HIDDEN, decays=decays)

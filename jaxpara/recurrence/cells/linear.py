@@ -1,7 +1,7 @@
 """Controls: cells that are linear in their state, so that one Newton iteration solves them.
 
-`h' = a(x) h + b(x)` with `0 < a < 1`. They cannot count modulo two [pararnn], which is why a
-comparison needs them.
+`h' = a(x) h + b(x)`. With `0 < a < 1` they cannot count modulo two [pararnn], which is why a
+comparison needs them; with decays of both signs they can.
 """
 
 import jax
@@ -50,16 +50,19 @@ def linear(
     features: int,
     hidden: int,
     *,
+    decays: tuple[float, float] = (0.0, 1.0),
     time_constants: tuple[float, float] = (1.0, 64.0),
 ) -> Cell:
-    """A linear recurrence with an input-dependent decay in (0, 1).
+    """A linear recurrence with an input-dependent decay between two bounds.
 
-    `a = sigmoid(x_a)`, `h' = a h + sqrt(1 - a^2) x_u`: white noise of unit variance keeps unit
-    variance whatever the decay.
+    `a = low + (high - low) sigmoid(x_a)`, `h' = a h + sqrt(1 - a^2) x_u`: white noise of unit
+    variance keeps unit variance whatever the decay.
 
     Args:
       features: size of an input.
       hidden: number of units.
+      decays: low and high; with `(-1, 1)` an input can flip the state, and parity is within reach
+        [negative_eigenvalues].
       time_constants: the decay's bias starts at `log(tau)`, `tau` log-uniform between these
         two numbers of steps.
 
@@ -67,18 +70,27 @@ def linear(
       A cell with carry `h[..., hidden]` and output `h`.
 
     Raises:
-      ValueError: if a size or `time_constants` is out of range.
+      ValueError: if a size, `decays` or `time_constants` is out of range.
 
-    References: [mamba].
+    References: [mamba] [negative_eigenvalues].
     """
     check_sizes(features=features, hidden=hidden)
+    low, high = decays
+    if not -1 <= low < high <= 1:
+        raise ValueError(f"decays={decays} must be (low, high) with -1 <= low < high <= 1")
+
+    def root(least, x):
+        # sqrt(least + (high - low) sigmoid(x)). Where the least is 0 this neither cancels nor has
+        # an infinite slope under the root.
+        if least == 0:
+            return (high - low) ** 0.5 * jnp.exp(0.5 * jax.nn.log_sigmoid(x))
+        return jnp.sqrt(least + (high - low) * jax.nn.sigmoid(x))
 
     def step(_, h, gates):
         x_a, x_u = gates
-        a = jax.nn.sigmoid(x_a)
-        # sqrt(1 - a^2) by its factors: 1 - a = sigmoid(-x_a) neither cancels nor has an
-        # infinite slope under the root.
-        h = a * h + jnp.exp(0.5 * jax.nn.log_sigmoid(-x_a)) * jnp.sqrt(1 + a) * x_u
+        a = low + (high - low) * jax.nn.sigmoid(x_a)
+        # 1 - a^2 by its factors 1 - a and 1 + a.
+        h = a * h + root(1 - high, -x_a) * root(1 + low, x_a) * x_u
         return h, h
 
     gates = {"decay": 1, "input": 0}
