@@ -1,0 +1,254 @@
+"""Compiles every kernel ahead of time, with no device: `make compile`.
+
+For H100 (sm_90a) and for TPU v5e and v6e, with the compilers that JAX's own plugins bring. Prints
+and writes what each kernel takes: registers, spills and shared memory, or VMEM. Fails if a kernel
+does not compile, or spills registers with up to two states. Shows nothing about speed or values.
+
+Each target is compiled in a process of its own, which is started anew behind a kernel that crashed
+or hung it: see `compile_worker.py`, which alone imports JAX.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a file, in an environment that may not hold jaxpara
+
+from pallas_kernels.shapes import COMPILED, Shape  # noqa: E402
+
+TARGETS = ("h100", "v5e", "v6e")
+RECURRENCES = {"linear": 1, "linear2": 2, "gru": 1, "lstm": 2, "three": 3}  # states of each
+PASSES = ("forward", "backward")
+# Of the inputs and of the states; a layer of jp.nn keeps a float32 carry under bfloat16 inputs.
+STORAGE = {
+    "f32": ("float32", "float32"),
+    "bf16": ("bfloat16", "bfloat16"),
+    "mixed": ("bfloat16", "float32"),
+}
+SECONDS = 240  # after which a kernel counts as not compiling
+FEW_STATES = 2  # up to which a spill is a failure
+COLUMNS = (
+    "kernel",
+    "storage",
+    "T, B, D",
+    "registers",
+    "spill bytes",
+    "stack bytes",
+    "shared KiB",
+    "VMEM KiB",
+    "lower s",
+    "compile s",
+    "verdict",
+)
+
+
+class Job(NamedTuple):
+    """One kernel at one shape, for one target."""
+
+    target: str
+    recurrence: str
+    which: str
+    storage: str
+    shape: Shape
+
+    @property
+    def name(self) -> str:
+        """How the table and the selection call it."""
+        return f"{self.recurrence} {self.which}"
+
+
+def jobs(targets: Sequence[str], only: str = "") -> list[Job]:
+    """What is compiled: everything at the first shape, the extremes in float32 alone.
+
+    Args:
+      targets: of `TARGETS`.
+      only: words that name, storage or target must contain, all of them.
+
+    Returns:
+      The jobs, target by target.
+    """
+    first, *others = COMPILED
+    found = []
+    for target in targets:
+        for recurrence in RECURRENCES:
+            for which in PASSES:
+                found += [Job(target, recurrence, which, s, first) for s in STORAGE]
+                found += [Job(target, recurrence, which, "f32", shape) for shape in others]
+    return [
+        job
+        for job in found
+        if all(word in f"{job.target} {job.name} {job.storage}".split() for word in only.split())
+    ]
+
+
+def work(target: str, wanted: Sequence[Job]) -> Iterator[dict]:
+    """The results of one target's jobs, in order; a process that dies is replaced.
+
+    Args:
+      target: of all jobs.
+      wanted: the jobs.
+
+    Yields:
+      What `compile_worker.compiled` says of each, or `{"error": ...}`.
+    """
+    left = list(wanted)
+    while left:
+        with tempfile.TemporaryFile("w+") as complaints:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tools/compile_worker.py"), target],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+            )
+            assert process.stdin and process.stdout
+            json.dump({"seconds": SECONDS, "jobs": [job._asdict() for job in left]}, process.stdin)
+            process.stdin.close()
+            for line in process.stdout:
+                if line.startswith("{"):
+                    left.pop(0)
+                    yield json.loads(line)
+            code = process.wait()
+            if not left:
+                return
+            complaints.seek(0)
+            last = [x for x in complaints.read().splitlines() if x.strip()][-1:] or [""]
+            if code == 1:  # an exception outside of any kernel: the compiler itself is not there
+                for _ in left:
+                    yield {"error": last[0][:300]}
+                return
+            why = f"nothing after {SECONDS} s" if code == -14 else f"the compiler died ({code})"
+            left.pop(0)
+            yield {"error": f"{why}: {last[0][:200]}"}
+
+
+def verdict(job: Job, result: dict) -> str:
+    """`ok`, or why this kernel fails the run.
+
+    Args:
+      job: the kernel.
+      result: what the worker found.
+
+    Returns:
+      One line.
+    """
+    if "error" in result:
+        return result["error"]
+    if result.get("spill_bytes") and RECURRENCES[job.recurrence] <= FEW_STATES:
+        return f"spills {result['spill_bytes']} bytes with {RECURRENCES[job.recurrence]} state(s)"
+    return "ok"
+
+
+def row(job: Job, result: dict) -> list[str]:
+    """A line of the table.
+
+    Args:
+      job: the kernel.
+      result: what the worker found.
+
+    Returns:
+      One text for each of `COLUMNS`.
+    """
+
+    def show(key, form="{}"):
+        return form.format(result[key]) if result.get(key) is not None else ""
+
+    return [
+        job.name,
+        job.storage,
+        f"{job.shape.steps}, {job.shape.batch}, {job.shape.width}",
+        show("registers"),
+        show("spill_bytes"),
+        show("stack_bytes"),
+        show("shared_kib", "{:.1f}"),
+        show("vmem_kib", "{:.0f}"),
+        show("lower_s", "{:.1f}"),
+        show("compile_s", "{:.1f}"),
+        verdict(job, result).replace("|", "/").replace("\n", " "),
+    ]
+
+
+def report(results: Sequence[tuple[Job, dict]], versions: str) -> str:
+    """The table, one section a target.
+
+    Args:
+      results: all of them.
+      versions: of the compilers, in one line.
+
+    Returns:
+      Markdown.
+    """
+    failed = [job for job, result in results if verdict(job, result) != "ok"]
+    lines = [
+        f"# Kernels compiled ahead of time, {datetime.date.today().isoformat()}",
+        "",
+        f"{versions}. By `make compile`; no device was present, nothing was run. "
+        f"{len(results) - len(failed)} of {len(results)} kernels compile as they should.",
+    ]
+    for target in TARGETS:
+        rows = [row(job, result) for job, result in results if job.target == target]
+        if rows:
+            # A column that says nothing for this target is left out.
+            kept = [i for i in range(len(COLUMNS)) if any(r[i] for r in rows)]
+            lines += ["", f"## {target}", "", "| " + " | ".join(COLUMNS[i] for i in kept) + " |"]
+            lines += ["|---" * len(kept) + "|"]
+            lines += ["| " + " | ".join(r[i] for i in kept) + " |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `make compile`.
+
+    Args:
+      arguments: of the command line.
+
+    Returns:
+      The exit status: 1 if a kernel failed.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", default="", help='words, e.g. "gru backward bf16"')
+    parser.add_argument("--output", type=pathlib.Path, help="file for the table")
+    options = parser.parse_args(arguments)
+    wanted = jobs(options.targets, options.only)
+    if not wanted:
+        parser.error(f"--only {options.only!r} names no kernel; names are like 'gru forward f32'")
+    results: list[tuple[Job, dict]] = []
+    for target in options.targets:
+        mine = [job for job in wanted if job.target == target]
+        for job, result in zip(mine, work(target, mine), strict=True):
+            results.append((job, result))
+            print(f"{target}: " + ", ".join(x for x in row(job, result) if x), flush=True)
+    text = report(results, _versions())
+    if options.output:
+        options.output.write_text(text)
+    bad = [job for job, result in results if verdict(job, result) != "ok"]
+    print(f"{len(results) - len(bad)} of {len(results)} kernels compile as they should")
+    return 1 if bad else 0
+
+
+def _versions() -> str:
+    from importlib import metadata
+
+    names = ("jax", "jax-cuda12-plugin", "libtpu")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return f"Python {sys.version.split()[0]}, " + ", ".join(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
