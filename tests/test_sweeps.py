@@ -240,6 +240,7 @@ def test_ctrl_c_stops_a_sweep_and_its_processes(tmp_path):
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 @needs("hydra_optuna_sweeper")
 @pytest.mark.filterwarnings("ignore")
 def test_optuna_minimises_the_figure_and_a_repetition_runs_nothing_again(tmp_path, capfd):
