@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench reproduce notebooks gpu format clean
+.PHONY: help setup run test check bench reproduce notebooks compile gpu format clean
 
 help: ## list these commands
 	@echo "jaxpara: the commands (ARGS=\"...\" is passed on, PYTHON=... names the interpreter)"
@@ -39,12 +39,13 @@ reproduce: setup ## run every experiment, small, and check its figures (ARGS=ful
 notebooks: setup ## execute the notebooks and their assertions
 	$(PY) -m pytest -q tests/test_notebooks.py $(ARGS)
 
-gpu: setup ## on a machine with a GPU: its tests, then the recurrence benchmark there
-	@JAX_PLATFORMS= $(PY) -c "import jax, sys; sys.exit(jax.default_backend() != 'gpu')" || { \
-	  echo "make gpu: JAX sees no GPU here. Install the extra: $(PY) -m pip install -e '.[cuda]'"; \
-	  exit 1; }
-	JAX_PLATFORMS= $(PY) -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
-	JAX_PLATFORMS= $(PY) -m experiments.bench suite=recurrence
+compile: ## compile every kernel for H100, TPU v5e and v6e; needs no device, Python 3.12 or newer
+	@python="$${PYTHON:-$$(sh tools/python.sh 3.12 3.13 3.14)}" && \
+	  PYTHON="$$python" sh tools/setup.sh .venv-compile compile
+	.venv-compile/bin/python tools/compile_kernels.py $(ARGS)
+
+gpu: ## on a machine with a GPU: the kernels' tests, then their benchmark; installs nothing
+	@sh tools/gpu.sh $(ARGS)
 
 format: setup ## format and sort imports
 	$(PY) -m ruff check --fix --select I .

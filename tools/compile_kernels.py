@@ -220,6 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help='words, e.g. "gru backward bf16"')
     parser.add_argument("--output", type=pathlib.Path, help="file for the table")
     options = parser.parse_args(arguments)
+    if sys.version_info < (3, 12):
+        parser.error(f"this is Python {sys.version.split()[0]}; JAX >= 0.12 needs 3.12 or newer")
     wanted = jobs(options.targets, options.only)
     if not wanted:
         parser.error(f"--only {options.only!r} names no kernel; names are like 'gru forward f32'")
