@@ -16,7 +16,7 @@ from jaxpara import compat
 from jaxpara.tree import path_of
 from jaxpara.weights.lazy import Lazy, array, is_lazy
 from jaxpara.weights.walk import Use, Walk
-from jaxpara.weights.weight import is_weight, shape_of
+from jaxpara.weights.weight import is_pooled, is_weight, resolved, shape_of
 
 
 class Report(NamedTuple):
@@ -86,7 +86,7 @@ class _Traced(NamedTuple):
 
 
 def _trace(function, state, arrays) -> _Traced:
-    shapes = jax.tree.map(shape_of, state, is_leaf=is_weight)
+    shapes = jax.tree.map(shape_of, resolved(state), is_leaf=is_weight)
     closed, out = jax.make_jaxpr(function, return_shape=True)(shapes, arrays)
     return _Traced(closed, jax.tree.structure(out))
 
@@ -95,7 +95,7 @@ def _evaluate(traced: _Traced, uses: dict[Any, Use], consts, state, arrays):
     def lazy(keys, leaf):
         return Lazy(leaf, (), path_of(keys)) if is_weight(leaf) else leaf
 
-    state = jax.tree_util.tree_map_with_path(lazy, state, is_leaf=is_weight)
+    state = jax.tree_util.tree_map_with_path(lazy, resolved(state), is_leaf=is_weight)
     flat = [*jax.tree.leaves(state, is_leaf=is_lazy), *arrays]
     outs = Walk(uses).run(compat.open_jaxpr(traced.jaxpr), consts, flat)
     return jax.tree.unflatten(traced.out_tree, list(map(array, outs)))
@@ -160,14 +160,17 @@ def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) 
     uses: dict[Any, Use] = {}
     consts = getattr(traced.jaxpr, "consts", ())
     jax.eval_shape(functools.partial(_evaluate, traced, uses), consts, state, call.arrays)
-    leaves, parts, bases = {}, 0, 0
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight):
+    pools = [node.pools for node in jax.tree.leaves(state, is_leaf=is_pooled) if is_pooled(node)]
+    leaves, bases = {}, 0
+    parts = sum(pool.size for pool in jax.tree.leaves(pools))
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(resolved(state), is_leaf=is_weight):
         if not is_weight(leaf):
             continue
         methods, inner = [], leaf
         while is_weight(inner):
             methods.append(inner.method.name)
-            parts += sum(part.size for part in jax.tree.leaves(inner.parts))
+            common = dict(inner.shared)
+            parts += sum(part.size for name, part in inner.parts.items() if name not in common)
             inner = inner.base
         bases += inner.size
         leaves[path_of(keys)] = (tuple(reversed(methods)), shape_of(leaf).shape)

@@ -1,41 +1,87 @@
 """LoRA: a frozen weight and a trained product of two thin ones, `W + (alpha / r) A B`. [lora]"""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Factors, Method, shape_of
+from jaxpara.weights.weight import Axes, Factors, Method, Term, shape_of
 
 
-class _Settings(NamedTuple):
+class LowRank(NamedTuple):
+    """Settings of methods with a product of two thin matrices.
+
+    Attributes:
+      rank: r.
+      scale: s.
+      window: the number of axes before the last two that belong to the matrix: A runs along them
+        and B does not.
+    """
+
     rank: int
     scale: float
+    window: int = 0
 
 
-def _init(settings: _Settings, key, base):
+def low_rank(
+    rank: int, alpha: float | None, rank_stabilised: bool = False, window: int = 0
+) -> LowRank:
+    """Settings from what a user gives.
+
+    Args:
+      rank, alpha, rank_stabilised, window: see `lora`.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: the rank is not positive, or the window is negative.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank}: give at least 1")
+    if window < 0:
+        raise ValueError(f"window={window}: give the number of window axes of a kernel, 0 or more")
+    alpha = 2.0 * rank if alpha is None else alpha
+    return LowRank(rank, float(alpha / (math.sqrt(rank) if rank_stabilised else rank)), window)
+
+
+def lead_and_window(settings: LowRank, ndim: int) -> tuple[Axes, Axes]:
+    """The axes of batches and those of the window."""
+    return tuple(range(-ndim, -2 - settings.window)), tuple(range(-2 - settings.window, -2))
+
+
+def init(settings: LowRank, key, base):
+    """A as PyTorch's kaiming with a = sqrt(5), which Hugging Face PEFT starts from too; B zero."""
     like = shape_of(base)
-    *lead, rows, columns = like.shape
-    # Uniform as PyTorch's kaiming with a = sqrt(5), which Hugging Face PEFT starts from too.
-    bound = rows**-0.5
-    a = jax.random.uniform(key, (*lead, rows, settings.rank), like.dtype, -bound, bound)
+    if len(like.shape) < 2 + settings.window:
+        raise ValueError(
+            f"window={settings.window} needs leaves of at least {2 + settings.window} axes and one "
+            f"has shape {like.shape}: narrow where=, or give window={len(like.shape) - 2}"
+        )
+    lead = like.shape[: len(like.shape) - 2 - settings.window]
+    *inputs, columns = like.shape[len(lead) :]
+    bound = math.prod(inputs) ** -0.5
+    a = jax.random.uniform(key, (*lead, *inputs, settings.rank), like.dtype, -bound, bound)
     return base, {"a": a, "b": jnp.zeros((*lead, settings.rank, columns), like.dtype)}
 
 
-def _axes(settings: _Settings, ndim: int):
-    lead = tuple(range(-ndim, -2))
-    return {"a": (*lead, -2, "rank"), "b": (*lead, "rank", -1)}
+def axes(settings: LowRank, ndim: int):
+    """A[.., window, in, r] and B[.., r, out]."""
+    lead, window = lead_and_window(settings, ndim)
+    return {"a": (*lead, *window, -2, "rank"), "b": (*lead, "rank", -1)}
 
 
-def _factors(settings: _Settings, parts, ndim: int):
-    axes = _axes(settings, ndim)
-    return Factors(settings.scale, tuple((parts[name], axes[name]) for name in ("a", "b")))
+def factors(settings: LowRank, parts, shape: tuple[int, ...]):
+    """`s A B`."""
+    along = axes(settings, len(shape))
+    return Factors(settings.scale, tuple(Term(parts[name], along[name]) for name in ("a", "b")))
 
 
-def _all(settings: _Settings, ndim: int):
+def every_axis(settings: Any, ndim: int):
+    """A slice along any axis is computed from slices."""
     return frozenset(range(-ndim, 0))
 
 
@@ -44,6 +90,7 @@ def lora(
     rank: int = 8,
     alpha: float | None = None,
     rank_stabilised: bool = False,
+    window: int = 0,
     where: Where = None,
 ) -> Reparam:
     """Trains `A[.., in, r]` and `B[.., r, out]` in `W + s A B` and leaves `W` as it is.
@@ -56,28 +103,29 @@ def lora(
       alpha: `s = alpha / r`; None means `2 r`, so `s = 2` at any rank.
       rank_stabilised: `s = alpha / sqrt(r)` instead, which keeps the size of the update at large
         ranks [rslora].
+      window: of a convolution: how many axes before the last two its window has, 2 for
+        `[height, width, in, out]`. The window then belongs to A, `A[.., window, in, r]`, and a
+        convolution with the weight is one with A and a matmul; 0 makes adapters for each place.
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
       The reparameterisation.
 
     Raises:
-      ValueError: the rank is not positive.
+      ValueError: the rank is not positive or the window negative; when attached: a leaf has fewer
+        axes.
 
     References: [lora], [rslora].
     """
-    if rank < 1:
-        raise ValueError(f"rank={rank}: give at least 1")
-    alpha = 2.0 * rank if alpha is None else alpha
-    scale = alpha / (math.sqrt(rank) if rank_stabilised else rank)
+    settings = low_rank(rank, alpha, rank_stabilised, window)
     method = Method(
         name=f"lora(rank={rank})",
-        settings=_Settings(rank, float(scale)),
-        init=_init,
+        settings=settings,
+        init=init,
         effective=None,
-        factors=_factors,
-        axes=_axes,
-        separable=_all,
+        factors=factors,
+        axes=axes,
+        separable=every_axis,
         freezes=True,
     )
     return reparam(method, where)

@@ -13,7 +13,17 @@ from jax import lax
 
 from jaxpara import compat
 from jaxpara.weights.lazy import Lazy, final_axes, is_lazy, moved, transposed
-from jaxpara.weights.weight import Axes, Factors, contract, is_weight, shape_of
+from jaxpara.weights.weight import (
+    Axes,
+    Factors,
+    Pick,
+    Term,
+    contract,
+    dense,
+    is_weight,
+    shape_of,
+    spread,
+)
 
 
 def additive(lazy: Lazy) -> bool:
@@ -22,12 +32,25 @@ def additive(lazy: Lazy) -> bool:
 
 
 def _factors(lazy: Lazy) -> Factors:
-    weight, casts = lazy.weight, [move for move in lazy.moves if move.kind == "cast"]
+    weight = lazy.weight
     assert weight.method.factors is not None
-    ndim = len(shape_of(weight).shape)
-    factors = weight.method.factors(weight.method.settings, weight.parts, ndim)
-    terms = tuple((moved(array, casts), axes) for array, axes in factors.terms)
-    return factors._replace(terms=terms)
+    shape = shape_of(weight).shape
+    factors = weight.method.factors(weight.method.settings, weight.parts, shape)
+    terms = (t if isinstance(t, Pick) else _cast(lazy, t) for t in factors.terms)
+    return factors._replace(terms=tuple(terms))
+
+
+def _cast(lazy: Lazy, term: Term) -> Term:
+    casts = [move for move in lazy.moves if move.kind == "cast"]
+    return term._replace(array=moved(term.array, casts))
+
+
+def _scaling(lazy: Lazy) -> Term | None:
+    method = lazy.weight.method
+    if method.scaling is None:
+        return None
+    found = method.scaling(method.settings, dense(lazy.weight.base), lazy.weight.parts)
+    return _cast(lazy, found)
 
 
 def _base(lazy: Lazy) -> Any:
@@ -38,11 +61,10 @@ def _base(lazy: Lazy) -> Any:
 
 def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
     """A matmul with any batch and contracting axes, the weight on either side."""
-    both = all(map(is_lazy, operands))
+    if all(map(is_lazy, operands)):
+        return None
     side = 1 if is_lazy(operands[1]) else 0
     lazy = operands[side]
-    if both:
-        return None
     other = operands[1 - side]
     if not additive(lazy):
         return _own_product(walk, eqn, lazy, side, other)
@@ -61,18 +83,30 @@ def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
     sides = {side: axes, 1 - side: own}
     out = (*(sides[0][i] for i in batch[0]), *free(sides[0], 0), *free(sides[1], 1))
+    scaling = _scaling(lazy)
+    if scaling is not None:
+        # A scaled axis that is summed scales the operand, one that stays scales the product.
+        if {*scaling.axes} <= {*own}:
+            other = (other * spread(scaling, tuple(own))).astype(other.dtype)
+            scaling = None
+        elif not {*scaling.axes} <= {*out}:
+            return None
     walk.note(eqn, lazy, "rule")
     # The base may be lazy itself: the same equation on it.
-    replaced = list(operands)
+    replaced = [other, other]
     replaced[side] = _base(lazy)
     if is_lazy(replaced[side]):
-        (plain,) = walk.step(eqn, replaced)
+        (total,) = walk.step(eqn, replaced)
     else:
-        (plain,) = compat.bind(eqn, replaced)
+        (total,) = compat.bind(eqn, replaced)
     factors = _factors(lazy)
-    options = {"precision": eqn.params["precision"]}
-    added = contract(factors, tuple(out), operand=(other, tuple(own)), **options)
-    return [plain + (factors.scale * added).astype(plain.dtype)]
+    if factors.terms:
+        options = {"precision": eqn.params["precision"]}
+        added = contract(factors, tuple(out), operand=(other, tuple(own)), **options)
+        total = total + (factors.scale * added).astype(total.dtype)
+    if scaling is not None:
+        total = (total * spread(scaling, tuple(out))).astype(total.dtype)
+    return [total]
 
 
 def _batched(weight: Any, lead: Axes) -> bool:
@@ -144,14 +178,28 @@ def gather(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
     base = _base(lazy)
     if is_lazy(base):
-        (plain,) = walk.step(eqn, [base, indices])
+        (total,) = walk.step(eqn, [base, indices])
     else:
-        plain = taken(base)
-    factors = _factors(lazy)
+        total = taken(base)
     batch = tuple(f"row {i}" for i in range(indices.ndim - 1))
-    terms = [
-        (taken(array), (*batch, axes[1])) if axes[0] == -2 else (array, axes)
-        for array, axes in factors.terms
-    ]
-    added = contract(factors._replace(terms=tuple(terms)), (*batch, -1))
-    return [plain + (factors.scale * added).astype(plain.dtype)]
+    out = (*batch, -1)
+
+    def rows_of(term):
+        if isinstance(term, Pick):
+            term = Term(term.matrix(total.dtype), term.axes)
+        if term.axes[0] != -2:
+            return term
+        array = term.array if term.array.ndim == 2 else term.array[:, None]
+        return Term(
+            taken(array).reshape(*indices.shape[:-1], *term.array.shape[1:]),
+            (*batch, *term.axes[1:]),
+        )
+
+    factors = _factors(lazy)
+    if factors.terms:
+        added = contract(factors._replace(terms=tuple(map(rows_of, factors.terms))), out)
+        total = total + (factors.scale * added).astype(total.dtype)
+    scaling = _scaling(lazy)
+    if scaling is not None:
+        total = (total * spread(rows_of(scaling), out)).astype(total.dtype)
+    return [total]

@@ -3,6 +3,7 @@
 `chain(a, b)` is written as the weight flows: `effective = b(a(W))`.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +14,16 @@ import jax.numpy as jnp
 from jaxpara.tree import Where, is_matrix, path_of, select
 from jaxpara.types import Key, Model, Params
 from jaxpara.weights.lift import Report, lift, report
-from jaxpara.weights.weight import Method, Weight, dense, is_weight
+from jaxpara.weights.weight import (
+    Method,
+    Pooled,
+    Weight,
+    dense,
+    is_pooled,
+    is_weight,
+    resolved,
+    shape_of,
+)
 
 
 class Member(NamedTuple):
@@ -67,7 +77,8 @@ class Reparam(NamedTuple):
           ValueError: a member selects nothing (names the leaves that come near), or a leaf that is
             not a floating array of two or more axes.
         """
-        state = params
+        state: Any = params
+        pools: dict[str, jax.Array] = {}
         for i, member in enumerate(self.members):
             # Patterns speak of the leaves of the parameters, whatever came before.
             selected = select(params, member.where)
@@ -79,18 +90,28 @@ class Reparam(NamedTuple):
                         f"dtype {jnp.result_type(leaf)}: narrow it"
                     )
             begin = jax.random.fold_in(key, i)
+            method, given = member.method, {}
+            if method.share is not None:
+                shapes = {path: shape_of(leaf) for path, leaf in selected.items()}
+                made, given = method.share(method.settings, begin, shapes)
+                pools |= {f"{i} {name}": pool for name, pool in made.items()}
 
-            def attached(keys, leaf, member=member, selected=selected, begin=begin):
+            def attached(
+                keys, leaf, i=i, method=method, selected=selected, begin=begin, given=given
+            ):
                 path = path_of(keys)
                 if path not in selected:
                     return leaf
+                if path in given:
+                    parts, common = given[path]
+                    shared = tuple((part, f"{i} {name}") for part, name in sorted(common.items()))
+                    return Weight(leaf, parts, method, shared)
                 number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
-                method = member.method
                 own = jax.random.fold_in(begin, number)
                 return Weight(*method.init(method.settings, own, leaf), method)
 
             state = jax.tree_util.tree_map_with_path(attached, state, is_leaf=is_weight)
-        return state
+        return Pooled(state, pools) if pools else state
 
     def effective(self, state: Any) -> Params:
         """The dense weights: the definition of everything else here.
@@ -101,7 +122,26 @@ class Reparam(NamedTuple):
         Returns:
           Parameters as the model knows them.
         """
-        return jax.tree.map(dense, state, is_leaf=is_weight)
+        return jax.tree.map(dense, resolved(state), is_leaf=is_weight)
+
+    def penalty(self, state: Any) -> jax.Array:
+        """What the methods want added to the loss, such as the decay of pruned weights.
+
+        Args:
+          state: from `attach`.
+
+        Returns:
+          A scalar; zero where no method asks for anything.
+        """
+        total = jnp.zeros((), jnp.float32)
+        for leaf in jax.tree.leaves(resolved(state), is_leaf=is_weight):
+            while is_weight(leaf):
+                method = leaf.method
+                if method.penalty is not None:
+                    own = method.penalty(method.settings, dense(leaf.base), leaf.parts)
+                    total = total + own
+                leaf = leaf.base
+        return total
 
     def trainable(self, state: Any) -> Any:
         """What is trained: what the last freezing member leaves, and what came after it.
@@ -123,8 +163,11 @@ class Reparam(NamedTuple):
             base = mask(leaf.base)
             if leaf.method.freezes:
                 base = jax.tree.map(lambda _: False, base)
-            return Weight(base, jax.tree.map(floating, leaf.parts), leaf.method)
+            return dataclasses.replace(leaf, base=base, parts=jax.tree.map(floating, leaf.parts))
 
+        if is_pooled(state):
+            params = jax.tree.map(mask, state.params, is_leaf=is_weight)
+            return Pooled(params, jax.tree.map(floating, state.pools))
         return jax.tree.map(mask, state, is_leaf=is_weight)
 
     def merge(self, state: Any) -> Any:
@@ -142,7 +185,7 @@ class Reparam(NamedTuple):
                 return dense(leaf)
             return leaf.method.merge(leaf.method.settings, dense(leaf.base), leaf.parts)
 
-        return jax.tree.map(one, state, is_leaf=is_weight)
+        return jax.tree.map(one, resolved(state), is_leaf=is_weight)
 
     def report(self, state: Any, function: Callable[..., Any], *inputs: Any) -> Report:
         """Every use of every matched leaf: by a rule, or densified.

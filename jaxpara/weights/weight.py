@@ -86,6 +86,12 @@ class Method(NamedTuple):
         of two axes, if the method multiplies in a way of its own: `base` as it is kept, `cast` for
         the weight's dtype in the function, `options` of `jnp.matmul`. It keeps what it keeps for
         the backward pass; the rule is met where the axis -2 is contracted.
+      scaling: `(settings, dense base, parts) -> Term`, by which an additive weight is multiplied
+        in the end.
+      penalty: `(settings, dense base, parts) -> scalar`, to be added to the loss.
+      share: for parts that several leaves have in common, in the place of `init`:
+        `(settings, key, {path: shape}) -> (pools, {path: (parts, {name of a part: its pool})})`;
+        the pools stand once beside the parameters, see `Pooled`.
     """
 
     name: str
@@ -98,6 +104,9 @@ class Method(NamedTuple):
     freezes: bool
     merge: Callable[..., Any] | None = None
     product: Callable[..., jax.Array] | None = None
+    scaling: Callable[..., Term] | None = None
+    penalty: Callable[..., jax.Array] | None = None
+    share: Callable[..., Any] | None = None
 
 
 @functools.partial(
@@ -194,17 +203,26 @@ def contract(
     """
     terms = list(factors.terms)
     if operand is None:
-        first = next(i for i, term in enumerate(terms) if isinstance(term, Term))
-        now, axes = terms.pop(first)
+        first = next(term for term in terms if isinstance(term, Term))
+        terms = [term for term in terms if term is not first]
+        now, axes = first
     else:
         now, axes = operand
     while terms:
         summed = [axis for axis in axes if axis not in out]
-        terms.sort(key=lambda term: -sum(axis in summed for axis in term.axes))
+        # A pick whose own two axes are not there yet has nothing to pick from.
+        terms.sort(
+            key=lambda term: (
+                isinstance(term, Pick) and not {*term.axes[-2:]} & {*axes},
+                -sum(axis in summed for axis in term.axes),
+            )
+        )
         term = terms.pop(0)
         if isinstance(term, Pick):
-            now, axes = _picked(now, axes, term)
-            continue
+            if not (term.axis in axes and term.axis in out):
+                now, axes = _picked(now, axes, term)
+                continue
+            term = Term(term.matrix(now.dtype), term.axes)
         later = {*out, *(axis for other in terms for axis in other.axes)}
         kept = tuple(dict.fromkeys(a for a in (*axes, *term.axes) if a in later))
         now, axes = _einsum((now, axes), term, kept, **options), kept
@@ -287,6 +305,11 @@ class Pooled:
     pools: dict[str, jax.Array]
 
 
+def is_pooled(node: Any) -> bool:
+    """Whether a node is a `Pooled`, as `is_leaf` of `jax.tree` functions."""
+    return isinstance(node, Pooled)
+
+
 def resolved(state: Any) -> Any:
     """The tree in which every weight has its parts, those from pools too.
 
@@ -302,16 +325,13 @@ def resolved(state: Any) -> Any:
             if not is_weight(leaf):
                 return leaf
             common = {part: pools[name] for part, name in leaf.shared}
-            return dataclasses.replace(
-                leaf, base=one(leaf.base), parts={**leaf.parts, **common}
-            )
+            return dataclasses.replace(leaf, base=one(leaf.base), parts={**leaf.parts, **common})
 
         return one
 
     def opened(node):
-        if not isinstance(node, Pooled):
+        if not is_pooled(node):
             return node
         return jax.tree.map(of(node.pools), node.params, is_leaf=is_weight)
 
-    stop = lambda node: isinstance(node, Pooled | Weight)  # noqa: E731
-    return jax.tree.map(opened, state, is_leaf=stop)
+    return jax.tree.map(opened, state, is_leaf=lambda node: is_pooled(node) or is_weight(node))
