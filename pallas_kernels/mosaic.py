@@ -78,6 +78,17 @@ def spread(row: jax.Array, rows: int, layout: Any) -> jax.Array:
     return mosaic_gpu().layout_cast(wide, layout)
 
 
+def settle(values: Sequence[Any], shape: Sequence[int], layout: Any) -> list[jax.Array]:
+    """What a cell returned, in the layout that a loop carries: a constant may have come as one."""
+    wide = [jnp.broadcast_to(jnp.asarray(v, jnp.float32), tuple(shape)) for v in values]
+    return [mosaic_gpu().layout_cast(v, layout) for v in wide]
+
+
+def row_numbers(shape: Sequence[int], layout: Any) -> jax.Array:
+    """The number of its row, int32, in every entry of a tile."""
+    return mosaic_gpu().broadcasted_iota(jnp.int32, tuple(shape), 0, layout=layout)
+
+
 def sync(barrier: Any) -> None:
     """All threads of the block arrive and wait: what each wrote before, every other sees after.
 

@@ -1,0 +1,376 @@
+"""One window of multiple shooting on Mosaic GPU: rollouts, the test, the correction, the walk.
+
+Tiles `[C / warpgroups, block]` live in registers and every warpgroup rolls its own chunks out.
+What concerns the chunks' order (test, correction, walk) is done on rows by warpgroup 0 alone, whose
+four warps all do the same: they write the same values, and no warp reads a row that another one
+might not have written yet, because the corrected starts go into a second buffer.
+
+Functions of this file that hold a `sync` are called by all warpgroups, the others by any.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import mosaic
+from pallas_kernels.cell import Arrays, ElementwiseCell
+from pallas_kernels.compat import mosaic_gpu
+from pallas_kernels.nonlinear_recurrence.windows import Plan
+
+# As in jaxpara.recurrence: corrections beyond this multiple of the channel's largest end are
+# dropped; a residual is relative to the largest of the last four ends, but to no more than
+# _SLACK times the last two.
+_CAP, _SLACK = 4.0, 256.0
+_FINITE = float(jnp.finfo(jnp.float32).max)
+# Rows whose loads are issued together in a pass over the chunks' summaries; divides every C.
+_TOGETHER = 4
+
+
+class Block(NamedTuple):
+    """What one block of threads works on: static settings, then refs.
+
+    Attributes:
+      cell, plan, tol, max_iters, reverse: as the op was given them.
+      steps: T where the last window is padded, else None.
+      dtypes: of the states.
+      xs, params, init, states, report: device memory.
+      staged: inputs of windows, `[slots, C, L, block]` each.
+      ends, products, starts: summaries of the chunks, `[K, C, block]`, `[K * K, C, block]` and two
+        of `[K, C, block]`.
+      carry: the exact state before the window, `[K, block]`.
+      vote: whether a boundary is open, and the largest residual, `[2, block]`.
+      arrived, copied: barriers of the warpgroups, and of the copies into each slot.
+    """
+
+    cell: ElementwiseCell
+    plan: Plan
+    tol: float
+    max_iters: int
+    reverse: bool
+    steps: int | None
+    dtypes: Sequence[Any]
+    xs: Sequence[Any]
+    params: Sequence[Any]
+    init: Sequence[Any]
+    states: Sequence[Any]
+    report: Sequence[Any]
+    staged: Sequence[Any]
+    ends: Any
+    products: Any
+    starts: Any
+    carry: Any
+    vote: Any
+    arrived: Any
+    copied: Any
+
+
+class Outcome(NamedTuple):
+    """Scalars: passes over the window, whether it is still open (0 or 1), largest residual."""
+
+    passes: Any
+    still: Any
+    worst: Any
+
+
+def channels(block: Block) -> Any:
+    """The block's slice of the channels."""
+    return pl.ds(lax.axis_index("d") * block.plan.block, block.plan.block)
+
+
+def _in_memory(block: Block, index: Any, count: int) -> Any:
+    """Scan order to memory order: a reversed solve walks the same arrays from their ends."""
+    return count - 1 - index if block.reverse else index
+
+
+def _own_rows(block: Block) -> Any:
+    """Rows of the tiles that this warpgroup holds."""
+    rows = block.plan.chunks // block.plan.warpgroups
+    return pl.ds(lax.axis_index("wg") * rows, rows)
+
+
+def load_row(block: Block, ref: Any) -> jax.Array:
+    """A row `[block]`, in float32."""
+    return mosaic.load(ref, mosaic.row_layout(block.plan.block))
+
+
+def _load_tile(block: Block, ref: Any) -> jax.Array:
+    return mosaic.load(ref, mosaic.tile_layout(block.plan.block))
+
+
+def last_end(block: Block, state: int) -> Any:
+    """Where a state leaf stands after the window's last chunk."""
+    return block.ends.at[state, _in_memory(block, block.plan.chunks - 1, block.plan.chunks)]
+
+
+def stage(block: Block, w: Any) -> None:
+    """Starts the copies of a window's inputs into its slot of shared memory."""
+    b, slot = lax.axis_index("b"), w % block.plan.slots
+    window = _in_memory(block, w, block.plan.windows)
+    for x, staged in zip(block.xs, block.staged, strict=True):
+        mosaic_gpu().copy_gmem_to_smem(
+            x.at[window, :, :, b, channels(block)], staged.at[slot], block.copied.at[slot]
+        )
+
+
+def _roll(block, w, slot, params, first, *, columns: bool, keep: Any) -> tuple[list, list]:
+    """Rolls this warpgroup's chunks out: ends, and products of Jacobians if `columns`.
+
+    Args:
+      block: what to work on.
+      w: the window, in scan order.
+      slot: where its inputs lie.
+      params: rows.
+      first: starts, `[K, C, block]` in shared memory.
+      columns: carry the product along.
+      keep: whether states are written to device memory; a Python or a traced bool.
+    """
+    cell, plan, own = block.cell, block.plan, _own_rows(block)
+    layout = mosaic.tile_layout(plan.block)
+    shape = (plan.chunks // plan.warpgroups, plan.block)
+    params = [mosaic.spread(p, shape[0], layout) for p in params]
+    window = _in_memory(block, w, plan.windows)
+    valid = None
+    if block.steps is not None:
+        row = mosaic.row_numbers(shape, layout) + lax.axis_index("wg") * shape[0]
+        begins = w * plan.window + _in_memory(block, row, plan.chunks) * plan.length
+        valid = lambda step: begins + step < block.steps  # noqa: E731
+
+    def advance(step, carry):
+        states, products = carry
+        at = _in_memory(block, step, plan.length)
+        inputs = [_load_tile(block, x.at[slot, own, at]) for x in block.staged]
+        if columns:
+            new, pushed = cell.push(states, inputs, params, products)
+        else:
+            new, pushed = cell.step(states, inputs, params), products
+        new = mosaic.settle(new, shape, layout)
+        pushed = [mosaic.settle(column, shape, layout) for column in pushed]
+        if valid is not None:  # steps that do not exist leave the state, and the product, alone
+            here = valid(step)
+            new = [jnp.where(here, n, s) for n, s in zip(new, states, strict=True)]
+            pushed = [
+                [jnp.where(here, n, p) for n, p in zip(after, before, strict=True)]
+                for after, before in zip(pushed, products, strict=True)
+            ]
+        if keep is not False:
+
+            @pl.when(keep)
+            def _():
+                for ref, value in zip(block.states, new, strict=True):
+                    place = ref.at[window, own, at, lax.axis_index("b"), channels(block)]
+                    mosaic.store(place, value)
+
+        return new, pushed
+
+    states = [_load_tile(block, first.at[k, own]) for k in range(cell.states)]
+    identity = [
+        [mosaic.full(shape, float(i == j), layout) for i in range(cell.states)]
+        for j in range(cell.states if columns else 0)
+    ]
+    return lax.fori_loop(0, plan.length, advance, (states, identity))
+
+
+def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays]) -> None:
+    own = _own_rows(block)
+    for k, end in enumerate(ends):
+        mosaic.store(block.ends.at[k, own], end)
+    for k, product in enumerate([entry for column in columns for entry in column]):
+        mosaic.store(block.products.at[k, own], product)
+
+
+def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:
+    """Folds `visit(chunk, rows, state)` over the chunks in scan order; `rows` are the refs'."""
+
+    def group(g, state):
+        chunks = [g * _TOGETHER + j for j in range(_TOGETHER)]
+        places = [_in_memory(block, c, block.plan.chunks) for c in chunks]
+        rows = [[load_row(block, ref.at[r]) for ref in refs] for r in places]
+        for place, row in zip(places, rows, strict=True):
+            state = visit(place, row, state)
+        return state
+
+    return lax.fori_loop(0, block.plan.chunks // _TOGETHER, group, state)
+
+
+def _judge(block: Block, old: Any) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Tests every boundary: open (0 or 1), largest residual, cap of each leaf's corrections.
+
+    The boundary before chunk c compares its start with the end of chunk c - 1; before the first
+    one stands the carry, and its boundary is closed unless the carry is not finite.
+    """
+    count = block.cell.states
+    zero = mosaic.full((block.plan.block,), 0.0, mosaic.row_layout(block.plan.block))
+    carry = [load_row(block, block.carry.at[k]) for k in range(count)]
+
+    def visit(place, rows, state):
+        del place
+        ends, starts = rows[:count], rows[count:]
+        before, recent, tops, still, worst = state
+        after, tops_now = [], []
+        for k in range(count):
+            size, (one, two, three) = jnp.abs(before[k]), recent[k]
+            difference = jnp.abs(before[k] - starts[k])
+            scale = jnp.maximum(jnp.maximum(size, one), jnp.maximum(two, three))
+            scale = jnp.minimum(scale, _SLACK * jnp.maximum(size, one))
+            # A NaN fails the first comparison, an infinite end the second.
+            closed = (difference <= block.tol * scale) & (size <= _FINITE)
+            still = jnp.maximum(still, jnp.where(closed, zero, zero + 1.0))
+            worst = jnp.maximum(worst, jnp.where(difference <= _FINITE, difference, zero + jnp.inf))
+            after.append([size, one, two])
+            reach = jnp.abs(ends[k])
+            tops_now.append(jnp.maximum(tops[k], jnp.where(reach <= _FINITE, reach, zero)))
+        return ends, after, tops_now, still, worst
+
+    refs = [block.ends.at[k] for k in range(count)] + [
+        block.starts.at[old, k] for k in range(count)
+    ]
+    recent = [[jnp.abs(c)] * 3 for c in carry]
+    finite = [jnp.where(jnp.abs(c) <= _FINITE, jnp.abs(c), zero) for c in carry]
+    _, _, tops, still, worst = _over_chunks(block, refs, visit, (carry, recent, finite, zero, zero))
+    return still, worst, [_CAP * top for top in tops]
+
+
+def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None) -> jax.Array:
+    """Writes the corrected starts; returns whether one of them is not finite (0 or 1).
+
+    Without `caps` every correction counts, with them what is larger, or NaN, is dropped.
+    """
+    count = block.cell.states
+    zero = mosaic.full((block.plan.block,), 0.0, mosaic.row_layout(block.plan.block))
+
+    def visit(place, rows, state):
+        ends, starts, products = rows[:count], rows[count : 2 * count], rows[2 * count :]
+        corrected, bad = state
+        for k in range(count):
+            mosaic.store(block.starts.at[new, k, place], corrected[k])
+        shift = [c - s for c, s in zip(corrected, starts, strict=True)]
+        after = []
+        for i in range(count):
+            change = products[i] * shift[0]
+            for j in range(1, count):
+                change = change + products[j * count + i] * shift[j]
+            if caps is not None:
+                change = jnp.where(jnp.abs(change) <= caps[i], change, zero)
+            value = (ends[i] + change).astype(block.dtypes[i]).astype(jnp.float32)
+            bad = jnp.maximum(bad, jnp.where(jnp.abs(value) <= _FINITE, zero, zero + 1.0))
+            after.append(value)
+        return after, bad
+
+    refs = [block.ends.at[k] for k in range(count)]
+    refs += [block.starts.at[old, k] for k in range(count)]
+    refs += [block.products.at[k] for k in range(count**2)]
+    carry = [load_row(block, block.carry.at[k]) for k in range(count)]
+    return _over_chunks(block, refs, visit, (carry, zero))[1]
+
+
+def _vote(block: Block) -> tuple[Any, Any]:
+    """What warpgroup 0 found, as scalars that every thread agrees on."""
+    return jnp.max(load_row(block, block.vote.at[0])), jnp.max(load_row(block, block.vote.at[1]))
+
+
+def iterate(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
+    """Passes over a window until every boundary is closed, at most `max_iters`.
+
+    The first pass starts every chunk from the carry; its states are not written, so it never is
+    the one that counts.
+    """
+    wg, own = lax.axis_index("wg"), _own_rows(block)
+    layout = mosaic.tile_layout(block.plan.block)
+    for k in range(block.cell.states):
+        carry = load_row(block, block.carry.at[k])
+        tile = mosaic.spread(carry, block.plan.chunks // block.plan.warpgroups, layout)
+        mosaic.store(block.starts.at[0, k, own], tile)  # each thread reads back what it wrote
+
+    def attempt(state):
+        passes = state[0]
+        old, new = passes % 2, (passes + 1) % 2
+        first = block.starts.at[old]
+        _write_summaries(
+            block, *_roll(block, w, slot, params, first, columns=True, keep=passes > 0)
+        )
+        # Warpgroup 0 reads the summaries of all chunks.
+        mosaic.sync(block.arrived)
+
+        @pl.when(wg == 0)
+        def _():
+            still, worst, caps = _judge(block, old)
+            mosaic.store(block.vote.at[0], still)
+            mosaic.store(block.vote.at[1], worst)
+
+            @pl.when((jnp.max(still) > 0.0) | (passes == 0))
+            def _():
+                _correct(block, old, new, caps)
+
+        # All read the vote and their new starts, and then overwrite the summaries.
+        mosaic.sync(block.arrived)
+        still, worst = _vote(block)
+        return passes + 1, jnp.where(passes > 0, still, 1.0), worst
+
+    def going_on(state):
+        passes, still, _ = state
+        return (passes < block.max_iters) & (still > 0.0)
+
+    begin = (jnp.int32(0), jnp.float32(1.0), jnp.float32(0.0))
+    return Outcome(*lax.while_loop(going_on, attempt, begin))
+
+
+def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
+    """The same for a step that is affine in the state: exact after one correction.
+
+    Chunks start from zero, so that no end is the difference of two large numbers.
+    """
+    wg, own = lax.axis_index("wg"), _own_rows(block)
+    rows = block.plan.chunks // block.plan.warpgroups
+    layout = mosaic.tile_layout(block.plan.block)
+    for k in range(block.cell.states):
+        zero = mosaic.full((rows, block.plan.block), 0.0, layout)
+        mosaic.store(block.starts.at[0, k, own], zero)  # each thread reads back what it wrote
+    first = block.starts.at[0]
+    _write_summaries(block, *_roll(block, w, slot, params, first, columns=True, keep=False))
+    # Warpgroup 0 reads the summaries of all chunks.
+    mosaic.sync(block.arrived)
+
+    @pl.when(wg == 0)
+    def _():
+        mosaic.store(block.vote.at[0], _correct(block, 0, 1, None))
+
+    # All read the vote and their starts, and overwrite the ends.
+    mosaic.sync(block.arrived)
+    still = jnp.max(load_row(block, block.vote.at[0]))
+    first = block.starts.at[1]
+    _write_summaries(block, *_roll(block, w, slot, params, first, columns=False, keep=True))
+    # Warpgroup 0 reads the last end, or writes over states that others have just written.
+    mosaic.sync(block.arrived)
+    return Outcome(jnp.int32(1), still, jnp.float32(0.0))
+
+
+def walk(block: Block, w: Any, slot: Any, params: Arrays) -> None:
+    """Takes a window step by step from the carry, which it moves on; for warpgroup 0."""
+    plan, cell = block.plan, block.cell
+    layout = mosaic.row_layout(plan.block)
+    window = _in_memory(block, w, plan.windows)
+
+    def chunk(c, states):
+        row = _in_memory(block, c, plan.chunks)
+
+        def advance(step, states):
+            at = _in_memory(block, step, plan.length)
+            inputs = [load_row(block, x.at[slot, row, at]) for x in block.staged]
+            new = mosaic.settle(cell.step(states, inputs, params), (plan.block,), layout)
+            if block.steps is not None:
+                here = w * plan.window + c * plan.length + step < block.steps
+                new = [jnp.where(here, n, s) for n, s in zip(new, states, strict=True)]
+            for ref, value in zip(block.states, new, strict=True):
+                place = ref.at[window, row, at, lax.axis_index("b"), channels(block)]
+                mosaic.store(place, value)
+            return new
+
+        return lax.fori_loop(0, plan.length, advance, states)
+
+    carry = [load_row(block, block.carry.at[k]) for k in range(cell.states)]
+    for k, value in enumerate(lax.fori_loop(0, plan.chunks, chunk, carry)):
+        mosaic.store(block.carry.at[k], value)
