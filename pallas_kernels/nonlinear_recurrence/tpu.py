@@ -1,0 +1,267 @@
+"""Multiple shooting of a nonlinear recurrence in one Mosaic TPU kernel: the forward solve.
+
+Windows of time run one after the other with the exact state between them. In a window, chunks
+advance side by side from guessed starts through the true step, and carry the product P of their
+Jacobians; the starts are corrected in delta form, `s'[c+1] = e[c] + P[c] (s'[c] - s[c])`, until
+every end meets the next start. Every pass writes the states that it computes, so that the pass
+which is confirmed is the answer; what a budget leaves open is completed step by step. Each lane
+(one element of the batch, one channel) is a system of its own: it stops, counts, is capped and is
+completed by itself, so that its states never depend on its neighbours. [shooting] [pararnn]
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import tiles
+from pallas_kernels.cell import ElementwiseCell
+from pallas_kernels.nonlinear_recurrence.tpu_backward import backward
+
+__all__ = ["backward", "forward"]
+
+# Corrections beyond this multiple of the largest end of the lane are dropped.
+_CAP = 4.0
+# How `tol` scales: by the largest magnitude of the last four ends, and by no more than this
+# multiple of the last two (as jaxpara.recurrence.system.residuals).
+_SLACK = 256.0
+
+
+def forward(
+    cell: ElementwiseCell,
+    init: Sequence[jax.Array],
+    xs: Sequence[jax.Array],
+    params: Sequence[jax.Array],
+    *,
+    tol: float,
+    max_iters: int,
+    reverse: bool = False,
+    affine: bool = False,
+    chunks: int | None = None,
+    window: int | None = None,
+    interpret: Any = False,
+) -> tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]:
+    """Solves `h_t = step(h_{t-1}, x_t, p)` for all t.
+
+    Args:
+      cell: the step, elementwise.
+      init: K arrays `[B, D]`, float32 or bfloat16; the states come back in their dtypes.
+      xs: arrays `[T, B, D]`, float32 or bfloat16.
+      params: arrays `[1, D]` or `[B, D]`.
+      tol: largest accepted residual relative to the state's recent magnitude.
+      max_iters: passes over a window before it is completed step by step.
+      reverse: from the last step to the first.
+      affine: the step is affine in the state: one correction, no test.
+      chunks: runs per window that advance side by side; 1 is a sequential kernel.
+      window: steps per block.
+      interpret: as for `pl.pallas_call`.
+
+    Returns:
+      The states, K arrays `[T, B, D]`, and per element of the batch, each the worst over its
+      windows and channels: passes until the test held (int32), the residual of the last pass
+      (float32), and steps that were completed sequentially (int32).
+
+    Raises:
+      NotImplementedError: an operand that is neither float32 nor bfloat16.
+    """
+    tiles.check([*init, *xs, *params])
+    shape = xs[0].shape
+    step_bytes = sum(a.dtype.itemsize for a in [*xs, *init])
+    plan = tiles.make_plan(
+        shape, step_bytes, cell.states, chunks=chunks, window=window, reverse=reverse
+    )
+    kind = tiles.widest([*init, *xs, *params])
+    lanes = plan.over_lanes()
+
+    def out(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+    counts = [out(shape[1:], d) for d in (jnp.int32, jnp.float32, jnp.int32)]
+    shooting = plan.chunks > 1
+    size = cell.states
+    *states, passes, residual, completed = pl.pallas_call(
+        lambda *refs: _kernel(cell, plan, tol, max(1, max_iters), affine, refs),
+        grid=plan.grid,
+        in_specs=[lanes] * size
+        + [plan.over_time()] * cell.inputs
+        + [plan.over_lanes(p.shape[0]) for p in params],
+        out_specs=[plan.over_time()] * size + [lanes] * 3,
+        out_shape=[out(shape, i.dtype) for i in init] + counts,
+        # carry; then done, residual, and of all chunks: starts, ends, products
+        scratch_shapes=tiles.scratch(plan, size + 2, (2 * size + size * size) * shooting),
+        compiler_params=tiles.compiler_params(),
+        interpret=interpret,
+        name="nonlinear_recurrence",
+    )(*init, *xs, *params)
+    return states, *(jnp.max(c, axis=1) for c in (passes, residual, completed))
+
+
+def _kernel(cell, plan, tol, budget, affine, refs):
+    size, shooting = cell.states, plan.chunks > 1
+    init, xs, params, states, counts, carry, (done, residual), starts, ends, products = tiles.split(
+        refs,
+        size,
+        cell.inputs,
+        cell.params,
+        size,
+        3,
+        size,
+        2,
+        size * shooting,
+        size * shooting,
+        size * size * shooting,
+    )
+    passes, worst, completed = counts
+    begin, inside = plan.start(), plan.inside()
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        for c, i in zip(carry, init, strict=True):
+            c[...] = i[...].astype(jnp.float32)
+        for count in counts:
+            count[...] = jnp.zeros(plan.row, count.dtype)
+
+    def roll(starts, keep):
+        """All chunks through the step; `keep` writes the states."""
+        p = tiles.spread(params, plan.tile)
+
+        def advance(index, h):
+            place = plan.step(index)
+            new = cell.step(h, tiles.load(xs, place, plan.chunks), p)
+            h = tiles.choose(plan.exists(begin, index), new, h)
+            if keep:
+                tiles.store(states, place, h)
+            return h
+
+        return lax.fori_loop(0, plan.length, advance, list(starts))
+
+    def roll_with_product(keep):
+        """As `roll`, with the columns of P alongside; leaves `ends` and `products`."""
+        p = tiles.spread(params, plan.tile)
+        one, zero = jnp.ones(plan.tile, jnp.float32), jnp.zeros(plan.tile, jnp.float32)
+        unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
+
+        def advance(index, loop):
+            h, columns = loop
+            place = plan.step(index)
+            new, pushed = cell.push(h, tiles.load(xs, place, plan.chunks), p, columns)
+            present = plan.exists(begin, index)
+            h = tiles.choose(present, new, h)
+            if keep:
+                tiles.store(states, place, h)
+            return h, [tiles.choose(present, n, c) for n, c in zip(pushed, columns, strict=True)]
+
+        h, columns = lax.fori_loop(0, plan.length, advance, ([s[...] for s in starts], unit))
+        for ref, value in zip(ends, h, strict=True):
+            ref[...] = value
+        for j, column in enumerate(columns):
+            for i, value in enumerate(column):
+                products[size * i + j][...] = value
+
+    def leave():
+        """The window's last states become the carry, except of lanes that are not done."""
+        last = plan.place(plan.chunks - 1, plan.chunks)
+        for c, e in zip(carry, ends, strict=True):
+            c[...] = e[last]
+
+    if not shooting:
+        h = roll([c[...][None] for c in carry], keep=True)
+        for c, value in zip(carry, h, strict=True):
+            c[...] = value[0]
+        passes[...] = jnp.ones(plan.row, jnp.int32)
+        return
+
+    if affine:
+        tiles.start_affine(plan, starts, carry)
+        roll_with_product(keep=False)
+        done[...] = tiles.link_affine(plan, starts, ends, products)
+        for ref, value in zip(ends, roll([s[...] for s in starts], keep=True), strict=True):
+            ref[...] = value
+        passes[...] = jnp.ones(plan.row, jnp.int32)
+    else:
+        for s, c in zip(starts, carry, strict=True):
+            s[...] = jnp.broadcast_to(c[...][None], plan.tile)
+        done[...] = jnp.zeros(plan.row, jnp.float32)
+
+        def attempt(loop):
+            number, _ = loop
+            # A lane that is done runs along: its starts stay, so its states are written again.
+            count = number + 1
+            passes[...] = jnp.where(done[...] > 0, passes[...], jnp.maximum(passes[...], count))
+            roll_with_product(keep=True)
+            passed, largest = _link(plan, tol, starts, ends, products, carry)
+            done[...], residual[...] = passed, largest
+            return count, tiles.any_open(inside, done)
+
+        lax.while_loop(lambda loop: (loop[1] > 0) & (loop[0] < budget), attempt, (0, 1.0))
+        worst[...] = jnp.maximum(worst[...], residual[...])
+
+    @pl.when(tiles.any_open(inside, done) == 0)
+    def _():
+        leave()
+
+    @pl.when(tiles.any_open(inside, done) > 0)
+    def _():
+        count = plan.steps(begin)
+        p = tiles.spread(params, plan.row)
+        passed = done[...] > 0
+
+        def advance(index, h):
+            at = count - 1 - index if plan.reverse else index
+            h = cell.step(h, tiles.load_row(xs, at), p)
+            old = tiles.load_row(states, at)
+            for ref, value in zip(states, tiles.choose(passed, old, h), strict=True):
+                ref[at] = value.astype(ref.dtype)
+            return list(h)
+
+        h = lax.fori_loop(0, count, advance, [c[...] for c in carry])
+        leave()
+        for c, value in zip(carry, h, strict=True):
+            c[...] = jnp.where(passed, c[...], value)
+        completed[...] = completed[...] + jnp.where(passed, 0, count)
+
+
+def _link(plan, tol, starts, ends, products, before):
+    """Tests the boundaries and corrects the starts behind the first that is open, lane by lane.
+
+    Returns:
+      1.0 where every boundary holds, and the largest residual (infinite for a NaN).
+    """
+    size, rows = len(starts), range(len(starts))
+    caps = []
+    for end in ends:
+        value = jnp.abs(end[...])
+        factor = max(_CAP, float(plan.chunks))
+        caps.append(factor * jnp.max(jnp.where(value < jnp.inf, value, 0.0), axis=0))
+
+    def link(index, loop):
+        leading, largest, delta, recent = loop
+        here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
+        end, start = [e[here] for e in ends], [s[there] for s in starts]
+        holds = leading
+        for i in rows:
+            difference, size_now = jnp.abs(end[i] - start[i]), jnp.abs(end[i])
+            near = jnp.maximum(size_now, recent[i][0])
+            scale = jnp.maximum(near, jnp.maximum(recent[i][1], recent[i][2]))
+            allowed = tol * jnp.minimum(scale, _SLACK * near)
+            good = (difference <= allowed) & tiles.finite(end[i])
+            holds = jnp.where(good, holds, 0.0)
+            # NaN compares false: it counts as infinite.
+            difference = jnp.where(difference <= jnp.inf, difference, jnp.inf)
+            largest = jnp.maximum(largest, difference)
+        moved = tiles.moved(size, products, here, delta)
+        moved = [jnp.where(jnp.abs(m) <= caps[i], m, 0.0) for i, m in enumerate(moved)]
+        new = [jnp.where(holds > 0, start[i], end[i] + moved[i]) for i in rows]
+        for i in rows:
+            starts[i][there] = new[i]
+        delta = [new[i] - start[i] for i in rows]
+        recent = [(jnp.abs(end[i]), *recent[i][:2]) for i in rows]
+        return holds, largest, delta, recent
+
+    zero = jnp.zeros(plan.row, jnp.float32)
+    first = [jnp.abs(b[...]) for b in before]
+    loop = (zero + 1.0, zero, [zero] * size, [(f, f, f) for f in first])
+    return lax.fori_loop(0, plan.chunks - 1, link, loop)[:2]
