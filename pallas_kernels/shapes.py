@@ -17,10 +17,17 @@ class Shape(NamedTuple):
 
 
 class Leaves(NamedTuple):
-    """How many arrays `[T, B, D]` a recurrence reads and writes: state leaves and inputs."""
+    """How many arrays `[T, B, D]` a recurrence reads and writes.
+
+    Attributes:
+      states: state leaves.
+      inputs: arrays that change with time.
+      idle: those of the inputs that the adjoint does not need, as the b of `a h + b`.
+    """
 
     states: int
     inputs: int
+    idle: int = 0
 
 
 # For the simulator of Mosaic GPU and for race detection: every warp is a Python loop there.
@@ -68,8 +75,8 @@ def elements(shape: Shape) -> int:
 def traffic(shape: Shape, leaves: Leaves, itemsize: int, which: str) -> int:
     """Bytes that a pass must move.
 
-    Forward: inputs in, states out. Backward: inputs, states and their cotangents in, the inputs'
-    cotangents out. Parameters and initial states are T times smaller and left out.
+    Forward: inputs in, states out. Backward: inputs that it needs, states and their cotangents in,
+    the inputs' cotangents out. Parameters and initial states are T times smaller and left out.
 
     Args:
       shape: T, B, D.
@@ -84,7 +91,7 @@ def traffic(shape: Shape, leaves: Leaves, itemsize: int, which: str) -> int:
       ValueError: no such pass.
     """
     forward = leaves.inputs + leaves.states
-    backward = 2 * leaves.inputs + 2 * leaves.states
+    backward = 2 * leaves.inputs - leaves.idle + 2 * leaves.states
     arrays = {"forward": forward, "backward": backward, "forward_backward": forward + backward}
     if which not in arrays:
         raise ValueError(f"which={which!r} is no pass; expected one of {sorted(arrays)}.")

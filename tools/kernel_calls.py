@@ -5,27 +5,17 @@ from typing import Any
 
 import jax
 
-from tools.compile_kernels import ROOT, STORAGE
+from benchmarks import recurrences
+from pallas_kernels.shapes import Shape
+from tools.compile_kernels import STORAGE
 
 MODULES = {"forward": ("gpu", "tpu"), "backward": ("gpu_backward", "tpu_backward")}
-
-
-def cell_of(recurrence: str) -> tuple[Any, bool]:
-    """The prepared cell of a recurrence, and whether it is affine in the state."""
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    import kernel_cells as k
-
-    cases = {"linear": k.AFFINE, "linear2": k.AFFINE2, "gru": k.GRU, "lstm": k.LSTM}
-    case = cases.get(recurrence, k.STRANGE)
-    return case.cell, case.affine
 
 
 def kernel_call(
     target: str, recurrence: str, which: str, storage: str, shape: tuple[int, int, int]
 ) -> tuple[Any, tuple[Any, ...]]:
-    """One kernel of a backend, with its operands as shapes.
+    """One kernel of a backend on a cell that was prepared from its Python step.
 
     Args:
       target: `h100` or a TPU.
@@ -41,21 +31,23 @@ def kernel_call(
     kernel = getattr(
         importlib.import_module(f"pallas_kernels.nonlinear_recurrence.{module}"), which
     )
-    cell, affine = cell_of(recurrence)
     narrow, carried = STORAGE[storage]
-    steps, batch, width = shape
+    chosen = recurrences.make(recurrence, shape[2])
+    prepared = recurrences.prepared(chosen, Shape(*shape), narrow)
+    cell = prepared.cell
 
     def arrays(count, sizes, dtype):
-        return [jax.ShapeDtypeStruct(sizes, dtype) for _ in range(count)]
+        return [jax.ShapeDtypeStruct(tuple(sizes), dtype) for _ in range(count)]
 
-    init = arrays(cell.states, (batch, width), carried)
-    xs = arrays(cell.inputs, (steps, batch, width), narrow)
-    params = arrays(cell.params, (1, width), "float32")
-    states = arrays(cell.states, (steps, batch, width), carried)
+    init = arrays(cell.states, shape[1:], carried)
+    xs, params = jax.eval_shape(
+        prepared.operands, chosen.consts, arrays(chosen.leaves.inputs, shape, narrow)
+    )
+    states = arrays(cell.states, shape, carried)
     if which == "forward":
 
         def forward(init, xs, params):
-            return kernel(cell, init, xs, params, tol=1e-5, max_iters=8, affine=affine)
+            return kernel(cell, init, xs, params, tol=1e-5, max_iters=8, affine=chosen.affine)
 
         return forward, (init, xs, params)
 

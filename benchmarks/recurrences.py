@@ -1,0 +1,244 @@
+"""The recurrences that are compiled ahead of time and timed, with their data and their oracle.
+
+Cells of `jp.cells` at the weights that training gives (uniform within 1), over gates as their
+input projection makes them from unit-normal inputs: unit normal plus the bias.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxpara as jp
+from jaxpara.recurrence import elementwise
+from pallas_kernels.shapes import Leaves, Shape
+
+Arrays = Sequence[jax.Array]
+
+
+class Recurrence(NamedTuple):
+    """A recurrence on lists of arrays.
+
+    Attributes:
+      name: for tables.
+      leaves: numbers of states and inputs.
+      step: `(consts, states, inputs) -> states`, in the dtype of the states.
+      consts: `[D]` each.
+      draw: `(key, shape, index) -> values` of input `index`, `[T, B, D]`, float32.
+      affine: the step is affine in the state.
+    """
+
+    name: str
+    leaves: Leaves
+    step: Callable[[Arrays, Arrays, Arrays], list[jax.Array]]
+    consts: list[jax.Array]
+    draw: Callable[[jax.Array, Shape, int], jax.Array]
+    affine: bool = False
+
+
+class Data(NamedTuple):
+    """Operands, as they are stored: `[B, D]` and `[T, B, D]`."""
+
+    init: list[jax.Array]
+    xs: list[jax.Array]
+    cotangents: list[jax.Array]
+
+
+def gated(name: str, width: int) -> Recurrence:
+    """A cell of `jp.cells`.
+
+    Args:
+      name: its name there.
+      width: D.
+
+    Returns:
+      The recurrence.
+    """
+    built = getattr(jp.cells, name)(1, width, scale=1.0)
+    params = built.init(jax.random.key(0))
+    names = sorted(params["recurrent"])
+    gates = built.project(params, jnp.zeros((1, 1)))
+    carry = built.start(params, ())
+    single = isinstance(carry, jax.Array)
+
+    def step(consts, states, inputs):
+        weights = {"recurrent": dict(zip(names, consts, strict=True))}
+        new, _ = built.step(weights, states[0] if single else tuple(states), tuple(inputs))
+        return [new] if single else list(new)
+
+    def draw(key, shape, index):
+        return jax.random.normal(key, shape) + gates[index][0]
+
+    leaves = Leaves(len(jax.tree.leaves(carry)), len(gates))
+    return Recurrence(name, leaves, step, [params["recurrent"][n] for n in names], draw)
+
+
+def linear(size: int) -> Recurrence:
+    """`s_t = A_t s_{t-1} + b_t`, K by K: the inputs are A row by row, then b.
+
+    Args:
+      size: K.
+
+    Returns:
+      The recurrence.
+    """
+
+    def step(consts, states, inputs):
+        del consts
+        a, b = inputs[: size * size], inputs[size * size :]
+        return [sum((a[size * i + j] * states[j] for j in range(size)), b[i]) for i in range(size)]
+
+    def draw(key, shape, index):
+        if index >= size * size:
+            return jax.random.normal(key, shape)
+        low = 0.5 if size == 1 else -1.0  # decays; with signs, rows whose norm is below one
+        return jax.random.uniform(key, shape, minval=low, maxval=1.0) * 0.99 / size
+
+    leaves = Leaves(size, size * size + size, size)
+    return Recurrence("linear" if size == 1 else f"linear{size}", leaves, step, [], draw, True)
+
+
+def three(width: int) -> Recurrence:
+    """A cell that nobody wrote a kernel for: three states, a clip, a softplus, a where.
+
+    Args:
+      width: D.
+
+    Returns:
+      The recurrence.
+    """
+
+    def step(consts, states, inputs):
+        u, v, w = states
+        a, b = (c.astype(u.dtype) for c in consts)
+        x, y = (i.astype(u.dtype) for i in inputs)
+        t = jnp.tanh(a * v + x)
+        return [
+            0.6 * u + 0.3 * t,
+            jnp.where(w > 0, 0.5 * w, 0.2 * w) + 0.4 * jnp.clip(u + y, -1.0, 1.0),
+            b * jax.nn.softplus(0.5 * v) - 0.3 * u * jnp.tanh(w),
+        ]
+
+    consts = list(jax.random.uniform(jax.random.key(0), (2, width), minval=-1.0))
+    return Recurrence(
+        "three", Leaves(3, 2), step, consts, lambda key, shape, _: jax.random.normal(key, shape)
+    )
+
+
+def make(name: str, width: int) -> Recurrence:
+    """A recurrence by name.
+
+    Args:
+      name: `linear`, `linear2` to `linear4`, `three`, or a cell of `jp.cells`.
+      width: D.
+
+    Returns:
+      The recurrence.
+    """
+    if name.startswith("linear"):
+        return linear(int(name.removeprefix("linear") or 1))
+    return three(width) if name == "three" else gated(name, width)
+
+
+def prepared(recurrence: Recurrence, shape: Shape, dtype: str) -> elementwise.Elementwise:
+    """What a kernel takes of it, at float32 arithmetic whatever the storage.
+
+    Args:
+      recurrence: one of the above.
+      shape: T, B, D.
+      dtype: of the inputs as they are stored.
+
+    Returns:
+      The cell, and its operands as a function of `(consts, xs)`.
+    """
+    state = jax.ShapeDtypeStruct(shape[1:], jnp.float32)
+    return elementwise.prepare(
+        lambda consts, states, xs: (recurrence.step(consts, states, xs), []),
+        recurrence.consts,
+        [state] * recurrence.leaves.states,
+        [jax.ShapeDtypeStruct(shape, dtype)] * recurrence.leaves.inputs,
+    )
+
+
+def data(recurrence: Recurrence, shape: Shape, dtype: str, seed: int) -> Data:
+    """Operands on the default device.
+
+    Args:
+      recurrence: what they are for.
+      shape: T, B, D.
+      dtype: of the storage.
+      seed: of all numbers.
+
+    Returns:
+      The operands.
+    """
+    states, inputs, _ = recurrence.leaves
+
+    def draw(key):
+        keys = jax.random.split(key, inputs + states)
+        xs = [recurrence.draw(keys[i], shape, i).astype(dtype) for i in range(inputs)]
+        cotangents = [jax.random.normal(k, shape).astype(dtype) for k in keys[inputs:]]
+        return Data([jnp.zeros(shape[1:], dtype)] * states, xs, cotangents)
+
+    return jax.jit(draw)(jax.random.key(seed))
+
+
+class Truth(NamedTuple):
+    """Float64, at the chosen sequences and channels: `[T, b, d]` and `[b, d]`."""
+
+    states: list[np.ndarray]
+    d_init: list[np.ndarray]
+    d_xs: list[np.ndarray]
+    d_consts: list[np.ndarray]
+
+
+def corner(array: Any) -> np.ndarray:
+    """The first and last sequence and four channels of `[..., B, D]`, as float64.
+
+    Args:
+      array: with the last two axes B and D.
+
+    Returns:
+      `[..., b, d]`.
+    """
+    *_, batch, width = array.shape
+    rows = sorted({0, batch - 1})
+    channels = sorted({round(i * (width - 1) / 3) for i in range(4)})
+    picked = array[..., np.array(rows)[:, None], np.array(channels)[None]]
+    return np.asarray(picked.astype(jnp.float32)).astype(np.float64)
+
+
+def truth(recurrence: Recurrence, operands: Data) -> Truth:
+    """What `lax.scan` and backpropagation give in float64 on the host, in a corner.
+
+    Channels and sequences do not touch one another, so a corner of the operands gives that corner
+    of the results.
+
+    Args:
+      recurrence: which.
+      operands: its data, as stored.
+
+    Returns:
+      States and gradients; the parameters' by sequence.
+    """
+    small = jax.tree.map(corner, operands)
+    shape = (*operands.xs[0].shape[1:],)
+    consts = [corner(jnp.broadcast_to(c, shape)) for c in recurrence.consts]
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+
+        @jax.jit
+        def both(init, xs, consts, cotangents):
+            def solve(init, xs, consts):
+                def step(h, x):
+                    new = recurrence.step(consts, h, x)
+                    return new, new
+
+                return jax.lax.scan(step, init, xs)[1]
+
+            states, pull = jax.vjp(solve, init, xs, consts)
+            return Truth(states, *pull(cotangents))
+
+        wide = jax.tree.map(jnp.asarray, (small.init, small.xs, consts, small.cotangents))
+        return jax.tree.map(np.asarray, both(*wide))
