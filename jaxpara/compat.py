@@ -70,3 +70,10 @@ def weakly_typed(array):
     if jax.typeof(array).weak_type:
         return array
     return convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
+
+
+def source_line(eqn: Any) -> str:
+    """`file:line (function)` of the user's line that an equation comes from."""
+    from jax._src import source_info_util
+
+    return source_info_util.summarize(eqn.source_info)
