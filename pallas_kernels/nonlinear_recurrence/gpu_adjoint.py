@@ -1,0 +1,358 @@
+"""What a block of threads does in the backward kernel: windows of the adjoint, last step first.
+
+Tiles `[C / warpgroups, block]` live in registers and every warpgroup runs its own chunks. What goes
+from chunk to chunk is done on rows by warpgroup 0 alone, whose four warps all do the same and write
+the same values; it reads and writes different buffers, so that no warp reads what another one has
+already replaced.
+
+A `sync` stands wherever one thread reads what another one wrote, or writes over what another one
+reads. The simulator's race detection finds each of them missing; it knows nothing of the copy
+engine's own order (`commit_smem`, `wait_smem_to_gmem`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import mosaic
+from pallas_kernels.cell import Arrays, ElementwiseCell
+from pallas_kernels.compat import mosaic_gpu
+from pallas_kernels.nonlinear_recurrence.windows import Plan
+
+# Rows of `entering` that are computed together, from loads that are issued together; divides C.
+_TOGETHER = 4
+
+
+class Block(NamedTuple):
+    """What one block of threads works on: static settings, then refs.
+
+    Attributes:
+      cell, plan, reverse: as the op was given them.
+      missing: steps of the last window in scan order that do not exist.
+      xs, states, cotangents: device memory, `[windows, C, L, B, D]` each.
+      before: the state before each window, `[windows, B, D]` each.
+      params: `[1 or B, D]` each.
+      d_xs, d_init, d_params: results, in device memory.
+      walked: steps that were taken one after the other, `[D / block, B]`.
+      near_xs, near_states, near_cotangents: two windows of each in shared memory, `[2, C, L,
+        block]`; the states have one chunk more, for the row before the window.
+      alone: the adjoint that leaves each chunk if none enters, `[K, C, block]`.
+      products: column j of each chunk's product of J^T in rows j K to j K + K, `[K K, C, block]`.
+      entering, leaving: the adjoint that enters and leaves each chunk, `[K, C, block]`.
+      arrived, copied: barriers of the warpgroups, and of the copies into each slot.
+    """
+
+    cell: ElementwiseCell
+    plan: Plan
+    reverse: bool
+    missing: int
+    xs: Sequence[Any]
+    states: Sequence[Any]
+    cotangents: Sequence[Any]
+    before: Sequence[Any]
+    params: Sequence[Any]
+    d_xs: Sequence[Any]
+    d_init: Sequence[Any]
+    d_params: Sequence[Any]
+    walked: Any
+    near_xs: Sequence[Any]
+    near_states: Sequence[Any]
+    near_cotangents: Sequence[Any]
+    alone: Any
+    products: Any
+    entering: Any
+    leaving: Any
+    arrived: Any
+    copied: Any
+
+
+def _channels(block: Block) -> Any:
+    """The block's slice of the channels."""
+    return pl.ds(lax.axis_index("d") * block.plan.block, block.plan.block)
+
+
+def _own(block: Block) -> Any:
+    """Rows of the tiles that this warpgroup holds."""
+    rows = block.plan.chunks // block.plan.warpgroups
+    return pl.ds(lax.axis_index("wg") * rows, rows)
+
+
+def _copier(block: Block) -> Any:
+    """Whether this warpgroup speaks to the copy engine, whose stores are awaited by who issued
+    them; not the one that goes from chunk to chunk meanwhile, if there are others."""
+    return lax.axis_index("wg") == block.plan.warpgroups - 1
+
+
+def _in_memory(block: Block, index: Any, count: int) -> Any:
+    """The adjoint's order to memory order: it runs against the recurrence."""
+    return index if block.reverse else count - 1 - index
+
+
+def _load_row(block: Block, ref: Any) -> jax.Array:
+    return mosaic.load(ref, mosaic.row_layout(block.plan.block))
+
+
+def _load_tile(block: Block, ref: Any) -> jax.Array:
+    return mosaic.load(ref, mosaic.tile_layout(block.plan.block))
+
+
+def _add(left: Arrays, right: Arrays) -> list[jax.Array]:
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def _fetch(block: Block, window: Any, slot: Any) -> None:
+    """Starts the copies of a window, and brings the row before it; for the copier.
+
+    A copy lands on a multiple of 128 bytes, which is why chunks have a multiple of four steps.
+    """
+    gpu, plan, b = mosaic_gpu(), block.plan, lax.axis_index("b")
+    room = pl.ds(0 if block.reverse else 1, plan.chunks)
+    pairs = [(x, near.at[slot]) for x, near in zip(block.xs, block.near_xs, strict=True)]
+    pairs += [(s, n.at[slot, room]) for s, n in zip(block.states, block.near_states, strict=True)]
+    pairs += [(g, n.at[slot]) for g, n in zip(block.cotangents, block.near_cotangents, strict=True)]
+    for far, near in pairs:
+        gpu.copy_gmem_to_smem(
+            far.at[window, :, :, b, _channels(block)], near, block.copied.at[slot]
+        )
+    edge = (plan.chunks, 0) if block.reverse else (0, plan.length - 1)
+    for far, near in zip(block.before, block.near_states, strict=True):
+        row = _load_row(block, far.at[window, b, _channels(block)])
+        mosaic.store(near.at[slot, *edge], row)
+
+
+def _row_before(block: Block, chunk: Any, step: Any) -> tuple[Any, Any]:
+    """Where the state before a step is, in `near_states`: one row earlier in scan order."""
+    length = block.plan.length
+    if block.reverse:
+        last = step == length - 1
+        return chunk + last.astype(jnp.int32), lax.select(last, 0, step + 1)
+    inner = step > 0
+    return chunk + inner.astype(jnp.int32), lax.select(inner, step - 1, length - 1)
+
+
+def _operands(block: Block, slot: Any, chunk: Any, step: Any) -> tuple[list, list, list]:
+    """States before, inputs and cotangents of a step: tiles of a slice of chunks, or one's row."""
+    if isinstance(chunk, pl.Slice):
+        start, row = _row_before(block, chunk.start, step)
+        previous, load = (slot, pl.ds(start, chunk.size), row), _load_tile
+    else:
+        previous, load = (slot, *_row_before(block, chunk, step)), _load_row
+    return (
+        [load(block, ref.at[previous]) for ref in block.near_states],
+        [load(block, ref.at[slot, chunk, step]) for ref in block.near_xs],
+        [load(block, ref.at[slot, chunk, step]) for ref in block.near_cotangents],
+    )
+
+
+def _exists(block: Block, time: Any) -> Any:
+    """Whether a step is not padding, `time` in memory order; only padded windows ask."""
+    if block.reverse:
+        return time >= block.missing
+    return time < block.plan.windows * block.plan.window - block.missing
+
+
+def _keep_existing(block: Block, window: Any) -> Callable[[Any, Sequence[Any]], list[jax.Array]]:
+    """`(step, values) -> values` with their layout, and zeros where the step does not exist."""
+    own, layout = _own(block), mosaic.tile_layout(block.plan.block)
+    shape = (own.size, block.plan.block)
+    if not block.missing:
+        return lambda step, values: mosaic.settle(values, shape, layout)
+    row = mosaic.row_numbers(shape, layout) + (window * block.plan.chunks + own.start)
+    first = row * block.plan.length
+
+    def keep(step, values):
+        there = _exists(block, first + step)
+        return [jnp.where(there, v, 0.0) for v in mosaic.settle(values, shape, layout)]
+
+    return keep
+
+
+def _chunks_alone(block: Block, slot: Any, params: Arrays, keep: Callable) -> None:
+    """Fills my rows of `alone` and `products`."""
+    cell, plan, own = block.cell, block.plan, _own(block)
+    leaves, shape = range(cell.states), (own.size, plan.block)
+
+    def advance(n, carry):
+        adjoint, columns = carry
+        step = _in_memory(block, n, plan.length)
+        h, x, given = _operands(block, slot, own, step)
+        adjoint = keep(step, cell.pull_state(h, x, params, _add(adjoint, given)))
+        return adjoint, [keep(step, cell.pull_state(h, x, params, c)) for c in columns]
+
+    layout = mosaic.tile_layout(plan.block)
+    zero = [mosaic.full(shape, 0.0, layout) for _ in leaves]
+    identity = [[mosaic.full(shape, float(i == j), layout) for i in leaves] for j in leaves]
+    adjoint, columns = lax.fori_loop(0, plan.length, advance, (zero, identity))
+    for i in leaves:
+        mosaic.store(block.alone.at[i, own], adjoint[i])
+        for j in leaves:
+            mosaic.store(block.products.at[j * cell.states + i, own], columns[j][i])
+
+
+def _chunk_to_chunk(block: Block, window: Any, slot: Any, params: Arrays) -> Any:
+    """Fills `entering`, for warpgroup 0; returns whether it had to take every step to do so."""
+    plan, count = block.plan, block.cell.states
+    leaves = range(count)
+    last = _in_memory(block, plan.chunks - 1, plan.chunks)
+    arriving = [_load_row(block, block.leaving.at[i, last]) for i in leaves]
+    zero = mosaic.full((plan.block,), 0.0, mosaic.row_layout(plan.block))
+
+    def some(n, carry):
+        adjoint, bad = carry
+        places = [_in_memory(block, n * _TOGETHER + j, plan.chunks) for j in range(_TOGETHER)]
+        ends = [[_load_row(block, block.alone.at[i, c]) for i in leaves] for c in places]
+        maps = [
+            [_load_row(block, block.products.at[i, c]) for i in range(count**2)] for c in places
+        ]
+        for place, end, columns in zip(places, ends, maps, strict=True):
+            for i in leaves:
+                mosaic.store(block.entering.at[i, place], adjoint[i])
+            adjoint = [
+                sum((columns[j * count + i] * adjoint[j] for j in leaves), end[i]) for i in leaves
+            ]
+            for value in adjoint:  # NaN fails the comparison, too
+                bad = jnp.where(jnp.abs(value) < jnp.inf, bad, zero + 1.0)
+        return adjoint, bad
+
+    _, bad = lax.fori_loop(0, plan.chunks // _TOGETHER, some, (arriving, zero))
+    # Each warp holds the whole row, so they all come to the same answer.
+    overflowed = jnp.max(bad) > 0.0
+
+    def chunk(n, adjoint):
+        place = _in_memory(block, n, plan.chunks)
+        for i in leaves:
+            mosaic.store(block.entering.at[i, place], adjoint[i])
+
+        def advance(m, adjoint):
+            step = _in_memory(block, m, plan.length)
+            h, x, given = _operands(block, slot, place, step)
+            new = block.cell.pull_state(h, x, params, _add(adjoint, given))
+            new = mosaic.settle(new, (plan.block,), mosaic.row_layout(plan.block))
+            if block.missing:
+                there = _exists(block, (window * plan.chunks + place) * plan.length + step)
+                new = [jnp.where(there, n, 0.0) for n in new]
+            return new
+
+        return lax.fori_loop(0, plan.length, advance, adjoint)
+
+    lax.fori_loop(0, lax.select(overflowed, plan.chunks, 0), chunk, arriving)
+    return overflowed
+
+
+def _chunks_again(block: Block, slot: Any, params: Arrays, keep: Callable, totals: Arrays) -> Any:
+    """My chunks from what enters them: inputs' cotangents in place, parameters' added to `totals`,
+    my rows of `leaving`."""
+    cell, plan, own = block.cell, block.plan, _own(block)
+
+    def advance(n, carry):
+        adjoint, totals = carry
+        step = _in_memory(block, n, plan.length)
+        h, x, given = _operands(block, slot, own, step)
+        d_h, d_x, d_p = cell.pull(h, x, params, _add(adjoint, given))
+        for near, value in zip(block.near_xs, keep(step, d_x), strict=True):
+            # Each entry is read and written by the one thread that holds it.
+            mosaic.store(near.at[slot, own, step], value)
+        return keep(step, d_h), _add(totals, keep(step, d_p))
+
+    adjoint = [_load_tile(block, block.entering.at[i, own]) for i in range(cell.states)]
+    adjoint, totals = lax.fori_loop(0, plan.length, advance, (adjoint, list(totals)))
+    for i, value in enumerate(adjoint):
+        mosaic.store(block.leaving.at[i, own], value)
+    return totals
+
+
+def solve(block: Block) -> None:
+    """The kernel's body: all windows of one block of channels of one sequence."""
+    gpu, plan, own = mosaic_gpu(), block.plan, _own(block)
+    b, d, wg = lax.axis_index("b"), lax.axis_index("d"), lax.axis_index("wg")
+    leaves, here, copier = range(block.cell.states), _channels(block), _copier(block)
+    layout = mosaic.tile_layout(plan.block)
+    rows = [_load_row(block, p.at[b if p.shape[0] > 1 else 0, here]) for p in block.params]
+    tiles = [mosaic.spread(p, own.size, layout) for p in rows]
+    zero = mosaic.full((own.size, plan.block), 0.0, layout)
+    for i in leaves:
+        mosaic.store(block.leaving.at[i, own], zero)
+
+    @pl.when(copier)
+    def _():
+        _fetch(block, _in_memory(block, 0, plan.windows), 0)
+
+    # All read the row before the first window, which the copier wrote.
+    mosaic.sync(block.arrived)
+
+    def advance(n, carry):
+        totals, walked = carry
+        window, slot = _in_memory(block, n, plan.windows), n % 2
+        keep = _keep_existing(block, window)
+        # Every thread waits for the copies itself: that is what makes them visible to it.
+        gpu.barrier_wait(block.copied.at[slot])
+        _chunks_alone(block, slot, tiles, keep)
+        # Warpgroup 0 reads `alone` and `products` of all. And all have come from the last window,
+        # which ended with a sync: nobody reads the other slot any more.
+        mosaic.sync(block.arrived)
+
+        @pl.when(copier)
+        def _():
+            # The copy engine is done reading the other slot's inputs' cotangents, on their way
+            # out. What the threads wrote there was handed over to it then (`commit_smem`); what
+            # they have only read needs no fence.
+            gpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            @pl.when(n + 1 < plan.windows)
+            def _():
+                _fetch(block, _in_memory(block, n + 1, plan.windows), 1 - slot)
+
+        overflowed = lax.cond(
+            wg == 0, lambda: _chunk_to_chunk(block, window, slot, rows), lambda: False
+        )
+        # All read `entering`, and write over the `leaving` that warpgroup 0 began with.
+        mosaic.sync(block.arrived)
+        totals = _chunks_again(block, slot, tiles, keep, totals)
+        # Each thread hands the inputs' cotangents that it wrote over to the copy engine, and then
+        # the copier knows that all have.
+        gpu.commit_smem()
+        # Besides: warpgroup 0 reads the `leaving` of all; all read the next window's row before.
+        mosaic.sync(block.arrived)
+
+        @pl.when(copier)
+        def _():
+            for near, far in zip(block.near_xs, block.d_xs, strict=True):
+                gpu.copy_smem_to_gmem(near.at[slot], far.at[window, :, :, b, here])
+
+        steps = plan.window - lax.select(n == 0, block.missing, 0)
+        return totals, walked + lax.select(overflowed, steps, 0)
+
+    start = ([zero] * block.cell.params, jnp.int32(0))
+    totals, walked = lax.fori_loop(0, plan.windows, advance, start)
+
+    @pl.when(wg == 0)
+    def _():
+        block.walked[d, b] = walked
+        last = _in_memory(block, plan.chunks - 1, plan.chunks)
+        for i in leaves:
+            mosaic.store(block.d_init[i].at[b, here], _load_row(block, block.leaving.at[i, last]))
+
+    for total, result in zip(totals, block.d_params, strict=True):
+        mosaic.store(block.alone.at[0, own], total)
+        # Warpgroup 0 adds the rows of all ...
+        mosaic.sync(block.arrived)
+
+        @pl.when(wg == 0)
+        def _(result=result):
+            def add(c, row):
+                return row + _load_row(block, block.alone.at[0, c])
+
+            none = mosaic.full((plan.block,), 0.0, mosaic.row_layout(plan.block))
+            mosaic.store(result.at[b, here], lax.fori_loop(0, plan.chunks, add, none))
+
+        # ... and the next parameter takes their place.
+        mosaic.sync(block.arrived)
+
+    @pl.when(copier)
+    def _():
+        # Shared memory outlives the copies out of it.
+        gpu.wait_smem_to_gmem(0)
