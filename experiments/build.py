@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from experiments.data.corpus import Data
 from experiments.loggers import Open
 from experiments.task import Task
+from jaxpara import Reparam, chain
 from jaxpara.types import Model, Params
 
 RECURRENT = "jaxpara.nn.mixers.recurrent"
@@ -94,6 +95,36 @@ def solve_in_ways(model: DictConfig, parallel: DictConfig) -> Solved:
     )
 
 
+def each_of(members: DictConfig, where: Any = None) -> dict[str, Reparam]:
+    """Builds reparameterisations.
+
+    Args:
+      members: their configs by name.
+      where: the leaves, for those that do not say it themselves.
+
+    Returns:
+      They by name, in order.
+    """
+    return {
+        str(name): instantiate(node) if "where" in node else instantiate(node, where=where)
+        for name, node in members.items()
+    }
+
+
+def chain_of(members: DictConfig, where: Any = None) -> Reparam | None:
+    """Chains reparameterisations, in the order in which they stand.
+
+    Args:
+      members: configs by name.
+      where: as for `each_of`.
+
+    Returns:
+      The chain; None where there are none.
+    """
+    found = each_of(members, where)
+    return chain(*found.values()) if found else None
+
+
 def build_model(cfg: DictConfig) -> Model:
     """The model alone, as `generate` needs it.
 
@@ -101,9 +132,11 @@ def build_model(cfg: DictConfig) -> Model:
       cfg: composed, or the resolved config of a run.
 
     Returns:
-      The model.
+      The model; of a finetuned one its parameters are the state of the transforms.
     """
-    return instantiate(cfg.model)
+    transform = chain_of(cfg.get("transform") or {}, cfg.get("where"))
+    model = instantiate(cfg.model)
+    return model if transform is None else transform(model)
 
 
 def build_data(cfg: DictConfig) -> Data:

@@ -72,7 +72,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Orbax logs a failure from each of its threads; what matters is raised, and said once.
 
     Those threads may speak long after the error was raised: after one, it stays quiet.
@@ -145,7 +145,7 @@ def saver(
         except Exception as error:
             raise failed(error) from error
 
-    with _quiet():
+    with quiet():
         try:
             yield save
         except BaseException:

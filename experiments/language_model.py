@@ -59,7 +59,7 @@ def language_model(
         batches = data.batches(seed=seed, batch_size=batch_size, length=window)
     except ValueError as error:
         raise runs.RunError(str(error)) from error
-    _check_vocabulary(models.model, data)
+    check_vocabulary(models.model, data)
     judged = cut_held_out(data, count=evaluation["windows"], length=evaluation["length"])
     checked = cut_held_out(data, count=check["batch_size"], length=check["length"])
     tokens = jnp.asarray(checked["tokens"], jnp.int32)
@@ -86,7 +86,7 @@ def language_model(
     size = "" if data.train_bytes is None else f"{data.train_bytes:,} bytes to train on, "
     return Task(
         model=models.model,
-        loss=_loss(models.model),
+        loss=loss_of(models.model),
         batches=batches,
         tokens_per_step=batch_size * window,
         columns=(BITS,),
@@ -121,7 +121,16 @@ def cut_held_out(data: Data, *, count: int, length: int) -> dict[str, Any]:
         raise runs.RunError(f"held-out text: {error}") from error
 
 
-def _check_vocabulary(model: Model, data: Data) -> None:
+def check_vocabulary(model: Model, data: Data) -> None:
+    """Refuses a model that does not know all tokens.
+
+    Args:
+      model: of language.
+      data: whose tokens it is to read.
+
+    Raises:
+      RunError: says the size that is needed.
+    """
     logits = jax.eval_shape(
         lambda key, tokens: model.apply(model.init(key), tokens),
         jax.random.key(0),
@@ -135,7 +144,16 @@ def _check_vocabulary(model: Model, data: Data) -> None:
         )
 
 
-def _loss(model: Model) -> Loss:
+def loss_of(model: Model) -> Loss:
+    """The next token's loss, of windows or of packed documents.
+
+    Args:
+      model: of language.
+
+    Returns:
+      The loss of a batch of `Data`.
+    """
+
     def loss(params, batch, key):
         return next_token_loss(reading(model, batch))(params, batch["tokens"], key)
 

@@ -28,11 +28,14 @@ class StepCost(NamedTuple):
       compile_seconds: of tracing, lowering and compiling.
       model_flops: of one step, see above.
       text: the optimised program, in which a trace's operations are found by name.
+      step_bytes: memory of the step by XLA's account: state, activations, gradients; None where
+        the backend gives none.
     """
 
     compile_seconds: float
     model_flops: float
     text: Callable[[], str]
+    step_bytes: int | None = None
 
 
 def measured(step: Step, loss: Loss, report: Callable[[StepCost], None]) -> Step:
@@ -56,10 +59,26 @@ def measured(step: Step, loss: Loss, report: Callable[[StepCost], None]) -> Step
             program = step.lower(state, batch).compile()
             seconds = time.perf_counter() - began
             flops = model_flops(loss, state.params, batch, state.key)
-            report(StepCost(seconds, flops, program.as_text))
+            report(StepCost(seconds, flops, program.as_text, program_bytes(program)))
         return step(state, batch)
 
     return call
+
+
+def program_bytes(program: Any) -> int | None:
+    """The memory that a compiled program holds while it runs, what it reads and gives included.
+
+    Args:
+      program: from `jax.jit(f).lower(...).compile()`.
+
+    Returns:
+      Bytes, by XLA's account; None where the backend gives none.
+    """
+    account = program.memory_analysis()
+    if account is None:
+        return None
+    held = account.argument_size_in_bytes + account.temp_size_in_bytes
+    return held + account.output_size_in_bytes - account.alias_size_in_bytes
 
 
 def figures(
@@ -83,6 +102,8 @@ def figures(
         found["compile_seconds"] = cost.compile_seconds
         found["model_flops_per_token"] = cost.model_flops / tokens_per_step
         found["model_flops_per_second"] = speed
+        if cost.step_bytes is not None:
+            found["step_memory_bytes"] = cost.step_bytes
         if peak is not None:
             found["model_flops_utilization"] = speed / peak
     return found

@@ -60,6 +60,7 @@ class Task(NamedTuple):
         shown and written; None: the task is not about text.
       tables: further measurements at each evaluation, by file name without `.csv`.
       solved: `figures -> bool`: after which evaluation to stop before the last step.
+      trainable: `params -> booleans` in their structure, where not all of them are trained.
     """
 
     model: Model
@@ -76,3 +77,4 @@ class Task(NamedTuple):
     bytes_per_token: float | None = None
     tables: Mapping[str, Table] = {}
     solved: Callable[[dict[str, float]], bool] | None = None
+    trainable: Callable[[Params], Any] | None = None

@@ -89,7 +89,8 @@ def train(
     def seconds() -> float:
         return time.perf_counter() - began
 
-    initial = jax.jit(lambda key: init_state(task.model, optimizer, key))
+    some = {} if task.trainable is None else {"trainable": task.trainable}
+    initial = jax.jit(lambda key: init_state(task.model, optimizer, key, **some))
     key = jax.random.key(settings.seed)
     whole = checkpoints.steps(folder) if resume else []
     begin = whole[-1] if whole else 0
@@ -115,7 +116,9 @@ def train(
     columns = metric_columns(task)
     place = loggers.Place(folder, settings.name, config, begin)
     outlets = loggers.open_all([loggers.csv(columns), *sinks], place)
-    step = make_step(task.loss, optimizer, accumulate=settings.accumulate, project=projection)
+    step = make_step(
+        task.loss, optimizer, accumulate=settings.accumulate, project=projection, **some
+    )
     costs: list[step_cost.StepCost] = []  # of the step, once it is compiled
     step = step_cost.measured(jax.jit(step, donate_argnums=0), task.loss, costs.append)
     try:

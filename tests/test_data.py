@@ -103,6 +103,26 @@ def test_folder_is_read_without_tests_and_third_parties(tmp_path):
     assert stdlib.python_files(tmp_path) == {"test.py": b"a file, kept", **FILES}
 
 
+def test_what_a_part_of_the_library_holds_stands_in_no_file_of_the_rest(tmp_path):
+    shared, twice = b"in both parts\n", b"twice in one part\n"
+    rest = {**FILES, "lib/copied.py": shared, "lib/tests/x.py": b"a test of the rest"}
+    own = {f"test/{i}.py": b"t%d\n" % i for i in range(8)} | {"test/tests/deep.py": b"deep\n"}
+    own |= {"test/copied.py": shared, "test/one.py": twice, "test/two.py": twice}
+    make_tree(tmp_path, {**rest, **own, "test/site-packages/x.py": b"no"})
+    options = {"root": str(tmp_path), "validation_fraction": 0.25, "prefetch": 0}
+    base = stdlib.load(**options, without=["test"])
+    adapt = stdlib.load(**options, only=["test"])
+    assert base.source.endswith("without test") and adapt.source.endswith("its test")
+    read = {name: sorted(data.documents()) for name, data in {"b": base, "a": adapt}.items()}
+    judged = {"b": base.validation.tobytes(), "a": adapt.validation.tobytes()}
+    expected = {*(text for path, text in own.items() if text != shared)}
+    assert {*read["a"], *(line + b"\n" for line in judged["a"].split(b"\n") if line)} == expected
+    assert not set(read["a"]) & set(read["b"])
+    assert all(text not in judged["b"] for text in expected) and shared not in judged["a"]
+    with pytest.raises(FileNotFoundError, match="'idle', which some Pythons leave out"):
+        stdlib.load(**options, only=["test", "idle"])
+
+
 def test_standard_library_of_this_python_is_held_out_by_file():
     data = stdlib.load(prefetch=0)
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxpara as jp
 from jaxpara import nn, train
 from jaxpara.recurrence import cells
 from jaxpara.types import Model
@@ -161,6 +162,32 @@ def test_projection_holds_after_every_step(model):
     np.testing.assert_allclose(largest, 0.3, rtol=1e-6)
 
 
+def test_what_is_not_trainable_stays_and_costs_no_moments():
+    """An integer leaf too, of which no gradient exists; the rest moves as without the mask."""
+    weights = {"kernel": jnp.arange(3.0), "moving": jnp.ones(3), "codes": jnp.arange(3)}
+    model = Model(lambda key: weights, lambda params, x: x)
+
+    def loss(params, batch, key):
+        whole = params["kernel"] * params["moving"] * params["codes"] * batch[:, None]
+        return jnp.mean(whole**2), {"loss": jnp.mean(whole**2)}
+
+    def trainable(params):
+        return {"kernel": False, "moving": True, "codes": False}
+
+    optimizer = optax.adam(0.1)
+    state = train.init_state(model, optimizer, jax.random.key(0), trainable=trainable)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) == 2 * 3 + 1
+    step = jax.jit(train.make_step(loss, optimizer, trainable=trainable, accumulate=2))
+    after, metrics = step(state, jnp.ones(4))
+    for name in ("kernel", "codes"):
+        np.testing.assert_array_equal(after.params[name], weights[name])
+    # d/dm mean over 12 of (k m c)^2 = 2 k^2 m c^2 4 / 12, with k = c = 0, 1, 2
+    gradient = np.array([0.0, 2.0, 32.0]) / 3
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6)
+    # Adam's first step is the sign.
+    np.testing.assert_allclose(after.params["moving"], [1.0, 0.9, 0.9], rtol=1e-6)
+
+
 def test_only_matrices_decay(model):
     params = jax.eval_shape(model.init, jax.random.key(0))
     decays = {
@@ -176,6 +203,9 @@ def test_only_matrices_decay(model):
         "blocks/0/out/kernel",
         "head/kernel",
     }
+    grid = jp.chain(jp.lsq(), jp.lsq()).attach(jax.random.key(0), {"kernel": jnp.ones((2, 2))})
+    assert train.decay_mask(grid)["kernel"].base.base is True
+    assert not any(jax.tree.leaves(train.decay_mask(grid)["kernel"].parts))
 
 
 def test_schedule_rises_falls_and_ends_at_the_floor():

@@ -7,6 +7,7 @@ is therefore computed in the same run.
 
 import sys
 import sysconfig
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.data.corpus import Data, Sampler, from_documents
@@ -15,16 +16,16 @@ from experiments.data.windows import RANDOM
 
 # Third-party packages are not the standard library; test folders are repetitive
 # and make compressors look better than they are on source code.
-EXCLUDED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-)
+NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__"})
+EXCLUDED_FOLDERS = NOT_THE_LIBRARY | {"test", "tests", "idle_test"}
 
 
-def python_files(root: Path) -> dict[str, bytes]:
+def python_files(root: Path, *, also: Sequence[str] = ()) -> dict[str, bytes]:
     """Reads every `*.py` under a folder that is not in an excluded folder.
 
     Args:
       root: the folder.
+      also: folders at its top that are not excluded, nor are folders of tests in them.
 
     Returns:
       Content by path relative to `root`, in sorted order. Unreadable files are skipped.
@@ -32,7 +33,8 @@ def python_files(root: Path) -> dict[str, bytes]:
     files = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if EXCLUDED_FOLDERS.isdisjoint(name.parts[:-1]):
+        excluded = NOT_THE_LIBRARY if name.parts[0] in also else EXCLUDED_FOLDERS
+        if excluded.isdisjoint(name.parts[:-1]):
             try:
                 files[name.as_posix()] = path.read_bytes()
             except OSError:
@@ -40,9 +42,37 @@ def python_files(root: Path) -> dict[str, bytes]:
     return files
 
 
+def part(files: Mapping[str, bytes], folders: Sequence[str]) -> dict[str, bytes]:
+    """The files of some folders, without what also stands, under whatever name, outside them.
+
+    Args:
+      files: content by path.
+      folders: at the top.
+
+    Returns:
+      Content by path: nobody who read the rest has read any of it.
+
+    Raises:
+      FileNotFoundError: nothing is left of a folder.
+    """
+    inside = {path: text for path, text in files.items() if path.split("/")[0] in folders}
+    outside = {text for path, text in files.items() if path not in inside}
+    kept = {path: text for path, text in inside.items() if text not in outside}
+    for folder in folders:
+        if not any(path.startswith(f"{folder}/") for path in kept):
+            there = sorted({path.split("/")[0] for path in files if "/" in path})
+            raise FileNotFoundError(
+                f"there is no *.py file in the folder {folder!r}, which some Pythons leave out; "
+                f"of the folders {', '.join(there)} choose others"
+            )
+    return kept
+
+
 def load(
     *,
     root: str | None = None,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
     validation_fraction: float = 0.05,
     seed: int = 0,
     split: Split = shuffled,
@@ -54,6 +84,9 @@ def load(
 
     Args:
       root: folder to read; None is the standard library of the running Python.
+      only: folders at its top that are read, and no others; a folder of tests may be named. What
+        also stands elsewhere is left out, see `part`.
+      without: folders at its top that are not read.
       validation_fraction: share of the files held out.
       seed: of the split, apart from the seed of the training run, so that runs
         with different seeds are judged by the same bytes.
@@ -76,7 +109,10 @@ def load(
             f"data.root={str(folder)!r} is not a folder: give data.root=FOLDER "
             "with *.py files in it"
         )
-    files = python_files(folder)
+    files = python_files(folder, also=only)
+    if files and only:
+        files = part(files, only)
+    files = {path: text for path, text in files.items() if path.split("/")[0] not in without}
     if not files:
         raise FileNotFoundError(
             f"no *.py file in {str(folder)!r}, the source text of {sys.executable}. "
@@ -84,9 +120,14 @@ def load(
             "interpreter, or give data.root=FOLDER with *.py files in it"
         )
     version = ".".join(map(str, sys.version_info[:3]))
+    source = str(folder) if root is not None else f"standard library of Python {version}"
+    if only:
+        source += f", its {' and '.join(only)}"
+    if without:
+        source += f" without {' and '.join(without)}"
     return from_documents(
         files,
-        source=str(folder) if root is not None else f"standard library of Python {version}",
+        source=source,
         split=split,
         validation_fraction=validation_fraction,
         seed=seed,

@@ -25,8 +25,10 @@ def decay_mask(params: Params) -> Params:
 
     def is_kernel(path, leaf):
         del leaf
-        last = path[-1] if path else None
-        return getattr(last, "key", getattr(last, "name", None)) == "kernel"
+        names = [getattr(step, "key", getattr(step, "name", None)) for step in path]
+        while names and names[-1] == "base":
+            names.pop()
+        return names[-1:] == ["kernel"]
 
     return jax.tree_util.tree_map_with_path(is_kernel, params)
 

@@ -1,21 +1,37 @@
 """One training step and the state it carries: pure, and made of a loss and an optimiser."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpara.tree import combine, split
 from jaxpara.types import Key, Loss, Model, Params, Step, TrainState
 
+Trainable = Callable[[Params], Any]
+"""From parameters to booleans in their structure, as `t.trainable` of a reparameterisation."""
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, key: Key) -> TrainState:
+
+def _every(params: Params) -> Any:
+    return jax.tree.map(lambda leaf: True, params)
+
+
+def init_state(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    *,
+    trainable: Trainable = _every,
+) -> TrainState:
     """Fresh parameters, optimiser state, step 0, and a key for what the steps draw.
 
     Args:
       model: its `init` makes the parameters.
       optimizer: any optax transformation.
       key: split for the parameters and for the steps.
+      trainable: what `make_step` is given; the optimiser keeps nothing for the rest.
 
     Returns:
       The state that `make_step`'s function takes. Its arrays are its own, so that it may be
@@ -23,7 +39,8 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, key: Key) 
     """
     k_params, k_steps = jax.random.split(key)
     params = model.init(k_params)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), k_steps)
+    train, _ = split(params, trainable(params))
+    return TrainState(params, optimizer.init(train), jnp.zeros((), jnp.int32), k_steps)
 
 
 def make_step(
@@ -32,6 +49,7 @@ def make_step(
     *,
     accumulate: int = 1,
     project: Callable[[Params], Params] | None = None,
+    trainable: Trainable = _every,
 ) -> Step:
     """A training step: gradient, update, projection.
 
@@ -45,6 +63,8 @@ def make_step(
       accumulate: number of parts; must divide the leading axis of every leaf of the batch.
       project: applied to the parameters after the update, e.g.
         `jaxpara.cells.clip_recurrent(0.5)`; None leaves them.
+      trainable: `params -> booleans` in their structure, e.g. `t.trainable` of a
+        reparameterisation: no gradient is taken of the rest, which may be integers.
 
     Returns:
       `step(state, batch) -> (state, metrics)`, not jitted: jit it with `donate_argnums=0`. The
@@ -55,9 +75,12 @@ def make_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1")
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def gradient(params, batch, key):
+    def gradient(params, frozen, batch, key):
+        def whole(train, batch, key):
+            return loss(combine(train, frozen), batch, key)
+
+        value_and_grad = jax.value_and_grad(whole, has_aux=True)
         if accumulate == 1:
             (_, metrics), grads = value_and_grad(params, batch, key)
             return grads, metrics
@@ -85,10 +108,11 @@ def make_step(
 
     def step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, metrics = gradient(state.params, batch, key)
+        train, frozen = split(state.params, trainable(state.params))
+        grads, metrics = gradient(train, frozen, batch, key)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, train)
+            params = combine(optax.apply_updates(train, updates), frozen)
             if project is not None:
                 params = project(params)
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))

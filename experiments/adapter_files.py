@@ -1,0 +1,53 @@
+"""Adapters on disk, apart from the weights that they belong to."""
+
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from experiments.checkpoints import quiet
+from experiments.runs import RunError
+from jaxpara import weights
+
+FOLDER = "adapters"
+
+
+def save(folder: Path, state: Any) -> bool:
+    """Writes the adapters of a state to `folder/adapters`, by Orbax.
+
+    Args:
+      folder: of a run.
+      state: from `t.attach`.
+
+    Returns:
+      Whether the state has adapters; one whose weights were trained themselves has none.
+    """
+    try:
+        saved = weights.adapters(state)
+    except ValueError:
+        return False
+    with quiet(), ocp.StandardCheckpointer() as writer:
+        writer.save((folder / FOLDER).absolute(), saved, force=True)
+    return True
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Reads them back.
+
+    Args:
+      folder: of a run.
+
+    Returns:
+      What `jp.weights.with_adapters` takes.
+
+    Raises:
+      RunError: the run has none.
+    """
+    path = (folder / FOLDER).absolute()
+    if not path.is_dir():
+        raise RunError(
+            f"{folder} holds no {FOLDER}: it is no finetuned run, it is not finished, or its "
+            "transforms train the weights themselves"
+        )
+    with quiet(), ocp.StandardCheckpointer() as reader:
+        return reader.restore(path)

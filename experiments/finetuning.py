@@ -1,0 +1,174 @@
+"""Adapting a trained language model as a Task: what is trained is a reparameterisation of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import adapter_files, runs, tables
+from experiments.checkpoints import load_params
+from experiments.data.baselines import baselines
+from experiments.data.corpus import Data
+from experiments.judging import bits_per_byte
+from experiments.language_model import BITS, check_vocabulary, cut_held_out, loss_of
+from experiments.storage import bits_per_weight
+from experiments.task import Task
+from jaxpara import Reparam, split
+from jaxpara.types import Model, Params
+
+MERGED = "merged_bits_per_byte"
+
+
+def slow_scales(
+    *, optimizer: optax.GradientTransformation, factor: float
+) -> optax.GradientTransformation:
+    """An optimiser with smaller steps for the scales and offsets of quantisers.
+
+    A step of Adam's size, which suits a weight, would change a scale by a large part of itself.
+
+    Args:
+      optimizer: for everything.
+      factor: its updates of parts named `scale` and `offset` are multiplied by it.
+
+    Returns:
+      The optimiser.
+    """
+
+    def of_a_grid(path, leaf):
+        del leaf
+        names = [getattr(step, "key", getattr(step, "name", None)) for step in path]
+        return names[-2:-1] == ["parts"] and names[-1] in ("scale", "offset")
+
+    def mask(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(of_a_grid, params)
+
+    return optax.chain(optimizer, optax.masked(optax.scale(factor), mask))
+
+
+def started_from(model: Model, run: str | None) -> Model:
+    """A model whose first parameters are those of a run.
+
+    Args:
+      model: as that run's.
+      run: its folder; None leaves the model as it is.
+
+    Returns:
+      The model.
+
+    Raises:
+      RunError: no such run, or it has no checkpoint, or its parameters are others.
+    """
+    if run is None:
+        return model
+    folder = runs.find_run(run)
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    try:
+        params = load_params(folder, like)
+    except ValueError as error:
+        raise runs.RunError(
+            f"from={run!r} has other parameters than its model makes: give a run of "
+            "`python -m experiments.train experiment=lm`"
+        ) from error
+    return model._replace(init=lambda key: params)
+
+
+def finetuned(
+    *,
+    model: Model,
+    transform: Reparam | None,
+    base: str | None,
+    rounding: Mapping[str, Reparam],
+    data: Data,
+    seed: int,
+    batch_size: int,
+    window: int,
+    evaluation: Mapping[str, Any],
+) -> Task:
+    """Trains what a reparameterisation of a language model leaves to train.
+
+    Args:
+      model: of language.
+      transform: of it; None trains every parameter.
+      base: folder of the run whose parameters it begins with; None: fresh ones.
+      rounding: what dense merged weights are rounded to at the end, by name.
+      data: what it is trained on and judged by.
+      seed: of the order of the data.
+      batch_size: sequences a step.
+      window: tokens predicted in each.
+      evaluation: `windows, length, batch_size`, held-out windows at each evaluation.
+
+    Returns:
+      The task.
+
+    Raises:
+      RunError: numbers that do not fit the data or the model.
+    """
+    check_vocabulary(model, data)
+    begun = started_from(model, base)
+    tuned = begun if transform is None else transform(begun)
+    try:
+        batches = data.batches(seed=seed, batch_size=batch_size, length=window)
+        shapes = jax.eval_shape(tuned.init, jax.random.key(0))
+    except ValueError as error:
+        raise runs.RunError(str(error)) from error
+    judged = cut_held_out(data, count=evaluation["windows"], length=evaluation["length"])
+
+    def scorer(of: Model):
+        size = evaluation["batch_size"]
+        return bits_per_byte(of, judged, batch_size=size, bytes_per_token=data.bytes_per_token)
+
+    score = scorer(tuned)
+    trained = jax.tree.leaves(shapes)
+    bits = float(32)
+    if transform is not None:
+        trained = jax.tree.leaves(split(shapes, transform.trainable(shapes))[0])
+        bits = bits_per_weight(shapes)
+        tokens = jax.ShapeDtypeStruct((1, window), jnp.int32)
+        print(transform.report(shapes, model.apply, tokens))
+    rulers = baselines(data.validation)
+
+    def finish(folder: Path, params: Params, summary: dict[str, Any]) -> None:
+        key = jax.random.key(0)
+        merged = params if transform is None else jax.jit(transform.merge)(params)
+        merged_bits = scorer(tuned)(merged) if transform is not None else summary[BITS]
+        summary[MERGED] = merged_bits
+        shown = {"trained": summary[BITS], "merged": merged_bits}
+        if jax.tree.structure(merged) == jax.tree.structure(jax.eval_shape(model.init, key)):
+            plain = scorer(model)
+            for name, rounded in rounding.items():
+                weights = rounded.effective(rounded.attach(key, merged))
+                summary[f"rounded_{name}_bits_per_byte"] = plain(weights)
+                summary[f"rounded_{name}_bits_per_weight"] = bits_per_weight(
+                    jax.eval_shape(rounded.attach, key, merged)
+                )
+                shown[f"merged, then {name} bits"] = summary[f"rounded_{name}_bits_per_byte"]
+        if transform is not None:
+            adapter_files.save(folder, params)
+        where = f"{evaluation['windows']} windows of held-out files"
+        tables.show_quality(shown, rulers, where=where)
+
+    size = "" if data.train_bytes is None else f"{data.train_bytes:,} bytes to train on, "
+    count = sum(leaf.size for leaf in trained)
+    return Task(
+        model=tuned,
+        loss=loss_of(tuned),
+        batches=batches,
+        tokens_per_step=batch_size * window,
+        columns=(BITS,),
+        evaluate=lambda step, params: {BITS: score(params)},
+        best=(BITS, "min"),
+        describe=lambda values: f"validation {values[BITS]:.3f} bits/byte",
+        finish=finish,
+        about=f"{count:,} of them trained, {bits:.3g} bits a weight; {size}"
+        f"{len(data.validation):,} held out, from the {data.source}",
+        summary={
+            "trainable_parameters": count,
+            "bits_per_weight": bits,
+            "baselines": rulers,
+        },
+        bytes_per_token=data.bytes_per_token,
+        trainable=None if transform is None else transform.trainable,
+    )

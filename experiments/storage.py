@@ -1,0 +1,61 @@
+"""What weights take to store, in bits."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpara.weights.weight import Weight, dense, is_weight
+
+FLOAT_BITS = 32
+
+
+def stored_bits(leaf: Any) -> float:
+    """The bits in which a weight can be kept for deployment without changing what it computes.
+
+    Integers count as many bits as their grid has and every other number 32. An adapter on
+    integers is kept beside them, one on floating numbers is merged into them.
+
+    Args:
+      leaf: an array, or a `Weight` of a state or of what `merge` gave; or their shapes.
+
+    Returns:
+      Bits.
+    """
+    if not is_weight(leaf):
+        return _bits_of(leaf)
+    method = leaf.method
+    if method.merge is not None:
+        return stored_bits(jax.eval_shape(_merged, leaf))
+    beside = sum(map(_bits_of, jax.tree.leaves(leaf.parts)))
+    if not is_weight(leaf.base) and jnp.issubdtype(leaf.base.dtype, jnp.integer):
+        grid = getattr(method.settings, "bits", 8 * leaf.base.dtype.itemsize)
+        return grid * leaf.base.size + beside
+    shape = jax.eval_shape(dense, leaf).shape
+    whole = FLOAT_BITS * math.prod(shape)
+    return whole if method.factors is None else min(whole, stored_bits(leaf.base) + beside)
+
+
+def _bits_of(leaf: Any) -> int:
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.size * (FLOAT_BITS if floating else 8 * leaf.dtype.itemsize)
+
+
+def _merged(weight: Weight) -> Any:
+    assert weight.method.merge is not None
+    return weight.method.merge(weight.method.settings, dense(weight.base), weight.parts)
+
+
+def bits_per_weight(state: Any) -> float:
+    """The mean over the reparameterised weights of a state.
+
+    Args:
+      state: from `t.attach`, or merged; or its shapes.
+
+    Returns:
+      Bits for each number of the effective weights; 32 where nothing is reparameterised.
+    """
+    weights = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_weight) if is_weight(leaf)]
+    count = sum(math.prod(jax.eval_shape(dense, leaf).shape) for leaf in weights)
+    return sum(map(stored_bits, weights)) / count if weights else float(FLOAT_BITS)

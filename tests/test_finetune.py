@@ -1,0 +1,184 @@
+"""Adapting a trained model: order of the chain, what is trained and kept, merging, going on."""
+
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from programs import ending
+from saved_run import save_run
+
+import jaxpara as jp
+from experiments import adapter_files, build, checkpoints, finetune, runs
+from experiments.finetuning import slow_scales
+from experiments.storage import bits_per_weight
+
+KEY = jax.random.key(0)
+SMALL = (
+    "data=stdlib data.prefetch=0 data.validation_fraction=0.3 batch_size=2 window=8 "
+    "evaluation.windows=4 evaluation.length=8 evaluation.batch_size=4 steps=2 eval_every=2 "
+    "log_every=1 rank=2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with some Python text and the run of a tiny model."""
+    folder = tmp_path_factory.mktemp("finetune")
+    text = folder / "text"
+    text.mkdir()
+    for i in range(6):
+        (text / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 4)
+    save_run(folder / "base")
+    return folder
+
+
+def tuned(place, name, *overrides):
+    """Runs the program in a folder of its own; returns that folder."""
+    folder = place / name
+    given = [*SMALL, f"data.root={place / 'text'}", f"from={place / 'base'}", *overrides]
+    code = ending(finetune, place, *given, f"hydra.run.dir={folder}")
+    assert code is None, code
+    return folder
+
+
+def state_of(folder):
+    """The trained state, its transform, and the summary."""
+    cfg = runs.load_config(folder)
+    model = build.build_model(cfg)
+    params = checkpoints.load_params(folder, jax.eval_shape(model.init, KEY), which="last")
+    transform = build.chain_of(cfg.transform, cfg.where)
+    return params, transform, json.loads((folder / "summary.json").read_text())
+
+
+def composed(*overrides):
+    with initialize_config_module("experiments.conf", version_base="1.3"):
+        return compose("finetune", [*overrides, "from=null"])
+
+
+def test_the_order_on_the_command_line_is_the_order_of_the_chain():
+    for order in (["lora", "fake_quant"], ["fake_quant", "lora"]):
+        cfg = composed(f"transform=[{','.join(order)}]", "bits=3", "rank=5")
+        assert list(cfg.transform) == order
+        first, second = build.chain_of(cfg.transform, cfg.where).members
+        names = {"lora": "lora(rank=5)", "fake_quant": "fake_quant(bits=3)"}
+        assert [first.method.name, second.method.name] == [names[name] for name in order]
+        assert first.where == second.where == "**/kernel"
+    assert build.chain_of(composed("transform=full").transform) is None
+
+
+TRANSFORMS = sorted(p.stem for p in (runs.REPOSITORY / "experiments/conf/transform").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform_adapts_a_stack_of_kernels_and_leaves_the_function(name):
+    cfg = composed(f"transform=[{name}]")
+    transform = build.chain_of(cfg.transform, cfg.where)
+    if name == "full":
+        assert transform is None
+        return
+    draw = np.random.default_rng(0).standard_normal
+    params = {"block": {"kernel": jnp.asarray(draw((2, 256, 128)), jnp.float32)}}
+    state = transform.attach(KEY, params)
+    dense = transform.effective(state)["block"]["kernel"]
+    error = np.linalg.norm(dense - params["block"]["kernel"]) / np.linalg.norm(dense)
+    # Quantisers change it at the start, a ternary one most: by 1 / sqrt(3) of a normal variable.
+    assert error < 0.6
+    shapes = jax.eval_shape(lambda: state)
+    assert 1 < bits_per_weight(shapes) <= 32
+    assert jax.tree.leaves(jp.split(state, transform.trainable(state))[0])
+
+
+def test_bits_a_weight_count_grids_scales_and_adapters():
+    params = {"kernel": jnp.ones((2, 64, 32))}
+
+    def bits(t):
+        return bits_per_weight(jax.eval_shape(t.attach, KEY, params))
+
+    scale = 32 / 64  # of a float for each column of 64
+    adapters = 32 * 4 * (64 + 32) / (64 * 32)
+    assert bits(jp.fake_quant(bits=3)) == 3 + scale
+    assert bits(jp.fake_quant(bits=4, group=16)) == 4 + 32 / 16
+    assert bits(jp.chain(jp.lora(), jp.fake_quant(bits=2))) == 2 + scale
+    assert bits(jp.chain(jp.fake_quant(bits=4), jp.lora(rank=4))) == 4 + scale + adapters
+    assert bits(jp.l4q(bits=4)) == 4 + 2 * scale
+    assert bits(jp.lr_qat(bits=3, downcast="fixed8")) == 3 + scale
+    assert bits(jp.lora(rank=4)) == 32  # merged
+    assert bits_per_weight(params) == 32
+
+
+def test_scales_take_smaller_steps_than_what_they_scale():
+    state = jp.l4q().attach(KEY, {"kernel": jnp.ones((8, 4)), "scale": jnp.ones(4)})
+    optimizer = slow_scales(optimizer=optax.sgd(1.0), factor=0.25)
+    gradient = jax.tree.map(jnp.ones_like, state)
+    updates, _ = optimizer.update(gradient, optimizer.init(state), state)
+    grid, inner = updates["kernel"], updates["kernel"].base
+    np.testing.assert_array_equal(grid.parts["scale"], -0.25 * jnp.ones((1, 1, 4)))
+    np.testing.assert_array_equal(grid.parts["offset"], -0.25 * jnp.ones((1, 1, 4)))
+    np.testing.assert_array_equal(inner.parts["a"], -jnp.ones((8, 8)))
+    np.testing.assert_array_equal(updates["scale"], -jnp.ones(4))  # a norm's, no grid's
+
+
+@pytest.mark.slow
+def test_a_finetuned_run_trains_its_adapters_merges_to_the_same_and_says_so(place, capsys):
+    folder = tuned(place, "lora_q", "transform=[lora,fake_quant]", "bits=3")
+    said = capsys.readouterr().out
+    assert "as the weight flows: lora > fake_quant" in said
+    assert "head/kernel [8, 256] lora(rank=2) > fake_quant(bits=3): dot_general" in said
+    state, transform, summary = state_of(folder)
+    like = jax.eval_shape(transform.effective, state)
+    base = checkpoints.load_params(place / "base", like)
+    # LoRA freezes what it does not adapt, too.
+    np.testing.assert_array_equal(state["embedding"]["table"], base["embedding"]["table"])
+    head = state["head"]["kernel"]
+    np.testing.assert_array_equal(head.base.base, base["head"]["kernel"])
+    assert np.any(head.base.parts["b"] != 0)
+    train, _ = jp.split(state, transform.trainable(state))
+    count = sum(leaf.size for leaf in jax.tree.leaves(train))
+    assert summary["trainable_parameters"] == count < summary["parameters"]
+    assert summary["step_memory_bytes"] > 0 and 3 < summary["bits_per_weight"] < 3 + 32 / 8 + 1
+    # The integers are those of the forward pass; programs that differ round sums differently.
+    trained, merged = summary["validation_bits_per_byte"], summary["merged_bits_per_byte"]
+    assert math.isclose(trained, merged, rel_tol=1e-6)
+    assert not any(name.startswith("rounded") for name in summary)
+    again = jp.weights.with_adapters(transform.attach(KEY, base), adapter_files.load(folder))
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+
+
+@pytest.mark.slow
+def test_going_on_with_a_finetuned_run_equals_not_stopping(place):
+    whole = tuned(
+        place, "whole", "transform=[fake_quant,lora]", "steps=4", "checkpoint.keep_last=9"
+    )
+    part = place / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(checkpoints.path_of(part, 4))
+    (part / "summary.json").unlink()
+    assert ending(finetune, place, f"resume={part}") is None
+    (a, _, first), (b, _, second) = state_of(whole), state_of(part)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert first["validation_bits_per_byte"] == second["validation_bits_per_byte"]
+    # What is dense when merged is rounded as well, and fewer bits are no better here.
+    assert first["rounded_8_bits_per_byte"] == pytest.approx(
+        first["merged_bits_per_byte"], rel=0.01
+    )
+    assert first["rounded_2_bits_per_weight"] < first["rounded_8_bits_per_weight"] < 32
+    assert bits_per_weight(a) == first["bits_per_weight"]
+
+
+def test_what_cannot_be_started_from_is_said(place, tmp_path):
+    (tmp_path / "other").mkdir()
+    OmegaConf.save(OmegaConf.create({"task": 1}), tmp_path / "other/config.yaml")
+    with pytest.raises(runs.RunError, match="is not of a language model"):
+        finetune.take_model(OmegaConf.create({"from": str(tmp_path / "other")}))
+    assert "no such folder" in ending(finetune, place, *SMALL, "from=nowhere")
+    nothing = ending(finetune, place, *SMALL, f"from={place / 'base'}", "where=kern", "data=stdlib")
+    assert "where='kern' selects none" in nothing
+    with pytest.raises(runs.RunError, match="holds no adapters"):
+        adapter_files.load(tmp_path)
