@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence import jacobian, timeaxis
+from jaxpara.recurrence import fused, jacobian, timeaxis
 from jaxpara.recurrence.affine import (
     Operator,
     block_operator,
@@ -45,7 +45,7 @@ from jaxpara.recurrence.system import Leaves, Settings, Solver, System
 # Jacobians are materialised up to these block sizes: a batched evaluation over all
 # steps and a tight recurrence beat re-evaluating the step inside it, until the
 # blocks outgrow the states that they come from.
-_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8}
+_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8, "kernel": 8}
 
 
 class Problem(NamedTuple):
@@ -340,9 +340,18 @@ def _reverse(problem: Problem, full, light, wanted):
             (_, ys), pull_state = jax.vjp(lambda b: steps(b, *inputs), before)
             seen = pull_state((still, g_ys))[0]
             g, from_outputs = _following(problem, g, seen)
-        w, into_init = transposed(operator, g, settings, problem.reverse)
-        _, pull = jax.vjp(lambda *i: steps(before, *i), *inputs)
-        grads = pull((w, g_ys))
+        found = None
+        if problem.solver.solve is fused.fused:
+            found = fused.gradients(problem.step, settings, consts, init, xs, states, g)
+        if found is None:
+            w, into_init = transposed(operator, g, settings, problem.reverse)
+            _, pull = jax.vjp(lambda *i: steps(before, *i), *inputs)
+            grads = pull((w, g_ys))
+        else:
+            into_init, grads = found
+            if g_ys:
+                _, pull = jax.vjp(lambda *i: steps(before, *i)[1], *inputs)
+                grads = [a + b for a, b in zip(grads, pull(g_ys), strict=True)]
         g_consts, g_xs = unfill((consts, xs), grads)
         g_init = [a + b for a, b in zip(into_init, from_outputs, strict=True)]
         return g_consts, g_init, g_xs, None

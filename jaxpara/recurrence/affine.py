@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence import jacobian, timeaxis
+from jaxpara.recurrence import jacobian, linear_kernel, timeaxis
 from jaxpara.recurrence.blocks import Groups
 from jaxpara.recurrence.shooting import shoot
 from jaxpara.recurrence.system import Leaves, Settings, System
 
-METHODS = ("sequential", "associative", "chunked")
+METHODS = ("sequential", "associative", "chunked", "kernel")
 
 
 class Operator(NamedTuple):
@@ -36,6 +36,7 @@ class Operator(NamedTuple):
       pull: `(data_t, w) -> J_t^T w`.
       groups: the structure of `J`.
       materialised: whether `data` are the blocks `[time, K, K, N]` themselves.
+      columns: whether they are columns `[time, K, *leaf]`.
     """
 
     data: Any
@@ -43,6 +44,7 @@ class Operator(NamedTuple):
     pull: Callable[[Any, Leaves], list[jax.Array]]
     groups: Groups
     materialised: bool
+    columns: bool = False
 
 
 def block_operator(groups: Groups, matrices: Leaves, like: Sequence[Any]) -> Operator:
@@ -87,7 +89,7 @@ def column_operator(groups: Groups, columns: Leaves) -> Operator:
             for i in range(len(rows))
         ]
 
-    return Operator(list(columns), push, pull, groups, False)
+    return Operator(list(columns), push, pull, groups, False, True)
 
 
 def _total(terms: Iterable[jax.Array]) -> jax.Array:
@@ -112,6 +114,10 @@ def forward(
         moved = operator.push(data, v)
         return [m + b for m, b in zip(moved, b_t, strict=True)], ()
 
+    if settings.linear == "kernel" and settings.axis is None:
+        found = linear_kernel.solve(operator, b, init, settings.implementation)
+        if found is not None:
+            return found
     if _method(operator, settings) == "associative":
         first = operator.push(jax.tree.map(lambda d: d[0], operator.data), init)
         b = [b_.at[0].add(f) for b_, f in zip(b, first, strict=True)]
@@ -141,6 +147,12 @@ def transposed(
     if _method(operator, settings) == "sequential":
         into, w = lax.scan(step, zero, (operator.data, list(g)), reverse=True)
         return w, into
+    if settings.linear == "kernel" and settings.axis is None:
+        offset = jax.vmap(lambda d, *g_: operator.pull(d, g_))(operator.data, *g)
+        u = linear_kernel.solve(operator, offset, zero, settings.implementation, transpose=True)
+        if u is not None:
+            after = [jnp.concatenate([u_[1:], z[None]]) for z, u_ in zip(zero, u, strict=True)]
+            return [a + b for a, b in zip(after, g, strict=True)], [u_[0] for u_ in u]
     flipped = jax.tree.map(lambda leaf: leaf[::-1], (operator.data, list(g)))
     if _method(operator, settings) == "associative":
         matrices = [jnp.swapaxes(m, 1, 2) for m in flipped[0]]
@@ -164,6 +176,8 @@ def transposed(
 def _method(operator: Operator, settings: Settings) -> str:
     if settings.axis is not None:
         return "chunked"
+    if settings.linear == "kernel":
+        return "chunked"  # what a kernel refuses
     if settings.linear == "associative" and not operator.materialised:
         return "chunked"
     return settings.linear

@@ -81,6 +81,8 @@ def prepare(
             raise UnsupportedCell("carry", "init", f"leaves of unequal shapes {shapes}")
         if leaf.dtype.name not in STORED:
             raise UnsupportedCell("carry", "init", f"a leaf of {leaf.dtype}; kernels take float32")
+        if leaf.dtype != state[0].dtype:
+            raise UnsupportedCell("carry", "init", f"leaves of {state[0].dtype} and {leaf.dtype}")
     if 0 in shape:
         raise UnsupportedCell("carry", "init", f"a leaf without elements, {shape}")
     one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
@@ -105,6 +107,8 @@ def _taken_apart(flat: Flat, n_consts: int, n_state: int, shape: tuple[int, ...]
     edge = list(first.values())
     timed = [s for s in edge if kinds[s] == TIMED]
     fixed = [s for s in edge if kinds[s] == CONST]
+    if not timed:
+        raise UnsupportedCell("carry", "xs", "nothing that the state depends on changes with time")
     for slot in edge:
         if flat.avals[slot].dtype.name not in (*STORED, "bool"):
             user = next(n for n in core if slot in n.operands)
@@ -135,7 +139,7 @@ def _taken_apart(flat: Flat, n_consts: int, n_state: int, shape: tuple[int, ...]
             now = run(over_time, values | dict(zip(x_in, x, strict=True)))
             return [_travelling(jnp.broadcast_to(now[s], shape)) for s in timed]
 
-        inputs = jax.vmap(at)(list(xs)) if timed else []
+        inputs = jax.vmap(at)(list(xs))
         params = [_travelling(values[source].reshape(view)) for source, view in views]
         return [rows(i, shape, lead) for i in inputs], [channels(p, shape, lead) for p in params]
 

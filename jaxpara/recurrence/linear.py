@@ -34,7 +34,8 @@ def linear_recurrence(
       reverse: run from the last step to the first; `s_t = A_t s_{t+1} + b_t`.
       implementation: "sequential" (`lax.scan`), "associative"
         (`lax.associative_scan`), "chunked" (reduce, scan the chunk summaries, roll
-        out, verify), or None for the best of the platform.
+        out, verify), "kernel" (one kernel on GPU and TPU, diagonal or blocks up to 4 x 4;
+        "chunked" elsewhere), or None for the best of the platform.
       axis: mesh axis over which time is sharded, inside `shard_map`; chunked only.
 
     Returns:

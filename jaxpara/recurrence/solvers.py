@@ -3,20 +3,32 @@
 from jaxpara.recurrence import pointwise
 from jaxpara.recurrence.affine import METHODS
 from jaxpara.recurrence.choice import Auto
+from jaxpara.recurrence.fused import fused as run_fused
 from jaxpara.recurrence.sequential import sequential as run_sequential
 from jaxpara.recurrence.shooting import shoot
 from jaxpara.recurrence.structure import Structure
 from jaxpara.recurrence.system import Settings, Solver
 
+IMPLEMENTATIONS = (
+    "mosaic_gpu",
+    "mosaic_tpu",
+    "xla",
+    "mosaic_gpu_interpret",
+    "mosaic_tpu_interpret",
+)
+
 
 def _settings(**given) -> Settings:
     settings = Settings(**given)
-    for name in ("chunks", "max_iters"):
+    for name in ("chunks", "window", "max_iters"):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; expected a positive integer")
     if settings.tol is not None and not settings.tol > 0:
         raise ValueError(f"tol is {settings.tol!r}; expected a positive number, such as 1e-6")
+    if settings.implementation not in (None, *IMPLEMENTATIONS):
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation is {settings.implementation!r}; expected one of {known}")
     if settings.linear not in METHODS:
         raise ValueError(f"linear is {settings.linear!r}; expected one of {', '.join(METHODS)}")
     return settings
@@ -69,6 +81,53 @@ def shooting(
     )
 
 
+def fused(
+    *,
+    chunks: int | None = None,
+    window: int | None = None,
+    tol: float | None = None,
+    max_iters: int = 8,
+    implementation: str | None = None,
+    structure: Structure | None = None,
+    debug: bool = False,
+) -> Solver:
+    """Multiple shooting in one kernel that is generated from the step, for GPU and TPU.
+
+    For steps that are elementwise over up to a few state leaves of one shape: inputs are read
+    once and states written once, which is as fast as memory allows. What no kernel takes, and
+    other platforms, go the way of `shooting`; the reason is logged once, and
+    `jp.explain_choice` names it.
+
+    Args:
+      chunks: chunks of a window of time, rolled out side by side; None lets the kernel choose.
+      window: steps that are solved together; the state between windows is exact.
+      tol, max_iters: as for `shooting`, of each window.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla" (the same functions by `lax.scan`), or
+        None for the kernel of the platform; "mosaic_tpu_interpret" and "mosaic_gpu_interpret"
+        run a kernel's body slowly on any platform.
+      structure, debug: as for `shooting`.
+
+    Returns:
+      A `Solver` for `newton_scan` and `solve_scan`.
+
+    Raises:
+      ValueError: a setting out of range.
+
+    References: [shooting] [pararnn]
+    """
+    settings = _settings(
+        chunks=chunks,
+        window=window,
+        tol=tol,
+        max_iters=max_iters,
+        linear="kernel",
+        implementation=implementation,
+        structure=structure,
+        debug=debug,
+    )
+    return Solver(run_fused, settings)
+
+
 def newton(
     *,
     tol: float | None = None,
@@ -83,7 +142,7 @@ def newton(
     Args:
       tol, max_iters, axis, structure, debug: as for `shooting`.
       linear: how the linear recurrence of an iteration is solved: "sequential",
-        "associative" or "chunked".
+        "associative", "chunked" or "kernel".
 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.

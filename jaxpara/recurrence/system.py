@@ -26,10 +26,13 @@ class Settings(NamedTuple):
         element of the state has had lately (see `residuals`); None picks a few ulp of its dtype.
       max_iters: iterations before the rest is completed sequentially.
       linear: how pointwise solvers solve their linear recurrence, and how the
-        adjoint is solved: "sequential", "associative" or "chunked".
+        adjoint is solved: "sequential", "associative", "chunked" or "kernel".
       axis: mesh axis over which time is sharded, inside `shard_map`.
       structure: overrides the proved structure of the Jacobian.
       debug: compare one random vjp of the step with the structure and raise.
+      window: steps that a kernel solves together; None lets it choose.
+      implementation: of the kernels, as for `pallas_kernels.nonlinear_recurrence.forward`;
+        None is the kernel of the platform.
     """
 
     chunks: int | None = None
@@ -39,6 +42,8 @@ class Settings(NamedTuple):
     axis: str | None = None
     structure: Any = None
     debug: bool = False
+    window: int | None = None
+    implementation: str | None = None
 
 
 class System(NamedTuple):

@@ -1,0 +1,133 @@
+"""The fused solver: a whole multiple-shooting solve in one kernel, and its gradients in another.
+
+The kernel is made from the user's step, see `elementwise`. A step that no kernel takes, a
+platform without one, and time sharded over a mesh axis go the way of `shooting`, and the reason
+is logged once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpara.recurrence import timeaxis
+from jaxpara.recurrence.elementwise import prepare
+from jaxpara.recurrence.leaves import floating
+from jaxpara.recurrence.linear_kernel import KERNELS, say
+from jaxpara.recurrence.shooting import shoot
+from jaxpara.recurrence.system import Leaves, Settings, Solution, System, tolerance
+from pallas_kernels import nonlinear_recurrence
+
+
+def fused(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
+    """Solves in one kernel where it can, by `shoot` where it cannot; arguments as for `shoot`.
+
+    A kernel starts from the exact state before each window and has no use for a guess.
+    """
+    try:
+        return _by_kernel(system, settings)
+    except NotImplementedError as refusal:
+        say(str(refusal), "shooting")
+    if guess is not None and guess[0].shape[0] == 1:
+        guess = None  # of a solve that did run in a kernel
+    return shoot(system, settings, guess)
+
+
+def _by_kernel(system: System, settings: Settings) -> Solution:
+    if settings.axis is not None:
+        raise NotImplementedError(f"time is sharded over {settings.axis!r}")
+    init, xs = list(system.init), jax.tree.leaves(system.xs)
+    tree = jax.tree.structure(system.xs)
+
+    def step(consts: Leaves, state: Leaves, x: Leaves) -> Any:
+        del consts
+        return system.step(state, jax.tree.unflatten(tree, x))
+
+    prepared = prepare(step, [], init, xs)
+    inputs, params = prepared.operands([], xs)
+    solved = nonlinear_recurrence.forward(
+        prepared.cell,
+        prepared.rows(init),
+        inputs,
+        params,
+        tol=tolerance(init[0].dtype, settings.tol),
+        max_iters=settings.max_iters,
+        chunks=settings.chunks,
+        window=settings.window,
+        implementation=settings.implementation or KERNELS,
+    )
+    states = prepared.leaves(solved.states)
+    before = timeaxis.preceding(None, init, states)
+    # Outputs that are states are not computed again: the caller drops them from the step.
+    ys = jax.vmap(lambda s, x: system.step(s, x)[1])(before, system.xs)
+    steps = jnp.max(solved.fallback_steps)
+    return Solution(
+        states,
+        ys,
+        steps == 0,
+        jnp.max(solved.iterations),
+        jnp.max(solved.residual),
+        steps,
+        [leaf[None] for leaf in init],
+    )
+
+
+def gradients(
+    step: Callable[..., Any],
+    settings: Settings,
+    consts: Leaves,
+    init: Leaves,
+    xs: Leaves,
+    states: Leaves,
+    cotangents: Leaves,
+) -> tuple[list[jax.Array], list[jax.Array]] | None:
+    """Gradients of `sum(states * cotangents)` by one kernel, or None if there is none.
+
+    Args:
+      step: `(consts, state, x) -> (state, ys)`.
+      settings: as for `fused`.
+      consts, init, xs: what the states were solved from.
+      states: `[time, *leaf]`.
+      cotangents: of the states.
+
+    Returns:
+      Those of `init`, and those of the floating leaves of `consts` and `xs`, in this order.
+    """
+    if settings.axis is not None:
+        return None
+    (c, x), fill = floating((list(consts), list(xs)))
+    try:
+        prepared = prepare(step, consts, init, xs)
+        (inputs, params), pull = jax.vjp(lambda *i: prepared.operands(*fill(i)), *c, *x)
+        found = nonlinear_recurrence.backward(
+            prepared.cell,
+            prepared.rows(init),
+            inputs,
+            params,
+            prepared.rows(states),
+            prepared.rows(cotangents),
+            chunks=settings.chunks,
+            window=settings.window,
+            implementation=settings.implementation or KERNELS,
+        )
+    except NotImplementedError as refusal:
+        say(str(refusal), "chunked adjoint")
+        return None
+
+    def summed(gradient: jax.Array, param: jax.Array) -> jax.Array:
+        shared = param.shape[0] == 1
+        whole = jnp.sum(gradient, axis=0, keepdims=True) if shared else gradient
+        return whole.astype(param.dtype)
+
+    d_params = [summed(d, p) for d, p in zip(found.params, params, strict=True)]
+    return prepared.leaves(found.init), list(pull((found.xs, d_params)))
+
+
+def refusal(step: Callable[..., Any], consts: Leaves, init: Leaves, xs: Leaves) -> str | None:
+    """Why no kernel can run a step, in words, or None; the leaves may be shapes."""
+    try:
+        prepare(step, consts, init, xs)
+    except NotImplementedError as error:
+        return str(error)
+    return None
