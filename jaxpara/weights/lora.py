@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxpara.tree import Where
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Axes, Factors, Method, Term, shape_of
+from jaxpara.weights.weight import Factors, Method, Term, shape_of
 
 
 class LowRank(NamedTuple):
@@ -48,7 +48,7 @@ def low_rank(
     return LowRank(rank, float(alpha / (math.sqrt(rank) if rank_stabilised else rank)), window)
 
 
-def lead_and_window(settings: LowRank, ndim: int) -> tuple[Axes, Axes]:
+def lead_and_window(settings: LowRank, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The axes of batches and those of the window."""
     return tuple(range(-ndim, -2 - settings.window)), tuple(range(-2 - settings.window, -2))
 

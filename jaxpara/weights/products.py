@@ -31,7 +31,8 @@ def additive(lazy: Lazy) -> bool:
     return lazy.weight.method.factors is not None
 
 
-def _factors(lazy: Lazy) -> Factors:
+def factors_of(lazy: Lazy) -> Factors:
+    """What is added, cast as the weight is."""
     weight = lazy.weight
     assert weight.method.factors is not None
     shape = shape_of(weight).shape
@@ -45,7 +46,8 @@ def _cast(lazy: Lazy, term: Term) -> Term:
     return term._replace(array=moved(term.array, casts))
 
 
-def _scaling(lazy: Lazy) -> Term | None:
+def scaling_of(lazy: Lazy) -> Term | None:
+    """What the sum is multiplied by, if anything."""
     method = lazy.weight.method
     if method.scaling is None:
         return None
@@ -53,7 +55,7 @@ def _scaling(lazy: Lazy) -> Term | None:
     return _cast(lazy, found)
 
 
-def _base(lazy: Lazy) -> Any:
+def base_of(lazy: Lazy) -> Any:
     """What the factors are added to, as a value of the walk."""
     base = lazy.weight.base
     return Lazy(base, lazy.moves, lazy.path) if is_weight(base) else moved(base, lazy.moves)
@@ -83,7 +85,7 @@ def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
     sides = {side: axes, 1 - side: own}
     out = (*(sides[0][i] for i in batch[0]), *free(sides[0], 0), *free(sides[1], 1))
-    scaling = _scaling(lazy)
+    scaling = scaling_of(lazy)
     if scaling is not None:
         # A scaled axis that is summed scales the operand, one that stays scales the product.
         if {*scaling.axes} <= {*own}:
@@ -94,12 +96,12 @@ def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
     walk.note(eqn, lazy, "rule")
     # The base may be lazy itself: the same equation on it.
     replaced = [other, other]
-    replaced[side] = _base(lazy)
+    replaced[side] = base_of(lazy)
     if is_lazy(replaced[side]):
         (total,) = walk.step(eqn, replaced)
     else:
         (total,) = compat.bind(eqn, replaced)
-    factors = _factors(lazy)
+    factors = factors_of(lazy)
     if factors.terms:
         options = {"precision": eqn.params["precision"]}
         added = contract(factors, tuple(out), operand=(other, tuple(own)), **options)
@@ -176,7 +178,7 @@ def gather(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
             fill_value=eqn.params["fill_value"],
         )
 
-    base = _base(lazy)
+    base = base_of(lazy)
     if is_lazy(base):
         (total,) = walk.step(eqn, [base, indices])
     else:
@@ -187,19 +189,18 @@ def gather(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
     def rows_of(term):
         if isinstance(term, Pick):
             term = Term(term.matrix(total.dtype), term.axes)
-        if term.axes[0] != -2:
+        if -2 not in term.axes:
             return term
-        array = term.array if term.array.ndim == 2 else term.array[:, None]
-        return Term(
-            taken(array).reshape(*indices.shape[:-1], *term.array.shape[1:]),
-            (*batch, *term.axes[1:]),
-        )
+        rest = tuple(axis for axis in term.axes if axis != -2)
+        array = jnp.moveaxis(term.array, term.axes.index(-2), 0)
+        found = taken(array.reshape(array.shape[0], -1))
+        return Term(found.reshape(*found.shape[:-1], *array.shape[1:]), (*batch, *rest))
 
-    factors = _factors(lazy)
+    factors = factors_of(lazy)
     if factors.terms:
         added = contract(factors._replace(terms=tuple(map(rows_of, factors.terms))), out)
         total = total + (factors.scale * added).astype(total.dtype)
-    scaling = _scaling(lazy)
+    scaling = scaling_of(lazy)
     if scaling is not None:
         total = (total * spread(rows_of(scaling), out)).astype(total.dtype)
     return [total]

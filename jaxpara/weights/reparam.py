@@ -23,6 +23,7 @@ from jaxpara.weights.weight import (
     is_weight,
     resolved,
     shape_of,
+    unresolved,
 )
 
 
@@ -89,26 +90,25 @@ class Reparam(NamedTuple):
                         f"{member.where!r} also selects {path!r}, of shape {jnp.shape(leaf)} and "
                         f"dtype {jnp.result_type(leaf)}: narrow it"
                     )
-            begin = jax.random.fold_in(key, i)
             method, given = member.method, {}
             if method.share is not None:
                 shapes = {path: shape_of(leaf) for path, leaf in selected.items()}
-                made, given = method.share(method.settings, begin, shapes)
+                own = jax.random.fold_in(key, i)
+                made, given = method.share(method.settings, own, shapes)
                 pools |= {f"{i} {name}": pool for name, pool in made.items()}
 
-            def attached(
-                keys, leaf, i=i, method=method, selected=selected, begin=begin, given=given
-            ):
+            def attached(keys, leaf, i=i, method=method, chosen=selected, given=given, known=pools):
                 path = path_of(keys)
-                if path not in selected:
+                if path not in chosen:
                     return leaf
                 if path in given:
                     parts, common = given[path]
                     shared = tuple((part, f"{i} {name}") for part, name in sorted(common.items()))
                     return Weight(leaf, parts, method, shared)
                 number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
-                own = jax.random.fold_in(begin, number)
-                return Weight(*method.init(method.settings, own, leaf), method)
+                own = jax.random.fold_in(jax.random.fold_in(key, i), number)
+                base, parts = method.init(method.settings, own, resolved(Pooled(leaf, known)))
+                return Weight(unresolved(base), parts, method)
 
             state = jax.tree_util.tree_map_with_path(attached, state, is_leaf=is_weight)
         return Pooled(state, pools) if pools else state

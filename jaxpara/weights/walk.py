@@ -14,6 +14,7 @@ from jax.extend import core
 
 from jaxpara import compat
 from jaxpara.weights import products
+from jaxpara.weights.conv import conv
 from jaxpara.weights.lazy import MOVES, Lazy, Move, array, is_lazy
 from jaxpara.weights.weight import cut, shape_of
 
@@ -195,6 +196,7 @@ def _rows(walk: Walk, eqn: Any, x: Any) -> _Rows:
 
 _RULES: dict[str, Callable[[Walk, Any, list[Any]], list[Any] | None]] = {
     "dot_general": products.dot_general,
+    "conv_general_dilated": conv,
     "gather": products.gather,
     "jit": _call,
     "pjit": _call,

@@ -164,11 +164,27 @@ def dense(weight: Any) -> jax.Array:
         added = factors.scale * contract(factors, whole).astype(base.dtype)
         # The product is rounded before the sum in every program: a fused multiply-add in one and
         # not in another would put a quantiser that follows on two sides of a tie.
-        total = base + lax.optimization_barrier(added)
+        total = base + unfused(added)
     if method.scaling is not None:
         scaling = method.scaling(method.settings, base, weight.parts)
         total = (total * spread(scaling, whole)).astype(base.dtype)
     return total
+
+
+def unfused(x: jax.Array) -> jax.Array:
+    """A product that is rounded before it is added to something, in every program.
+
+    XLA's CPU compiler makes a multiply-add of the two in one program and not in another, and an
+    `optimization_barrier` does not keep it from that in JAX 0.10.2; two comparisons in between do.
+
+    Args:
+      x: the product, floating.
+
+    Returns:
+      The same, infinities as the largest finite numbers.
+    """
+    most = jnp.finfo(x.dtype).max
+    return lax.clamp(jnp.asarray(-most, x.dtype), x, jnp.asarray(most, x.dtype))
 
 
 def spread(term: Term, over: Axes) -> jax.Array:
@@ -335,3 +351,12 @@ def resolved(state: Any) -> Any:
         return jax.tree.map(of(node.pools), node.params, is_leaf=is_weight)
 
     return jax.tree.map(opened, state, is_leaf=lambda node: is_pooled(node) or is_weight(node))
+
+
+def unresolved(weight: Any) -> Any:
+    """A weight without the parts that stand in pools: undoes `resolved`."""
+    if not is_weight(weight):
+        return weight
+    common = dict(weight.shared)
+    own = {name: part for name, part in weight.parts.items() if name not in common}
+    return dataclasses.replace(weight, base=unresolved(weight.base), parts=own)

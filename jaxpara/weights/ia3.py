@@ -1,0 +1,59 @@
+"""(IA)^3: a frozen weight whose columns, or rows, are multiplied by trained numbers. [ia3]"""
+
+import jax.numpy as jnp
+
+from jaxpara.tree import Where
+from jaxpara.weights.lora import every_axis
+from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.weight import Factors, Method, Term, shape_of
+
+
+def _init(axis: int, key, base):
+    like = shape_of(base)
+    return base, {"scale": jnp.ones((*like.shape[:-2], like.shape[axis]), like.dtype)}
+
+
+def _axes(axis: int, ndim: int):
+    return {"scale": (*range(-ndim, -2), axis)}
+
+
+def _factors(axis: int, parts, shape: tuple[int, ...]):
+    return Factors(1.0, ())
+
+
+def _scaling(axis: int, base, parts):
+    return Term(parts["scale"], _axes(axis, base.ndim)["scale"])
+
+
+def ia3(*, axis: int = -1, where: Where = None) -> Reparam:
+    """Trains one factor for each output, or input, of a weight and leaves the weight as it is.
+
+    The paper scales keys and values, `x W * l`, the columns of their matrices; and the hidden
+    activations of an MLP, `(h * l) W`, the rows of its second matrix.
+
+    Args:
+      axis: of the weight: -1 for columns, which are outputs, -2 for rows, which are inputs.
+      where: the leaves, see `jaxpara.tree.matcher`.
+
+    Returns:
+      The reparameterisation; the factors start at one.
+
+    Raises:
+      ValueError: the axis is neither -1 nor -2.
+
+    References: [ia3].
+    """
+    if axis not in (-1, -2):
+        raise ValueError(f"axis={axis}: give -1 to scale the outputs or -2 to scale the inputs")
+    method = Method(
+        name="ia3" if axis == -1 else "ia3(axis=-2)",
+        settings=axis,
+        init=_init,
+        effective=None,
+        factors=_factors,
+        axes=_axes,
+        separable=every_axis,
+        freezes=True,
+        scaling=_scaling,
+    )
+    return reparam(method, where)

@@ -1,0 +1,169 @@
+"""MoS: adapters put together from shards that all layers draw from common pools. [mos]"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpara.tree import Where
+from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.weight import Factors, Method, Term
+
+
+class _Settings(NamedTuple):
+    rank: int
+    budget: int
+    shards: int
+    private: int
+    scale: float
+
+
+def _share(settings: _Settings, key, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+    """One pair of pools for each size of matrix, and for each matrix the shards that it takes."""
+    kinds: dict[Any, list[str]] = {}
+    for path, like in shapes.items():
+        kinds.setdefault((*like.shape[-2:], like.dtype), []).append(path)
+    pools, given = {}, {path: ({}, {}) for path in shapes}
+    for i, ((rows, columns, dtype), paths) in enumerate(kinds.items()):
+        leads = [shapes[path].shape[:-2] for path in paths]
+        count = sum(map(math.prod, leads))
+        _check(settings, rows, columns, count, paths)
+        keys = jax.random.split(jax.random.fold_in(key, i), 3)
+        total, bound = settings.budget * count * settings.shards, rows**-0.5
+        a = (total, rows // settings.shards)
+        begin = {
+            "a": jax.random.uniform(keys[0], a, dtype, -bound, bound),
+            "b": jnp.zeros((total, columns // settings.shards), dtype),
+        }
+        for (side, pool), own in zip(begin.items(), keys[1:], strict=True):
+            name = f"{side} of {rows}x{columns} {dtype}"
+            pools[name] = pool
+            index, start = _indices(settings, own, count), 0
+            for path, lead in zip(paths, leads, strict=True):
+                size = math.prod(lead)
+                rest = (settings.rank, settings.shards)
+                taken = index[start : start + size].reshape(*lead, *rest)
+                given[path][0][f"at_{side}"] = taken
+                given[path][1][side] = name
+                start += size
+    return pools, given
+
+
+def _check(settings: _Settings, rows: int, columns: int, count: int, paths: list[str]) -> None:
+    rank, budget, shards, private, _ = settings
+    if rows % shards or columns % shards:
+        both = math.gcd(rows, columns)
+        fitting = [k for k in range(1, both + 1) if both % k == 0]
+        raise ValueError(
+            f"shards={shards} does not divide the {rows} rows and {columns} columns of "
+            f"{paths[0]!r}: give one of {fitting}, or narrow where="
+        )
+    most = private + (budget - private) * count
+    if rank > most:
+        raise ValueError(
+            f"rank={rank}: the {count} matrices of {rows}x{columns} ({', '.join(paths[:3])}) share "
+            f"a pool for {most} different vectors each: give rank={most} at most, or a larger "
+            "budget"
+        )
+
+
+def _indices(settings: _Settings, key, count: int):
+    """`[count, rank, shards]`: each matrix takes different common shards and its private ones."""
+    rank, budget, shards, private, _ = settings
+    common = (budget - private) * count * shards
+    wanted = (rank - private) * shards
+
+    def choose(key):
+        return jax.random.permutation(key, common)[:wanted]
+
+    own = common + jnp.arange(count * private * shards).reshape(count, -1)
+    shared = jax.vmap(choose)(jax.random.split(key, count))
+    index = jnp.concatenate([shared.reshape(count, wanted), own], axis=1)
+    return index.reshape(count, rank, shards).astype(jnp.int32)
+
+
+def _init(settings: _Settings, key, base):
+    raise NotImplementedError("the parts of mos are made for all leaves at once, by share")
+
+
+def _axes(settings: _Settings, ndim: int):
+    lead = tuple(range(-ndim, -2))
+    index, pool = (*lead, "rank", "shard"), ("pool", "piece")
+    return {"at_a": index, "at_b": index, "a": pool, "b": pool}
+
+
+def _factors(settings: _Settings, parts, shape: tuple[int, ...]):
+    lead = tuple(range(-len(shape), -2))
+
+    def matrix(side):
+        shards = jnp.take(parts[side], parts[f"at_{side}"], axis=0, mode="clip")
+        return shards.reshape(*shards.shape[:-2], -1)
+
+    terms = [Term(matrix(side), (*lead, "rank", axis)) for side, axis in (("a", -2), ("b", -1))]
+    return Factors(settings.scale, tuple(terms))
+
+
+def _leading(settings: _Settings, ndim: int):
+    return frozenset(range(-ndim, -2))
+
+
+def mos(
+    *,
+    rank: int = 8,
+    budget: int = 2,
+    shards: int = 4,
+    private: int = 1,
+    alpha: float | None = None,
+    where: Where = None,
+) -> Reparam:
+    """Trains `W + s A B` whose A and B are put together from shards in common pools.
+
+    A vector of rank one is cut into shards. Each matrix takes `rank` vectors' worth of them, by
+    indices that are drawn once, apart for A and for B: `private` vectors of its own and the rest
+    from what all matrices of its size share, none twice. Pools hold as many numbers as LoRA of
+    rank `budget`, `budget * matrices * (rows + columns)`, whatever the rank. They stand once
+    beside the parameters (`Pooled`); in a scan over layers they are constants of the scan.
+
+    Args:
+      rank: of the update of each matrix.
+      budget: the rank that LoRA would have with as many numbers.
+      shards: into how many a vector is cut.
+      private: how many of the rank's vectors no other matrix uses.
+      alpha: `s = alpha / rank`; None means `2 rank`, so `s = 2`.
+      where: the leaves that share, see `jaxpara.tree.matcher`; `chain` several for several pools.
+
+    Returns:
+      The reparameterisation.
+
+    Raises:
+      ValueError: a number is out of range; when attached: `shards` does not divide the rows and
+        columns of a leaf, or the rank is more than the pools hold.
+
+    References: [mos].
+    """
+    if min(rank, budget, shards) < 1:
+        raise ValueError(f"rank={rank}, budget={budget}, shards={shards}: give at least 1")
+    if not 0 <= private <= min(rank, budget):
+        raise ValueError(
+            f"private={private}: give 0 to {min(rank, budget)}, the smaller of rank and budget"
+        )
+    if private == budget and rank > budget:
+        raise ValueError(
+            f"rank={rank} with private=budget={budget}: nothing is shared that could make up the "
+            f"rank: give private={budget - 1} at most"
+        )
+    alpha = 2.0 * rank if alpha is None else alpha
+    method = Method(
+        name=f"mos(rank={rank}, budget={budget})",
+        settings=_Settings(rank, budget, shards, private, float(alpha / rank)),
+        init=_init,
+        effective=None,
+        factors=_factors,
+        axes=_axes,
+        separable=_leading,
+        freezes=True,
+        share=_share,
+    )
+    return reparam(method, where)
