@@ -2,3 +2,11 @@
 
 from jaxpara.weights.parts import adapters as adapters
 from jaxpara.weights.parts import with_adapters as with_adapters
+from jaxpara.weights.quant.array import pack as pack
+from jaxpara.weights.quant.array import quantised_array as quantised_array
+from jaxpara.weights.quant.array import quantised_dot as quantised_dot
+from jaxpara.weights.quant.formats import FORMATS as FORMATS
+from jaxpara.weights.quant.formats import BlockFormat as BlockFormat
+from jaxpara.weights.quant.formats import FixedFormat as FixedFormat
+from jaxpara.weights.quant.formats import FloatFormat as FloatFormat
+from jaxpara.weights.quant.formats import round_to as round_to
