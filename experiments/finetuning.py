@@ -129,6 +129,11 @@ def finetuned(
         tokens = jax.ShapeDtypeStruct((1, window), jnp.int32)
         print(transform.report(shapes, model.apply, tokens))
     rulers = baselines(data.validation)
+    nats = loss_of(tuned)
+
+    def loss(params: Params, batch: Any, key: jax.Array):
+        value, metrics = nats(params, batch, key)
+        return value + (0 if transform is None else transform.penalty(params)), metrics
 
     def finish(folder: Path, params: Params, summary: dict[str, Any]) -> None:
         key = jax.random.key(0)
@@ -154,7 +159,7 @@ def finetuned(
     count = sum(leaf.size for leaf in trained)
     return Task(
         model=tuned,
-        loss=loss_of(tuned),
+        loss=loss,
         batches=batches,
         tokens_per_step=batch_size * window,
         columns=(BITS,),

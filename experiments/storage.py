@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpara.weights.weight import Weight, dense, is_weight
+from jaxpara.weights.weight import Weight, dense, is_weight, resolved
 
 FLOAT_BITS = 32
 
@@ -56,6 +56,7 @@ def bits_per_weight(state: Any) -> float:
     Returns:
       Bits for each number of the effective weights; 32 where nothing is reparameterised.
     """
-    weights = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_weight) if is_weight(leaf)]
+    leaves = jax.tree.leaves(resolved(state), is_leaf=is_weight)
+    weights = [leaf for leaf in leaves if is_weight(leaf)]
     count = sum(math.prod(jax.eval_shape(dense, leaf).shape) for leaf in weights)
     return sum(map(stored_bits, weights)) / count if weights else float(FLOAT_BITS)

@@ -57,6 +57,20 @@ def test_adapters_are_plain_trees_in_the_structure_of_the_parameters():
     np.testing.assert_array_equal(again.parts["b"], np.ones((2, 5)))
 
 
+def test_what_leaves_have_in_common_is_saved_once():
+    t = jp.mos(rank=2, shards=2, where="**/kernel")
+    params = {"one": {"kernel": jnp.ones((8, 6))}, "two": {"kernel": jnp.ones((8, 6))}}
+    state = moved(t.attach(KEY, params))
+    saved = jp.weights.adapters(state)
+    assert set(saved) == {"params", "pools"} and saved["pools"]
+    again = jp.weights.with_adapters(t.attach(KEY, params), saved)
+    # The base was moved too, the parts alone come back.
+    jax.tree.map(np.testing.assert_array_equal, jp.weights.adapters(again), saved)
+    saved["pools"].popitem()
+    with pytest.raises(ValueError, match="there is no 'pools/"):
+        jp.weights.with_adapters(state, saved)
+
+
 def test_what_trains_the_weight_itself_has_no_adapters():
     state = jp.fake_quant().attach(KEY, parameters())
     with pytest.raises(ValueError, match="trains the weight 'blocks/0/kernel' itself"):

@@ -1,12 +1,13 @@
 """What a method added to the parameters, alone: small trees to save, to send and to put back."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpara.tree import path_of
-from jaxpara.weights.weight import Weight, is_weight
+from jaxpara.weights.weight import Pooled, Weight, is_pooled, is_weight
 
 
 def _parts(weight: Weight) -> dict[str, Any]:
@@ -28,11 +29,14 @@ def adapters(state: Any) -> dict[str, Any]:
     Returns:
       Nested dictionaries of arrays in the structure of the parameters, `{"blocks": {"kernel":
       {"a": .., "b": ..}}}`; under a leaf `base` holds the parts of the method before, if any.
+      Of a state with pools: these as `params`, and `pools`.
 
     Raises:
       ValueError: no leaf is reparameterised, or one is whose own weight was trained too, which
         its parts cannot give back.
     """
+    if is_pooled(state):
+        return {"params": adapters(state.params), "pools": dict(state.pools)}
     found: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight):
         if not is_weight(leaf):
@@ -71,27 +75,31 @@ def with_adapters(state: Any, adapters: dict[str, Any]) -> Any:
     """
     given = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(adapters)}
 
+    def taken(where: str, part: jax.Array) -> jax.Array:
+        if where not in given:
+            raise ValueError(f"with_adapters: there is no {where!r} in what was given")
+        new = given.pop(where)
+        if jnp.shape(new) != part.shape:
+            raise ValueError(
+                f"with_adapters: {where!r} has shape {jnp.shape(new)} and the state wants "
+                f"{part.shape}: attach with the settings that it was trained with"
+            )
+        return jnp.asarray(new, part.dtype)
+
     def replaced(weight: Any, path: str) -> Any:
         if not is_weight(weight):
             return weight
         inside = f"{path}/" if path else ""
-        parts = {}
-        for name, part in weight.parts.items():
-            where = inside + name
-            if where not in given:
-                raise ValueError(f"with_adapters: there is no {where!r} in what was given")
-            new = given.pop(where)
-            if jnp.shape(new) != part.shape:
-                raise ValueError(
-                    f"with_adapters: {where!r} has shape {jnp.shape(new)} and the state wants "
-                    f"{part.shape}: attach with the settings that it was trained with"
-                )
-            parts[name] = jnp.asarray(new, part.dtype)
-        return Weight(replaced(weight.base, inside + "base"), parts, weight.method)
+        parts = {name: taken(inside + name, part) for name, part in weight.parts.items()}
+        return dataclasses.replace(weight, base=replaced(weight.base, inside + "base"), parts=parts)
 
-    state = jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: replaced(leaf, path_of(keys)), state, is_leaf=is_weight
-    )
+    def of_params(keys, leaf):
+        return replaced(leaf, path_of(keys))
+
+    if is_pooled(state):
+        pools = {name: taken(f"pools/{name}", pool) for name, pool in state.pools.items()}
+        state = Pooled(state.params, pools)
+    state = jax.tree_util.tree_map_with_path(of_params, state, is_leaf=is_weight)
     if given:
         raise ValueError(f"with_adapters: the state has no {', '.join(map(repr, sorted(given)))}")
     return state
