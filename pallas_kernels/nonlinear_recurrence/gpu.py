@@ -35,6 +35,9 @@ from pallas_kernels.nonlinear_recurrence.gpu_window import (
     walk,
 )
 
+# Steps of a rollout that are unrolled: their addresses become constants.
+_UNROLL = 4
+
 
 def forward(
     cell: ElementwiseCell,
@@ -80,7 +83,7 @@ def forward(
     _check(init, xs, params, max_iters)
     steps, batch, width = xs[0].shape
     step_bytes = sum(x.dtype.itemsize for x in xs)
-    problem = windows.Problem(steps, batch, width, cell.states, step_bytes)
+    problem = windows.Problem(steps, batch, width, cell.states, len(xs), step_bytes, affine)
     plan = windows.choose(problem, chunks=chunks, window=window)
     blocks = -(-width // plan.block)
     cut = windows.cut(xs, plan, reverse)
@@ -89,7 +92,7 @@ def forward(
 
     def solve(*refs):
         rest = iter(refs)
-        settings = (cell, plan, tol, max_iters, reverse)
+        settings = (cell, plan, tol, max_iters, reverse, _UNROLL if interpret is None else 1)
         missing = steps if steps < plan.windows * plan.window else None
         groups = [[next(rest) for _ in range(n)] for n in (*inputs, len(init), 3, len(xs))]
         _solve(Block(*settings, missing, [h.dtype for h in init], *groups, *rest), affine)

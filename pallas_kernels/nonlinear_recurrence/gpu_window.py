@@ -35,6 +35,7 @@ class Block(NamedTuple):
 
     Attributes:
       cell, plan, tol, max_iters, reverse: as the op was given them.
+      unroll: steps of a rollout that are unrolled where it divides the chunk's length.
       steps: T where the last window is padded, else None.
       dtypes: of the states.
       xs, params, init, states, report: device memory.
@@ -51,6 +52,7 @@ class Block(NamedTuple):
     tol: float
     max_iters: int
     reverse: bool
+    unroll: int
     steps: int | None
     dtypes: Sequence[Any]
     xs: Sequence[Any]
@@ -116,7 +118,7 @@ def stage(block: Block, w: Any) -> None:
         )
 
 
-def _roll(block, w, slot, params, first, *, columns: bool, keep: Any) -> tuple[list, list]:
+def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[list, list]:
     """Rolls this warpgroup's chunks out: ends, and products of Jacobians if `columns`.
 
     Args:
@@ -126,7 +128,7 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: Any) -> tuple[l
       params: rows.
       first: starts, `[K, C, block]` in shared memory.
       columns: carry the product along.
-      keep: whether states are written to device memory; a Python or a traced bool.
+      keep: write the states to device memory.
     """
     cell, plan, own = block.cell, block.plan, _own_rows(block)
     layout = mosaic.tile_layout(plan.block)
@@ -139,10 +141,7 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: Any) -> tuple[l
         begins = w * plan.window + _in_memory(block, row, plan.chunks) * plan.length
         valid = lambda step: begins + step < block.steps  # noqa: E731
 
-    def advance(step, carry):
-        states, products = carry
-        at = _in_memory(block, step, plan.length)
-        inputs = [_load_tile(block, x.at[slot, own, at]) for x in block.staged]
+    def advance(step, inputs, states, products):
         if columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
@@ -156,22 +155,27 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: Any) -> tuple[l
                 [jnp.where(here, n, p) for n, p in zip(after, before, strict=True)]
                 for after, before in zip(pushed, products, strict=True)
             ]
-        if keep is not False:
-
-            @pl.when(keep)
-            def _():
-                for ref, value in zip(block.states, new, strict=True):
-                    place = ref.at[window, own, at, lax.axis_index("b"), channels(block)]
-                    mosaic.store(place, value)
-
         return new, pushed
+
+    def group(g, carry):
+        steps = [g * together + j for j in range(together)]
+        places = [_in_memory(block, step, plan.length) for step in steps]
+        # All loads first: the compiler moves none across a store, whose address it cannot tell.
+        inputs = [[_load_tile(block, x.at[slot, own, at]) for x in block.staged] for at in places]
+        for step, at, x in zip(steps, places, inputs, strict=True):
+            carry = advance(step, x, *carry)
+            for ref, value in zip(block.states, carry[0], strict=True) if keep else ():
+                place = ref.at[window, own, at, lax.axis_index("b"), channels(block)]
+                mosaic.store(place, value)
+        return carry
 
     states = [_load_tile(block, first.at[k, own]) for k in range(cell.states)]
     identity = [
         [mosaic.full(shape, float(i == j), layout) for i in range(cell.states)]
         for j in range(cell.states if columns else 0)
     ]
-    return lax.fori_loop(0, plan.length, advance, (states, identity))
+    together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
+    return lax.fori_loop(0, plan.length // together, group, (states, identity))
 
 
 def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays]) -> None:
@@ -272,50 +276,53 @@ def _vote(block: Block) -> tuple[Any, Any]:
     return jnp.max(load_row(block, block.vote.at[0])), jnp.max(load_row(block, block.vote.at[1]))
 
 
+def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, *, first: bool) -> None:
+    """One pass: rolls out, tests, and corrects the starts if a boundary is open."""
+    wg, old, new = lax.axis_index("wg"), passes % 2, (passes + 1) % 2
+    starts = block.starts.at[old]
+    summaries = _roll(block, w, slot, params, starts, columns=True, keep=not first)
+    _write_summaries(block, *summaries)
+    # Warpgroup 0 reads the summaries of all chunks.
+    mosaic.sync(block.arrived)
+
+    @pl.when(wg == 0)
+    def _():
+        still, worst, caps = _judge(block, old)
+        mosaic.store(block.vote.at[0], still)
+        mosaic.store(block.vote.at[1], worst)
+
+        @pl.when(first or jnp.max(still) > 0.0)
+        def _():
+            _correct(block, old, new, caps)
+
+    # All read the vote and their new starts, and then write over the summaries.
+    mosaic.sync(block.arrived)
+
+
 def iterate(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     """Passes over a window until every boundary is closed, at most `max_iters`.
 
     The first pass starts every chunk from the carry; its states are not written, so it never is
     the one that counts.
     """
-    wg, own = lax.axis_index("wg"), _own_rows(block)
-    layout = mosaic.tile_layout(block.plan.block)
+    own, layout = _own_rows(block), mosaic.tile_layout(block.plan.block)
     for k in range(block.cell.states):
         carry = load_row(block, block.carry.at[k])
         tile = mosaic.spread(carry, block.plan.chunks // block.plan.warpgroups, layout)
         mosaic.store(block.starts.at[0, k, own], tile)  # each thread reads back what it wrote
+    _attempt(block, w, slot, params, 0, first=True)
 
-    def attempt(state):
+    def again(state):
         passes = state[0]
-        old, new = passes % 2, (passes + 1) % 2
-        first = block.starts.at[old]
-        _write_summaries(
-            block, *_roll(block, w, slot, params, first, columns=True, keep=passes > 0)
-        )
-        # Warpgroup 0 reads the summaries of all chunks.
-        mosaic.sync(block.arrived)
-
-        @pl.when(wg == 0)
-        def _():
-            still, worst, caps = _judge(block, old)
-            mosaic.store(block.vote.at[0], still)
-            mosaic.store(block.vote.at[1], worst)
-
-            @pl.when((jnp.max(still) > 0.0) | (passes == 0))
-            def _():
-                _correct(block, old, new, caps)
-
-        # All read the vote and their new starts, and then overwrite the summaries.
-        mosaic.sync(block.arrived)
-        still, worst = _vote(block)
-        return passes + 1, jnp.where(passes > 0, still, 1.0), worst
+        _attempt(block, w, slot, params, passes, first=False)
+        return passes + 1, *_vote(block)
 
     def going_on(state):
         passes, still, _ = state
         return (passes < block.max_iters) & (still > 0.0)
 
-    begin = (jnp.int32(0), jnp.float32(1.0), jnp.float32(0.0))
-    return Outcome(*lax.while_loop(going_on, attempt, begin))
+    begin = (jnp.int32(1), jnp.float32(1.0), _vote(block)[1])
+    return Outcome(*lax.while_loop(going_on, again, begin))
 
 
 def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:

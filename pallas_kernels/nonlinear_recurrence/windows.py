@@ -14,9 +14,12 @@ from pallas_kernels.mosaic import SHARED_MEMORY, rows_of
 
 # Fewer blocks than this leave multiprocessors of an H100 idle.
 _BLOCKS_WANTED = 132
-# Shorter chunks cost iterations, longer ones sequential steps; measured in interpretation.
-_SHORTEST, _LONGEST = 8, 32
-_MOST_CHUNKS, _MOST_WARPGROUPS = 32, 4
+# Steps of a chunk: fewer than _GOOD cost iterations (an affine step has none to lose), more than
+# _LONGEST sequential steps for nothing.
+_SHORTEST, _GOOD, _LONGEST = 8, 16, 32
+# Chunks of a window, best first: 32 give every thread of four warpgroups one element, or two.
+_COUNTS = (32, 16, 8, 4)
+_MOST_WARPGROUPS = 4
 
 
 class Plan(NamedTuple):
@@ -40,13 +43,15 @@ class Plan(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Sizes that decide a plan; `step_bytes` is what one channel's inputs of one step take."""
+    """What decides a plan: sizes, bytes of a channel's inputs at one step, whether f is affine."""
 
     steps: int
     batch: int
     width: int
     states: int
+    inputs: int
     step_bytes: int
+    affine: bool
 
 
 def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: int) -> int:
@@ -77,54 +82,59 @@ def _warpgroups(block: int, chunks: int) -> int:
     return max(n for n in range(1, _MOST_WARPGROUPS + 1) if groups % n == 0)
 
 
+def _block(problem: Problem) -> int:
+    """Channels of a block: rows of 64 bytes where that leaves enough blocks."""
+    narrow = problem.step_bytes <= 2 * problem.inputs
+    many = problem.batch * -(-problem.width // 32) >= _BLOCKS_WANTED
+    return 32 if narrow and many and problem.width > 16 else 16
+
+
 def choose(problem: Problem, *, chunks: int | None = None, window: int | None = None) -> Plan:
     """Picks blocks and windows that fit shared memory.
 
     Args:
       problem: sizes.
       chunks: of a window; None picks 32, fewer for short sequences and many states.
-      window: steps of a window, a multiple of `chunks`; None fills shared memory.
+      window: steps of a window, a multiple of its chunks; None fills shared memory.
 
     Raises:
       ValueError: `chunks` or `window` that no plan can have.
-      NotImplementedError: not even one step a chunk fits.
+      NotImplementedError: the window asked for, or any at all, does not fit.
     """
-    few = problem.batch * -(-problem.width // 32) < _BLOCKS_WANTED
-    block = 16 if few or problem.width <= 16 else 32
+    block = _block(problem)
     rows = rows_of(block)
-    if chunks is not None and (chunks < rows or chunks % rows):
+    if chunks is not None and (chunks < 1 or chunks % rows):
         raise ValueError(
             f"chunks={chunks}; blocks of {block} channels expect a positive multiple of {rows}."
         )
-    if window is not None and (window < 1 or window % (chunks or rows)):
-        raise ValueError(f"window={window}; expected a multiple of chunks={chunks or rows}.")
-    if chunks is None and window is not None:
-        chunks = rows
-    if window is not None and chunks is not None:
-        counts, longest = [chunks], window // chunks
-    else:
-        counts = [chunks] if chunks else [c for c in (32, 16, 8) if c <= _MOST_CHUNKS]
-        if chunks is None:  # short sequences: chunks of at least eight steps, while there are any
-            counts = [c for c in counts if c * _SHORTEST <= problem.steps] or [rows]
-        longest = _LONGEST
+    counts = [c for c in _COUNTS if c >= rows] if chunks is None else [chunks]
+    longest = _LONGEST
+    if window is not None:
+        counts = [c for c in counts if window > 0 and window % c == 0][:1]
+        if not counts:
+            raise ValueError(f"window={window}; expected a positive multiple of {chunks or rows}.")
+        longest = window // counts[0]
+    elif chunks is None:  # a short sequence: fewer chunks, of some length
+        enough = _SHORTEST if problem.affine else _GOOD
+        counts = [c for c in counts if c * enough <= problem.steps] or counts[-1:]
 
-    fits = [
-        (c, slots, min(longest, _most_length(problem, block, c, slots)))
-        for slots in (2, 1)
-        for c in counts
-    ]
-    wanted = longest if window is not None else min(_SHORTEST, -(-problem.steps // counts[-1]))
-    for c, slots, most in [f for f in fits if f[2] >= wanted] or fits:
-        if most < (longest if window is not None else 1):
-            continue
-        if window is not None:
-            length, windows = most, -(-problem.steps // window)
+    if problem.affine:  # waits for memory: all threads, and more windows on their way
+        tries = [(slots, count, _SHORTEST) for count in counts for slots in (3, 2)]
+    else:  # computes
+        tries = [(2, count, enough) for enough in (_GOOD, _SHORTEST) for count in counts]
+    tries += [(1, count, _SHORTEST) for count in counts]
+    for slots, count, enough in [*tries, (1, counts[-1], 1)]:
+        most = min(longest, _most_length(problem, block, count, slots))
+        if window is not None and most == longest:
+            length, needed = longest, -(-problem.steps // window)
+        elif window is None and most >= min(enough, -(-problem.steps // count)):
+            length, needed = _lengths(problem.steps, count, most)
         else:
-            length, windows = _lengths(problem.steps, c, most)
-        return Plan(block, _warpgroups(block, c), c, length, windows, min(slots, windows))
+            continue
+        return Plan(block, _warpgroups(block, count), count, length, needed, min(slots, needed))
     raise NotImplementedError(
-        f"{problem.states} states and {problem.step_bytes} bytes of inputs a channel and step do "
-        f"not fit the {SHARED_MEMORY} bytes of shared memory"
+        f"{problem.states} states, {problem.step_bytes} bytes of inputs a channel and step and "
+        f"window={window} do not fit {SHARED_MEMORY} bytes of shared memory"
     )
 
 
