@@ -142,6 +142,18 @@ def make(name: str, width: int) -> Recurrence:
     return three(width) if name == "three" else gated(name, width)
 
 
+def leaves(name: str) -> Leaves:
+    """How many arrays a recurrence reads and writes.
+
+    Args:
+      name: as in `make`.
+
+    Returns:
+      The numbers.
+    """
+    return make(name, 1).leaves
+
+
 def prepared(recurrence: Recurrence, shape: Shape, dtype: str) -> elementwise.Elementwise:
     """What a kernel takes of it, at float32 arithmetic whatever the storage.
 
@@ -162,27 +174,46 @@ def prepared(recurrence: Recurrence, shape: Shape, dtype: str) -> elementwise.El
     )
 
 
-def data(recurrence: Recurrence, shape: Shape, dtype: str, seed: int) -> Data:
+def order_of_params(
+    ready: elementwise.Elementwise, recurrence: Recurrence, shape: Shape
+) -> list[int]:
+    """Which of the recurrence's consts each parameter of the kernel is.
+
+    Args:
+      ready: from `prepared`.
+      recurrence: what it was prepared from.
+      shape: T, B, D.
+
+    Returns:
+      Index into `recurrence.consts`, a parameter.
+    """
+    marks = [jnp.full_like(c, i) for i, c in enumerate(recurrence.consts)]
+    xs = [jnp.zeros((1, *shape[1:]))] * recurrence.leaves.inputs
+    return [int(p.ravel()[0]) for p in ready.operands(marks, xs)[1]]
+
+
+def data(recurrence: Recurrence, shape: Shape, dtype: str, count: int = 1) -> list[Data]:
     """Operands on the default device.
 
     Args:
       recurrence: what they are for.
       shape: T, B, D.
       dtype: of the storage.
-      seed: of all numbers.
+      count: of independent sets.
 
     Returns:
-      The operands.
+      The sets.
     """
     states, inputs, _ = recurrence.leaves
 
+    @jax.jit
     def draw(key):
         keys = jax.random.split(key, inputs + states)
         xs = [recurrence.draw(keys[i], shape, i).astype(dtype) for i in range(inputs)]
         cotangents = [jax.random.normal(k, shape).astype(dtype) for k in keys[inputs:]]
         return Data([jnp.zeros(shape[1:], dtype)] * states, xs, cotangents)
 
-    return jax.jit(draw)(jax.random.key(seed))
+    return [draw(key) for key in jax.random.split(jax.random.key(0), count)]
 
 
 class Truth(NamedTuple):

@@ -73,12 +73,14 @@ def vmem_kib(text: str) -> float:
     Raises:
       ValueError: it holds no kernel, or one without the figure.
     """
+    kernels = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     sizes = [
         int(size)
-        for group in re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', text)
+        for line in kernels  # XLA's own fusions have the same field
+        for group in re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', line)
         for size in re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', group)
     ]
-    if "tpu_custom_call" not in text or not sizes:
+    if not sizes:
         raise ValueError("the compiled program holds no Mosaic TPU kernel that states its VMEM")
     return max(sizes) / 1024
 

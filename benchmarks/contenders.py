@@ -1,0 +1,134 @@
+"""The implementations of a recurrence that are timed against one another.
+
+Each gives, of `(consts, init, xs, cotangents)`, the states in `forward`, and the states and the
+cotangents of `init` and `xs` and of the parameters in `forward_backward`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jaxpara as jp
+from benchmarks import recurrences
+from benchmarks.points import KERNEL, SCAN, SOLVER, Point
+from benchmarks.recurrences import Recurrence
+from jaxpara.recurrence import rule
+from pallas_kernels import linear_recurrence, nonlinear_recurrence
+
+TOL, MAX_ITERS = 1e-5, 8  # the residual at which the targets are stated
+
+
+class Result(NamedTuple):
+    """What a pass gives.
+
+    Attributes:
+      states: `[T, B, D]` each.
+      d_init: `[B, D]` each; none in forward.
+      d_xs: `[T, B, D]` each.
+      d_params: `[B, D]` each, by sequence, in the order of the recurrence's consts; or none.
+      iterations: `[B]`, or none.
+      fallback_steps: `[B]`, or none.
+    """
+
+    states: list[jax.Array]
+    d_init: Sequence[jax.Array] = ()
+    d_xs: Sequence[jax.Array] = ()
+    d_params: Sequence[jax.Array] = ()
+    iterations: jax.Array | None = None
+    fallback_steps: jax.Array | None = None
+
+
+def contender(point: Point, implementation: str | None = None) -> Callable[..., Result]:
+    """The implementation that a point names.
+
+    Args:
+      point: what is measured.
+      implementation: of the kernel, by name; None is the best of the platform.
+
+    Returns:
+      A function of `(consts, init, xs, cotangents)`.
+
+    Raises:
+      ValueError: no such implementation.
+    """
+    recurrence = recurrences.make(point.op, point.shape.width)
+    backward = point.which == "forward_backward"
+    if point.implementation == KERNEL and recurrence.affine:
+        return _linear_kernel(recurrence, backward, implementation)
+    if point.implementation == KERNEL:
+        return _kernel(recurrence, point, backward, implementation)
+    if point.implementation == SCAN:
+        return _scan(recurrence, jax.lax.scan, backward)
+    if point.implementation.startswith(SOLVER):
+        solver = rule.PATHS[point.implementation.removeprefix(SOLVER)]
+
+        def scan(f, init, xs):
+            return jp.newton_scan(f, init, xs, solver=solver, derivative="reverse")
+
+        return _scan(recurrence, scan, backward)
+    raise ValueError(f"implementation={point.implementation!r} is not one that can be timed")
+
+
+def _scan(recurrence: Recurrence, scan: Callable[..., Any], backward: bool):
+    """A float32 carry whatever the storage, as the kernels have it."""
+
+    def solve(consts, init, xs):
+        def step(h, x):
+            h = recurrence.step(consts, h, [v.astype(jnp.float32) for v in x])
+            return h, [v.astype(xs[0].dtype) for v in h]
+
+        return scan(step, [h.astype(jnp.float32) for h in init], xs)[1]
+
+    def run(consts, init, xs, cotangents):
+        if not backward:
+            return Result(solve(consts, init, xs))
+        states, pull = jax.vjp(solve, consts, init, xs)
+        _, d_init, d_xs = pull(cotangents)  # the parameters' are sums over sequences
+        return Result(states, d_init, d_xs)
+
+    return run
+
+
+def _linear_kernel(recurrence: Recurrence, backward: bool, implementation: str | None):
+    entries = recurrence.leaves.states**2
+
+    def run(consts, init, xs, cotangents):
+        del consts
+        a, b = xs[:entries], xs[entries:]
+        states = linear_recurrence.forward(a, b, init, implementation=implementation)
+        if not backward:
+            return Result(states)
+        found = linear_recurrence.backward(
+            a, b, init, states, cotangents, implementation=implementation
+        )
+        return Result(states, found.init, [*found.a, *found.b])
+
+    return run
+
+
+def _kernel(recurrence: Recurrence, point: Point, backward: bool, implementation: str | None):
+    prepared = recurrences.prepared(recurrence, point.shape, point.dtype)
+    order = recurrences.order_of_params(prepared, recurrence, point.shape)
+
+    def run(consts, init, xs, cotangents):
+        inputs, params = prepared.operands(consts, xs)
+        states, iterations, _, fallback = nonlinear_recurrence.forward(
+            prepared.cell,
+            init,
+            inputs,
+            params,
+            tol=TOL,
+            max_iters=MAX_ITERS,
+            implementation=implementation,
+        )
+        if not backward:
+            return Result(states, iterations=iterations, fallback_steps=fallback)
+        d_init, d_xs, d_params, more = nonlinear_recurrence.backward(
+            prepared.cell, init, inputs, params, states, cotangents, implementation=implementation
+        )
+        in_order = [d_params[order.index(i)] for i in range(len(d_params))]
+        return Result(states, d_init, d_xs, in_order, iterations, fallback + more)
+
+    return run

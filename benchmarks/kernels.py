@@ -1,0 +1,280 @@
+"""Times the recurrence kernels on this machine's device: `python -m benchmarks.kernels`.
+
+Linear and nonlinear recurrences, forward and with gradients, float32 and bfloat16 storage, beside
+`lax.scan` in the same process, against the floor of memory traffic; then what `jp.auto` chooses
+from. Written row by row: the same command goes on where it stopped. Needs no Hydra.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import recurrences, rows, timing
+from benchmarks.contenders import Result, contender
+from benchmarks.points import ITEMSIZE, KERNEL, OPS, SCAN, Point, crossover, fitting, grid, needs
+from benchmarks.report import write_report
+from jaxpara.recurrence import rule
+from pallas_kernels.shapes import GRID, SMOKE, Shape, traffic
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# Of the largest entry; a row above is wrong and earns no ratio.
+LARGEST_ERROR = {
+    "float32": (2e-4, 2e-3),  # values and gradients at a residual of 1e-5
+    "bfloat16": (2e-2, 5e-2),  # states and gates' gradients are stored in 8 bits
+}
+
+
+@dataclasses.dataclass
+class Machine:
+    """What the rows have in common."""
+
+    device: str
+    memory: int
+    copy_gb_s: float
+    jax: str
+    commit: str
+
+
+class Bench:
+    """Measures points; keeps the data and the oracle of the shape that it is at."""
+
+    def __init__(self, machine: Machine, *, scan_s: float, sets: int, implementation: str | None):
+        self.machine = machine
+        self.scan_s = scan_s
+        self.sets = sets
+        self.implementation = implementation
+        self._held: tuple[Any, ...] = ()
+        self._step_s: dict[tuple[str, str, str], float] = {}  # lax.scan's, as measured so far
+
+    def row(self, point: Point) -> dict[str, Any]:
+        """Measures a point, or says why not.
+
+        Args:
+          point: which.
+
+        Returns:
+          Its row.
+        """
+        row = rows.key(point) | {
+            "copy_gb_s": self.machine.copy_gb_s,
+            "device": self.machine.device,
+            "jax": self.machine.jax,
+            "commit": self.machine.commit,
+            "date": datetime.date.today().isoformat(),
+        }
+        expected = self._expected_s(point)
+        if expected > self.scan_s:
+            return row | {"verdict": f"skipped: a run would take about {expected:.0f} s"}
+        try:
+            return row | self._measured(point)
+        except Exception as error:  # a point that fails must not sink the others
+            first = (str(error).strip() or "no message").splitlines()[0]
+            return row | {"verdict": f"failed: {type(error).__name__}: {first[:160]}"}
+
+    def _measured(self, point: Point) -> dict[str, Any]:
+        size = ITEMSIZE[point.dtype]
+        # The others are slow enough not to gain from a cache, and take long to compile.
+        several = min(self.sets, timing.sets_needed(needs(point)))
+        count = several if point.implementation == KERNEL else 1
+        operands, true = self._data(point, count)
+        consts = recurrences.make(point.op, point.shape.width).consts
+        run = jax.jit(timing.chained(contender(point, self.implementation), count))
+        sets = [tuple(o) for o in operands[:count]]
+        began = time.perf_counter()
+        compiled = run.lower(consts, sets).compile()
+        compile_s = time.perf_counter() - began
+        result = compiled(consts, sets)[0]
+        errors = _errors(result, true)
+        found = {
+            name: None if value is None else int(jnp.max(value))
+            for name, value in (
+                ("iterations", result.iterations),
+                ("fallback_steps", result.fallback_steps),
+            )
+        }
+        del result
+        timed = timing.measure(lambda: compiled(consts, sets), repeats=count)
+        if point.implementation == SCAN:
+            self._step_s[point.op, point.which, point.dtype] = timed.median / 1e3 / point.shape[0]
+        moved = traffic(point.shape, recurrences.leaves(point.op), size, point.which)
+        floor_ms = moved / self.machine.copy_gb_s / 1e6
+        return {
+            "verdict": _verdict(errors, point.dtype),
+            "ms": timed.median,
+            "ms_low": timed.low,
+            "ms_high": timed.high,
+            "samples": timed.samples,
+            "sets": count,
+            "compile_s": compile_s,
+            "gb_s": moved / timed.median / 1e6,
+            "floor_ms": floor_ms,
+            "times_floor": timed.median / floor_ms,
+            "value_error": errors[0],
+            "gradient_error": errors[1],
+            **found,
+        }
+
+    def _data(self, point: Point, count: int):
+        """Operands and truth; made anew only for another op, storage or shape."""
+        name = (point.op, point.dtype, point.shape)
+        if not self._held or self._held[0] != name:
+            self._held = ()  # before the next ones are made
+            recurrence = recurrences.make(point.op, point.shape.width)
+            operands = recurrences.data(recurrence, point.shape, point.dtype, count)
+            self._held = (name, operands, recurrences.truth(recurrence, operands[0]))
+        elif len(self._held[1]) < count:
+            recurrence = recurrences.make(point.op, point.shape.width)
+            more = recurrences.data(recurrence, point.shape, point.dtype, count)
+            self._held = (name, self._held[1][:1] + more[1:], self._held[2])
+        return self._held[1:]
+
+    def _expected_s(self, point: Point) -> float:
+        """Seconds of one run of `lax.scan`, from its shorter ones; 0 for what is fast."""
+        if point.implementation != SCAN:
+            return 0.0
+        guess = 3e-5 if self.machine.device != "cpu" else 1e-6
+        step_s = self._step_s.get((point.op, point.which, point.dtype), guess)
+        return step_s * point.shape.steps
+
+
+def _errors(result: Result, true: recurrences.Truth) -> tuple[float, float | None]:
+    """Largest error over largest entry, of the states and of all gradients."""
+
+    def worst(got: Sequence[Any], wanted: Sequence[np.ndarray]) -> float:
+        largest = 0.0
+        for g, w in zip(got, wanted, strict=True):
+            gap = np.abs(recurrences.corner(g) - w).max() / max(np.abs(w).max(), 1e-30)
+            largest = max(largest, float(gap) if np.isfinite(gap) else np.inf)
+        return largest
+
+    values = worst(result.states, true.states)
+    if not result.d_xs:
+        return values, None
+    gradients = max(worst(result.d_init, true.d_init), worst(result.d_xs, true.d_xs))
+    if result.d_params:
+        gradients = max(gradients, worst(result.d_params, true.d_consts))
+    return values, gradients
+
+
+def _verdict(errors: tuple[float, float | None], dtype: str) -> str:
+    largest = LARGEST_ERROR[dtype]
+    if not errors[0] <= largest[0]:  # also for a NaN
+        return f"wrong values ({errors[0]:.0e})"
+    if errors[1] is not None and not errors[1] <= largest[1]:
+        return f"wrong gradients ({errors[1]:.0e})"
+    return "ok"
+
+
+def machine(memory_gb: float | None, copy_bytes: int) -> Machine:
+    """This machine, its copy bandwidth measured.
+
+    Args:
+      memory_gb: of the device, if known better than by JAX.
+      copy_bytes: of the array whose copy is timed.
+
+    Returns:
+      What the rows have in common.
+    """
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    memory = int(memory_gb * 1e9) if memory_gb else int(stats.get("bytes_limit", 4e9))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=RESULTS.parent,
+    ).stdout.strip()
+    return Machine(
+        device.device_kind, memory, timing.copy_gb_s(copy_bytes), jax.__version__, commit
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--grid", choices=("full", "smoke"), default="full")
+    made.add_argument("--ops", nargs="+", choices=OPS, default=["gru", "lstm", "linear"])
+    made.add_argument("--dtypes", nargs="+", choices=list(ITEMSIZE), default=list(ITEMSIZE))
+    made.add_argument("--no-crossover", action="store_true", help="leave out what jp.auto needs")
+    made.add_argument("--implementation", help="of the kernels: mosaic_gpu, mosaic_tpu or xla")
+    made.add_argument("--minutes", type=float, default=8.0, help="stop after these; then repeat")
+    made.add_argument("--scan-seconds", type=float, default=3.0, help="skip lax.scan above this")
+    made.add_argument("--sets", type=int, default=timing.MOST_SETS, help="of rotated inputs")
+    made.add_argument("--memory-gb", type=float, help="of the device, if JAX does not know")
+    made.add_argument("--csv", type=Path, help="rows; points that it holds are not measured again")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Entry of `python -m benchmarks.kernels`.
+
+    Args:
+      arguments: of the command line.
+
+    Returns:
+      The file of rows.
+    """
+    began = time.perf_counter()
+    options = parser().parse_args(arguments)
+    smoke = options.grid == "smoke"
+    here = machine(options.memory_gb, (16 << 20) if smoke else (1 << 30))
+    name = re.sub(r"[^a-z0-9]+", "-", here.device.lower()).strip("-")
+    path = options.csv or RESULTS / f"{datetime.date.today().isoformat()}-kernels-{name}.csv"
+    shapes: Sequence[Shape] = SMOKE if smoke else GRID
+    points = grid(shapes, options.ops, options.dtypes)
+    if not options.no_crossover:
+        points += crossover(list(rule.PATHS), *([SMOKE[:1]] if smoke else []))
+    points, large = fitting(points, here.memory)
+    done = {rows.point_of(row) for row in rows.read(path)}
+    left = [point for point in points if point not in done]
+    print(
+        f"{here.device}: {here.memory / 1e9:.0f} GB, copy {here.copy_gb_s:.0f} GB/s, an empty call "
+        f"{timing.call_us():.0f} us; {len(left)} of {len(points)} points to do, "
+        f"{len(large)} need over 60 % of the memory -> {path}",
+        flush=True,
+    )
+    bench = Bench(
+        here,
+        scan_s=options.scan_seconds,
+        sets=min(options.sets, 2) if smoke else options.sets,
+        implementation=options.implementation,
+    )
+    try:
+        for number, point in enumerate(left):
+            if time.perf_counter() - began > 60 * options.minutes:
+                print(f"{options.minutes:g} minutes are over; {len(left) - number} points left: "
+                      "the same command goes on")  # fmt: skip
+                break
+            row = bench.row(point)
+            rows.append(path, row)
+            print(_line(point, row), flush=True)
+    finally:
+        text = write_report(path, large)
+        print(f"-> {text}")
+    return path
+
+
+def _line(point: Point, row: dict[str, Any]) -> str:
+    what = f"{point.op} {point.dtype} {point.which} {tuple(point.shape)} {point.implementation}"
+    if "ms" not in row:
+        return f"{what}: {row['verdict']}"
+    steps = f", {row['iterations']} iterations" if row["iterations"] is not None else ""
+    return (
+        f"{what}: {row['ms']:.4g} ms, {row['times_floor']:.2f} x floor{steps}, "
+        f"error {row['value_error']:.0e}, {row['verdict']}"
+    )
+
+
+if __name__ == "__main__":
+    main()

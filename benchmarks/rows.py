@@ -1,0 +1,118 @@
+"""Rows of a benchmark on disk: written one by one, so that a run that is killed keeps them."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from benchmarks.points import Point
+from pallas_kernels.shapes import Shape
+
+KEY = ("op", "dtype", "pass", "T", "B", "D", "implementation")
+FIELDS = (
+    *KEY,
+    "verdict",
+    "ms",
+    "ms_low",
+    "ms_high",
+    "samples",
+    "sets",
+    "compile_s",
+    "gb_s",
+    "floor_ms",
+    "times_floor",
+    "iterations",
+    "fallback_steps",
+    "value_error",
+    "gradient_error",
+    "copy_gb_s",
+    "device",
+    "jax",
+    "commit",
+    "date",
+)
+
+
+def key(point: Point) -> dict[str, Any]:
+    """The columns that name a point.
+
+    Args:
+      point: which.
+
+    Returns:
+      Column -> value.
+    """
+    values = (point.op, point.dtype, point.which, *point.shape, point.implementation)
+    return dict(zip(KEY, values, strict=True))
+
+
+def point_of(row: dict[str, Any]) -> Point:
+    """The inverse of `key`.
+
+    Args:
+      row: of the file.
+
+    Returns:
+      The point.
+    """
+    shape = Shape(*(int(row[name]) for name in "TBD"))
+    return Point(row["op"], row["dtype"], row["pass"], shape, row["implementation"])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; numbers as floats, empty cells as None.
+
+    Args:
+      path: of a file that may not be there.
+
+    Returns:
+      The rows; the later one of two for the same point.
+
+    Raises:
+      ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != FIELDS:
+            raise ValueError(
+                f"{path} has the columns {reader.fieldnames}; expected those of benchmarks.rows. "
+                "Give another file: --csv"
+            )
+        rows = {}
+        for raw in reader:
+            if None in raw.values() or None in raw:  # the last line of a run that was killed
+                continue
+            row = {name: _number(value) for name, value in raw.items()}
+            rows[point_of(row)] = row
+    return list(rows.values())
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row, and the header if the file is new.
+
+    Args:
+      path: of the file.
+      row: column -> value; missing ones stay empty.
+    """
+    ends_whole = not path.exists() or path.read_bytes().endswith(b"\n")
+    with path.open("a", newline="") as file:
+        if not ends_whole:
+            file.write("\r\n")
+        writer = csv.DictWriter(file, FIELDS)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow({name: _text(value) for name, value in row.items()})
+
+
+def _text(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def _number(text: str) -> Any:
+    if text == "":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
