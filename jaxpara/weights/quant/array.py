@@ -1,9 +1,33 @@
 """Integers with their scales, standing in a parameter tree where a float weight stood."""
 
-import jax
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from jaxpara.weights.quant.grid import Grid, Parts, dequantised
-from jaxpara.weights.weight import Method, Weight
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from jaxpara.weights.quant.activations import activation_integers, fake_activations
+from jaxpara.weights.quant.grid import Grid, Parts, dequantised, make_grid, never_zero
+from jaxpara.weights.weight import Method, Weight, is_weight
+from pallas_kernels import quantised_dot as kernels
+from pallas_kernels.quantised_dot.packing import pack as pack_values
+from pallas_kernels.quantised_dot.packing import packs, unpack
+
+
+class Stored(NamedTuple):
+    """How integers are read.
+
+    Attributes:
+      grid: of the integers.
+      activations: bits of what they are multiplied with; None: it stays as it is.
+      ranges: from which the grid was fitted, where a method does it once.
+    """
+
+    grid: Grid
+    activations: int | None = None
+    ranges: str | None = None
 
 
 def part_axes(grid: Grid, ndim: int):
@@ -18,29 +42,230 @@ def separable(grid: Grid, ndim: int) -> frozenset[int]:
     return frozenset(range(-ndim, -2)) | (frozenset() if grid.per_tensor else frozenset({-1}))
 
 
-def _none(grid: Grid, key, base):
+def stored_values(grid: Grid, values: jax.Array) -> jax.Array:
+    """Integers as int8, whether they are packed (uint8) or not."""
+    return unpack(values, grid.bits) if values.dtype == jnp.uint8 else values
+
+
+def packed_values(grid: Grid, values: jax.Array) -> jax.Array:
+    """Integers packed if their rows allow it, as int8 otherwise."""
+    return pack_values(values, grid.bits) if packs(values.shape[-2], grid.bits) else values
+
+
+def stored_effective(stored: Stored, base: jax.Array, parts: Parts) -> jax.Array:
+    """What stored integers stand for, in the dtype of the scale."""
+    return dequantised(stored.grid, stored_values(stored.grid, base), parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _integer_product(stored: Stored, x: jax.Array, base: jax.Array, parts: Parts) -> jax.Array:
+    scale, offset = _by_group(parts)
+    assert stored.activations is not None
+    values, own = activation_integers(x, stored.activations, scale.shape[0])
+    return kernels.integer_dot(values, own, base, scale, offset, bits=stored.grid.bits)
+
+
+def _forward(stored: Stored, x, base, parts):
+    return _integer_product(stored, x, base, parts), (x, base, parts)
+
+
+def _backward(stored: Stored, saved, cotangent):
+    # Straight through both roundings: the derivative of the product of what they stand for.
+    def smooth(x, base, parts):
+        assert stored.activations is not None
+        own = fake_activations(x, stored.activations, parts["scale"].shape[0])
+        return jnp.matmul(own, stored_effective(stored, base, parts).astype(x.dtype))
+
+    out, pull = jax.vjp(smooth, *saved)
+    return pull(cotangent.astype(out.dtype))
+
+
+_integer_product.defvjp(_forward, _backward)
+
+
+def _by_group(parts: Parts) -> tuple[jax.Array, jax.Array | None]:
+    offset = parts["offset"][:, 0] if "offset" in parts else None
+    return never_zero(parts["scale"][:, 0]), offset
+
+
+def stored_product(
+    stored: Stored,
+    x: jax.Array,
+    base: jax.Array,
+    parts: Parts,
+    cast: Any = None,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    implementation: Any = None,
+) -> jax.Array:
+    """`x @ W` on the integers themselves, for `Method.product`."""
+    flat = x.reshape(-1, x.shape[-1])
+    if stored.activations is not None:
+        out = _integer_product(stored, flat, base, parts)
+    else:
+        out = kernels.quantised_dot(
+            flat,
+            base,
+            *_by_group(parts),
+            bits=stored.grid.bits,
+            precision=precision,
+            implementation=implementation,
+        )
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _axes(stored: Stored, ndim: int):
+    return part_axes(stored.grid, ndim)
+
+
+def _separable(stored: Stored, ndim: int):
+    return separable(stored.grid, ndim)
+
+
+def _none(stored: Stored, key, base):
     raise TypeError("integers are made by merging a quantised weight, not attached to one")
 
 
-def quantised_array(grid: Grid, values: jax.Array, parts: Parts) -> Weight:
+def store(grid: Grid, values: jax.Array, parts: Parts, activations: int | None = None) -> Weight:
     """A weight held as integers.
 
     Args:
       grid: the grid.
-      values: `[.., rows, columns]`, int8.
+      values: `[.., rows, columns]`, int8, or packed as uint8.
       parts: `scale`, and `offset` if the grid is affine.
+      activations: bits of what it is multiplied with, or None.
 
     Returns:
       A weight that stands for `values * scale + offset`.
     """
-    method = Method(
-        name=f"int{grid.bits}",
-        settings=grid,
-        init=_none,
-        effective=dequantised,
-        factors=None,
-        axes=part_axes,
-        separable=separable,
-        freezes=False,
-    )
+    more = "" if activations is None else f", activations={activations}"
+    method = stored_method(f"int{grid.bits}{more}", Stored(grid, activations), _none)
     return Weight(values, parts, method)
+
+
+def stored_method(name: str, stored: Stored, init: Any, merge: Any = None) -> Method:
+    """The method of a weight that is held as integers and stays as it is.
+
+    Args:
+      name: for reports.
+      stored: how the integers are read.
+      init, merge: as in `Method`.
+
+    Returns:
+      The method.
+    """
+    return Method(
+        name=name,
+        settings=stored,
+        init=init,
+        effective=stored_effective,
+        factors=None,
+        axes=_axes,
+        separable=_separable,
+        freezes=True,
+        merge=merge,
+        product=stored_product,
+    )
+
+
+def quantised_array(
+    values: Int8[Array, "*lead rows columns"],
+    scale: Float[Array, "*lead groups 1 columns"],
+    offset: Float[Array, "*lead groups 1 columns"] | None = None,
+    *,
+    bits: int = 8,
+) -> Weight:
+    """Integers with scales as a weight, such as `merge` makes of a quantised one.
+
+    Args:
+      values: within the range of `bits`.
+      scale: one for each of equal groups of consecutive rows, and for each column or for all.
+      offset: as the scale; None for a grid that is symmetric.
+      bits: 2 to 8.
+
+    Returns:
+      A weight that stands for `values * scale + offset`, with the fields `base` (the values) and
+      `parts` (scale and offset). `lift` runs it, `jp.weights.pack` packs it.
+
+    Raises:
+      ValueError: the shapes do not fit together, or the bits are out of range.
+    """
+    *lead, rows, columns = values.shape
+    fits = scale.ndim == values.ndim + 1 and scale.shape[:-3] == tuple(lead)
+    fits = fits and scale.shape[-2] == 1 and scale.shape[-1] in (1, columns)
+    if not fits or rows % scale.shape[-3] or (offset is not None and offset.shape != scale.shape):
+        raise ValueError(
+            f"quantised_array got values {values.shape}, scale {scale.shape} and offset "
+            f"{None if offset is None else offset.shape}: expected scale and offset of shape "
+            f"({''.join(f'{n}, ' for n in lead)}groups, 1, {columns}) with groups dividing {rows}"
+        )
+    per_tensor = scale.shape[-1] == 1 and columns > 1
+    if per_tensor and scale.shape[-3] > 1:
+        raise ValueError(f"scale {scale.shape}: one scale for all columns goes with one group")
+    group = None if scale.shape[-3] == 1 else rows // scale.shape[-3]
+    grid = make_grid(bits, group, per_tensor, offset is not None)
+    parts = {"scale": scale} if offset is None else {"scale": scale, "offset": offset}
+    return store(grid, values, parts)
+
+
+def quantised_dot(
+    x: Float[Array, "*batch rows"],
+    weight: Weight,
+    *,
+    implementation: None | str | Sequence[str] = None,
+) -> Float[Array, "*batch columns"]:
+    """`x @ W` with a weight of integers, dequantised as they are multiplied.
+
+    `lift` calls it where a function multiplies with such a weight. It may be differentiated.
+
+    Args:
+      x: the operand.
+      weight: of two axes, from `merge`, `pack` or `quantised_array`, or one that `rtn` attached.
+      implementation: "mosaic_tpu", "xla", or names in order of preference; None: the best for the
+        platform. Ignored where the activations are quantised too: that is a product of integers.
+
+    Returns:
+      The product in float32, or in `x`'s dtype if that is wider.
+
+    Raises:
+      TypeError: the weight holds no integers.
+      ValueError: it has not two axes.
+
+    References: [flexq].
+    """
+    if not is_weight(weight) or not isinstance(weight.method.settings, Stored):
+        raise TypeError(
+            "quantised_dot needs a weight of integers with scales, as merge or "
+            f"jp.weights.quantised_array gives it, and got {type(weight).__name__}"
+            + (f" of {weight.method.name}" if is_weight(weight) else "")
+        )
+    if weight.base.ndim != 2:
+        raise ValueError(
+            f"quantised_dot got a weight with {weight.base.ndim} axes and needs 2: use jax.vmap"
+        )
+    options = {"implementation": implementation}
+    return stored_product(weight.method.settings, x, weight.base, weight.parts, **options)
+
+
+def pack(tree: Any) -> Any:
+    """Packs the integers of merged weights: of 2 bits four in a byte, of 4 two, of 6 four in three.
+
+    Args:
+      tree: of parameters, as `merge` gives it.
+
+    Returns:
+      The tree, in which the same weights hold fewer bytes; `lift` runs it with the same results.
+      Weights whose rows do not divide (by 2 for 3 or 4 bits, by 4 for the others) and weights of 7
+      or 8 bits stay as they are.
+    """
+
+    def one(leaf):
+        if not is_weight(leaf):
+            return leaf
+        base, stored = one(leaf.base), leaf.method.settings
+        if isinstance(stored, Stored) and base.dtype == jnp.int8:
+            base = packed_values(stored.grid, base)
+        return Weight(base, leaf.parts, leaf.method)
+
+    return jax.tree.map(one, tree, is_leaf=is_weight)

@@ -1,36 +1,93 @@
 """Fake quantisation: the forward pass sees the grid, the gradient passes straight through. [ste]"""
 
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
-from jaxpara.weights.quant.array import part_axes, quantised_array, separable
-from jaxpara.weights.quant.grid import (
-    Grid,
-    absmax_scale,
-    check_group,
-    dequantised,
-    integers,
-    make_grid,
-)
+from jaxpara.weights.quant.activations import check_activations, fake_activations
+from jaxpara.weights.quant.array import part_axes, separable, store
+from jaxpara.weights.quant.grid import Grid, check_group, dequantised, integers, make_grid
+from jaxpara.weights.quant.ranges import check_ranges, fit
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Method, shape_of
+from jaxpara.weights.weight import Method, dense, shape_of
 
 
-def _init(grid: Grid, key, base):
-    check_group(grid, shape_of(base).shape)
+class _Settings(NamedTuple):
+    grid: Grid
+    ranges: str
+    activations: int | None
+
+
+def _init(settings: _Settings, key, base):
+    check_group(settings.grid, shape_of(base).shape)
     return base, {}
 
 
-def _effective(grid: Grid, w, parts):
-    scale = {"scale": absmax_scale(grid, w)}
-    on_grid = dequantised(grid, integers(grid, w, scale), scale)
+def _on_grid(settings: _Settings, w):
+    parts = fit(settings.grid, w, settings.ranges)
+    return integers(settings.grid, w, parts), parts
+
+
+def _effective(settings: _Settings, w, parts):
+    fixed = lax.stop_gradient(w)
+    on_grid = dequantised(settings.grid, *_on_grid(settings, fixed))
     # Straight through: the value is exactly the grid's, the derivative that of the identity.
-    return lax.stop_gradient(on_grid) + (w - lax.stop_gradient(w))
+    return on_grid + (w - fixed)
 
 
-def _merge(grid: Grid, w, parts):
-    scale = {"scale": absmax_scale(grid, w)}
-    return quantised_array(grid, integers(grid, w, scale), scale)
+def _merge(settings: _Settings, w, parts):
+    return store(settings.grid, *_on_grid(settings, w), settings.activations)
+
+
+def _axes(settings: _Settings, ndim: int):
+    return part_axes(settings.grid, ndim)
+
+
+def _separable(settings: _Settings, ndim: int):
+    return separable(settings.grid, ndim)
+
+
+def _product(settings: _Settings, x, base, parts, cast, **options):
+    bits = settings.activations
+    assert bits is not None
+
+    @jax.checkpoint
+    def run(x, base, parts):
+        w = _effective(settings, dense(base), parts)
+        groups = len(w) // check_group(settings.grid, w.shape)
+        return jnp.matmul(fake_activations(x, bits, groups), cast(w), **options)
+
+    return run(x, base, parts)
+
+
+def fake(name: str, grid: Grid, ranges: str, activations: int | None, where: Where) -> Reparam:
+    """Fake quantisation on any grid.
+
+    Args:
+      name: for reports.
+      grid, ranges: of the weight.
+      activations: bits of what it is multiplied with, or None.
+      where: the leaves.
+
+    Returns:
+      The reparameterisation.
+    """
+    method = Method(
+        name=name,
+        settings=_Settings(grid, ranges, activations),
+        init=_init,
+        effective=_effective,
+        factors=None,
+        axes=_axes,
+        separable=_separable,
+        freezes=False,
+        merge=_merge,
+        product=None if activations is None else _product,
+    )
+    return reparam(method, where)
 
 
 def fake_quant(
@@ -38,17 +95,28 @@ def fake_quant(
     bits: int = 4,
     group: int | None = None,
     per_tensor: bool = False,
+    affine: bool = False,
+    ranges: str = "absmax",
+    activations: int | None = None,
     where: Where = None,
 ) -> Reparam:
-    """Trains a weight as the nearest point of a symmetric integer grid.
+    """Trains a weight as the nearest point of an integer grid.
 
-    The scale is the largest magnitude over the contraction axis -2, over `q = 2^(bits-1) - 1`, of
-    the weight as it is at each step; leading axes are batches. Every floating leaf is trained.
+    The grid follows the weight as it is at each step: one scale over the contraction axis -2 for
+    each output channel; leading axes are batches. Every floating leaf is trained.
 
     Args:
       bits: 2 to 8.
       group: consecutive entries along the axis -2 that share a scale; None: the whole axis.
       per_tensor: one scale for both last axes.
+      affine: a grid with an offset, of all `2^bits` integers; else a symmetric one with
+        `2^bits - 1`.
+      ranges: what the grid covers: "absmax", from minus to plus the largest magnitude; "minmax",
+        from the least to the largest entry; "mse", of twenty that shrink from there (from absmax
+        where the grid is symmetric) the one with the least squared error.
+      activations: bits of a symmetric grid for what the weight is multiplied with, one scale a row
+        and group, taken from it as it comes. It acts where a matmul contracts the axis -2 of the
+        weight, which `report` calls "rule"; elsewhere the weight alone is quantised.
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
@@ -56,20 +124,35 @@ def fake_quant(
       bit for bit.
 
     Raises:
-      ValueError: the bits are not 2 to 8, or `group` with `per_tensor`; when attached: the group
-        does not divide a leaf's rows.
+      ValueError: bits or ranges are out of range, or `group` with `per_tensor`; when attached: the
+        group does not divide a leaf's rows.
 
-    References: [ste].
+    References: [ste], [flexq].
     """
-    method = Method(
-        name=f"fake_quant(bits={bits})",
-        settings=make_grid(bits, group, per_tensor),
-        init=_init,
-        effective=_effective,
-        factors=None,
-        axes=part_axes,
-        separable=separable,
-        freezes=False,
-        merge=_merge,
-    )
-    return reparam(method, where)
+    check_ranges(ranges)
+    check_activations(activations)
+    more = "" if activations is None else f", activations={activations}"
+    grid = make_grid(bits, group, per_tensor, affine)
+    return fake(f"fake_quant(bits={bits}{more})", grid, ranges, activations, where)
+
+
+def ternary(*, group: int | None = None, where: Where = None) -> Reparam:
+    """Trains a weight as -1, 0 or 1 times the mean magnitude, as BitNet and BitCPM do.
+
+    `W_q = s clip(round(W / s), -1, 1)` with `s = mean |W|`; the gradient passes straight through.
+
+    Args:
+      group: consecutive entries along the contraction axis -2 that share a scale, one for each
+        output channel; None: one scale for both last axes, as in BitNet.
+      where: the leaves, see `jaxpara.tree.matcher`.
+
+    Returns:
+      The reparameterisation; `merge` gives integers of two bits with scales.
+
+    Raises:
+      ValueError: when attached: the group does not divide a leaf's rows.
+
+    References: [bitnet158], [minicpm4].
+    """
+    grid = make_grid(2, group, per_tensor=group is None)
+    return fake("ternary", grid, "absmean", None, where)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from jaxpara.weights.weight import unfused
+
 Parts = dict[str, jax.Array]
 
 
@@ -153,5 +155,6 @@ def dequantised(grid: Grid, values: jax.Array, parts: Parts) -> jax.Array:
     """
     scaled = blocks(grid, values.astype(parts["scale"].dtype)) * never_zero(parts["scale"])
     if grid.affine:
-        scaled = scaled + parts["offset"]
+        # Rounded before the sum in every program, as in `weight.dense`.
+        scaled = unfused(scaled) + parts["offset"]
     return scaled.reshape(values.shape)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
-from jaxpara.weights.quant.array import part_axes, quantised_array, separable
+from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import (
     Grid,
     absmax_scale,
@@ -24,7 +24,7 @@ from jaxpara.weights.quant.grid import (
     shared_axes,
 )
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Method, dense
+from jaxpara.weights.weight import Method, dense, unfused
 
 DOWNCASTS = ("float32", "bfloat16", "fixed8")
 
@@ -74,7 +74,7 @@ def _on_grid(settings: _Settings, kept, parts):
     unit = 2 ** (8 - settings.grid.bits) if settings.downcast == "fixed8" else 1
     update = jnp.matmul(parts["a"], parts["b"], precision=lax.Precision.HIGHEST)
     # Rounded before the sum in every program, as in `weight.dense`.
-    return kept.astype(dtype) / unit + lax.optimization_barrier(settings.scale * update)
+    return kept.astype(dtype) / unit + unfused(settings.scale * update)
 
 
 def _effective(settings: _Settings, kept, parts):
@@ -89,7 +89,7 @@ def _merge(settings: _Settings, kept, parts):
     grid = settings.grid
     values = jnp.clip(jnp.round(_on_grid(settings, kept, parts)), *limits(grid))
     scale = {"scale": never_zero(parts["scale"])}
-    return quantised_array(grid, values.astype(jnp.int8), scale)
+    return store(grid, values.astype(jnp.int8), scale)
 
 
 def _axes(settings: _Settings, ndim: int):

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxpara.tree import Where
 from jaxpara.weights.lora import lora
-from jaxpara.weights.quant.array import part_axes, quantised_array, separable
+from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import (
     Grid,
     blocks,
@@ -61,7 +61,7 @@ def _effective(grid: Grid, w, parts):
 
 def _merge(grid: Grid, w, parts):
     kept = {**parts, "scale": never_zero(parts["scale"])}
-    return quantised_array(grid, integers(grid, w, parts), kept)
+    return store(grid, integers(grid, w, parts), kept)
 
 
 def lsq(

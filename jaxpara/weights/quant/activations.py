@@ -1,0 +1,56 @@
+"""What is multiplied with a quantised weight, quantised as it comes. [flexq]
+
+One symmetric grid for each row of the operand and each group of entries along the contraction,
+from the largest magnitude there: nothing is calibrated.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpara.weights.quant.grid import never_zero
+
+
+def check_activations(bits: int | None) -> None:
+    """Refuses bits that are not 2 to 8.
+
+    Args:
+      bits: of the activations; None for activations that are left as they are.
+
+    Raises:
+      ValueError: they are out of range.
+    """
+    if bits is not None and not 2 <= bits <= 8:
+        raise ValueError(f"activations={bits}: give 2 to 8 bits, or None")
+
+
+def activation_integers(x: jax.Array, bits: int, groups: int) -> tuple[jax.Array, jax.Array]:
+    """An operand as integers with scales.
+
+    Args:
+      x: `[.., rows]`.
+      bits: 2 to 8.
+      groups: of equal size, along the rows.
+
+    Returns:
+      int8 `[.., rows]` and scales `[.., groups]`, with `x` about integer times scale.
+    """
+    q = 2 ** (bits - 1) - 1
+    parts = x.reshape(*x.shape[:-1], groups, -1)
+    scale = never_zero(jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / q)
+    values = jnp.clip(jnp.round(parts / scale), -q, q).astype(jnp.int8)
+    return values.reshape(x.shape), scale[..., 0]
+
+
+def fake_activations(x: jax.Array, bits: int, groups: int) -> jax.Array:
+    """What those integers stand for; the gradient passes straight through.
+
+    Args:
+      x, bits, groups: as for `activation_integers`.
+
+    Returns:
+      `[.., rows]` in `x`'s dtype.
+    """
+    values, scale = activation_integers(lax.stop_gradient(x), bits, groups)
+    parts = values.reshape(*x.shape[:-1], groups, -1).astype(x.dtype)
+    return (parts * scale[..., None]).reshape(x.shape) + (x - lax.stop_gradient(x))

@@ -1,0 +1,87 @@
+"""A matmul with integer weights as XLA does it; what the kernels are held against."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantised_dot.packing import unpack
+
+
+def quantised_dot(
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array | None = None,
+    *,
+    bits: int,
+    precision=None,
+) -> jax.Array:
+    """`x @ (values * scale + offset)`, the scales after the sum where that costs less.
+
+    Args:
+      x: `[m, rows]`, floating.
+      values: int8 `[rows, columns]`, or packed as uint8.
+      scale: `[groups, columns]` or `[groups, 1]`; each is for `rows / groups` consecutive rows.
+      offset: as the scale, or None.
+      bits: of the integers.
+      precision: of the product, as for `jnp.matmul`.
+
+    Returns:
+      `[m, columns]` in `x`'s dtype or float32, whichever is wider.
+    """
+    if values.dtype == jnp.uint8:
+        values = unpack(values, bits)
+    (rows, columns), groups, m = values.shape, scale.shape[0], x.shape[0]
+    out = jnp.promote_types(x.dtype, jnp.float32)
+    options = {"precision": precision, "preferred_element_type": out}
+    weights = values.reshape(groups, rows // groups, columns)
+    if groups > 1 and m * groups > rows:
+        # A sum a group would be larger than the weight itself.
+        dense = weights.astype(out) * scale[:, None].astype(out)
+        if offset is not None:
+            dense = dense + offset[:, None].astype(out)
+        return jnp.matmul(x, dense.reshape(rows, columns).astype(x.dtype), **options)
+    # Integers of 8 bits are exact in every floating dtype down to bfloat16.
+    parts = x.reshape(m, groups, rows // groups)
+    sums = jnp.einsum("mgk,gkn->mgn", parts, weights.astype(x.dtype), **options)
+    total = jnp.sum(sums * scale.astype(out), axis=1)
+    if offset is not None:
+        total = total + jnp.einsum("mg,gn->mn", parts.sum(-1, dtype=out), _wide(offset, columns))
+    return total
+
+
+def integer_dot(
+    x: jax.Array,
+    x_scale: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array | None = None,
+    *,
+    bits: int,
+) -> jax.Array:
+    """A matmul of integers with integers, summed exactly group by group in int32.
+
+    Args:
+      x: int8 `[m, rows]`.
+      x_scale: `[m, groups]`: `x` stands for `x * x_scale`.
+      values, scale, offset, bits: as for `quantised_dot`.
+
+    Returns:
+      `[m, columns]` in the dtype of `x_scale`.
+    """
+    if values.dtype == jnp.uint8:
+        values = unpack(values, bits)
+    (rows, columns), groups, m = values.shape, x_scale.shape[1], x.shape[0]
+    parts = x.reshape(m, groups, rows // groups)
+    weights = values.reshape(groups, rows // groups, columns)
+    sums = jnp.einsum("mgk,gkn->mgn", parts, weights, preferred_element_type=jnp.int32)
+    scales = x_scale[:, :, None] * scale
+    total = jnp.sum(sums.astype(x_scale.dtype) * scales, axis=1)
+    if offset is not None:
+        # sum (q s + o) x = s sum q x + o sum x
+        ones = parts.sum(-1, dtype=jnp.int32).astype(x_scale.dtype) * x_scale
+        total = total + jnp.einsum("mg,gn->mn", ones, _wide(offset, columns))
+    return total
+
+
+def _wide(scale: jax.Array, columns: int) -> jax.Array:
+    return jnp.broadcast_to(scale, (scale.shape[0], columns))
