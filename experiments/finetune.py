@@ -3,17 +3,25 @@
 A run's folder is as of `experiments.train`, which also goes on with one: `resume=FOLDER`.
 """
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import runs
 from experiments.commandline import guarded
 from experiments.resuming import resume_arguments
+from experiments.run_sets import METRICS
+from experiments.sweep_folders import plain_config
 from experiments.sweeps import once, start
 from experiments.train import job as train_job
+
+NUMBERS = ("bits", "rank")
 
 
 def take_model(cfg: DictConfig) -> None:
@@ -38,8 +46,53 @@ def take_model(cfg: DictConfig) -> None:
         cfg.data.tokenizer = OmegaConf.select(trained, "data.tokenizer")
 
 
+def unused(cfg: DictConfig) -> set[str]:
+    """Which of the numbers `bits` and `rank` no transform of a config has.
+
+    Args:
+      cfg: composed, or of a run.
+
+    Returns:
+      Their names.
+    """
+    members = [node for node in (cfg.get("transform") or {}).values() if node is not None]
+    return {name for name in NUMBERS if not any(name in node for node in members)}
+
+
+def twin(cfg: DictConfig, folder: Path) -> Path | None:
+    """A finished run beside a folder that differs in numbers alone which its transforms have not.
+
+    Args:
+      cfg: of the run that is due, with its model.
+      folder: its folder; the jobs of a sweep lie beside one another.
+
+    Returns:
+      The folder of the twin, if there is one.
+    """
+    idle = unused(cfg)
+
+    def used(config: DictConfig) -> dict[str, Any]:
+        return {key: value for key, value in plain_config(config).items() if key not in idle}
+
+    for path in sorted(folder.parent.glob(f"*/{runs.CONFIG}")) if idle else []:
+        other = path.parent
+        if other != folder and runs.status(other) == "finished":
+            if used(runs.load_config(other)) == used(cfg):
+                return other
+    return None
+
+
+def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
+    """The run of a twin under this config, marked."""
+    runs.open_run(folder, cfg)
+    shutil.copy(twin / METRICS, folder)
+    summary = json.loads((twin / runs.SUMMARY).read_text())
+    runs.close_run(folder, {**summary, "same_as": summary.get("same_as", str(twin))})
+    print(f"the transforms have no {' or '.join(sorted(unused(cfg)))}: the same run as {twin}")
+
+
 def job(cfg: DictConfig) -> None:
-    """One run; see `experiments.train.job`.
+    """One run; see `experiments.train.job`. A sweep runs what is the same only once.
 
     Args:
       cfg: composed by Hydra.
@@ -53,6 +106,9 @@ def job(cfg: DictConfig) -> None:
         take_model(cfg)
         chosen = " > ".join(cfg.get("transform") or {}) or "full"
         print(f"transforms, as the weight flows: {chosen}")
+        same = twin(cfg, folder) if HydraConfig.get().mode == RunMode.MULTIRUN else None
+        if same is not None:
+            return _copy(same, folder, cfg)
     train_job(cfg)
 
 

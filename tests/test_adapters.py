@@ -1,5 +1,6 @@
 """Adapters alone: out of a state and back, and on disk as Hugging Face PEFT names them."""
 
+import json
 import re
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 import jaxpara as jp
+from experiments import peft_files
+from experiments.runs import RunError
 
 KEY = jax.random.key(0)
 
@@ -93,3 +96,58 @@ def test_adapters_that_do_not_fit_are_refused_by_name(change, said):
     change(saved["blocks"]["0"]["kernel"])
     with pytest.raises(ValueError, match=re.escape(said)):
         jp.weights.with_adapters(state, saved)
+
+
+NAMES = {"blocks/*/kernel": "model.layers.{}.mlp.up_proj"}
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_peft_files_hold_the_adapters_transposed_under_the_names_of_modules(tmp_path, stabilised):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    t = jp.lora(rank=4, alpha=6.0, rank_stabilised=stabilised)
+    state = moved(t.attach(KEY, parameters()))
+    peft_files.save(tmp_path, state, names=NAMES)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = safetensors.load_file(tmp_path / "adapter_model.safetensors")
+    assert config["peft_type"] == "LORA" and config["r"] == 4 and not config["fan_in_fan_out"]
+    assert config["target_modules"] == [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
+    assert (
+        {key.split(".", 2)[2] for key in tensors}
+        == {f"model.layers.{i}.mlp.up_proj.lora_{x}.weight" for i in range(3) for x in "AB"}
+        == {key.removeprefix("base_model.model.") for key in tensors}
+    )
+    # What PEFT computes: y = x W^T + (alpha / r) x A^T B^T, with PyTorch's W [out, in].
+    weight = t.effective(state)["blocks"][0]["kernel"]
+    for i in range(3):
+        module = f"base_model.model.model.layers.{i}.mlp.up_proj"
+        a, b = (tensors[f"{module}.lora_{x}.weight"] for x in "AB")
+        assert a.shape == (4, 8) and b.shape == (6, 4)
+        base = np.asarray(state["blocks"][0]["kernel"].base[i]).T
+        whole = base + config["lora_alpha"] / config["r"] * (b @ a)
+        np.testing.assert_allclose(whole.T, weight[i], rtol=2e-6, atol=1e-6)
+    fresh = t.attach(jax.random.key(1), parameters())
+    again = peft_files.load(tmp_path, fresh, names=NAMES)
+    jax.tree.map(
+        np.testing.assert_array_equal, jp.weights.adapters(again), jp.weights.adapters(state)
+    )
+
+
+def test_peft_files_that_do_not_fit_are_refused(tmp_path):
+    pytest.importorskip("safetensors.numpy")
+    state = jp.lora(rank=4).attach(KEY, parameters())
+    peft_files.save(tmp_path, state)
+    assert len(list(peft_files.slots(state, {}))) == 3
+    with pytest.raises(RunError, match="attach jp.lora\\(rank=4, alpha=8\\)"):
+        peft_files.load(tmp_path, jp.lora(rank=2).attach(KEY, parameters()))
+    with pytest.raises(RunError, match="has no base_model.model.model.layers.0"):
+        peft_files.load(tmp_path, state, names=NAMES)
+    with pytest.raises(RunError, match="1 leading axes \\(3,\\), and 'up' has 0 pairs"):
+        peft_files.save(tmp_path, state, names={"**": "up"})
+    other = jp.lora(rank=4).attach(KEY, {"blocks": [{"kernel": jnp.ones((3, 8, 5))}]})
+    with pytest.raises(RunError, match="it is not of this model"):
+        peft_files.load(tmp_path, other)
+    fewer = jp.lora(rank=4).attach(KEY, {"blocks": [{"kernel": jnp.ones((2, 8, 6))}]})
+    with pytest.raises(RunError, match="the state has no leaf for base_model.model.blocks.0.2"):
+        peft_files.load(tmp_path, fewer)
+    with pytest.raises(RunError, match="what PEFT reads here is LoRA alone"):
+        peft_files.save(tmp_path, jp.l4q().attach(KEY, parameters()))

@@ -1,0 +1,40 @@
+"""LoRA of a finetuned run for Hugging Face PEFT: `python -m experiments.export_adapters run=F`."""
+
+from pathlib import Path
+
+import hydra
+import jax
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import checkpoints, peft_files, runs
+from experiments.build import build_model
+from experiments.commandline import guarded
+
+
+def export(cfg: DictConfig) -> None:
+    """Writes the two files.
+
+    Args:
+      cfg: see conf/export_adapters.yaml.
+
+    Raises:
+      RunError: no such run, or its transforms are not LoRA alone.
+    """
+    folder = runs.find_run(cfg.run)
+    like = jax.eval_shape(build_model(runs.load_config(folder)).init, jax.random.key(0))
+    state = checkpoints.load_params(folder, like, which="last")
+    output = Path(cfg.output) if cfg.output else folder / "peft"
+    names = OmegaConf.to_container(cfg.names) or {}
+    assert isinstance(names, dict)
+    peft_files.save(output, state, names={str(glob): str(name) for glob, name in names.items()})
+    print(f"{output / peft_files.TENSORS} and {output / peft_files.CONFIG}")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="export_adapters")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+    guarded(lambda: export(cfg))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Quality against bits and size: `python -m experiments.finetune_figure runs=multirun/finetune`.
+
+A row for each chain of transforms, its bits and its rank, over the seeds; and for what runs of
+dense weights are rounded to after training. From `config.yaml` and `summary.json` alone.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import hydra
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from experiments.commandline import guarded
+from experiments.curves import styles
+from experiments.finetune import NUMBERS, unused
+from experiments.language_model import BITS
+from experiments.run_sets import Run, read_all
+from experiments.runs import RunError, load_config
+from experiments.tables import show
+
+MERGED = "merged_bits_per_byte"
+ROUNDED = "rounded_"
+COLUMNS = (
+    "transforms",
+    "bits",
+    "rank",
+    "seeds",
+    "bits per byte",
+    "spread",
+    "merged",
+    "bits per weight",
+    "trained numbers",
+    "step memory, MB",
+    "step, ms",
+)
+
+
+class Row(NamedTuple):
+    """One line of the table, in the order of `COLUMNS`; None where a column says nothing.
+
+    Attributes:
+      spread: half the range over the seeds.
+    """
+
+    transforms: str
+    bits: int | None
+    rank: int | None
+    seeds: int
+    quality: float
+    spread: float
+    merged: float | None
+    bits_per_weight: float
+    trained: float | None
+    memory: float | None
+    milliseconds: float | None
+
+
+def _mean(runs: Sequence[Run], name: str) -> float | None:
+    values = [run.summary[name] for run in runs if run.summary.get(name) is not None]
+    return fmean(values) if values else None
+
+
+def _row(name: str, numbers: tuple, runs: Sequence[Run], quality: str, bits: str, **rest) -> Row:
+    values = [run.summary[quality] for run in runs]
+    weight = _mean(runs, bits)
+    assert weight is not None
+    spread = (max(values) - min(values)) / 2
+    empty = dict.fromkeys(("merged", "trained", "memory", "milliseconds"))
+    return Row(
+        name,
+        *numbers,
+        seeds=len(runs),
+        quality=fmean(values),
+        spread=spread,
+        bits_per_weight=weight,
+        **{**empty, **rest},
+    )
+
+
+def _step_milliseconds(runs: Sequence[Run]) -> float | None:
+    speed = _mean(runs, "tokens_per_second")
+    config = runs[0].config
+    return 1e3 * config["batch_size"] * config["window"] / speed if speed else None
+
+
+def rows(runs: Iterable[Run]) -> list[Row]:
+    """Makes the table.
+
+    Args:
+      runs: of `experiments.finetune`.
+
+    Returns:
+      The rows, those of a chain together and its bits falling.
+
+    Raises:
+      RunError: no run is finished, or one is of another program.
+    """
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        if run.summary.get("status") != "finished" or "same_as" in run.summary:
+            continue
+        if "bits_per_weight" not in run.summary:
+            raise RunError(f"{run.folder} is not a run of `python -m experiments.finetune`")
+        cfg = load_config(run.folder)
+        name = " > ".join(cfg.get("transform") or {}) or "full"
+        idle = unused(cfg)
+        numbers = tuple(None if key in idle else int(cfg[key]) for key in NUMBERS)
+        groups.setdefault((name, *numbers), []).append(run)
+    if not groups:
+        raise RunError("no run is finished: repeat the command of the sweep")
+    found = []
+    for (name, *numbers), members in groups.items():
+        memory = _mean(members, "step_memory_bytes")
+        rest = {
+            "merged": _mean(members, MERGED),
+            "trained": _mean(members, "trainable_parameters"),
+            "memory": None if memory is None else memory / 1e6,
+            "milliseconds": _step_milliseconds(members),
+        }
+        found.append(_row(name, tuple(numbers), members, BITS, "bits_per_weight", **rest))
+        for key in members[0].summary:
+            if key.startswith(ROUNDED) and key.endswith("_bits_per_byte"):
+                kind = key.removeprefix(ROUNDED).removesuffix("_bits_per_byte")
+                bits = f"{ROUNDED}{kind}_bits_per_weight"
+                how = (int(kind), numbers[1]) if kind.isdigit() else (None, numbers[1])
+                label = f"{name}, rounded" if kind.isdigit() else f"{name}, rounded: {kind}"
+                found.append(_row(label, how, members, key, bits))
+
+    def order(row: Row):
+        return row.transforms, -(row.rank or 0), -row.bits_per_weight
+
+    return sorted(found, key=order)
+
+
+def cells(row: Row) -> list[str]:
+    """A row for people.
+
+    Args:
+      row: from `rows`.
+
+    Returns:
+      Text by column.
+    """
+
+    def text(value: Any, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    forms = ("", "", "", "", ".3f", ".3f", ".3f", ".2f", ",.0f", ".1f", ".0f")
+    return [text(value, form) for value, form in zip(row, forms, strict=True)]
+
+
+def draw(table: Sequence[Row], *, title: str) -> Figure:
+    """Bits per byte against bits per weight, a line for each chain and rank.
+
+    Args:
+      table: from `rows`.
+      title: of the figure.
+
+    Returns:
+      The figure; bars are the range over the seeds.
+    """
+    lines: dict[str, list[Row]] = {}
+    for row in table:
+        rank = "" if row.rank is None else f", rank {row.rank}"
+        lines.setdefault(f"{row.transforms}{rank}", []).append(row)
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for (label, points), (colour, line) in zip(lines.items(), styles(list(lines)), strict=True):
+        axes.errorbar(
+            [row.bits_per_weight for row in points],
+            [row.quality for row in points],
+            yerr=[row.spread for row in points],
+            label=label,
+            color=colour,
+            linestyle=":" if "rounded" in label else line,
+            marker="x" if "rounded" in label else "o",
+            capsize=2,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("bits per weight, scales included")
+    axes.set_ylabel("validation, bits per byte")
+    # What rounding has destroyed would leave no room for the rest.
+    best = min(row.quality for row in table)
+    axes.set_ylim(top=min(axes.get_ylim()[1], best + 1.5))
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+def write(output: Path, table: Sequence[Row], *, title: str) -> None:
+    """Prints the table; writes it and the figure.
+
+    Args:
+      output: without suffix.
+      table: from `rows`.
+      title: of both.
+    """
+    shown = [cells(row) for row in table]
+    show(title, COLUMNS, shown)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *table])
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *shown]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    output.with_suffix(".md").write_text(f"{title}\n\n{text}")
+    draw(table, title=title).savefig(output.with_suffix(".png"), dpi=120)
+    print(f"{output}.png, .csv and .md")
+
+
+def named(runs: Sequence[Run], title: str | None) -> str:
+    """A title that says what was trained.
+
+    Args:
+      runs: all of them.
+      title: as given.
+
+    Returns:
+      The title.
+    """
+    if title:
+        return title
+    first: Mapping[str, Any] = runs[0].config
+    return f"{first['name']}: {first['steps']} steps of {first['batch_size']} x {first['window']}"
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="finetune_figure")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+
+    def program():
+        found, left_out = read_all(cfg.runs)
+        for line in left_out:
+            print(f"left out: {line}")
+        write(Path(cfg.output), rows(found), title=named(found, cfg.title))
+
+    guarded(program)
+
+
+if __name__ == "__main__":
+    main()
