@@ -80,7 +80,8 @@ def choose(
 
     def taken(chunks: int, length: int) -> int:
         near = _SLOTS * (chunks * step_bytes + state_bytes)  # the states have a chunk more
-        return block * (length * near + 4 * (states**2 + 3 * states) * chunks)
+        buffers = block * (length * near + 4 * (states**2 + 3 * states) * chunks)
+        return buffers + 1024 * (states + 2)  # each begins at a multiple of 1024
 
     def fits(chunks: int, length: int) -> bool:
         return taken(chunks, length) <= mosaic.SHARED_MEMORY
@@ -92,9 +93,11 @@ def choose(
     if window is not None:
         length = _up(-(-window // chunks), _UNIT)
     else:
-        most = max((n for n in range(_UNIT, _LONGEST + 1, _UNIT) if fits(chunks, n)), default=_UNIT)
-        count = -(-steps // (chunks * most))
-        length = _up(-(-steps // (chunks * count)), _UNIT)
+        lengths = [n for n in range(_LONGEST, 0, -_UNIT) if fits(chunks, n)] or [_UNIT]
+        count = -(-steps // (chunks * lengths[0]))
+        even = [n for n in lengths if 2 * n > lengths[0] and steps % (chunks * n) == 0]
+        # Padding copies every array: rather a somewhat shorter window, if one divides T.
+        length = even[0] if even else _up(-(-steps // (chunks * count)), _UNIT)
     if not fits(chunks, length):
         raise NotImplementedError(
             f"{states} states and {step_bytes} bytes of inputs, states and cotangents a channel "

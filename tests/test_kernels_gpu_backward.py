@@ -1,0 +1,305 @@
+"""The Mosaic GPU backward kernel: simulated against float64, lowered, and on a real GPU."""
+
+import jax
+import jax.numpy as jnp
+import kernel_cells as cells
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels import compat, mosaic, shapes
+from pallas_kernels.nonlinear_recurrence import gpu_backward
+
+simulated = pytest.mark.skipif(
+    compat.version() < (0, 12), reason="the simulator of JAX 0.12 runs these kernels"
+)
+lowered = pytest.mark.skipif(compat.version() < (0, 11), reason="needs JAX >= 0.11")
+on_gpu = pytest.mark.gpu
+
+by_name = pytest.mark.parametrize("case", cells.CASES, ids=lambda case: case.name)
+
+
+def run(case, operands, states, *, races=False, **settings):
+    """The kernel in the simulator: `(d_init, d_xs, d_params, walked)`."""
+    gpu = compat.mosaic_gpu()
+    interpret = gpu.InterpretGPUParams(detect_races=races)
+    try:
+        return jax.block_until_ready(
+            jax.jit(
+                lambda *a: gpu_backward.backward(case.cell, *a, interpret=interpret, **settings)
+            )(operands.init, operands.xs, operands.params, states, operands.cotangents)
+        )
+    except Exception:
+        gpu.reset_gpu_interpret_mode_state()  # else every later simulation fails, too
+        raise
+
+
+def stored(truth, like):
+    return [jnp.asarray(s, h.dtype) for s, h in zip(truth.states, like, strict=True)]
+
+
+def errors(got, truth):
+    d_init, d_xs, d_params, _ = got
+    return [
+        cells.relative_error(d_init, truth.d_init),
+        cells.relative_error(d_xs, truth.d_xs),
+        cells.relative_error(d_params, truth.d_params),
+    ]
+
+
+def check(case, steps, batch, width, *, reverse=False, tolerance=2e-6, **settings):
+    operands = cells.draw(case, steps, batch, width)
+    truth = cells.oracle(case, operands, reverse=reverse)
+    got = run(case, operands, stored(truth, operands.init), reverse=reverse, **settings)
+    assert max(errors(got, truth)) < tolerance, errors(got, truth)
+    np.testing.assert_array_equal(got[3], 0)
+
+
+@simulated
+def test_gradients_of_a_gru_are_float64_bptt_and_no_two_warpgroups_race():
+    # Two windows, the last one not full; two warpgroups; a second block of channels, not full.
+    check(cells.GRU, 100, 1, 20, chunks=16, window=64, races=True)
+
+
+@simulated
+@pytest.mark.slow
+@by_name
+def test_gradients_of_a_reversed_recurrence_are_float64_bptt(case):
+    check(case, 70, 1, 16, chunks=8, window=32, reverse=True)
+
+
+@simulated
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cells.CASES[1:], ids=lambda case: case.name)
+def test_gradients_of_any_cell_are_float64_bptt(case):
+    check(case, 40, 2, 16, chunks=8, window=32)
+
+
+@simulated
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_step_is_the_vjp_of_the_step(reverse):
+    check(cells.STRANGE, 1, 2, 3, reverse=reverse)
+
+
+@simulated
+@pytest.mark.slow
+def test_blocks_of_32_channels_and_four_warpgroups_give_the_same(monkeypatch):
+    monkeypatch.setattr(gpu_backward, "_BLOCKS_WANTED", 1)  # as with many sequences
+    check(cells.GRU, 128, 1, 40, chunks=32, window=128, races=True)
+
+
+@simulated
+@pytest.mark.slow
+def test_each_sequence_may_have_its_own_parameters():
+    operands = cells.draw(cells.GRU, 33, 2, 16)
+    params = [jnp.concatenate([p, -0.5 * p]) for p in operands.params]
+    own = operands._replace(params=params)
+    truth = cells.oracle(cells.GRU, own)
+    got = run(cells.GRU, own, stored(truth, own.init))
+    assert max(errors(got, truth)) < 2e-6
+
+
+@simulated
+@pytest.mark.slow
+def test_bfloat16_storage_rounds_results_and_nothing_else():
+    operands = cells.draw(cells.GRU, 64, 1, 16, dtype=jnp.bfloat16)
+    narrow = cells.GRU._replace(cell=cells.rounded(cells.GRU.cell))
+    states = cells.scanned(narrow.cell, operands)
+    truth = cells.oracle(cells.GRU, operands, linearise_at=states)
+    got = run(narrow, operands, states)
+    assert [a.dtype for a in (*got[0], *got[1])] == [jnp.bfloat16] * 4
+    assert [a.dtype for a in got[2]] == [jnp.float32] * 3
+    d_init, d_xs, d_params = errors(got, truth)
+    assert max(d_init, d_xs) < 2**-8  # half a unit in the last place of bfloat16
+    assert d_params < 2e-6  # never stored as bfloat16
+
+
+def spiked(first):
+    """An affine recurrence in which the product of J^T over two steps overflows, and BPTT does not.
+
+    Two decays of 1e30 at `first` and after it, on states of zero; the step behind them forgets, and
+    so nothing ever flows back through them.
+    """
+    operands = cells.draw(cells.AFFINE, 96, 2, 16)
+    a, b = (np.array(x) for x in operands.xs)
+    given = np.array(operands.cotangents[0])
+    a[first : first + 2, 0, 3] = 1e30
+    a[first + 2, 0, 3] = 0.0
+    a[first - 1, 0, 3], b[first - 1 : first + 2, 0, 3] = 0.0, 0.0
+    given[first : first + 2, 0, 3] = 0.0
+    return operands._replace(xs=[jnp.asarray(a), jnp.asarray(b)], cotangents=[jnp.asarray(given)])
+
+
+@simulated
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_overflowing_product_walks_its_window_and_no_other(reverse):
+    # Chunks of four steps: the overflow is at the end of one, in the second of three windows.
+    operands = spiked(46)
+    if reverse:
+        flip = lambda arrays: [x[::-1] for x in arrays]  # noqa: E731
+        operands = operands._replace(xs=flip(operands.xs), cotangents=flip(operands.cotangents))
+    truth = cells.oracle(cells.AFFINE, operands, reverse=reverse)
+    assert all(np.isfinite(d).all() for d in truth.d_xs)
+    settings = {"chunks": 8, "window": 32, "reverse": reverse, "races": True}
+    got = run(cells.AFFINE, operands, stored(truth, operands.init), **settings)
+    assert max(errors(got, truth)) < 2e-6
+    np.testing.assert_array_equal(got[3], [32, 0])  # of the first sequence alone
+
+
+@simulated
+@pytest.mark.slow
+def test_the_steps_of_padding_are_not_counted_as_walked():
+    operands = spiked(94 - 4)
+    short = lambda arrays: [x[:93] for x in arrays]  # noqa: E731
+    operands = operands._replace(xs=short(operands.xs), cotangents=short(operands.cotangents))
+    truth = cells.oracle(cells.AFFINE, operands)
+    got = run(cells.AFFINE, operands, stored(truth, operands.init), chunks=8, window=32)
+    assert max(errors(got, truth)) < 2e-6
+    np.testing.assert_array_equal(got[3], [29, 0])
+
+
+@simulated
+@pytest.mark.slow
+def test_nan_reaches_the_steps_before_it_in_its_own_channel_alone():
+    operands = cells.draw(cells.GRU, 64, 1, 16)
+    states = stored(cells.oracle(cells.GRU, operands), operands.init)
+    clean = run(cells.GRU, operands, states, chunks=8, window=32)
+    xs = [operands.xs[0].at[40, 0, 5].set(jnp.nan), *operands.xs[1:]]
+    got = run(cells.GRU, operands._replace(xs=xs), states, chunks=8, window=32)
+    for bad, good in zip((*got[0], *got[1]), (*clean[0], *clean[1]), strict=True):
+        bad, good = np.atleast_3d(bad), np.atleast_3d(good)
+        others = np.arange(16) != 5
+        if bad.shape[0] == 64:
+            np.testing.assert_allclose(bad[:, 0, others], good[:, 0, others], rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(np.isnan(bad[:, 0, 5]), np.arange(64) <= 40)
+        else:
+            np.testing.assert_array_equal(np.isnan(bad[0, :, 0]), ~others)
+    np.testing.assert_array_equal(got[3], 64)  # both windows
+
+
+def lower(case, shape, dtype=jnp.float32):
+    """The text of the kernel's lowering for a GPU, on this machine without one."""
+    cell, sizes = case.cell, tuple(shape)
+
+    def some(count, shape):
+        return [jax.ShapeDtypeStruct(shape, dtype)] * count
+
+    init, xs, params = (
+        some(cell.states, sizes[1:]),
+        some(cell.inputs, sizes),
+        some(cell.params, (1, sizes[2])),
+    )
+    states = some(cell.states, sizes)
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        call = jax.jit(lambda *a: gpu_backward.backward(cell, *a))
+        traced = call.trace(init, xs, params, states, states)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@lowered
+@pytest.mark.parametrize(
+    "case",
+    [cells.GRU, *(pytest.param(c, marks=pytest.mark.slow) for c in cells.CASES[1:])],
+    ids=lambda case: case.name,
+)
+def test_the_kernel_lowers_for_a_gpu(case):
+    assert "mosaic_gpu_v2" in lower(case, shapes.COMPILED[0])
+
+
+@lowered
+@pytest.mark.slow
+def test_padded_bfloat16_and_wide_blocks_lower_for_a_gpu():
+    assert "mosaic_gpu_v2" in lower(cells.LSTM, (1000, 64, 130), jnp.bfloat16)
+
+
+@pytest.mark.skipif(compat.version() >= (0, 11), reason="JAX >= 0.11 has the kernel")
+def test_an_old_jax_is_refused_by_name():
+    operands = cells.draw(cells.GRU, 4, 1, 2)
+    with pytest.raises(NotImplementedError, match="needs JAX >= 0.11"):
+        gpu_backward.backward(
+            cells.GRU.cell,
+            operands.init,
+            operands.xs,
+            operands.params,
+            operands.cotangents,
+            operands.cotangents,
+        )
+
+
+@lowered
+def test_a_dtype_that_it_does_not_store_is_refused():
+    operands = cells.draw(cells.AFFINE, 4, 1, 2)
+    wrong = [x.astype(jnp.int32) for x in operands.xs]
+    given = operands.cotangents
+    with pytest.raises(NotImplementedError, match="not int32"):
+        gpu_backward.backward(cells.AFFINE.cell, operands.init, wrong, [], given, given)
+
+
+@pytest.mark.parametrize("shape", [*shapes.ON_DEVICE, *shapes.GRID], ids=str)
+def test_windows_cover_all_steps_and_fit_the_hardware(shape):
+    for states, inputs in ((1, 2), (1, 3), (2, 4), (4, 4), (4, 20)):
+        for size in (2, 4):
+            arrays = inputs + 2 * states
+            plan = gpu_backward.choose(tuple(shape), arrays * size, states * size, states)
+            assert plan.windows * plan.window >= shape.steps > (plan.windows - 1) * plan.window
+            assert plan.chunks % (plan.warpgroups * mosaic.rows_of(plan.block)) == 0
+            assert 2 * plan.length % 8 == 0  # chunks of two-byte entries begin at 128 bytes
+            near = 2 * plan.length * (plan.chunks * arrays + states) * size
+            summaries = 4 * plan.chunks * (states**2 + 3 * states)
+            assert plan.block * (near + summaries) < mosaic.SHARED_MEMORY
+            if shape.steps % 1024 == 0:
+                assert plan.windows * plan.window == shape.steps  # no padded copies
+
+
+def test_what_does_not_fit_shared_memory_is_refused_with_its_size():
+    with pytest.raises(NotImplementedError, match="two windows of 8 chunks of 128 steps"):
+        gpu_backward.choose((4096, 1, 16), 20, 4, 1, chunks=8, window=1024)
+    with pytest.raises(NotImplementedError, match="bytes of shared memory"):
+        gpu_backward.choose((4096, 1, 16), 4000, 4, 1)
+
+
+@pytest.mark.parametrize("setting", ["chunks", "window"])
+def test_settings_below_one_are_refused(setting):
+    with pytest.raises(ValueError, match=f"{setting}=0; expected at least 1"):
+        gpu_backward.choose((64, 1, 16), 20, 4, 1, **{setting: 0})
+
+
+@on_gpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", shapes.ON_DEVICE, ids=str)
+@by_name
+def test_gradients_on_a_device_are_float64_bptt(case, shape, reverse):
+    operands = cells.draw(case, *shape)
+    truth = cells.oracle(case, operands, reverse=reverse)
+    states = stored(truth, operands.init)
+    # What the results will lie in is full of NaN: an entry that nobody writes shows.
+    poison = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), (operands, operands))
+    jax.block_until_ready(poison)
+    del poison
+    call = jax.jit(lambda *a: gpu_backward.backward(case.cell, *a, reverse=reverse))
+    arguments = (operands.init, operands.xs, operands.params, states, operands.cotangents)
+    got = call(*arguments)
+    # Parameters' gradients are sums over all steps, in float32.
+    assert max(errors(got, truth)) < 1e-5, errors(got, truth)
+    np.testing.assert_array_equal(got[3], 0)
+    again = call(*arguments)  # a race would not fall the same way twice
+    jax.tree.map(np.testing.assert_array_equal, got, again)
+
+
+@on_gpu
+def test_an_overflow_on_a_device_walks_its_window_and_no_other():
+    operands = spiked(46)
+    truth = cells.oracle(cells.AFFINE, operands)
+    call = jax.jit(lambda *a: gpu_backward.backward(cells.AFFINE.cell, *a, chunks=8, window=32))
+    got = call(
+        operands.init,
+        operands.xs,
+        operands.params,
+        stored(truth, operands.init),
+        operands.cotangents,
+    )
+    assert max(errors(got, truth)) < 2e-6
+    np.testing.assert_array_equal(got[3], [32, 0])
