@@ -29,7 +29,7 @@ def _share(settings: _Settings, key, shapes: Mapping[str, jax.ShapeDtypeStruct])
     for i, ((rows, columns, dtype), paths) in enumerate(kinds.items()):
         leads = [shapes[path].shape[:-2] for path in paths]
         count = sum(map(math.prod, leads))
-        _check(settings, rows, columns, count, paths)
+        _check(settings.shards, rows, columns, paths[0])
         keys = jax.random.split(jax.random.fold_in(key, i), 3)
         total, bound = settings.budget * count * settings.shards, rows**-0.5
         a = (total, rows // settings.shards)
@@ -38,41 +38,34 @@ def _share(settings: _Settings, key, shapes: Mapping[str, jax.ShapeDtypeStruct])
             "b": jnp.zeros((total, columns // settings.shards), dtype),
         }
         for (side, pool), own in zip(begin.items(), keys[1:], strict=True):
-            name = f"{side} of {rows}x{columns} {dtype}"
+            name = f"{side}_{rows}x{columns}_{dtype}"
             pools[name] = pool
             index, start = _indices(settings, own, count), 0
             for path, lead in zip(paths, leads, strict=True):
                 size = math.prod(lead)
-                rest = (settings.rank, settings.shards)
-                taken = index[start : start + size].reshape(*lead, *rest)
+                taken = index[start : start + size].reshape(*lead, *index.shape[1:])
                 given[path][0][f"at_{side}"] = taken
                 given[path][1][side] = name
                 start += size
     return pools, given
 
 
-def _check(settings: _Settings, rows: int, columns: int, count: int, paths: list[str]) -> None:
-    rank, budget, shards, private, _ = settings
+def _check(shards: int, rows: int, columns: int, path: str) -> None:
     if rows % shards or columns % shards:
         both = math.gcd(rows, columns)
         fitting = [k for k in range(1, both + 1) if both % k == 0]
         raise ValueError(
             f"shards={shards} does not divide the {rows} rows and {columns} columns of "
-            f"{paths[0]!r}: give one of {fitting}, or narrow where="
-        )
-    most = private + (budget - private) * count
-    if rank > most:
-        raise ValueError(
-            f"rank={rank}: the {count} matrices of {rows}x{columns} ({', '.join(paths[:3])}) share "
-            f"a pool for {most} different vectors each: give rank={most} at most, or a larger "
-            "budget"
+            f"{path!r}: give one of {fitting}, or narrow where="
         )
 
 
 def _indices(settings: _Settings, key, count: int):
     """`[count, rank, shards]`: each matrix takes different common shards and its private ones."""
-    rank, budget, shards, private, _ = settings
+    budget, shards, private = settings.budget, settings.shards, settings.private
     common = (budget - private) * count * shards
+    # None twice: few matrices, or one, have no more to share.
+    rank = min(settings.rank, private + (budget - private) * count)
     wanted = (rank - private) * shards
 
     def choose(key):
@@ -122,7 +115,8 @@ def mos(
 
     A vector of rank one is cut into shards. Each matrix takes `rank` vectors' worth of them, by
     indices that are drawn once, apart for A and for B: `private` vectors of its own and the rest
-    from what all matrices of its size share, none twice. Pools hold as many numbers as LoRA of
+    from what all matrices of its size share, none twice; one that shares with none has rank
+    `budget`. Pools hold as many numbers as LoRA of
     rank `budget`, `budget * matrices * (rows + columns)`, whatever the rank. They stand once
     beside the parameters (`Pooled`); in a scan over layers they are constants of the scan.
 
@@ -139,7 +133,7 @@ def mos(
 
     Raises:
       ValueError: a number is out of range; when attached: `shards` does not divide the rows and
-        columns of a leaf, or the rank is more than the pools hold.
+        columns of a leaf.
 
     References: [mos].
     """

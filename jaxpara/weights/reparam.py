@@ -95,7 +95,7 @@ class Reparam(NamedTuple):
                 shapes = {path: shape_of(leaf) for path, leaf in selected.items()}
                 own = jax.random.fold_in(key, i)
                 made, given = method.share(method.settings, own, shapes)
-                pools |= {f"{i} {name}": pool for name, pool in made.items()}
+                pools |= {f"{i}_{name}": pool for name, pool in made.items()}
 
             def attached(keys, leaf, i=i, method=method, chosen=selected, given=given, known=pools):
                 path = path_of(keys)
@@ -103,7 +103,7 @@ class Reparam(NamedTuple):
                     return leaf
                 if path in given:
                     parts, common = given[path]
-                    shared = tuple((part, f"{i} {name}") for part, name in sorted(common.items()))
+                    shared = tuple((part, f"{i}_{name}") for part, name in sorted(common.items()))
                     return Weight(leaf, parts, method, shared)
                 number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
                 own = jax.random.fold_in(jax.random.fold_in(key, i), number)
@@ -165,9 +165,17 @@ class Reparam(NamedTuple):
                 base = jax.tree.map(lambda _: False, base)
             return dataclasses.replace(leaf, base=base, parts=jax.tree.map(floating, leaf.parts))
 
+        def pools(leaf):
+            if not is_weight(leaf):
+                return set()
+            below = set() if leaf.method.freezes else pools(leaf.base)
+            return below | {name for _, name in leaf.shared}
+
         if is_pooled(state):
-            params = jax.tree.map(mask, state.params, is_leaf=is_weight)
-            return Pooled(params, jax.tree.map(floating, state.pools))
+            leaves = jax.tree.leaves(state.params, is_leaf=is_weight)
+            trained = set().union(*map(pools, leaves))
+            known = {name: name in trained and floating(p) for name, p in state.pools.items()}
+            return Pooled(jax.tree.map(mask, state.params, is_leaf=is_weight), known)
         return jax.tree.map(mask, state, is_leaf=is_weight)
 
     def merge(self, state: Any) -> Any:

@@ -318,7 +318,7 @@ class Pooled:
     """
 
     params: Any
-    pools: dict[str, jax.Array]
+    pools: dict[str, Any]
 
 
 def is_pooled(node: Any) -> bool:
