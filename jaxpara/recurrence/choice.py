@@ -9,11 +9,11 @@ import jax
 from jaxtyping import PyTree
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence import rule
+from jaxpara.recurrence import fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size
 from jaxpara.recurrence.structure import Structure, structure_of
 from jaxpara.recurrence.system import Solver
-from jaxpara.recurrence.traced import Traced, trace
+from jaxpara.recurrence.traced import Body, Traced, trace
 
 DERIVATIVES = ("general", "reverse")
 
@@ -124,8 +124,28 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     if isinstance(solver, Auto):
         platform = solver.platform or jax.default_backend()
         elements = sum(math.prod(shape) for shape in shapes)
-        solver, reason = rule.pick(platform, steps=traced.length, elements=elements, block=size)
+        # On a CPU there is no kernel to ask for.
+        why_not = _refusal(body) if platform != "cpu" else ""
+        solver, reason = rule.pick(
+            platform,
+            steps=traced.length,
+            elements=elements,
+            block=size,
+            kernel=why_not is None,
+        )
+        reason += f"; no kernel: {why_not}" if why_not else ""
     return Choice(solver, mode, structure, groups, vjp_only, traced.length, reason)
+
+
+@functools.lru_cache(maxsize=512)
+def _refusal(body: Body) -> str | None:
+    """Why no kernel takes a step, or None if one does."""
+    avals = [var.aval for var in compat.open_jaxpr(body.jaxpr).invars]
+    consts, carry = avals[: body.consts], avals[body.consts : body.consts + body.carries]
+    inputs = [carry[i] for i in body.others] + avals[body.consts + body.carries :]
+    rows = [jax.ShapeDtypeStruct((1, *aval.shape), aval.dtype) for aval in inputs]
+    state = [carry[i] for i in body.floats]
+    return fused.refusal(body.on_floats, consts, state, rows)
 
 
 @functools.lru_cache(maxsize=512)

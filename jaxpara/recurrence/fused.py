@@ -5,7 +5,7 @@ platform without one, and time sharded over a mesh axis go the way of `shooting`
 is logged once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -124,7 +124,9 @@ def gradients(
     return prepared.leaves(found.init), list(pull((found.xs, d_params)))
 
 
-def refusal(step: Callable[..., Any], consts: Leaves, init: Leaves, xs: Leaves) -> str | None:
+def refusal(
+    step: Callable[..., Any], consts: Sequence[Any], init: Sequence[Any], xs: Sequence[Any]
+) -> str | None:
     """Why no kernel can run a step, in words, or None; the leaves may be shapes."""
     try:
         prepare(step, consts, init, xs)

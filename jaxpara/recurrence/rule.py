@@ -11,6 +11,7 @@ import json
 import math
 from typing import Any
 
+from jaxpara.recurrence.fused import fused
 from jaxpara.recurrence.sequential import sequential
 from jaxpara.recurrence.shooting import shoot
 from jaxpara.recurrence.system import Settings, Solver
@@ -19,18 +20,22 @@ from jaxpara.recurrence.system import Settings, Solver
 PATHS = {
     "implicit": Solver(sequential, Settings(linear="sequential")),
     "shooting": Solver(shoot, Settings()),
+    "fused": Solver(fused, Settings(linear="kernel")),
 }
 
 # A path is taken if it gained at least this much: smaller gains are within noise.
 _WORTH = 1.1
 
 # Without a map: on an accelerator every step of lax.scan costs a launch of its own, so
-# a recurrence with small blocks is solved in parallel as soon as it is long.
+# a recurrence with small blocks is solved in parallel as soon as it is long, and in one
+# kernel, whatever its length, where a kernel takes its step.
 _LONG = 256
 _SMALL_BLOCK = 8
 
 
-def pick(platform: str, *, steps: int, elements: int, block: int) -> tuple[Solver | None, str]:
+def pick(
+    platform: str, *, steps: int, elements: int, block: int, kernel: bool = False
+) -> tuple[Solver | None, str]:
     """The path for a call, and why.
 
     Args:
@@ -38,17 +43,21 @@ def pick(platform: str, *, steps: int, elements: int, block: int) -> tuple[Solve
       steps: length of the recurrence.
       elements: floating elements of the carry, batch included.
       block: largest block of the Jacobian.
+      kernel: whether a kernel takes the step.
 
     Returns:
       A solver, or None for plain `lax.scan`; and the reason, in words.
     """
     measured = _map(platform)
     if measured is None:
+        if platform != "cpu" and kernel:
+            return PATHS["fused"], f"one kernel on a {platform} (a guess: not measured)"
         if platform != "cpu" and steps >= _LONG and block <= _SMALL_BLOCK:
             return PATHS["shooting"], f"{steps} steps on a {platform} (a guess: not measured)"
         return PATHS["implicit"], f"the default on a {platform} (a guess: not measured)"
     point = min(measured["points"], key=lambda p: _distance(p, steps, elements, block))
-    name, gain = max(point["speedup"].items(), key=lambda item: item[1])
+    open_to_it = {n: g for n, g in point["speedup"].items() if kernel or n != "fused"}
+    name, gain = max(open_to_it.items(), key=lambda item: item[1])
     where = (
         f"{gain:.2g} times lax.scan with its own derivative, measured at block {point['block']}, "
         f"{point['steps']} steps, {point['elements']} elements on {measured['device']}"

@@ -168,17 +168,9 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
     if spec.reverse:
         counted = [x[::-1] for x in counted]
     floats = [init[i] for i in body.floats]
-    kept = [i for i, alias in enumerate(body.aliases) if alias is None]
 
     def step(consts, state, x):
-        x = x[: len(inputs)]
-        carry: list[Any] = [None] * body.carries
-        for position, leaf in zip(body.floats, state, strict=True):
-            carry[position] = leaf
-        for position, leaf in zip(body.others, x, strict=False):
-            carry[position] = leaf
-        new, ys = body(consts, carry, x[len(body.others) :])
-        return [new[i] for i in body.floats], [ys[i] for i in kept]
+        return body.on_floats(consts, state, x[: len(inputs)])
 
     problem = Problem(step, choice.groups, spec.solver, choice.vjp_only, spec.reverse, spec.unroll)
     aliased = tuple(sorted({alias for alias in body.aliases if alias is not None}))

@@ -46,6 +46,17 @@ class Body(NamedTuple):
         out = compat.evaluate(self.jaxpr, [*consts, *carry, *x])
         return out[: self.carries], out[self.carries :]
 
+    def on_floats(self, consts, state, x):
+        """One step of the floating leaves alone: `(state, ys)`, the other leaves leading `x`."""
+        carry: list[Any] = [None] * self.carries
+        for position, leaf in zip(self.floats, state, strict=True):
+            carry[position] = leaf
+        for position, leaf in zip(self.others, x, strict=False):
+            carry[position] = leaf
+        new, ys = self(consts, carry, x[len(self.others) :])
+        kept = [y for y, alias in zip(ys, self.aliases, strict=True) if alias is None]
+        return [new[i] for i in self.floats], kept
+
 
 class Traced(NamedTuple):
     """One call. `consts`, `init` and `xs` are flat lists of operands."""
