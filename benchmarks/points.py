@@ -103,5 +103,5 @@ def fitting(points: Sequence[Point], memory: int) -> tuple[list[Point], list[Poi
       Both lists, in order, without repetitions.
     """
     points = list(dict.fromkeys(points))
-    large = [p for p in points if needs(p) > SHARE_OF_MEMORY * memory]
-    return [p for p in points if p not in set(large)], large
+    most = SHARE_OF_MEMORY * memory
+    return [p for p in points if needs(p) <= most], [p for p in points if needs(p) > most]

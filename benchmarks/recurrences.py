@@ -4,6 +4,7 @@ Cells of `jp.cells` at the weights that training gives (uniform within 1), over 
 input projection makes them from unit-normal inputs: unit normal plus the bias.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -142,6 +143,7 @@ def make(name: str, width: int) -> Recurrence:
     return three(width) if name == "three" else gated(name, width)
 
 
+@functools.cache
 def leaves(name: str) -> Leaves:
     """How many arrays a recurrence reads and writes.
 

@@ -1,0 +1,101 @@
+"""The map of `jp.auto` from the rows of a benchmark: `python -m benchmarks.fit_choice CSV`.
+
+A point of the map holds how much faster than `lax.scan`, with gradients and in float32, each path
+of `newton_scan` was. `python -m experiments.fit_choice` measures such a map directly; this one
+needs no Hydra and no second run on the device.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.points import SCAN, SOLVER
+from benchmarks.recurrences import leaves
+from benchmarks.report import Measured, speed_up
+
+MAPS = Path(__file__).resolve().parent.parent / "jaxpara" / "recurrence"
+
+
+def points(measured: Measured) -> list[dict[str, Any]]:
+    """The points of the map: shapes at which `lax.scan` and some path were measured and right.
+
+    Args:
+      measured: the rows.
+
+    Returns:
+      Points as `jaxpara.recurrence.rule` reads them, by cell and size.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for point, row in sorted(measured.items()):
+        gain = speed_up(measured, point)
+        if not point.implementation.startswith(SOLVER) or gain is None:
+            continue
+        steps, batch, width = point.shape
+        states = leaves(point.op).states
+        scan = measured[point._replace(implementation=SCAN)]
+        entry = found.setdefault(
+            (point.op, point.shape),
+            {
+                "cell": point.op,
+                "block": states,
+                "steps": steps,
+                "elements": states * batch * width,
+                "speedup": {},
+                "spread": {"scan": _spread(scan)},
+            },
+        )
+        name = point.implementation.removeprefix(SOLVER)
+        entry["speedup"][name] = float(f"{gain:.4g}")
+        entry["spread"][name] = _spread(row)
+    return list(found.values())
+
+
+def _spread(row: dict[str, Any]) -> list[float]:
+    return [row["ms_low"], row["ms"], row["ms_high"]]
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Entry of `python -m benchmarks.fit_choice`.
+
+    Args:
+      arguments: of the command line.
+
+    Returns:
+      The file of the map.
+
+    Raises:
+      SystemExit: the rows hold no point, or are of several devices.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("csv", type=Path, help="rows of benchmarks.kernels")
+    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="gpu")
+    parser.add_argument("--output", type=Path, help="default: what jp.auto reads")
+    options = parser.parse_args(arguments)
+    read = rows.read(options.csv)
+    made = points({rows.point_of(row): row for row in read})
+    if not made:
+        parser.error(
+            f"{options.csv} has no newton_scan row beside a lax.scan row of the same point; run "
+            "`python -m benchmarks.kernels` without --no-crossover until they are there"
+        )
+    devices = sorted({str(row["device"]) for row in read})
+    if len(devices) > 1:
+        parser.error(f"{options.csv} mixes devices {devices}; a map is of one")
+    record = {
+        "platform": options.platform,
+        "device": devices[0],
+        "jax": str(read[0]["jax"]),
+        "date": str(read[0]["date"]),
+        "points": made,
+    }
+    output = options.output or MAPS / f"choice_{options.platform}.json"
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {len(made)} points to {output}")
+    return output
+
+
+if __name__ == "__main__":
+    main()

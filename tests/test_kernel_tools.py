@@ -1,0 +1,178 @@
+"""`make compile` and `make gpu`: what they read, what fails them, what they need."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels.shapes import COMPILED, Shape
+from tools import compile_kernels, compile_worker
+from tools.compile_kernels import Job
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'a' for 'sm_90a'
+ptxas info    : Function properties for a
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 26 registers, used 2 barriers
+ptxas info    : Compiling entry function 'b' for 'sm_90a'
+ptxas info    : Function properties for b
+    48 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 168 registers, used 3 barriers
+"""
+HLO = """
+  %f = f32[8]{0} fusion(%p), backend_config={"used_scoped_memory_configs":[{"memory_space":"1",\
+"offset":"0","size":"99999999"}]}
+  %k = f32[8]{0} custom-call(%f), custom_call_target="tpu_custom_call", backend_config={\
+"scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"50331648"}],\
+"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"262144"}]}
+"""
+
+
+def job(recurrence="gru", target="h100"):
+    return Job(target, recurrence, "forward", "f32", Shape(2048, 8, 256))
+
+
+def test_of_several_kernels_the_worst_registers_and_spills_count():
+    found = compile_worker.ptxas_numbers(PTXAS)
+    assert found == {"registers": 168, "spill_bytes": 44, "stack_bytes": 48}
+    with pytest.raises(ValueError, match="ptxas reported no kernel"):
+        compile_worker.ptxas_numbers("ptxas info : 0 bytes gmem")
+
+
+def test_vmem_is_what_the_kernel_uses_not_its_limit_nor_a_fusions():
+    assert compile_worker.vmem_kib(HLO) == 256
+    with pytest.raises(ValueError, match="no Mosaic TPU kernel"):
+        compile_worker.vmem_kib(HLO.split("%k")[0])
+
+
+def test_spills_fail_up_to_two_states_and_errors_always():
+    spilling = {"registers": 255, "spill_bytes": 8}
+    assert compile_kernels.verdict(job("lstm"), spilling) == "spills 8 bytes with 2 state(s)"
+    assert compile_kernels.verdict(job("slstm"), spilling) == "ok"
+    assert compile_kernels.verdict(job(), {"registers": 9, "spill_bytes": 0}) == "ok"
+    assert compile_kernels.verdict(job("slstm"), {"error": "no"}) == "no"
+
+
+def test_every_recurrence_pass_and_storage_is_compiled_for_every_target():
+    every = compile_kernels.jobs(compile_kernels.TARGETS)
+    assert len(every) == len(set(every))
+    for target in compile_kernels.TARGETS:
+        first = {(j.recurrence, j.which, j.storage) for j in every
+                 if j.target == target and j.shape == COMPILED[0]}  # fmt: skip
+        assert len(first) == 6 * 2 * 3
+    assert {j.shape for j in every if j.target == "h100"} == set(COMPILED)
+    chosen = compile_kernels.jobs(["v5e"], "gru bf16 backward")
+    assert chosen == [Job("v5e", "gru", "backward", "bf16", COMPILED[0])]
+
+
+def test_the_table_names_what_failed_and_leaves_out_what_a_target_does_not_say():
+    results = [
+        (job(), {"registers": 64, "spill_bytes": 0, "stack_bytes": 0, "shared_kib": 204.0,
+                 "lower_s": 1.0, "compile_s": 2.0}),
+        (job("slstm"), {"error": "ValueError: too | much"}),
+        (job(target="v5e"), {"vmem_kib": 18771.0, "lower_s": 0.1, "compile_s": 0.2}),
+    ]  # fmt: skip
+    text = compile_kernels.report(results, "Python 3")
+    assert "2 of 3 kernels compile as they should" in text
+    assert "| gru forward | f32 | 2048, 8, 256 | 64 | 0 | 0 | 204.0 | 1.0 | 2.0 | ok |" in text
+    assert "| ValueError: too / much |" in text
+    assert "| gru forward | f32 | 2048, 8, 256 | 18771 | 0.1 | 0.2 | ok |" in text
+
+
+WORKER = """
+import json, os, signal, sys
+asked = json.load(sys.stdin)["jobs"]
+for number, job in enumerate(asked):
+    if job["recurrence"] == "gru":
+        print("about to fail", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    print(json.dumps({"registers": number}), flush=True)
+"""
+
+
+def test_a_compiler_that_crashes_on_a_kernel_goes_on_with_the_next(tmp_path, monkeypatch):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/compile_worker.py").write_text(WORKER)
+    monkeypatch.setattr(compile_kernels, "ROOT", tmp_path)
+    wanted = [job("linear"), job("gru"), job("lstm"), job("three")]
+    found = list(compile_kernels.work("h100", wanted))
+    assert [r.get("registers") for r in found] == [0, None, 0, 1]
+    assert found[1]["error"] == "the compiler died (-11): about to fail"
+
+
+def test_a_compiler_that_is_not_there_fails_every_kernel_at_once(tmp_path, monkeypatch):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/compile_worker.py").write_text("raise ImportError('no libtpu')")
+    monkeypatch.setattr(compile_kernels, "ROOT", tmp_path)
+    found = list(compile_kernels.work("v5e", [job(), job("lstm")]))
+    assert [r["error"] for r in found] == ["ImportError: no libtpu"] * 2
+
+
+def test_a_selection_that_names_no_kernel_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        compile_kernels.main(["--only", "gruu"])
+    assert sys.version_info < (3, 12) or "names no kernel" in capsys.readouterr().err
+
+
+# What `make gpu` may count on: JAX with CUDA, optax, jaxtyping, chex, pytest and what they bring.
+ON_A_GPU_MACHINE = {"jax", "jaxlib", "numpy", "ml_dtypes", "optax", "jaxtyping", "chex", "pytest"}
+OURS = {"jaxpara", "pallas_kernels", "benchmarks"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").split(".")[0]
+
+
+def foreign(path, seen):
+    """Packages that a test file needs, through the helpers beside it, and may not count on."""
+    if path in seen:
+        return set()
+    seen.add(path)
+    found = set()
+    for name in imported(path):
+        helper = ROOT / "tests" / f"{name}.py"
+        if helper.exists():
+            found |= foreign(helper, seen)
+        elif name not in ON_A_GPU_MACHINE | OURS | sys.stdlib_module_names:
+            found.add(f"{path.name}: {name}")
+    return found
+
+
+def test_what_make_gpu_runs_needs_nothing_but_jax_and_its_test_packages():
+    tests = [p for p in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in p.read_text()]
+    assert tests
+    measuring = "contenders fit_choice kernels points recurrences report rows timing".split()
+    measures = [ROOT / f"benchmarks/{name}.py" for name in measuring]
+    for path in [*tests, *measures, ROOT / "tests/conftest.py"]:
+        if path.name != pathlib.Path(__file__).name:
+            assert foreign(path, set()) == set()
+    assert foreign(ROOT / "tests/test_bench.py", set())  # the check does bite
+
+
+@pytest.mark.slow
+def test_make_gpu_without_a_gpu_says_what_is_missing():
+    outcome = subprocess.run(
+        ["sh", "tools/gpu.sh"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "PATH": "/usr/bin:/bin",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 1
+    assert "make gpu: no Python here can run it" in outcome.stderr
+    assert f"{sys.executable}: JAX" in outcome.stderr and "sees no GPU" in outcome.stderr
