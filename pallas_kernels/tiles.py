@@ -130,6 +130,9 @@ def make_plan(
       chunks: runs per window that advance side by side; None chooses, 1 is a sequential kernel.
       window: steps per block; None takes what fits VMEM.
       reverse: scan order runs against memory.
+
+    Raises:
+      NotImplementedError: the window that was asked for does not fit VMEM.
     """
     time, batch, width = shape
     for name, value in (("chunks", chunks), ("window", window)):
@@ -147,7 +150,14 @@ def make_plan(
     # Windows of about equal length, each a whole number of chunks.
     steps = -(-time // -(-time // steps))
     length = -(-steps // min(chunks, steps))
-    return Plan(time, batch, width, rows, lanes, -(-steps // length), length, reverse)
+    plan = Plan(time, batch, width, rows, lanes, -(-steps // length), length, reverse)
+    needed = plan.window * tile_bytes
+    if needed > 0.8 * VMEM_BYTES:
+        raise NotImplementedError(
+            f"a window of {plan.window} steps takes {needed / 2**20:.0f} MiB of VMEM; expected at "
+            f"most {0.8 * VMEM_BYTES / 2**20:.0f}: pass a smaller window, or None."
+        )
+    return plan
 
 
 def load(refs: Sequence[Any], place: Callable[[int], Any], chunks: int) -> list[jax.Array]:

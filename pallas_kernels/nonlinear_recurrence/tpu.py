@@ -234,8 +234,8 @@ def _link(plan, tol, starts, ends, products, before):
     caps = []
     for end in ends:
         value = jnp.abs(end[...])
-        factor = max(_CAP, float(plan.chunks))
-        caps.append(factor * jnp.max(jnp.where(value < jnp.inf, value, 0.0), axis=0))
+        value = jnp.where(value < jnp.inf, value, 0.0)
+        caps.append(_CAP * jnp.max(value, axis=0))
 
     def link(index, loop):
         leading, largest, delta, recent = loop
