@@ -1,13 +1,37 @@
 """A matmul with integer weights, dequantised as they are multiplied."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
-from pallas_kernels.quantised_dot import reference
+from pallas_kernels.dispatch import first_that_works
+from pallas_kernels.quantised_dot import reference, tpu
 from pallas_kernels.quantised_dot.reference import integer_dot
 
 __all__ = ["integer_dot", "quantised_dot"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _kernel(run, bits: int, precision: Any, *operands):
+    return run(*operands, bits=bits, precision=precision)
+
+
+def _forward(run, bits, precision, *operands):
+    return _kernel(run, bits, precision, *operands), operands
+
+
+def _backward(run, bits, precision, operands, cotangent):
+    plain = functools.partial(reference.quantised_dot, bits=bits, precision=precision)
+    return jax.vjp(plain, *operands)[1](cotangent)
+
+
+_kernel.defvjp(_forward, _backward)
+
+
+def _mosaic_tpu(*operands, bits: int, precision: Any):
+    return _kernel(tpu.quantised_dot, bits, precision, *operands)
 
 
 def quantised_dot(
@@ -17,8 +41,27 @@ def quantised_dot(
     offset: jax.Array | None = None,
     *,
     bits: int,
-    precision=None,
+    precision: Any = None,
     implementation: None | str | Sequence[str] = None,
 ) -> jax.Array:
-    """`x @ (values * scale + offset)`."""
-    return reference.quantised_dot(x, values, scale, offset, bits=bits, precision=precision)
+    """`x @ (values * scale + offset)`, differentiable in `x`, the scale and the offset.
+
+    Args:
+      x: `[m, rows]`, floating.
+      values: int8 `[rows, columns]`, or packed as uint8.
+      scale: `[groups, columns]` or `[groups, 1]`; each is for `rows / groups` consecutive rows.
+      offset: as the scale, or None.
+      bits: of the integers.
+      precision: of the product, as for `jnp.matmul`.
+      implementation: `"mosaic_tpu"`, `"xla"`, or names in order; None: the best for the platform.
+
+    Returns:
+      `[m, columns]` in `x`'s dtype or float32, whichever is wider.
+
+    Raises:
+      ValueError: an implementation that there is not.
+      NoImplementation: the implementations that were named cannot take the call.
+    """
+    known = {"mosaic_tpu": _mosaic_tpu, "xla": reference.quantised_dot}
+    run = first_that_works(known, implementation, platform=jax.default_backend())
+    return run(x, values, scale, offset, bits=bits, precision=precision)

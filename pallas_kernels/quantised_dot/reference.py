@@ -44,9 +44,25 @@ def quantised_dot(
     parts = x.reshape(m, groups, rows // groups)
     sums = jnp.einsum("mgk,gkn->mgn", parts, weights.astype(x.dtype), **options)
     total = jnp.sum(sums * scale.astype(out), axis=1)
-    if offset is not None:
-        total = total + jnp.einsum("mg,gn->mn", parts.sum(-1, dtype=out), _wide(offset, columns))
-    return total
+    return with_offset(total, x, offset)
+
+
+def with_offset(product: jax.Array, x: jax.Array, offset: jax.Array | None) -> jax.Array:
+    """Adds what the offsets contribute: of each group, the offset times the sum of `x`.
+
+    Args:
+      product: `[m, columns]`.
+      x: `[m, rows]`.
+      offset: `[groups, columns]`, `[groups, 1]`, or None.
+
+    Returns:
+      `[m, columns]`.
+    """
+    if offset is None:
+        return product
+    sums = x.reshape(len(x), len(offset), -1).sum(-1, dtype=product.dtype)
+    offset = wide(offset, product.shape[1]).astype(product.dtype)
+    return product + jnp.matmul(sums, offset, precision="highest")
 
 
 def integer_dot(
@@ -76,12 +92,11 @@ def integer_dot(
     sums = jnp.einsum("mgk,gkn->mgn", parts, weights, preferred_element_type=jnp.int32)
     scales = x_scale[:, :, None] * scale
     total = jnp.sum(sums.astype(x_scale.dtype) * scales, axis=1)
-    if offset is not None:
-        # sum (q s + o) x = s sum q x + o sum x
-        ones = parts.sum(-1, dtype=jnp.int32).astype(x_scale.dtype) * x_scale
-        total = total + jnp.einsum("mg,gn->mn", ones, _wide(offset, columns))
-    return total
+    # sum (q s + o) x = s sum q x + o sum x, x being an integer times a scale.
+    own = (parts * x_scale[:, :, None]).reshape(m, rows)
+    return with_offset(total, own, offset)
 
 
-def _wide(scale: jax.Array, columns: int) -> jax.Array:
+def wide(scale: jax.Array, columns: int) -> jax.Array:
+    """Scales for every column, from scales for all of them."""
     return jnp.broadcast_to(scale, (scale.shape[0], columns))

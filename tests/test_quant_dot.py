@@ -1,0 +1,301 @@
+"""Integers packed and multiplied as they are, and activations quantised with the weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recurrence_cases import QUICK
+
+import jaxpara as jp
+from jaxpara.weights.quant.activations import activation_integers
+from pallas_kernels.quantised_dot import packing, reference, tpu
+
+slow = pytest.mark.slow
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def integers(seed, bits, *shape):
+    q = 2 ** (bits - 1) - 1
+    return np.random.default_rng(seed).integers(-q - 1, q + 1, shape).astype(np.int8)
+
+
+def quick(function, *args):
+    return jax.jit(function, compiler_options=QUICK)(*args)
+
+
+@pytest.mark.parametrize("bits", range(1, 7))
+def test_packing_is_undone_by_unpacking_and_its_size_is_that_of_the_bits(bits):
+    wide = packing.width(bits)
+    for rows in (8, 12):
+        values = integers(0, max(wide, 2), 2, rows, 3)
+        packed = quick(lambda v: packing.pack(v, bits), values)
+        assert packed.dtype == jnp.uint8 and packed.shape == (2, rows * wide // 8, 3)
+        assert packing.rows_of(packed.shape[1], bits) == rows
+        found = quick(lambda p: packing.unpack(p, bits), packed)
+        assert found.dtype == jnp.int8
+        np.testing.assert_array_equal(found, values)
+
+
+def test_six_bits_are_laid_out_as_a_loop_over_bits_lays_them():
+    values = integers(1, 6, 8, 1)
+    bits = [[int(v) >> i & 1 for i in range(6)] for v in values[:, 0]]
+    for i in range(2):  # rows i, i + 2, i + 4, i + 6 stand in bytes i, i + 2, i + 4
+        stream = sum((bits[i + 2 * part] for part in range(4)), [])
+        wanted = [sum(b << n for n, b in enumerate(stream[8 * j : 8 * j + 8])) for j in range(3)]
+        np.testing.assert_array_equal(packing.pack(jnp.asarray(values), 6)[i::2, 0], wanted)
+
+
+def case(bits, groups, affine, *, rows=12, columns=5, m=3, exact=False):
+    """Operands; with `exact` every product and sum is an integer below 2^24."""
+    values = integers(2, bits, rows, columns)
+    if exact:
+        draw = np.random.default_rng(3)
+        x = draw.integers(-20, 21, (m, rows)).astype(np.float32)
+        scale, offset = (
+            draw.integers(1, 4, (groups, columns)).astype(np.float32) for _ in range(2)
+        )
+    else:
+        x, offset = normal(4, m, rows), normal(5, groups, columns)
+        scale = 0.1 + np.abs(normal(6, groups, columns))
+    return x, values, scale, offset if affine else None
+
+
+def dense(values, scale, offset):
+    each = values.shape[0] // scale.shape[0]
+    w = np.float64(values) * np.repeat(np.float64(scale), each, 0)
+    return w if offset is None else w + np.repeat(np.float64(offset), each, 0)
+
+
+CASES = [
+    (bits, groups, affine) for bits in (2, 4, 6, 8) for groups in (1, 3) for affine in (False, True)
+]
+
+
+@pytest.mark.parametrize(
+    ("bits", "groups", "affine"),
+    [pytest.param(*c, marks=() if c in (CASES[7], CASES[12]) else slow) for c in CASES],
+)
+@pytest.mark.parametrize("m", [3, 40])  # few rows: scales after the sums; many: before them
+def test_the_product_is_that_of_the_dequantised_weight(bits, groups, affine, m):
+    for exact in (True, False):
+        x, values, scale, offset = case(bits, groups, affine, m=m, exact=exact)
+        wanted = np.float64(x) @ dense(values, scale, offset)
+        stored = [values, packing.pack(jnp.asarray(values), bits)] if bits < 8 else [values]
+        for held in stored:
+            found = quick(
+                lambda x, held, s, o: reference.quantised_dot(x, held, s, o, bits=bits),
+                x,
+                held,
+                scale,
+                offset,
+            )
+            if exact:
+                np.testing.assert_array_equal(found, wanted)
+            else:
+                np.testing.assert_allclose(
+                    found, wanted, rtol=1e-5, atol=2e-6 * np.abs(wanted).max()
+                )
+
+
+def test_a_matmul_of_integers_with_a_zero_point_is_the_dequantised_one_exactly():
+    x, values, scale, offset = case(6, 3, True, exact=True)
+    ints = integers(7, 6, *x.shape)
+    own = np.random.default_rng(8).integers(1, 4, (3, 3)).astype(np.float32)
+    found = reference.integer_dot(ints, own, values, scale, offset, bits=6)
+    whole = np.float64(ints) * np.repeat(own, 4, 1)
+    np.testing.assert_array_equal(found, whole @ dense(values, scale, offset))
+
+
+def test_a_weight_made_of_integers_runs_and_is_refused_where_the_shapes_do_not_fit():
+    x, values, scale, offset = case(4, 3, True)
+    w = jp.weights.quantised_array(values, scale[:, None], offset[:, None], bits=4)
+    wanted = np.float64(x) @ dense(values, scale, offset)
+    packed = jp.weights.pack({"w": w})["w"]
+    assert packed.base.shape == (6, 5) and w.base is values
+    for weight in (w, packed):
+        found = jp.weights.quantised_dot(x, weight)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        lifted = jp.lift(lambda p, x: p["w"].T @ x.T)({"w": weight}, x)
+        np.testing.assert_allclose(lifted, wanted.T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected scale .* of shape \(groups, 1, 5\)"):
+        jp.weights.quantised_array(values, scale, bits=4)
+    with pytest.raises(ValueError, match="one scale for all columns goes with one group"):
+        jp.weights.quantised_array(values, scale[:, None, :1], bits=4)
+    with pytest.raises(TypeError, match="needs a weight of integers with scales.* got ndarray"):
+        jp.weights.quantised_dot(x, values)
+    with pytest.raises(TypeError, match=r"Weight of nf4\(block=64\)"):
+        jp.weights.quantised_dot(x, jp.nf4().attach(jax.random.key(0), {"w": x})["w"])
+    stacked = jp.weights.quantised_array(values[None], scale[None, :, None], bits=4)
+    with pytest.raises(ValueError, match="3 axes and needs 2: use jax.vmap"):
+        jp.weights.quantised_dot(x, stacked)
+    with pytest.raises(ValueError, match="implementation='cuda' is not known here"):
+        jp.weights.quantised_dot(x, w, implementation="cuda")
+    with pytest.raises(ValueError, match="7 rows of 4 bits cannot be packed"):
+        packing.pack(jnp.zeros((7, 2), jnp.int8), 4)
+    with pytest.raises(ValueError, match="bits=9: give 1 to 8"):
+        packing.width(9)
+
+
+def fake(x, bits, groups):
+    """Rows of activations on their grid, in a loop."""
+    q, out = 2 ** (bits - 1) - 1, np.zeros(x.shape)
+    each = x.shape[-1] // groups
+    for index in np.ndindex(*x.shape[:-1], groups):
+        where = (*index[:-1], slice(index[-1] * each, (index[-1] + 1) * each))
+        scale = max(np.max(np.abs(np.float64(x[where]))) / q, 1e-30)
+        out[where] = np.clip(np.round(x[where] / scale), -q, q) * scale
+    return out
+
+
+def attached(t, params):
+    return t.attach(jax.random.key(0), params)
+
+
+def test_w6a6_is_the_product_of_both_on_their_grids_before_and_after_merging():
+    w, x = normal(0, 12, 5), normal(1, 2, 3, 12)
+    t = jp.flexq(group=4)
+    state = attached(t, {"w": w})
+    wanted = fake(x, 6, 3) @ np.float64(t.effective(state)["w"])
+    function = lambda p, x: x @ p["w"]  # noqa: E731
+    merged = jp.weights.pack(t.merge(state))
+    assert merged["w"].base.dtype == jnp.uint8 and merged["w"].base.shape == (9, 5)
+    for tree in (state, merged):
+        found = jp.lift(function)(tree, x)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        uses = [(use.primitive, use.how) for use in t.report(tree, function, x).uses]
+        assert uses == [("dot_general", "rule")]
+    assert np.max(np.abs(wanted - x @ np.float64(w))) > 0.01  # it does quantise
+
+
+def test_w6a6_on_integers_equals_the_float_product_bit_for_bit_where_sums_fit():
+    # Magnitudes up to 31 in every group: all scales are one.
+    w, x = np.float32(integers(0, 6, 256, 8)), np.float32(integers(1, 6, 4, 256))
+    w, x = np.clip(w, -31, 31), np.clip(x, -31, 31)
+    w[::128], x[:, ::128] = 31, -31
+    t = jp.flexq()
+    state = attached(t, {"w": w})
+    function = lambda p, x: x @ p["w"]  # noqa: E731
+    wanted = np.int64(x) @ np.int64(w)
+    assert 2**12 < np.max(np.abs(wanted)) < 2**24
+    for tree in (state, t.merge(state)):
+        np.testing.assert_array_equal(jp.lift(function)(tree, x), wanted)
+
+
+def test_gradients_of_w6a6_are_those_of_the_two_factors_straight_through():
+    w, x, g = normal(0, 12, 5), normal(1, 3, 12), normal(2, 3, 5)
+    t = jp.fake_quant(bits=6, activations=6, group=4)
+    state = attached(t, {"w": w})
+    loss = jp.lift(lambda p, x: jnp.sum(g * (x @ p["w"])))
+    d_state, d_x = jax.grad(loss, argnums=(0, 1))(state, x)
+    quantised = np.float64(t.effective(state)["w"])
+    np.testing.assert_allclose(d_x, g @ quantised.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(d_state["w"].base, fake(x, 6, 3).T @ g, rtol=1e-5, atol=1e-5)
+    after = jax.grad(loss, argnums=1)(t.merge(state), x)
+    np.testing.assert_allclose(after, g @ quantised.T, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_product_with_integers_are_those_of_the_dense_product():
+    x, values, scale, offset = case(4, 3, True)
+    g = normal(9, 3, 5)
+
+    def ours(x, scale, offset):
+        w = jp.weights.quantised_array(values, scale[:, None], offset[:, None], bits=4)
+        return jnp.sum(g * jp.weights.quantised_dot(x, w))
+
+    def theirs(x, scale, offset):
+        w = jnp.repeat(scale, 4, 0) * values + jnp.repeat(offset, 4, 0)
+        return jnp.sum(g * (x @ w))
+
+    found, wanted = (quick(jax.grad(f, (0, 1, 2)), x, scale, offset) for f in (ours, theirs))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_sensitive_leaves_keep_eight_bits_and_what_no_rule_takes_is_reported():
+    params = {"up": normal(0, 8, 8), "down": normal(1, 8, 8)}
+    x = normal(2, 3, 8)
+    t = jp.flexq(group=None, sensitive="down")
+    state = attached(t, params)
+    w = t.effective(state)
+    for name, bits in (("up", 6), ("down", 8)):
+        found = jp.lift(lambda p, x, name=name: x @ p[name])(state, x)
+        wanted = fake(x, bits, 1) @ np.float64(w[name])
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    # The other axis of a tied weight is no contraction of the grid: the weight alone is quantised.
+    tied = lambda p, x: x @ p["up"].T  # noqa: E731
+    assert [u.how for u in t.report(state, tied, x).uses] == ["densified"]
+    np.testing.assert_allclose(jp.lift(tied)(state, x), x @ w["up"].T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="selects none"):
+        attached(jp.flexq(group=None, sensitive="gate"), params)
+
+
+@slow
+def test_stacked_layers_and_experts_quantise_their_own_activations():
+    w, x = normal(0, 2, 8, 4), normal(1, 2, 3, 8)
+    t = jp.fake_quant(bits=6, activations=6, group=4)
+    state = attached(t, {"w": w})
+    effective = np.float64(t.effective(state)["w"])
+    experts = lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"])  # noqa: E731
+    layers = lambda p, x: jax.lax.scan(lambda c, s: (c, s[0] @ s[1]), 0.0, (x, p["w"]))[1]  # noqa: E731
+    for function in (experts, layers):
+        for tree in (state, t.merge(state), jp.weights.pack(t.merge(state))):
+            found = jp.lift(function)(tree, x)
+            np.testing.assert_allclose(found, fake(x, 6, 2) @ effective, rtol=1e-5, atol=1e-5)
+            assert [u.how for u in t.report(tree, function, x).uses] == ["rule"]
+
+
+def test_activations_of_zero_stay_zero():
+    values, scale = activation_integers(jnp.zeros((2, 8)), 6, 2)
+    assert not np.any(values) and np.all(scale > 0)
+
+
+# Kernels
+
+
+def tpu_case(bits, groups, *, m, affine, dtype):
+    x, values, scale, offset = case(
+        bits, groups, affine, rows=512, columns=256, m=m, exact=dtype == jnp.bfloat16
+    )
+    held = packing.pack(jnp.asarray(values), bits) if bits == 4 else jnp.asarray(values)
+    return jnp.asarray(x, dtype), values, held, scale, offset
+
+
+@pytest.mark.parametrize(
+    ("bits", "groups", "m", "affine", "dtype"),
+    [
+        (8, 1, 5, False, jnp.float32),
+        (4, 2, 33, True, jnp.float32),
+        pytest.param(4, 4, 300, False, jnp.bfloat16, marks=slow),
+        pytest.param(8, 2, 16, True, jnp.bfloat16, marks=slow),
+    ],
+)
+def test_the_tpu_kernel_interpreted_is_the_dequantised_product(bits, groups, m, affine, dtype):
+    x, values, held, scale, offset = tpu_case(bits, groups, m=m, affine=affine, dtype=dtype)
+    found = quick(
+        lambda *a: tpu.quantised_dot(*a, bits=bits, interpret=True), x, held, scale, offset
+    )
+    wanted = np.float64(np.float32(x)) @ dense(values, scale, offset)
+    if dtype == jnp.bfloat16:
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-6 * np.abs(wanted).max())
+
+
+def test_the_tpu_kernel_refuses_what_it_cannot_take():
+    x, values, scale = (
+        np.zeros((2, 128), np.float32),
+        np.zeros((128, 128), np.int8),
+        np.ones((1, 1)),
+    )
+    with pytest.raises(NotImplementedError, match="multiples of 128"):
+        tpu.quantised_dot(x, values[:, :5], scale, bits=8)
+    with pytest.raises(NotImplementedError, match="float16: this kernel takes"):
+        tpu.quantised_dot(x.astype(np.float16), values, scale, bits=8)
+    with pytest.raises(NotImplementedError, match="6 bits packed"):
+        tpu.quantised_dot(x, packing.pack(jnp.asarray(values), 6), scale, bits=6)
+    w = jp.weights.quantised_array(values, np.ones((1, 1, 128), np.float32))
+    with pytest.raises(NotImplementedError, match="runs on tpu, not on cpu"):
+        jp.weights.quantised_dot(x, w, implementation="mosaic_tpu")
