@@ -179,7 +179,7 @@ def backward(
         walked = next(rest)
         parts_near = [[next(rest) for _ in range(len(arrays))] for arrays in near]
         missing = plan.windows * plan.window - steps
-        solve(Block(cell, plan, reverse, missing, *parts, walked, *parts_near, *rest))
+        solve(Block._make([cell, plan, reverse, missing, *parts, walked, *parts_near, *rest]))
 
     row = jax.ShapeDtypeStruct((batch, blocks * plan.block), jnp.float32)
     out = mosaic.launch(
