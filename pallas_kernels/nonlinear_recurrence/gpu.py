@@ -152,8 +152,8 @@ def _solve(block: Block, affine: bool) -> None:
     def _():
         for k in states:
             mosaic.store(block.carry.at[k], load_row(block, block.init[k].at[b, here]))
-        if plan.slots > 1:
-            stage(block, 0)
+        for first in range(plan.slots - 1):
+            stage(block, first)
 
     # Every warpgroup is about to read the carry that warpgroup 0 wrote.
     mosaic.sync(block.arrived)
@@ -166,8 +166,7 @@ def _solve(block: Block, affine: bool) -> None:
 
         @pl.when((wg == 0) & (ahead < plan.windows))
         def _():
-            # The slot was last read in a window that ended with a sync of all warpgroups; reads
-            # need no fence before the copy engine overwrites what they have read.
+            # The slot was last read in a window that ended with a commit and a sync of all threads.
             stage(block, ahead)
 
         # Every thread waits for the copies itself: that is what makes them visible to it.
@@ -183,8 +182,11 @@ def _solve(block: Block, affine: bool) -> None:
             for k in states:
                 mosaic.store(block.carry.at[k], load_row(block, last_end(block, k)))
 
-        # Next, all read the carry, write over starts and ends that warpgroup 0 has read, and it
-        # lets the copy engine into a slot that all have read.
+        # The copy engine is about to write where all have read inputs: their reads come first.
+        if plan.slots < plan.windows:
+            mosaic_gpu().commit_smem()
+        # All read the carry next, and write over starts and ends that warpgroup 0 has read; it
+        # lets the copy engine into the slot.
         mosaic.sync(block.arrived)
         count = plan.window
         if block.steps is not None:
