@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks import recurrences, timing
-from benchmarks.contenders import contender
+from benchmarks.contenders import BACKENDS, contender
 from benchmarks.points import KERNEL, Point
 from pallas_kernels.shapes import Shape
 
@@ -119,7 +119,7 @@ def compare(torch: Any, shape: Shape, call: Callable[..., Any]) -> dict[str, flo
     got = {"theirs": layout(theirs()).cpu().numpy()}
 
     point = Point("gru", "float32", "forward", shape, KERNEL)
-    run = jax.jit(contender(point))
+    run = jax.jit(contender(point, BACKENDS[jax.default_backend()]))
     result = run(recurrence.consts, *operands)
     got["ours"] = np.asarray(result.states[0])
     ours = timing.measure(lambda: run(recurrence.consts, *operands))

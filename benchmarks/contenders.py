@@ -20,6 +20,10 @@ from pallas_kernels import linear_recurrence, nonlinear_recurrence
 TOL, MAX_ITERS = 1e-5, 8  # the residual at which the targets are stated
 
 
+# Asked for by name: a kernel that cannot take a call then fails, instead of being replaced.
+BACKENDS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu", "cpu": "xla"}
+
+
 class Result(NamedTuple):
     """What a pass gives.
 
@@ -40,12 +44,12 @@ class Result(NamedTuple):
     fallback_steps: jax.Array | None = None
 
 
-def contender(point: Point, implementation: str | None = None) -> Callable[..., Result]:
+def contender(point: Point, implementation: str) -> Callable[..., Result]:
     """The implementation that a point names.
 
     Args:
       point: what is measured.
-      implementation: of the kernel, by name; None is the best of the platform.
+      implementation: of the kernel, by name.
 
     Returns:
       A function of `(consts, init, xs, cotangents)`.
@@ -91,7 +95,7 @@ def _scan(recurrence: Recurrence, scan: Callable[..., Any], backward: bool):
     return run
 
 
-def _linear_kernel(recurrence: Recurrence, backward: bool, implementation: str | None):
+def _linear_kernel(recurrence: Recurrence, backward: bool, implementation: str):
     entries = recurrence.leaves.states**2
 
     def run(consts, init, xs, cotangents):
@@ -108,7 +112,7 @@ def _linear_kernel(recurrence: Recurrence, backward: bool, implementation: str |
     return run
 
 
-def _kernel(recurrence: Recurrence, point: Point, backward: bool, implementation: str | None):
+def _kernel(recurrence: Recurrence, point: Point, backward: bool, implementation: str):
     prepared = recurrences.prepared(recurrence, point.shape, point.dtype)
     order = recurrences.order_of_params(prepared, recurrence, point.shape)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import recurrences, rows, timing
-from benchmarks.contenders import Result, contender
+from benchmarks.contenders import BACKENDS, Result, contender
 from benchmarks.points import ITEMSIZE, KERNEL, OPS, SCAN, Point, crossover, fitting, grid, needs
 from benchmarks.report import write_report
 from jaxpara.recurrence import rule
@@ -67,6 +67,7 @@ class Bench:
           Its row.
         """
         row = rows.key(point) | {
+            "backend": self.implementation if point.implementation == KERNEL else "",
             "copy_gb_s": self.machine.copy_gb_s,
             "device": self.machine.device,
             "jax": self.machine.jax,
@@ -207,9 +208,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ops", nargs="+", choices=OPS, default=["gru", "lstm", "linear"])
     made.add_argument("--dtypes", nargs="+", choices=list(ITEMSIZE), default=list(ITEMSIZE))
     made.add_argument("--no-crossover", action="store_true", help="leave out what jp.auto needs")
-    made.add_argument("--implementation", help="of the kernels: mosaic_gpu, mosaic_tpu or xla")
+    made.add_argument("--implementation", help="of the kernels; default: that of the platform")
     made.add_argument("--minutes", type=float, default=8.0, help="stop after these; then repeat")
-    made.add_argument("--scan-seconds", type=float, default=3.0, help="skip lax.scan above this")
+    made.add_argument("--scan-seconds", type=float, default=2.0, help="skip lax.scan above this")
     made.add_argument("--sets", type=int, default=timing.MOST_SETS, help="of rotated inputs")
     made.add_argument("--memory-gb", type=float, help="of the device, if JAX does not know")
     made.add_argument("--csv", type=Path, help="rows; points that it holds are not measured again")
@@ -248,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         here,
         scan_s=options.scan_seconds,
         sets=min(options.sets, 2) if smoke else options.sets,
-        implementation=options.implementation,
+        implementation=options.implementation or BACKENDS[jax.default_backend()],
     )
     try:
         for number, point in enumerate(left):

@@ -58,10 +58,12 @@ def report(measured: Measured, large: Sequence[Point], source: str) -> list[str]
         return ["Nothing was measured."]
     some = next(iter(measured.values()))
     commits = sorted({str(row["commit"]) for row in measured.values()})
+    backends = sorted({str(row["backend"]) for row in measured.values() if row["backend"]})
     lines = [
         f"# Recurrence kernels on {some['device']}",
         "",
-        f"JAX {some['jax']}, commit {', '.join(commits)}, {some['date']}; rows in {source}, by "
+        f"JAX {some['jax']}, commit {', '.join(commits)}, {some['date']}; kernels of "
+        f"{' and '.join(backends) or 'none'}; rows in {source}, by "
         "`python -m benchmarks.kernels`. The floor is the time that a copy of the same number of "
         "bytes (inputs and states, each moved once) takes at the measured bandwidth of "
         f"{some['copy_gb_s']:.0f} GB/s. Errors are the largest difference from float64 over the "

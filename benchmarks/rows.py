@@ -10,6 +10,7 @@ from pallas_kernels.shapes import Shape
 KEY = ("op", "dtype", "pass", "T", "B", "D", "implementation")
 FIELDS = (
     *KEY,
+    "backend",
     "verdict",
     "ms",
     "ms_low",

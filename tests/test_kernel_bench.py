@@ -23,6 +23,7 @@ def measured_row(point, took, **changes):
         rows.key(point)
         | dict.fromkeys(rows.FIELDS[len(rows.KEY) :])
         | {
+            "backend": "mosaic_gpu" if point.implementation == KERNEL else None,
             "verdict": "ok",
             "ms": took,
             "ms_low": 0.9 * took,
@@ -134,13 +135,15 @@ def test_without_time_the_table_is_written_and_the_rest_is_counted(tmp_path, cap
 
 def bench(**options):
     here = kernels.Machine("cpu", 10**9, 10.0, "0", "abc")
-    return kernels.Bench(here, **({"scan_s": 1.0, "sets": 1, "implementation": None} | options))
+    return kernels.Bench(here, **({"scan_s": 1.0, "sets": 1, "implementation": "xla"} | options))
 
 
 def test_a_point_that_cannot_run_says_why_and_a_long_lax_scan_is_skipped():
     point = Point("linear", "float32", "forward", Shape(4, 1, 2), KERNEL)
     row = bench(implementation="nonsense").row(point)
     assert row["verdict"].startswith("failed: ValueError: implementation='nonsense'")
+    row = bench(implementation="mosaic_gpu").row(point)  # not replaced by what does run here
+    assert row["verdict"].startswith("failed: NoImplementation") and "ms" not in row
     long = Point("gru", "float32", "forward", Shape(10**8, 1, 1), SCAN)
     assert bench().row(long)["verdict"] == "skipped: a run would take about 100 s"
 

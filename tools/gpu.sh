@@ -10,6 +10,8 @@ set -eu
 cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=  # all of them: the float64 oracle runs on the CPU beside the GPU
 
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}"
+
 why=""
 for python in "${PYTHON:-}" .venv/bin/python python3 python; do
   [ -n "$python" ] && command -v "$python" >/dev/null 2>&1 || continue
