@@ -103,6 +103,23 @@ def select(tree: Any, where: Where, *, is_leaf: IsLeaf = None) -> dict[str, Any]
     )
 
 
+def marked(tree: Any, where: Where) -> Any:
+    """Which leaves of a tree a pattern selects, as a mask for `split`.
+
+    Args:
+      tree: any pytree.
+      where: see `matcher`.
+
+    Returns:
+      Booleans in the structure of the tree.
+
+    Raises:
+      ValueError: nothing is selected; names the paths that come nearest.
+    """
+    found = select(tree, where)
+    return jax.tree_util.tree_map_with_path(lambda keys, _: path_of(keys) in found, tree)
+
+
 def split(tree: Any, mask: Any) -> tuple[Any, Any]:
     """Takes a tree apart by a mask, so that gradients see one part alone.
 
@@ -133,16 +150,15 @@ def combine(first: Any, second: Any) -> Any:
       first, second: trees of one structure, each with None where the other has a leaf.
 
     Returns:
-      The tree.
+      The tree. Where neither has a leaf there is None, as in a tree that `split` was given so.
 
     Raises:
-      ValueError: both have a leaf in one place, or neither has, or the structures differ.
+      ValueError: both have a leaf in one place, or the structures differ.
     """
 
     def one(keys, a, b):
-        if (a is None) == (b is None):
-            both = "neither part has" if a is None else "both parts have"
-            raise ValueError(f"combine: {both} a leaf at {path_of(keys)!r}")
+        if a is not None and b is not None:
+            raise ValueError(f"combine: both parts have a leaf at {path_of(keys)!r}")
         return b if a is None else a
 
     return jax.tree_util.tree_map_with_path(one, first, second, is_leaf=lambda x: x is None)

@@ -18,6 +18,8 @@ from jaxpara.weights.lazy import Lazy, array, is_lazy
 from jaxpara.weights.walk import Use, Walk
 from jaxpara.weights.weight import is_pooled, is_weight, resolved, shape_of
 
+LIFTED = "lifted_from"
+
 
 class Report(NamedTuple):
     """Every use of every reparameterised leaf in one call of a function.
@@ -141,6 +143,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
         run, consts = known[signature]
         return run(consts, state, call.arrays)
 
+    setattr(lifted, LIFTED, function)
     return lifted
 
 
@@ -155,7 +158,8 @@ def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) 
     Returns:
       The report.
     """
-    call = _bind(getattr(function, "__wrapped__", function), args, kwargs)
+    # Not `__wrapped__`: other libraries' functions have that too.
+    call = _bind(getattr(function, LIFTED, function), args, kwargs)
     traced = _trace(call.function, state, call.arrays)
     uses: dict[Any, Use] = {}
     consts = getattr(traced.jaxpr, "consts", ())
