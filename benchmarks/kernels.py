@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import recurrences, rows, timing
-from benchmarks.contenders import BACKENDS, Result, contender
+from benchmarks.contenders import BACKENDS, Result, contender, without_counts
 from benchmarks.points import ITEMSIZE, KERNEL, OPS, SCAN, Point, crossover, fitting, grid, needs
 from benchmarks.report import write_report
 from jaxpara.recurrence import rule
@@ -90,21 +90,22 @@ class Bench:
         count = several if point.implementation == KERNEL else 1
         operands, true = self._data(point, count)
         consts = recurrences.make(point.op, point.shape.width).consts
-        run = jax.jit(timing.chained(contender(point, self.implementation), count))
+        once = contender(point, self.implementation)
+        run = jax.jit(timing.chained(once, count, without_counts))
         sets = [tuple(o) for o in operands[:count]]
         began = time.perf_counter()
         compiled = run.lower(consts, sets).compile()
         compile_s = time.perf_counter() - began
-        result = compiled(consts, sets)[0]
-        errors = _errors(result, true)
+        results = compiled(consts, sets)
+        errors = _errors(results[0], true)
         found = {
             name: None if value is None else int(jnp.max(value))
             for name, value in (
-                ("iterations", result.iterations),
-                ("fallback_steps", result.fallback_steps),
+                ("iterations", results[-1].iterations),
+                ("fallback_steps", results[-1].fallback_steps),
             )
         }
-        del result
+        del results
         timed = timing.measure(lambda: compiled(consts, sets), repeats=count)
         if point.implementation == SCAN:
             self._step_s[point.op, point.which, point.dtype] = timed.median / 1e3 / point.shape[0]

@@ -45,12 +45,15 @@ def sets_needed(set_bytes: int) -> int:
     return int(min(MOST_SETS, max(1, -(-4 * CACHE_BYTES // max(1, set_bytes)))))
 
 
-def chained(function: Callable[..., Any], count: int) -> Callable[..., list[Any]]:
+def chained(
+    function: Callable[..., Any], count: int, trim: Callable[[Any], Any] = lambda result: result
+) -> Callable[..., list[Any]]:
     """The operation on several sets of arguments, one after the other.
 
     Args:
       function: of `(shared, first, *rest)`.
       count: number of sets.
+      trim: of every result but the last; what it leaves out is not computed.
 
     Returns:
       A function of `(shared, sets)` that gives every result.
@@ -63,6 +66,7 @@ def chained(function: Callable[..., Any], count: int) -> Callable[..., list[Any]
             if results:
                 # Without it a graph of independent kernels may overlap them.
                 first, _ = jax.lax.optimization_barrier((first, results[-1]))
+                results[-1] = trim(results[-1])
             results.append(once(shared, first, *rest))
         return results
 

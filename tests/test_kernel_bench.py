@@ -87,6 +87,8 @@ def test_rotated_sets_each_give_their_own_result():
     sets = [(np.float32(i), np.float32(10 * i)) for i in range(4)]
     run = timing.chained(lambda shared, a, b: shared + a + b, 3)
     assert [float(x) for x in run(np.float32(100), sets)] == [100, 111, 122]
+    trimmed = timing.chained(lambda _, a, b: (a, b), 3, lambda result: result[:1])
+    assert [len(result) for result in trimmed(None, sets)] == [1, 1, 2]
 
 
 def test_the_oracle_is_a_plain_loop_in_float64_and_its_corner_is_that_of_the_operands():
