@@ -68,7 +68,7 @@ def test_states_of_a_reversed_recurrence_are_float64_ones(case):
 @pytest.mark.slow
 def test_three_windows_on_their_way_and_a_second_block_of_channels():
     operands = cells.draw(cells.AFFINE, 64, 2, 20)
-    plan = windows.choose(windows.Problem(64, 2, 20, 1, 2, 8, True), chunks=8, window=16)
+    plan = windows.choose(windows.Problem(64, 2, 20, 1, (4, 4), True), chunks=8, window=16)
     assert (plan.windows, plan.slots) == (4, 3)
     states = run(cells.AFFINE, operands, chunks=8, window=16, races=True)[0]
     assert cells.relative_error(states, cells.oracle(cells.AFFINE, operands).states) < 1e-6
@@ -99,7 +99,7 @@ def test_a_bfloat16_carry_is_rounded_at_every_step_as_lax_scan_rounds_it():
 def test_bfloat16_inputs_and_blocks_of_32_channels_lose_nothing(monkeypatch):
     monkeypatch.setattr(windows, "_BLOCKS_WANTED", 1)  # as with many sequences
     operands = cells.draw(cells.GRU, 20, 1, 20, dtype=jnp.bfloat16, carry=jnp.float32)
-    problem = windows.Problem(20, 1, 20, 1, 3, 6, False)
+    problem = windows.Problem(20, 1, 20, 1, (2, 2, 2), False)
     assert windows.choose(problem, chunks=8, window=16)[:2] == (32, 2)
     states = run(cells.GRU, operands, chunks=8, window=16, races=True)[0]
     assert cells.relative_error(states, cells.oracle(cells.GRU, operands).states) < 1e-6
@@ -152,7 +152,7 @@ def test_every_plan_covers_the_sequence_and_fits():
     for steps, batch, width in (*shapes.GRID, *shapes.INTERPRETED, *shapes.ON_DEVICE):
         for states, inputs, affine in ((1, 3, False), (2, 4, False), (1, 2, True), (4, 20, True)):
             for itemsize in (2, 4):
-                sizes = (steps, batch, width, states, inputs, inputs * itemsize, affine)
+                sizes = (steps, batch, width, states, (itemsize,) * inputs, affine)
                 problem = windows.Problem(*sizes)
                 plan = windows.choose(problem)
                 used = windows.shared_bytes(
@@ -167,7 +167,7 @@ def test_every_plan_covers_the_sequence_and_fits():
 
 def test_grid_shapes_are_not_copied_to_fit_windows():
     for steps, batch, width in shapes.GRID:
-        problem = windows.Problem(steps, batch, width, 1, 3, 12, False)
+        problem = windows.Problem(steps, batch, width, 1, (4, 4, 4), False)
         plan = windows.choose(problem)
         assert plan.windows * plan.window == steps
 
@@ -183,12 +183,12 @@ def test_grid_shapes_are_not_copied_to_fit_windows():
 )
 def test_a_plan_that_cannot_be_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        windows.choose(windows.Problem(64, 1, 16, 1, 3, 12, False), **given)
+        windows.choose(windows.Problem(64, 1, 16, 1, (4, 4, 4), False), **given)
 
 
 def test_a_window_larger_than_shared_memory_is_refused():
     with pytest.raises(NotImplementedError, match="window=8192 do not fit"):
-        windows.choose(windows.Problem(8192, 1, 16, 1, 3, 12, False), window=8192)
+        windows.choose(windows.Problem(8192, 1, 16, 1, (4, 4, 4), False), window=8192)
 
 
 @lowered

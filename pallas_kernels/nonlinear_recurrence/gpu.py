@@ -82,8 +82,8 @@ def forward(
     gpu = mosaic_gpu()
     _check(init, xs, params, max_iters)
     steps, batch, width = xs[0].shape
-    step_bytes = sum(x.dtype.itemsize for x in xs)
-    problem = windows.Problem(steps, batch, width, cell.states, len(xs), step_bytes, affine)
+    itemsizes = tuple(x.dtype.itemsize for x in xs)
+    problem = windows.Problem(steps, batch, width, cell.states, itemsizes, affine)
     plan = windows.choose(problem, chunks=chunks, window=window)
     blocks = -(-width // plan.block)
     cut = windows.cut(xs, plan, reverse)

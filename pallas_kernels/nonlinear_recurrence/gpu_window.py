@@ -126,7 +126,7 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[
       w: the window, in scan order.
       slot: where its inputs lie.
       params: rows.
-      first: starts, `[K, C, block]` in shared memory.
+      first: tiles of this warpgroup's starts.
       columns: carry the product along.
       keep: write the states to device memory.
     """
@@ -169,13 +169,23 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[
                 mosaic.store(place, value)
         return carry
 
-    states = [_load_tile(block, first.at[k, own]) for k in range(cell.states)]
     identity = [
         [mosaic.full(shape, float(i == j), layout) for i in range(cell.states)]
         for j in range(cell.states if columns else 0)
     ]
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
-    return lax.fori_loop(0, plan.length // together, group, (states, identity))
+    return lax.fori_loop(0, plan.length // together, group, (list(first), identity))
+
+
+def _load_starts(block: Block, which: Any) -> list[jax.Array]:
+    own = _own_rows(block)
+    return [_load_tile(block, block.starts.at[which, k, own]) for k in range(block.cell.states)]
+
+
+def _write_starts(block: Block, tiles: Arrays) -> None:
+    own = _own_rows(block)
+    for k, tile in enumerate(tiles):
+        mosaic.store(block.starts.at[0, k, own], tile)
 
 
 def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays]) -> None:
@@ -276,12 +286,13 @@ def _vote(block: Block) -> tuple[Any, Any]:
     return jnp.max(load_row(block, block.vote.at[0])), jnp.max(load_row(block, block.vote.at[1]))
 
 
-def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, *, first: bool) -> None:
-    """One pass: rolls out, tests, and corrects the starts if a boundary is open."""
+def _attempt(block, w, slot, params, first: Arrays, passes: Any, *, keep: bool) -> None:
+    """One pass: rolls out from `first`, tests, and corrects the starts if a boundary is open.
+
+    States that are not kept count for nothing: then the starts are corrected in any case.
+    """
     wg, old, new = lax.axis_index("wg"), passes % 2, (passes + 1) % 2
-    starts = block.starts.at[old]
-    summaries = _roll(block, w, slot, params, starts, columns=True, keep=not first)
-    _write_summaries(block, *summaries)
+    _write_summaries(block, *_roll(block, w, slot, params, first, columns=True, keep=keep))
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
 
@@ -291,7 +302,7 @@ def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, *, fi
         mosaic.store(block.vote.at[0], still)
         mosaic.store(block.vote.at[1], worst)
 
-        @pl.when(first or jnp.max(still) > 0.0)
+        @pl.when(not keep or jnp.max(still) > 0.0)
         def _():
             _correct(block, old, new, caps)
 
@@ -305,16 +316,15 @@ def iterate(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     The first pass starts every chunk from the carry; its states are not written, so it never is
     the one that counts.
     """
-    own, layout = _own_rows(block), mosaic.tile_layout(block.plan.block)
-    for k in range(block.cell.states):
-        carry = load_row(block, block.carry.at[k])
-        tile = mosaic.spread(carry, block.plan.chunks // block.plan.warpgroups, layout)
-        mosaic.store(block.starts.at[0, k, own], tile)  # each thread reads back what it wrote
-    _attempt(block, w, slot, params, 0, first=True)
+    layout, rows = mosaic.tile_layout(block.plan.block), block.plan.chunks // block.plan.warpgroups
+    carry = [load_row(block, block.carry.at[k]) for k in range(block.cell.states)]
+    first = [mosaic.spread(c, rows, layout) for c in carry]
+    _write_starts(block, first)
+    _attempt(block, w, slot, params, first, 0, keep=False)
 
     def again(state):
         passes = state[0]
-        _attempt(block, w, slot, params, passes, first=False)
+        _attempt(block, w, slot, params, _load_starts(block, passes % 2), passes, keep=True)
         return passes + 1, *_vote(block)
 
     def going_on(state):
@@ -330,25 +340,22 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
 
     Chunks start from zero, so that no end is the difference of two large numbers.
     """
-    wg, own = lax.axis_index("wg"), _own_rows(block)
-    rows = block.plan.chunks // block.plan.warpgroups
     layout = mosaic.tile_layout(block.plan.block)
-    for k in range(block.cell.states):
-        zero = mosaic.full((rows, block.plan.block), 0.0, layout)
-        mosaic.store(block.starts.at[0, k, own], zero)  # each thread reads back what it wrote
-    first = block.starts.at[0]
+    shape = (block.plan.chunks // block.plan.warpgroups, block.plan.block)
+    first = [mosaic.full(shape, 0.0, layout)] * block.cell.states
+    _write_starts(block, first)
     _write_summaries(block, *_roll(block, w, slot, params, first, columns=True, keep=False))
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
 
-    @pl.when(wg == 0)
+    @pl.when(lax.axis_index("wg") == 0)
     def _():
         mosaic.store(block.vote.at[0], _correct(block, 0, 1, None))
 
     # All read the vote and their starts, and overwrite the ends.
     mosaic.sync(block.arrived)
     still = jnp.max(load_row(block, block.vote.at[0]))
-    first = block.starts.at[1]
+    first = _load_starts(block, 1)
     _write_summaries(block, *_roll(block, w, slot, params, first, columns=False, keep=True))
     # Warpgroup 0 reads the last end, or writes over states that others have just written.
     mosaic.sync(block.arrived)
@@ -379,5 +386,7 @@ def walk(block: Block, w: Any, slot: Any, params: Arrays) -> None:
         return lax.fori_loop(0, plan.length, advance, states)
 
     carry = [load_row(block, block.carry.at[k]) for k in range(cell.states)]
+    # The four warps write the carry below, each when it gets there: all must have read it.
+    mosaic_gpu().commit_smem()
     for k, value in enumerate(lax.fori_loop(0, plan.chunks, chunk, carry)):
         mosaic.store(block.carry.at[k], value)

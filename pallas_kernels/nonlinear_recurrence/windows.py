@@ -43,28 +43,31 @@ class Plan(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What decides a plan: sizes, bytes of a channel's inputs at one step, whether f is affine."""
+    """What decides a plan: sizes, bytes of an entry of each input, whether the step is affine."""
 
     steps: int
     batch: int
     width: int
     states: int
-    inputs: int
-    step_bytes: int
+    itemsizes: tuple[int, ...]
     affine: bool
 
 
 def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: int) -> int:
-    """Shared memory of a block: inputs; ends, products and two sets of starts; carry and vote."""
-    k = problem.states
-    summaries = (k + k * k + 2 * k) * chunks + k + 2
-    return block * (slots * chunks * length * problem.step_bytes + 4 * summaries)
+    """Shared memory of a block of threads; Pallas begins every buffer at a multiple of 1024."""
+    tile, k = 4 * block * chunks, problem.states
+    inputs = [slots * chunks * length * block * size for size in problem.itemsizes]
+    # Ends, products, two sets of starts; carry and vote.
+    summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, 8 * block]
+    return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 
-def _most_length(problem: Problem, block: int, chunks: int, slots: int) -> int:
-    """Longest chunk whose window fits; not positive when none does."""
-    fixed = shared_bytes(problem, block, chunks, 0, slots)
-    return (SHARED_MEMORY - fixed) // (block * slots * chunks * problem.step_bytes)
+def _most_length(problem: Problem, block: int, chunks: int, slots: int, longest: int) -> int:
+    """Longest chunk, up to `longest`, whose window fits; 0 when none does."""
+    for length in range(longest, 0, -1):
+        if shared_bytes(problem, block, chunks, length, slots) <= SHARED_MEMORY:
+            return length
+    return 0
 
 
 def _lengths(steps: int, chunks: int, most: int) -> tuple[int, int]:
@@ -84,7 +87,7 @@ def _warpgroups(block: int, chunks: int) -> int:
 
 def _block(problem: Problem) -> int:
     """Channels of a block: rows of 64 bytes where that leaves enough blocks."""
-    narrow = problem.step_bytes <= 2 * problem.inputs
+    narrow = max(problem.itemsizes) <= 2
     many = problem.batch * -(-problem.width // 32) >= _BLOCKS_WANTED
     return 32 if narrow and many and problem.width > 16 else 16
 
@@ -124,7 +127,7 @@ def choose(problem: Problem, *, chunks: int | None = None, window: int | None = 
         tries = [(2, count, enough) for enough in (_GOOD, _SHORTEST) for count in counts]
     tries += [(1, count, _SHORTEST) for count in counts]
     for slots, count, enough in [*tries, (1, counts[-1], 1)]:
-        most = min(longest, _most_length(problem, block, count, slots))
+        most = _most_length(problem, block, count, slots, longest)
         if window is not None and most == longest:
             length, needed = longest, -(-problem.steps // window)
         elif window is None and most >= min(enough, -(-problem.steps // count)):
@@ -133,8 +136,8 @@ def choose(problem: Problem, *, chunks: int | None = None, window: int | None = 
             continue
         return Plan(block, _warpgroups(block, count), count, length, needed, min(slots, needed))
     raise NotImplementedError(
-        f"{problem.states} states, {problem.step_bytes} bytes of inputs a channel and step and "
-        f"window={window} do not fit {SHARED_MEMORY} bytes of shared memory"
+        f"{problem.states} states, {len(problem.itemsizes)} inputs and window={window} do not fit "
+        f"the {SHARED_MEMORY} bytes of shared memory"
     )
 
 
