@@ -31,6 +31,7 @@ TABLE = {
     "shooting_default": jp.shooting(),
     "newton_sequential": jp.newton(linear="sequential"),
 }
+KERNEL = jp.fused(chunks=5, implementation="mosaic_tpu_interpret")
 RESETS = np.arange(TIME) % 7 == 3
 
 
@@ -157,6 +158,20 @@ def test_every_solver_gives_what_lax_scan_gives(solver, structure, column):
 @pytest.mark.parametrize("solver", ["shooting", "sequential"])
 def test_the_fused_reverse_rule_gives_the_same_gradients(solver, structure, column):
     assert_equals_the_oracle(structure, column, SOLVERS[solver], "reverse")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("structure", "column", "derivative"),
+    [
+        ("two_leaves", "grad_of_grad", None),
+        ("two_leaves", "values_and_jvp", None),
+        ("diagonal", "reset_reverse", "reverse"),
+        ("two_leaves", "grad_vmap_checkpoint", "reverse"),
+    ],
+)
+def test_an_interpreted_kernel_serves_every_transform(structure, column, derivative):
+    assert_equals_the_oracle(structure, column, KERNEL, derivative)
 
 
 @pytest.mark.parametrize("structure", CASES)
