@@ -8,7 +8,7 @@ from recurrence_cases import QUICK
 
 import jaxpara as jp
 from jaxpara.weights.quant.activations import activation_integers
-from pallas_kernels.quantised_dot import packing, reference, tpu
+from pallas_kernels.quantised_dot import packing, reference
 
 slow = pytest.mark.slow
 
@@ -250,52 +250,3 @@ def test_stacked_layers_and_experts_quantise_their_own_activations():
 def test_activations_of_zero_stay_zero():
     values, scale = activation_integers(jnp.zeros((2, 8)), 6, 2)
     assert not np.any(values) and np.all(scale > 0)
-
-
-# Kernels
-
-
-def tpu_case(bits, groups, *, m, affine, dtype):
-    x, values, scale, offset = case(
-        bits, groups, affine, rows=512, columns=256, m=m, exact=dtype == jnp.bfloat16
-    )
-    held = packing.pack(jnp.asarray(values), bits) if bits == 4 else jnp.asarray(values)
-    return jnp.asarray(x, dtype), values, held, scale, offset
-
-
-@pytest.mark.parametrize(
-    ("bits", "groups", "m", "affine", "dtype"),
-    [
-        (8, 1, 5, False, jnp.float32),
-        (4, 2, 33, True, jnp.float32),
-        pytest.param(4, 4, 300, False, jnp.bfloat16, marks=slow),
-        pytest.param(8, 2, 16, True, jnp.bfloat16, marks=slow),
-    ],
-)
-def test_the_tpu_kernel_interpreted_is_the_dequantised_product(bits, groups, m, affine, dtype):
-    x, values, held, scale, offset = tpu_case(bits, groups, m=m, affine=affine, dtype=dtype)
-    found = quick(
-        lambda *a: tpu.quantised_dot(*a, bits=bits, interpret=True), x, held, scale, offset
-    )
-    wanted = np.float64(np.float32(x)) @ dense(values, scale, offset)
-    if dtype == jnp.bfloat16:
-        np.testing.assert_array_equal(found, wanted)
-    else:
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-6 * np.abs(wanted).max())
-
-
-def test_the_tpu_kernel_refuses_what_it_cannot_take():
-    x, values, scale = (
-        np.zeros((2, 128), np.float32),
-        np.zeros((128, 128), np.int8),
-        np.ones((1, 1)),
-    )
-    with pytest.raises(NotImplementedError, match="multiples of 128"):
-        tpu.quantised_dot(x, values[:, :5], scale, bits=8)
-    with pytest.raises(NotImplementedError, match="float16: this kernel takes"):
-        tpu.quantised_dot(x.astype(np.float16), values, scale, bits=8)
-    with pytest.raises(NotImplementedError, match="6 bits packed"):
-        tpu.quantised_dot(x, packing.pack(jnp.asarray(values), 6), scale, bits=6)
-    w = jp.weights.quantised_array(values, np.ones((1, 1, 128), np.float32))
-    with pytest.raises(NotImplementedError, match="runs on tpu, not on cpu"):
-        jp.weights.quantised_dot(x, w, implementation="mosaic_tpu")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from pallas_kernels.dispatch import first_that_works
-from pallas_kernels.quantised_dot import reference, tpu
+from pallas_kernels.quantised_dot import gpu, reference, tpu
 from pallas_kernels.quantised_dot.reference import integer_dot
 
 __all__ = ["integer_dot", "quantised_dot"]
@@ -34,6 +34,10 @@ def _mosaic_tpu(*operands, bits: int, precision: Any):
     return _kernel(tpu.quantised_dot, bits, precision, *operands)
 
 
+def _mosaic_gpu(*operands, bits: int, precision: Any):
+    return _kernel(gpu.quantised_dot, bits, precision, *operands)
+
+
 def quantised_dot(
     x: jax.Array,
     values: jax.Array,
@@ -53,7 +57,8 @@ def quantised_dot(
       offset: as the scale, or None.
       bits: of the integers.
       precision: of the product, as for `jnp.matmul`.
-      implementation: `"mosaic_tpu"`, `"xla"`, or names in order; None: the best for the platform.
+      implementation: `"mosaic_gpu"`, `"mosaic_tpu"`, `"xla"`, or names in order; None: the
+        best for the platform.
 
     Returns:
       `[m, columns]` in `x`'s dtype or float32, whichever is wider.
@@ -62,6 +67,10 @@ def quantised_dot(
       ValueError: an implementation that there is not.
       NoImplementation: the implementations that were named cannot take the call.
     """
-    known = {"mosaic_tpu": _mosaic_tpu, "xla": reference.quantised_dot}
+    known = {
+        "mosaic_gpu": _mosaic_gpu,
+        "mosaic_tpu": _mosaic_tpu,
+        "xla": reference.quantised_dot,
+    }
     run = first_that_works(known, implementation, platform=jax.default_backend())
     return run(x, values, scale, offset, bits=bits, precision=precision)

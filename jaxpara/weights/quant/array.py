@@ -102,7 +102,7 @@ def stored_product(
     """`x @ W` on the integers themselves, for `Method.product`."""
     flat = x.reshape(-1, x.shape[-1])
     if stored.activations is not None:
-        out = _integer_product(stored, flat, base, parts)
+        out: Any = _integer_product(stored, flat, base, parts)
     else:
         out = kernels.quantised_dot(
             flat,
@@ -222,8 +222,9 @@ def quantised_dot(
     Args:
       x: the operand.
       weight: of two axes, from `merge`, `pack` or `quantised_array`, or one that `rtn` attached.
-      implementation: "mosaic_tpu", "xla", or names in order of preference; None: the best for the
-        platform. Ignored where the activations are quantised too: that is a product of integers.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla", or names in order of preference; None: the
+        best for the platform. Ignored where the activations are quantised too: that is a product
+        of integers.
 
     Returns:
       The product in float32, or in `x`'s dtype if that is wider.
