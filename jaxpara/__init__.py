@@ -28,6 +28,7 @@ from jaxpara.recurrence.structure import Structure as Structure
 from jaxpara.recurrence.structure import jacobian_structure as jacobian_structure
 from jaxpara.recurrence.system import Solver as Solver
 from jaxpara.tree import combine as combine
+from jaxpara.tree import marked as marked
 from jaxpara.tree import split as split
 from jaxpara.types import Cell as Cell
 from jaxpara.types import Model as Model

@@ -43,8 +43,21 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def _with_prefix(prefix, raw, q, keys, values, seen):
+    """Attention to the cache and, by queries that are not rotated, to trained keys and values."""
+    own = jax.tree.map(lambda p: p.astype(q.dtype), prefix)
+    n, wide = own["keys"].shape[0], jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bthd,bshd->bhts", q, keys, preferred_element_type=wide)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    first = jnp.einsum("bthd,phd->bhtp", raw, own["keys"], preferred_element_type=wide)
+    scores = jnp.concatenate([first, scores], axis=-1) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(scores).astype(q.dtype)
+    mean = jnp.einsum("bhts,bshd->bthd", weights[..., n:], values)
+    return mean + jnp.einsum("bhtp,phd->bthd", weights[..., :n], own["values"])
+
+
 def rotary_attention(
-    width: int, *, heads: int, base: float
+    width: int, *, heads: int, base: float, prefix: int = 0
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """`softmax(q k^T / sqrt(size) + mask) v` over the cache, without the output matrix.
 
@@ -52,6 +65,8 @@ def rotary_attention(
       width: size of the last axis of input and output.
       heads: number of heads.
       base: of the rotary angles.
+      prefix: number of trained keys and values that every query also sees; they have no position,
+        so each document sees them alike.
 
     Returns:
       `init(key)`, `start(params, batch_size, max_length, dtype)` and
@@ -59,9 +74,13 @@ def rotary_attention(
       because their number is not known while tracing.
 
     Raises:
-      ValueError: if the width does not split into heads of even size; from `run`, if one call
-        alone is longer than `max_length`.
+      ValueError: if the width does not split into heads of even size or the prefix is negative;
+        from `run`, if one call alone is longer than `max_length`.
+
+    References: [rope], [prefix_tuning].
     """
+    if prefix < 0:
+        raise ValueError(f"prefix={prefix}: give the number of trained keys and values, 0 or more")
     if width % (2 * heads):
         raise ValueError(
             f"width={width} does not split into heads={heads} of even size (rotary positions "
@@ -69,6 +88,13 @@ def rotary_attention(
         )
     size = width // heads
     project = linear(width, 3 * width)
+
+    def init(key):
+        params = project.init(key)
+        if not prefix:
+            return params
+        begin = 0.02 * jax.random.normal(jax.random.fold_in(key, 1), (2, prefix, heads, size))
+        return {**params, "prefix": {"keys": begin[0], "values": begin[1]}}
 
     def start(params, batch_size, max_length, dtype):
         del params
@@ -98,9 +124,9 @@ def rotary_attention(
             for part in jnp.split(project.apply(params, x), 3, axis=-1)
         )
         positions = state.position + jnp.arange(time, dtype=jnp.int32)
-        q, k = rotate(q, positions, base), rotate(k, positions, base)
+        raw, q, k = q, rotate(q, positions, base), rotate(k, positions, base)
         keys, values = (
-            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, state.position, 0, 0))
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), state.position, 1)
             for old, new in ((state.keys, k), (state.values, v))
         )
         first = jnp.broadcast_to(state.first[:, None], (batch, time))
@@ -108,13 +134,15 @@ def rotary_attention(
             first = jnp.maximum(first, jax.lax.cummax(jnp.where(reset, positions, 0), axis=1))
         slots = jnp.arange(max_length, dtype=jnp.int32)
         seen = (slots <= positions[:, None]) & (slots >= first[:, :, None])
+        cached = keys.astype(q.dtype), values.astype(q.dtype)
         with jax.named_scope("attention"):
-            y = jax.nn.dot_product_attention(
-                q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen[:, None]
-            )
+            if prefix:
+                y = _with_prefix(params["prefix"], raw, q, *cached, seen)
+            else:
+                y = jax.nn.dot_product_attention(q, *cached, mask=seen[:, None])
         # dynamic_update_slice would overwrite the newest slots in silence.
         y = jnp.where(state.position + time <= max_length, y, jnp.nan)
         state = AttentionState(keys, values, state.position + time, first[:, -1])
         return state, y.reshape(batch, time, width)
 
-    return project.init, start, run
+    return init, start, run

@@ -72,22 +72,25 @@ def _from_cell(cell: Cell, outputs: int, scan: Callable[..., Any]) -> Mixer:
     return Mixer(cell.init, start, run, outputs)
 
 
-def attention(*, heads: int = 4, base: float = 10_000.0) -> Callable[[int], Mixer]:
+def attention(*, heads: int = 4, base: float = 10_000.0, prefix: int = 0) -> Callable[[int], Mixer]:
     """Causal multi-head attention with rotary positions and a cache of `max_length`.
 
     Args:
       heads: number of heads; the width must be a multiple of twice this number.
       base: of the rotary angles.
+      prefix: number of trained keys and values that every query also sees.
 
     Returns:
       A function from the decoder's width to a `Mixer`.
 
     Raises:
-      ValueError: from that function, if the width does not split into heads of even size.
+      ValueError: from that function, if the width does not split into heads of even size, or the
+        prefix is negative.
 
-    References: [attention], [rope].
+    References: [attention], [rope], [prefix_tuning].
     """
-    return lambda width: Mixer(*rotary_attention(width, heads=heads, base=base), outputs=width)
+    options: dict[str, Any] = dict(heads=heads, base=base, prefix=prefix)
+    return lambda width: Mixer(*rotary_attention(width, **options), outputs=width)
 
 
 by_name: dict[str, Callable[..., Callable[[int], Mixer]]] = {

@@ -1,0 +1,131 @@
+"""Trained modules around frozen ones, as points of one design space. [unified_adapters]
+
+    h' = h + s f(x)     parallel: beside the layer, from its input
+    h' = h + s f(h)     sequential: behind it, from its output
+
+with `h = layer(x)`. docs/methods.md has the table; what is linear in a weight is a method of
+`jaxpara.weights` instead (`lora`, `ia3`), and a prefix is an option of `mixers.attention`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxpara.nn.layers import linear
+from jaxpara.nn.mixers import Mixer
+from jaxpara.types import Model
+
+
+def bottleneck(
+    features: int,
+    outputs: int,
+    *,
+    hidden: int = 16,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+) -> Model:
+    """`f(x) = activation(x W_down) W_up`, zero at the start.
+
+    Args:
+      features: size of the last axis of the input.
+      outputs: size of the last axis of the output.
+      hidden: size between.
+      activation: elementwise; the identity makes it LoRA's product.
+
+    Returns:
+      `init(key) -> {"down": {"kernel"}, "up": {"kernel"}}` and `apply(params, x[..., features])`.
+
+    References: [houlsby].
+    """
+    down, up = linear(features, hidden), linear(hidden, outputs, scale=0.0)
+
+    def init(key):
+        k_down, k_up = jax.random.split(key)
+        return {"down": down.init(k_down), "up": up.init(k_up)}
+
+    def apply(params: dict, x: Float[Array, "*batch features"]) -> Float[Array, "*batch outputs"]:
+        return up.apply(params["up"], activation(down.apply(params["down"], x)))
+
+    return Model(init, apply)
+
+
+def _both(layer: Model | Mixer, adapter: Model) -> Callable[..., dict[str, Any]]:
+    def init(key):
+        k_layer, k_adapter = jax.random.split(key)
+        return {"layer": layer.init(k_layer), "adapter": adapter.init(k_adapter)}
+
+    return init
+
+
+def parallel_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> Model:
+    """`h + scale * f(x)` with `h = layer(x)`: an adapter beside a layer.
+
+    Args:
+      layer: from an array to an array; its parameters are usually frozen.
+      adapter: f, from the layer's input to its output, e.g. `bottleneck(...)`.
+      scale: the paper's scaled parallel adapter has 4.
+
+    Returns:
+      A model with parameters `{"layer", "adapter"}`; of a trained layer put its parameters there.
+
+    References: [unified_adapters].
+    """
+
+    def apply(params: dict, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return layer.apply(params["layer"], x) + scale * adapter.apply(params["adapter"], x)
+
+    return Model(_both(layer, adapter), apply)
+
+
+def sequential_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> Model:
+    """`h + scale * f(h)` with `h = layer(x)`: an adapter behind a layer.
+
+    Args:
+      layer: from an array to an array; its parameters are usually frozen.
+      adapter: f, from the layer's output to the same size, e.g. `bottleneck(...)`.
+      scale: of what is added.
+
+    Returns:
+      A model with parameters `{"layer", "adapter"}`; of a trained layer put its parameters there.
+
+    References: [houlsby].
+    """
+
+    def apply(params: dict, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        h = layer.apply(params["layer"], x)
+        return h + scale * adapter.apply(params["adapter"], h)
+
+    return Model(_both(layer, adapter), apply)
+
+
+def adapted_mixer(
+    mixer: Callable[[int], Mixer], *, hidden: int = 16, scale: float = 1.0
+) -> Callable[[int], Mixer]:
+    """A token mixer with a bottleneck of the same position beside it, for `decoder`.
+
+    Args:
+      mixer: a function from the width to a `Mixer`.
+      hidden: size of the bottleneck.
+      scale: of what is added.
+
+    Returns:
+      A function from the decoder's width to a `Mixer` with parameters `{"layer", "adapter"}`.
+
+    References: [unified_adapters].
+    """
+
+    def make(width: int) -> Mixer:
+        layer = mixer(width)
+        adapter = bottleneck(width, layer.outputs, hidden=hidden)
+
+        def start(params, batch_size, max_length, dtype):
+            return layer.start(params["layer"], batch_size, max_length, dtype)
+
+        def run(params, state, x, reset):
+            state, h = layer.run(params["layer"], state, x, reset)
+            return state, h + scale * adapter.apply(params["adapter"], x)
+
+        return Mixer(_both(layer, adapter), start, run, layer.outputs)
+
+    return make

@@ -1,0 +1,182 @@
+"""Adapters and prefixes: their equations, gradients, and the points where methods meet."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpara as jp
+from jaxpara import nn
+
+KEY = jax.random.key(0)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def moved(params):
+    """Parameters in float64 of which none is zero."""
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, [normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+
+
+@pytest.fixture
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def by_hand(params, x, reads):
+    """The layer is `x W`; the adapter's output and its gradients for the cotangent one."""
+    w = params["layer"]["kernel"]
+    down, up = (params["adapter"][name]["kernel"] for name in ("down", "up"))
+    h = x @ w
+    source = x if reads == "input" else h
+    inner = np.maximum(source @ down, 0)
+    g = np.ones_like(h)
+    g_up = 4.0 * inner.T @ g
+    g_inner = 4.0 * g @ up.T * (inner > 0)
+    through = g + (0 if reads == "input" else g_inner @ down.T)
+    grads = {
+        "layer": {"kernel": x.T @ through},
+        "adapter": {"down": {"kernel": source.T @ g_inner}, "up": {"kernel": g_up}},
+    }
+    return h + 4.0 * inner @ up, grads
+
+
+@pytest.mark.parametrize(
+    ("make", "reads"), [(nn.parallel_adapter, "input"), (nn.sequential_adapter, "output")]
+)
+def test_adapters_start_as_the_layer_and_follow_their_equations(make, reads, double):
+    layer = nn.linear(6, 8)
+    model = make(layer, nn.bottleneck(6 if reads == "input" else 8, 8, hidden=3), scale=4.0)
+    params, x = model.init(KEY), normal(1, 5, 6)
+    np.testing.assert_array_equal(model.apply(params, x), layer.apply(params["layer"], x))
+    params = moved(params)
+    out, grads = by_hand(params, x, reads)
+    np.testing.assert_allclose(model.apply(params, x), out, rtol=1e-10)
+    found = jax.grad(lambda p: jnp.sum(model.apply(p, x)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, grads)
+
+
+def test_a_linear_parallel_adapter_is_lora(double):
+    layer, x = nn.linear(6, 8), normal(1, 5, 6)
+    thin = nn.bottleneck(6, 8, hidden=2, activation=lambda h: h)
+    params = moved(nn.parallel_adapter(layer, thin, scale=1.5).init(KEY))
+    t = jp.lora(rank=2, alpha=3.0)
+    state = t.attach(KEY, params["layer"])["kernel"]
+    names = {"a": params["adapter"]["down"]["kernel"], "b": params["adapter"]["up"]["kernel"]}
+    state = {"kernel": jp.Weight(state.base, names, state.method)}
+    model = nn.parallel_adapter(layer, thin, scale=1.5)
+    found, ours = (
+        jax.value_and_grad(lambda p, f=f: jnp.sum(jnp.sin(f(p, x))))(p)
+        for f, p in ((model.apply, params), (t(layer).apply, state))
+    )
+    np.testing.assert_allclose(found[0], ours[0], rtol=1e-12)
+    adapter, parts = found[1]["adapter"], ours[1]["kernel"].parts
+    np.testing.assert_allclose(adapter["down"]["kernel"], parts["a"], rtol=1e-10)
+    np.testing.assert_allclose(adapter["up"]["kernel"], parts["b"], rtol=1e-10)
+
+
+def test_only_what_is_marked_is_trained():
+    model = nn.parallel_adapter(nn.linear(6, 8), nn.bottleneck(6, 8))
+    params = model.init(KEY)
+    train, frozen = jp.split(params, jp.marked(params, "adapter/**"))
+    assert train["layer"]["kernel"] is None and frozen["adapter"]["up"]["kernel"] is None
+    grads = jax.grad(lambda t: jnp.sum(model.apply(jp.combine(t, frozen), jnp.ones((2, 6)))))(train)
+    # The bottleneck starts at zero: its first gradient is that of the second matrix alone.
+    assert not np.any(grads["adapter"]["down"]["kernel"])
+    assert np.any(grads["adapter"]["up"]["kernel"])
+    with pytest.raises(ValueError, match="selects none of the 3 leaves; near it are 'adapter/"):
+        jp.marked(params, "adapters/*")
+
+
+def test_a_prefix_is_a_gated_mean_of_two_attentions(double):
+    heads, size, n, time = 2, 4, 3, 5
+    mixer = nn.mixers.attention(heads=heads, prefix=n)(heads * size)
+    params = moved(mixer.init(KEY))
+    x = normal(7, 1, time, heads * size)
+
+    start = mixer.start(params, 1, time, jnp.float64)
+    found = np.asarray(mixer.run(params, start, x, None)[1]).reshape(time, heads, size)
+    q, k, v = (part.reshape(time, heads, size) for part in np.split(x[0] @ params["kernel"], 3, -1))
+    angle = np.arange(time)[:, None] * 10_000.0 ** -(np.arange(size // 2) / (size // 2))
+
+    def turned(a, i):
+        pairs = (a[..., : size // 2] + 1j * a[..., size // 2 :]) * np.exp(1j * angle[i])
+        return np.concatenate([pairs.real, pairs.imag], -1)
+
+    keys, values = params["prefix"]["keys"], params["prefix"]["values"]
+    for i in range(time):
+        for head in range(heads):
+            turn = turned(q[i, head], i)
+            scores = [turn @ turned(k[j, head], j) for j in range(i + 1)]
+            own = np.exp(np.array(scores) / np.sqrt(size))
+            scores = np.exp(keys[:, head] @ q[i, head] / np.sqrt(size))
+            share = scores.sum() / (scores.sum() + own.sum())
+            without, mean = (
+                w @ rows[:, head] / w.sum() for w, rows in ((own, v[: i + 1]), (scores, values))
+            )
+            wanted = (1 - share) * without + share * mean
+            np.testing.assert_allclose(found[i, head], wanted, rtol=1e-10)
+
+    # Gradients of the prefix against finite differences.
+    def loss(prefix):
+        return jnp.sum(jnp.sin(mixer.run({**params, "prefix": prefix}, start, x, None)[1]))
+
+    grads = jax.jit(jax.grad(loss))(params["prefix"])
+    along = moved(params["prefix"])
+    ahead, behind = (
+        loss(jax.tree.map(lambda p, d, h=h: p + h * d, params["prefix"], along))
+        for h in (1e-5, -1e-5)
+    )
+    slope = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (grads, along)), strict=True))
+    np.testing.assert_allclose((ahead - behind) / 2e-5, slope, rtol=1e-7)
+
+
+MIXERS = {
+    "prefix": nn.mixers.attention(heads=2, prefix=3),
+    "adapted": nn.adapted_mixer(nn.mixers.attention(heads=2), hidden=3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_with_adapters_run_in_pieces_and_forget_at_a_reset(name, double):
+    mixer = MIXERS[name](8)
+    params, x = moved(mixer.init(KEY)), normal(1, 2, 6, 8)
+    run = jax.jit(mixer.run)
+
+    def pieces(reset, *sizes):
+        state, out, begin = mixer.start(params, 2, 6, jnp.float64), [], 0
+        for size in sizes:
+            part = slice(begin, begin + size)
+            state, y = run(params, state, x[:, part], reset[:, part])
+            out, begin = [*out, y], begin + size
+        return np.concatenate(out, axis=1)
+
+    none = np.zeros((2, 6), bool)
+    np.testing.assert_allclose(pieces(none, 6), pieces(none, 2, 1, 3), rtol=1e-10)
+    # A document after a reset is the document alone: it sees the prefix from no position.
+    restart = none.copy()
+    restart[:, 2] = True
+    alone, state = none[:, 2:], mixer.start(params, 2, 6, jnp.float64)
+    np.testing.assert_allclose(
+        pieces(restart, 6)[:, 2:], run(params, state, x[:, 2:], alone)[1], rtol=1e-9
+    )
+
+
+def test_a_decoder_takes_them_and_computes_in_its_dtype():
+    for mixer in MIXERS.values():
+        model = nn.decoder(11, 8, 2, mixer=mixer, compute_dtype=jnp.bfloat16)
+        params, tokens = jax.eval_shape(model.init, KEY), np.arange(10).reshape(2, 5)
+        state = jax.eval_shape(lambda p, m=model: m.start(p, 2, 5), params)
+        kept, logits = jax.eval_shape(model.run, params, state, tokens)
+        assert kept == state and logits.shape == (2, 5, 11)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_a_negative_prefix_is_refused():
+    with pytest.raises(ValueError, match="prefix=-1: give the number of trained keys"):
+        nn.mixers.attention(prefix=-1)(8)
