@@ -99,7 +99,7 @@ def rows(runs: Iterable[Run]) -> list[Row]:
     Raises:
       RunError: no run is finished, or one is of another program.
     """
-    groups: dict[tuple, list[Run]] = {}
+    groups: dict[tuple, dict[int, Run]] = {}  # a run of each seed, were there two sweeps of it
     for run in runs:
         if run.summary.get("status") != "finished" or "same_as" in run.summary:
             continue
@@ -109,11 +109,12 @@ def rows(runs: Iterable[Run]) -> list[Row]:
         name = " > ".join(cfg.get("transform") or {}) or "full"
         idle = unused(cfg)
         numbers = tuple(None if key in idle else int(cfg[key]) for key in NUMBERS)
-        groups.setdefault((name, *numbers), []).append(run)
+        groups.setdefault((name, *numbers), {})[run.config["seed"]] = run
     if not groups:
         raise RunError("no run is finished: repeat the command of the sweep")
     found = []
-    for (name, *numbers), members in groups.items():
+    for (name, *numbers), by_seed in groups.items():
+        members = list(by_seed.values())
         memory = _mean(members, "step_memory_bytes")
         rest = {
             "merged": _mean(members, MERGED),
