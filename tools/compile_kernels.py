@@ -28,6 +28,8 @@ TARGETS = ("h100", "v5e", "v6e")
 # States of each; `three` is a cell that nobody wrote a kernel for, `slstm` the largest of jp.cells.
 RECURRENCES = {"linear": 1, "linear2": 2, "gru": 1, "lstm": 2, "three": 3, "slstm": 4}
 PASSES = ("forward", "backward")
+PRODUCTS = {"int8": 8, "int4": 4}  # bits of the weights of quantised_dot
+PRODUCT = Shape(256, 4096, 4096)  # rows of x, rows and columns of the weight
 # Of the inputs and of the states; a layer of jp.nn keeps a float32 carry under bfloat16 inputs.
 STORAGE = {
     "f32": ("float32", "float32"),
@@ -39,7 +41,7 @@ FEW_STATES = 2  # up to which a spill is a failure
 COLUMNS = (
     "kernel",
     "storage",
-    "T, B, D",
+    "T, B, D or m, rows, columns",
     "registers",
     "spill bytes",
     "stack bytes",
@@ -86,6 +88,7 @@ def jobs(targets: Sequence[str], only: str = "") -> list[Job]:
                 found += [Job(target, recurrence, which, s, first) for s in STORAGE]
                 if target == "h100":
                     found += [Job(target, recurrence, which, "f32", shape) for shape in others]
+        found += [Job(target, weights, "product", "bf16", PRODUCT) for weights in PRODUCTS]
     return [
         job
         for job in found
@@ -148,8 +151,9 @@ def verdict(job: Job, result: dict) -> str:
     """
     if "error" in result:
         return result["error"]
-    if result.get("spill_bytes") and RECURRENCES[job.recurrence] <= FEW_STATES:
-        return f"spills {result['spill_bytes']} bytes with {RECURRENCES[job.recurrence]} state(s)"
+    states = RECURRENCES.get(job.recurrence, 0)
+    if result.get("spill_bytes") and states <= FEW_STATES:
+        return f"spills {result['spill_bytes']} bytes with {states} state(s)"
     return "ok"
 
 

@@ -7,7 +7,7 @@ import jax
 
 from benchmarks import recurrences
 from pallas_kernels.shapes import Shape
-from tools.compile_kernels import STORAGE
+from tools.compile_kernels import PRODUCTS, STORAGE
 
 MODULES = {"forward": ("gpu", "tpu"), "backward": ("gpu_backward", "tpu_backward")}
 
@@ -19,14 +19,16 @@ def kernel_call(
 
     Args:
       target: `h100` or a TPU.
-      recurrence: of `compile_kernels.RECURRENCES`.
-      which: `forward` or `backward`.
+      recurrence: of `compile_kernels.RECURRENCES` or `PRODUCTS`.
+      which: `forward`, `backward` or `product`.
       storage: of `compile_kernels.STORAGE`.
-      shape: T, B, D.
+      shape: T, B, D, or m, rows, columns.
 
     Returns:
       A function of the operands, and their shapes.
     """
+    if which == "product":
+        return _product(target, PRODUCTS[recurrence], STORAGE[storage][0], shape)
     module = MODULES[which][target != "h100"]
     kernel = getattr(
         importlib.import_module(f"pallas_kernels.nonlinear_recurrence.{module}"), which
@@ -55,3 +57,19 @@ def kernel_call(
         return kernel(cell, init, xs, params, states, cotangents)
 
     return backward, (init, xs, params, states, states)
+
+
+def _product(
+    target: str, bits: int, dtype: str, shape: tuple[int, int, int]
+) -> tuple[Any, tuple[Any, ...]]:
+    """`x @ (values * scale)` by the kernel of a backend, one scale for 128 rows, packed below 8."""
+    m, rows, columns = shape
+    backend = "gpu" if target == "h100" else "tpu"
+    kernel = importlib.import_module(f"pallas_kernels.quantised_dot.{backend}").quantised_dot
+    packed = (rows * bits // 8, columns) if bits < 8 else (rows, columns)
+    operands = (
+        jax.ShapeDtypeStruct((m, rows), dtype),
+        jax.ShapeDtypeStruct(packed, "uint8" if bits < 8 else "int8"),
+        jax.ShapeDtypeStruct((rows // 128, columns), "float32"),
+    )
+    return lambda x, values, scale: kernel(x, values, scale, bits=bits), operands
