@@ -249,6 +249,30 @@ def test_lifted_is_the_function_of_the_effective_weights(name, context):
             )
 
 
+FROZEN = {
+    "l4q": jp.l4q(rank=2),
+    "lr_qat": jp.lr_qat(rank=2, downcast="fixed8"),
+    "qlora": jp.chain(jp.nf4(), jp.lora(rank=2)),
+    "qlora_on_integers": jp.chain(jp.rtn(), jp.lora(rank=2)),
+}
+
+
+@slow
+@pytest.mark.parametrize("name", FROZEN)
+def test_no_weight_that_was_computed_is_kept_for_the_backward_pass(name):
+    t, stack, x = FROZEN[name], normal(0, 3, 32, 32), normal(1, 2, 32)
+    state = attached(t, stack)
+    train, frozen = jp.split(state, t.trainable(state))
+    step = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+    run = jp.lift(lambda p: jax.lax.scan(step, x, p["w"])[0])
+    kept = jax.vjp(lambda train: run(jp.combine(train, frozen)), train)[1]
+    large = [leaf for leaf in jax.tree.leaves(kept) if leaf.size >= 32 * 32]
+    held = [leaf for leaf in jax.tree.leaves(frozen) if leaf.size >= 32 * 32]
+    assert len(held) == 1 and len(large) <= 1  # the frozen weight as it is stored, and no other
+    assert all(leaf.dtype == held[0].dtype for leaf in large)
+    jax.tree.map(np.testing.assert_array_equal, large, held[: len(large)])
+
+
 def moved(t, state):
     """Scales and offsets that are no longer where they began."""
     w, draw = state["w"], np.random.default_rng(7)

@@ -104,14 +104,19 @@ def stored_product(
     if stored.activations is not None:
         out: Any = _integer_product(stored, flat, base, parts)
     else:
-        out = kernels.quantised_dot(
-            flat,
-            base,
-            *_by_group(parts),
-            bits=stored.grid.bits,
-            precision=precision,
-            implementation=implementation,
-        )
+
+        @jax.checkpoint  # the backward pass unpacks and converts the integers again
+        def run(flat, base, parts):
+            return kernels.quantised_dot(
+                flat,
+                base,
+                *_by_group(parts),
+                bits=stored.grid.bits,
+                precision=precision,
+                implementation=implementation,
+            )
+
+        out = run(flat, base, parts)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
