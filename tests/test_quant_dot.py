@@ -184,6 +184,7 @@ def test_w6a6_on_integers_equals_the_float_product_bit_for_bit_where_sums_fit():
         np.testing.assert_array_equal(jp.lift(function)(tree, x), wanted)
 
 
+@slow
 def test_gradients_of_w6a6_are_those_of_the_two_factors_straight_through():
     w, x, g = normal(0, 12, 5), normal(1, 3, 12), normal(2, 3, 5)
     t = jp.fake_quant(bits=6, activations=6, group=4)
@@ -247,6 +248,7 @@ def test_stacked_layers_and_experts_quantise_their_own_activations():
             assert [u.how for u in t.report(tree, function, x).uses] == ["rule"]
 
 
+@slow
 def test_activations_of_zero_stay_zero():
     values, scale = activation_integers(jnp.zeros((2, 8)), 6, 2)
     assert not np.any(values) and np.all(scale > 0)

@@ -48,7 +48,7 @@ def wanted(x, values, scale, offset):
 @pytest.mark.parametrize(
     ("bits", "groups", "m", "dtype"),
     [
-        (8, 1, 5, jnp.float32),
+        pytest.param(8, 1, 5, jnp.float32, marks=slow),
         (4, 2, 33, jnp.float32),
         pytest.param(4, 4, 300, jnp.bfloat16, marks=slow),
         pytest.param(8, 2, 16, jnp.bfloat16, marks=slow),
