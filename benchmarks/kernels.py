@@ -66,14 +66,7 @@ class Bench:
         Returns:
           Its row.
         """
-        row = rows.key(point) | {
-            "backend": self.implementation if point.implementation == KERNEL else "",
-            "copy_gb_s": self.machine.copy_gb_s,
-            "device": self.machine.device,
-            "jax": self.machine.jax,
-            "commit": self.machine.commit,
-            "date": datetime.date.today().isoformat(),
-        }
+        row = self.head(point)
         expected = self._expected_s(point)
         if expected > self.scan_s:
             return row | {"verdict": f"skipped: a run would take about {expected:.0f} s"}
@@ -82,6 +75,24 @@ class Bench:
         except Exception as error:  # a point that fails must not sink the others
             first = (str(error).strip() or "no message").splitlines()[0]
             return row | {"verdict": f"failed: {type(error).__name__}: {first[:160]}"}
+
+    def head(self, point: Point) -> dict[str, Any]:
+        """What a row says before anything is measured.
+
+        Args:
+          point: which.
+
+        Returns:
+          The first and the last columns.
+        """
+        return rows.key(point) | {
+            "backend": self.implementation if point.implementation == KERNEL else "",
+            "copy_gb_s": self.machine.copy_gb_s,
+            "device": self.machine.device,
+            "jax": self.machine.jax,
+            "commit": self.machine.commit,
+            "date": datetime.date.today().isoformat(),
+        }
 
     def _measured(self, point: Point) -> dict[str, Any]:
         size = ITEMSIZE[point.dtype]
@@ -214,6 +225,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scan-seconds", type=float, default=2.0, help="skip lax.scan above this")
     made.add_argument("--sets", type=int, default=timing.MOST_SETS, help="of rotated inputs")
     made.add_argument("--memory-gb", type=float, help="of the device, if JAX does not know")
+    made.add_argument("--retry", action="store_true", help="measure again what failed")
     made.add_argument("--csv", type=Path, help="rows; points that it holds are not measured again")
     return made
 
@@ -238,7 +250,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if not options.no_crossover:
         points += crossover(list(rule.PATHS), *([SMOKE[:1]] if smoke else []))
     points, large = fitting(points, here.memory)
-    done = {rows.point_of(row) for row in rows.read(path)}
+    killed = rows.ended(path)
+    if killed:
+        rows.append(path, killed)
+    done = {
+        rows.point_of(row)
+        for row in rows.read(path)
+        if not (options.retry and str(row["verdict"]).startswith("failed"))
+    }
     left = [point for point in points if point not in done]
     print(
         f"{here.device}: {here.memory / 1e9:.0f} GB, copy {here.copy_gb_s:.0f} GB/s, an empty call "
@@ -258,13 +277,25 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 print(f"{options.minutes:g} minutes are over; {len(left) - number} points left: "
                       "the same command goes on")  # fmt: skip
                 break
-            row = bench.row(point)
-            rows.append(path, row)
+            with rows.running(path, bench.head(point)):
+                row = bench.row(point)
+                rows.append(path, row)
             print(_line(point, row), flush=True)
+            if str(row["verdict"]).startswith("failed") and not _alive():
+                print("the device does not answer any more: the same command goes on behind this")
+                break
     finally:
         text = write_report(path, large)
         print(f"-> {text}")
     return path
+
+
+def _alive() -> bool:
+    """Whether the device still computes: after some errors it does not, in this process."""
+    try:
+        return int(jax.jit(lambda x: x + 1)(jnp.zeros((), jnp.int32))) == 1
+    except Exception:
+        return False
 
 
 def _line(point: Point, row: dict[str, Any]) -> str:

@@ -1,6 +1,9 @@
 """Rows of a benchmark on disk: written one by one, so that a run that is killed keeps them."""
 
+import contextlib
 import csv
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,37 @@ def append(path: Path, row: dict[str, Any]) -> None:
         if file.tell() == 0:
             writer.writeheader()
         writer.writerow({name: _text(value) for name, value in row.items()})
+
+
+@contextlib.contextmanager
+def running(path: Path, row: dict[str, Any]) -> Iterator[None]:
+    """Leaves a note beside the rows while a point is measured: what is killed leaves it behind.
+
+    Args:
+      path: of the rows.
+      row: what names the point and the machine.
+    """
+    note = path.with_suffix(".running")
+    note.write_text(json.dumps(row))
+    yield
+    note.unlink()
+
+
+def ended(path: Path) -> dict[str, Any] | None:
+    """The row of the point that a run was killed at, a hanging kernel perhaps; its note goes.
+
+    Args:
+      path: of the rows.
+
+    Returns:
+      The row, or None.
+    """
+    note = path.with_suffix(".running")
+    if not note.exists():
+        return None
+    row = json.loads(note.read_text())
+    note.unlink()
+    return row | {"verdict": "failed: the process ended while this was measured"}
 
 
 def _text(value: Any) -> Any:

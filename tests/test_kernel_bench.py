@@ -135,6 +135,35 @@ def test_without_time_the_table_is_written_and_the_rest_is_counted(tmp_path, cap
     assert path.with_suffix(".md").read_text() == "Nothing was measured.\n"
 
 
+@pytest.mark.slow
+def test_a_point_that_killed_the_run_is_passed_over_until_it_is_asked_for_again(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    point = Point("linear", "float32", "forward", shapes.SMOKE[0], KERNEL)
+    with pytest.raises(SystemExit), rows.running(path, bench().head(point)):
+        raise SystemExit
+    call = [*SMOKE[:-1], "0", "--csv", str(path), "--ops", "linear"]
+    kernels.main(call)
+    assert "7 of 8 points to do" in capsys.readouterr().out
+    assert [row["verdict"] for row in rows.read(path)] == [
+        "failed: the process ended while this was measured"
+    ]
+    kernels.main([*call, "--retry"])
+    assert "8 of 8 points to do" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_device_that_is_lost_ends_the_run_after_the_row_that_lost_it(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(kernels, "_alive", lambda: False)
+    path = tmp_path / "rows.csv"
+    kernels.main([*SMOKE, "--csv", str(path), "--ops", "linear", "--implementation", "mosaic_gpu"])
+    (row,) = rows.read(path)
+    assert row["verdict"].startswith("failed: NoImplementation")
+    assert "the device does not answer any more" in capsys.readouterr().out
+    assert not path.with_suffix(".running").exists()
+
+
 def bench(**options):
     here = kernels.Machine("cpu", 10**9, 10.0, "0", "abc")
     return kernels.Bench(here, **({"scan_s": 1.0, "sets": 1, "implementation": "xla"} | options))
