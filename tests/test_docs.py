@@ -123,7 +123,7 @@ def test_methods_describes_nothing_that_is_not_there():
 
 
 def sources():
-    for folder in ("jaxpara", "pallas_kernels", "experiments"):
+    for folder in ("jaxpara", "pallas_kernels", "experiments", "benchmarks"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 
