@@ -37,6 +37,8 @@ from pallas_kernels.nonlinear_recurrence.gpu_window import (
 
 # Steps of a rollout that are unrolled: their addresses become constants.
 _UNROLL = 4
+# What the second axis of a CUDA grid holds; the first goes over channels, neighbours in memory.
+_MOST_SEQUENCES = 65535
 
 
 def forward(
@@ -76,12 +78,14 @@ def forward(
 
     Raises:
       NotImplementedError: JAX older than 0.11; a cell without inputs or with more state than
-        shared memory holds; a dtype other than float32, bfloat16 and float16.
+        shared memory holds; a dtype other than float32, bfloat16 and float16; too large a batch.
       ValueError: `chunks` or `window` that no plan can have, or no pass allowed.
     """
     gpu = mosaic_gpu()
     _check(init, xs, params, max_iters)
     steps, batch, width = xs[0].shape
+    if batch > _MOST_SEQUENCES:
+        raise NotImplementedError(f"{batch} sequences; a launch takes {_MOST_SEQUENCES}")
     itemsizes = tuple(x.dtype.itemsize for x in xs)
     problem = windows.Problem(steps, batch, width, cell.states, itemsizes, affine)
     plan = windows.choose(problem, chunks=chunks, window=window)
@@ -135,6 +139,8 @@ def _check(init, xs, params, max_iters) -> None:
         raise ValueError(f"max_iters={max_iters}; expected at least one pass.")
     if not xs:
         raise NotImplementedError("a cell without inputs leaves the kernel nothing to stage")
+    if 0 in xs[0].shape:
+        raise NotImplementedError(f"inputs of shape {xs[0].shape} leave it nothing to do")
     for array in (*init, *xs, *params):
         if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise NotImplementedError(
