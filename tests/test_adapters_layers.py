@@ -56,10 +56,11 @@ def test_adapters_start_as_the_layer_and_follow_their_equations(make, reads, dou
     params = moved(params)
     out, grads = by_hand(params, x, reads)
     np.testing.assert_allclose(model.apply(params, x), out, rtol=1e-10)
-    found = jax.grad(lambda p: jnp.sum(model.apply(p, x)))(params)
+    found = jax.jit(jax.grad(lambda p: jnp.sum(model.apply(p, x))))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, grads)
 
 
+@pytest.mark.slow
 def test_a_linear_parallel_adapter_is_lora(double):
     layer, x = nn.linear(6, 8), normal(1, 5, 6)
     thin = nn.bottleneck(6, 8, hidden=2, activation=lambda h: h)
@@ -79,12 +80,14 @@ def test_a_linear_parallel_adapter_is_lora(double):
     np.testing.assert_allclose(adapter["up"]["kernel"], parts["b"], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_only_what_is_marked_is_trained():
     model = nn.parallel_adapter(nn.linear(6, 8), nn.bottleneck(6, 8))
     params = model.init(KEY)
     train, frozen = jp.split(params, jp.marked(params, "adapter/**"))
     assert train["layer"]["kernel"] is None and frozen["adapter"]["up"]["kernel"] is None
-    grads = jax.grad(lambda t: jnp.sum(model.apply(jp.combine(t, frozen), jnp.ones((2, 6)))))(train)
+    loss = lambda t: jnp.sum(model.apply(jp.combine(t, frozen), jnp.ones((2, 6))))  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(train)
     # The bottleneck starts at zero: its first gradient is that of the second matrix alone.
     assert not np.any(grads["adapter"]["down"]["kernel"])
     assert np.any(grads["adapter"]["up"]["kernel"])
@@ -92,6 +95,7 @@ def test_only_what_is_marked_is_trained():
         jp.marked(params, "adapters/*")
 
 
+@pytest.mark.slow
 def test_a_prefix_is_a_gated_mean_of_two_attentions(double):
     heads, size, n, time = 2, 4, 3, 5
     mixer = nn.mixers.attention(heads=heads, prefix=n)(heads * size)
@@ -99,7 +103,7 @@ def test_a_prefix_is_a_gated_mean_of_two_attentions(double):
     x = normal(7, 1, time, heads * size)
 
     start = mixer.start(params, 1, time, jnp.float64)
-    found = np.asarray(mixer.run(params, start, x, None)[1]).reshape(time, heads, size)
+    found = np.asarray(jax.jit(mixer.run)(params, start, x, None)[1]).reshape(time, heads, size)
     q, k, v = (part.reshape(time, heads, size) for part in np.split(x[0] @ params["kernel"], 3, -1))
     angle = np.arange(time)[:, None] * 10_000.0 ** -(np.arange(size // 2) / (size // 2))
 
@@ -123,12 +127,14 @@ def test_a_prefix_is_a_gated_mean_of_two_attentions(double):
 
     # Gradients of the prefix against finite differences.
     def loss(prefix):
-        return jnp.sum(jnp.sin(mixer.run({**params, "prefix": prefix}, start, x, None)[1]))
+        out = mixer.run({**params, "prefix": prefix}, start, x, None)[1]
+        return jnp.sum(jnp.sin(out)), out
 
-    grads = jax.jit(jax.grad(loss))(params["prefix"])
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    grads = run(params["prefix"])[0]
     along = moved(params["prefix"])
     ahead, behind = (
-        loss(jax.tree.map(lambda p, d, h=h: p + h * d, params["prefix"], along))
+        np.sum(np.sin(run(jax.tree.map(lambda p, d, h=h: p + h * d, params["prefix"], along))[1]))
         for h in (1e-5, -1e-5)
     )
     slope = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (grads, along)), strict=True))

@@ -47,6 +47,7 @@ def test_dora_starts_as_the_weight_and_its_columns_have_the_trained_magnitudes(d
     np.testing.assert_allclose(t.effective(lora), v, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_dora_gradients_are_the_finite_differences_with_the_norm_held(double):
     t, _, moved = a_dora()
     weights, parts = normal(3, 2, 6, 4), {k: np.asarray(v) for k, v in moved.parts.items()}
@@ -64,6 +65,7 @@ def test_dora_gradients_are_the_finite_differences_with_the_norm_held(double):
         np.testing.assert_allclose(np.sum(grads[name] * step), difference, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_dora_keeps_a_column_of_zeros_finite():
     w = np.float32(normal(0, 6, 4))
     w[:, 2] = 0
@@ -128,6 +130,7 @@ def test_paca_keeps_of_the_inputs_only_what_its_rows_see():
     assert (11, 8) in dense
 
 
+@pytest.mark.slow
 def test_paca_needs_the_memory_of_its_rows_in_a_scan_over_layers():
     depth, width, batch = 8, 64, 512
     w = jax.ShapeDtypeStruct((depth, width, width), jnp.float32)
@@ -166,6 +169,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_with_an_adapted_kernel(name, double):
     numbers, options, how = CONVOLUTIONS[name]

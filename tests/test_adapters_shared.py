@@ -28,6 +28,10 @@ MATRICES = 5
 T = jp.mos(rank=6, budget=2, shards=4, private=1, where=lambda path, leaf: path != "head")
 
 
+def attached():
+    return jax.jit(T.attach, compiler_options=QUICK)(KEY, params())
+
+
 @pytest.fixture
 def double():
     with jax.enable_x64(True):
@@ -63,7 +67,7 @@ def test_the_pools_hold_as_many_numbers_as_lora_of_the_budget_at_any_rank():
 
 
 def test_private_shards_belong_to_one_matrix_and_none_is_taken_twice():
-    for index in indices(T.attach(KEY, params())).values():
+    for index in indices(attached()).values():
         taken = index.reshape(MATRICES, -1)
         assert all(len(set(row)) == 24 for row in taken)
         users = [sum(shard in row for row in taken) for shard in range(2 * MATRICES * 4)]
@@ -71,7 +75,7 @@ def test_private_shards_belong_to_one_matrix_and_none_is_taken_twice():
         assert sorted(private) == list(range(MATRICES * 4, 2 * MATRICES * 4))
         assert all(users[shard] == 1 for shard in private)
         assert max(users) > 1
-    a, b = indices(T.attach(KEY, params())).values()
+    a, b = indices(attached()).values()
     assert not np.array_equal(a, b)  # drawn apart
 
 
@@ -98,7 +102,7 @@ def effective(state):
 
 
 def test_the_weights_are_put_together_shard_by_shard_and_the_pools_get_the_sum(double):
-    state = moved(T.attach(KEY, params()))
+    state = moved(attached())
     np.testing.assert_allclose(effective(state), by_hand(state), rtol=1e-12, atol=1e-14)
     weights = normal(5, MATRICES, 8, 12)
 
@@ -122,6 +126,7 @@ def test_the_weights_are_put_together_shard_by_shard_and_the_pools_get_the_sum(d
         np.testing.assert_allclose(found[name], wanted, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_with_whole_vectors_all_private_it_is_lora(double):
     w = {"w": normal(0, 3, 8, 12)}
     lora, mos = jp.lora(rank=2), jp.mos(rank=2, budget=2, shards=1, private=2)
@@ -137,7 +142,7 @@ def test_with_whole_vectors_all_private_it_is_lora(double):
 
 
 def test_the_pool_stands_once_and_is_a_constant_of_a_scan_over_layers():
-    state = T.attach(KEY, params())
+    state = attached()
     assert len(state.pools) == 2
     assert "a" not in state.params["stack"].parts
     x = jnp.ones((5, 8))
@@ -155,6 +160,7 @@ def test_the_pool_stands_once_and_is_a_constant_of_a_scan_over_layers():
     assert f"[{pool.shape[0]},{pool.shape[1]}]" in text and stacked not in text
 
 
+@pytest.mark.slow
 def test_a_model_of_pooled_weights_is_a_model():
     model = jp.nn.swiglu(8, 12)
     t = jp.chain(jp.mos(rank=2, budget=1, shards=2, private=0), jp.lora(rank=2, where="down/*"))
