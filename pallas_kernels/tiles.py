@@ -21,10 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 BLOCK_BYTES = 20 * 2**20
 VMEM_BYTES = 48 * 2**20
 
-# Below this many lanes a step waits for its own latency and chunks fill the time; above it the
-# vector unit is busy, and every further pass over a window is paid in full. Estimated from
-# latencies and operation counts of a GRU; nothing here has been timed on a TPU.
-BUSY_LANES = 2048
+# Up to this many lanes (eight sublanes a row at least) a step mostly waits for its own latency,
+# and chunks fill the time; above it the vector unit is busy, every further pass over a window is
+# paid in full, and a sequential kernel is quicker. Estimated from latencies and operation counts
+# of a GRU; nothing here has been timed on a TPU.
+IDLE_LANES = 2048
 
 
 class Plan(NamedTuple):
@@ -139,9 +140,10 @@ def make_plan(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}; expected at least 1, or None to let it be chosen.")
     rows = min(batch, 8)
+    padded = -(-batch // 8) * 8
     if chunks is None:
-        chunks = 1 if batch * width >= BUSY_LANES else 16 if leaves == 1 else 8
-        # Chunks shorter than this cost iterations: see docs/methods.md, shooting.
+        chunks = 1 if padded * width > IDLE_LANES else 16 if leaves == 1 else 8
+        # Chunks of fewer steps cost iterations.
         chunks = max(1, min(chunks, time // 16))
     # A sequential kernel hides the latency of a step with lanes instead.
     lanes = min(width, 512 if chunks == 1 else 128)

@@ -4,6 +4,8 @@ Nothing here needs a TPU, and nothing here has run on one. What `make compile` c
 v6e are these kernels at larger shapes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,29 +44,38 @@ def backward(case, operands, states, *, interpret=True, **how):
     return tpu.backward(case.cell, init, xs, params, states, cotangents, interpret=interpret, **how)
 
 
+# Interpreted kernels are large programs that run for a moment: compile them quickly.
+QUICK = {"xla_backend_optimization_level": "0"}
+
+
+@functools.lru_cache
+def program(case, which, how):
+    """A compiled `forward`, or that and `backward` at its states."""
+    options = dict(how)
+    only = {k: v for k, v in options.items() if k in ("reverse", "chunks", "window", "interpret")}
+
+    def both(o):
+        solved = forward(case, o, **options)
+        return (solved, backward(case, o, solved[0], **only)) if which == "both" else solved
+
+    return jax.jit(both, compiler_options=QUICK)
+
+
 def solve_forward(case, operands, **how):
-    return jax.jit(lambda o: forward(case, o, **how))(operands)
+    return program(case, "forward", tuple(how.items()))(operands)
 
 
 def solve(case, operands, **how):
-    """`forward` and `backward` at its states, as one program."""
-
-    def both(o):
-        solved = forward(case, o, **how)
-        return solved, backward(case, o, solved[0], **how)
-
-    return jax.jit(both)(operands)
+    return program(case, "both", tuple(how.items()))(operands)
 
 
-def assert_equals_float64(case, operands, solved, pulled, *, reverse=False, values=2e-6):
+def assert_equals_float64(case, operands, solved, pulled, *, reverse=False):
     truth = oracle(case, operands, reverse=reverse)
-    assert relative_error(solved[0], truth.states) < values
-    # Gradients at the kernel's own states: what the states are off by is not their concern.
-    truth = oracle(case, operands, reverse=reverse, linearise_at=solved[0])
+    assert relative_error(solved[0], truth.states) < 2e-6  # what a residual of 1e-6 leaves
     d_init, d_xs, d_params, completed = pulled
     assert relative_error(d_init, truth.d_init) < 2e-6
     assert relative_error(d_xs, truth.d_xs) < 2e-6
-    assert relative_error(d_params, truth.d_params) < 2e-6  # sums over hundreds of steps
+    assert relative_error(d_params, truth.d_params) < 2e-6
     assert np.all(completed == 0)
 
 
@@ -102,7 +113,7 @@ def test_the_hand_written_derivatives_are_those_of_the_oracles_step(case):
             STRANGE, (1000, 3, 7), {"chunks": 3, "window": 300, "reverse": True},
             marks=pytest.mark.slow,
         ),
-        pytest.param(GRU, (40, 2, 600), {"chunks": 1, "window": 16}, marks=pytest.mark.slow),
+        pytest.param(LSTM, (40, 2, 600), {"chunks": 1, "window": 16}, marks=pytest.mark.slow),
     ],
     ids=lambda v: getattr(v, "name", None),
 )  # fmt: skip
@@ -155,22 +166,25 @@ def test_a_bfloat16_carry_rounds_every_step_as_lax_scan_does():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reverse", [False, True])
-def test_what_the_budget_leaves_open_is_lax_scans_step_for_step(reverse):
+@pytest.mark.parametrize(("budget", "reverse"), [(1, True), (2, False)])
+def test_what_the_budget_leaves_open_is_lax_scans_step_for_step(budget, reverse):
     # One channel, so that the counts of a sequence are those of a lane.
     operands = draw(GRU, 200, 16, 1, scale=6.0, seed=3)
-    how = {"chunks": 4, "window": 64, "reverse": reverse}
     expected = scanned(GRU.cell, operands, reverse=reverse)[0]
-    states, iterations, residual, completed = solve_forward(GRU, operands, max_iters=1, **how)
-    assert np.all(iterations == 1) and np.all(residual > TOL) and np.all(completed == 200)
-    np.testing.assert_array_equal(states[0], expected)
+    states, iterations, residual, completed = jax.jit(
+        lambda o: forward(GRU, o, max_iters=budget, chunks=4, window=64, reverse=reverse)
+    )(operands)
+    assert np.all(iterations <= budget)
+    if budget == 1:  # nothing passes, and everything is completed
+        assert np.all(residual > TOL) and np.all(completed == 200)
+        np.testing.assert_array_equal(states[0], expected)
+    else:
+        assert np.any(completed == 0) and np.any(completed > 0)
+        # Some windows passed; scale 6 amplifies what a residual of 1e-6 leaves.
+        assert relative_error(states, [expected]) < 1e-4
 
-    states, iterations, _, completed = solve_forward(GRU, operands, max_iters=2, **how)
-    assert np.any(completed == 0) and np.any(completed > 0) and np.all(iterations <= 2)
-    # Some windows passed; scale 6 amplifies what a residual of 1e-6 leaves.
-    assert relative_error(states, [expected]) < 1e-4
 
-
+@pytest.mark.slow
 def test_a_nan_stays_in_its_lane_from_its_step_on():
     operands = draw(GRU, 40, 2, 5)
     poisoned = operands._replace(xs=[operands.xs[0].at[17, 1, 2].set(jnp.nan), *operands.xs[1:]])
@@ -226,26 +240,22 @@ def test_products_that_overflow_where_the_recurrence_does_not_are_done_step_by_s
 
 
 @pytest.mark.slow
-def test_no_read_races_with_a_write_in_the_simulator():
-    operands = draw(AFFINE2, 10, 1, 4)
-    interpret = pltpu.InterpretParams(detect_races=True)
-    solved, pulled = solve(AFFINE2, operands, chunks=2, window=4, interpret=interpret)
-    assert_equals_float64(AFFINE2, operands, solved, pulled)
-    operands = draw(GRU, 10, 1, 4)
-    solved, pulled = solve(GRU, operands, chunks=2, window=4, interpret=interpret)
+def test_no_read_races_with_a_write_on_two_simulated_cores(capfd):
+    # Two blocks of channels, one a core; two windows each.
+    operands = draw(GRU, 4, 1, 130)
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    solved, pulled = solve(GRU, operands, chunks=2, window=2, interpret=interpret)
     assert_equals_float64(GRU, operands, solved, pulled)
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_mapped_call_is_the_calls_one_by_one():
-    many = [draw(GRU, 24, 2, 3, seed=seed) for seed in range(2)]
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *many)
-    one = lambda o: solve(GRU, o, chunks=2, window=8)  # noqa: E731
-    mapped = jax.vmap(one)(stacked)
+    many = [draw(AFFINE, 24, 2, 3, seed=seed) for seed in range(2)]
+    one = program(AFFINE, "both", (("chunks", 2), ("window", 8)))
+    mapped = jax.tree.leaves(jax.vmap(one)(jax.tree.map(lambda *a: jnp.stack(a), *many)))
     for index, operands in enumerate(many):
-        for got, expected in zip(
-            jax.tree.leaves(mapped), jax.tree.leaves(one(operands)), strict=True
-        ):
+        for got, expected in zip(mapped, jax.tree.leaves(one(operands)), strict=True):
             # Another program: other fusions, so roundings may differ.
             np.testing.assert_allclose(got[index], expected, rtol=1e-5, atol=1e-6)
 
