@@ -11,14 +11,15 @@ from jaxpara.weights.weight import Weight, dense, is_weight, resolved
 FLOAT_BITS = 32
 
 
-def stored_bits(leaf: Any) -> float:
+def stored_bits(leaf: Any, *, merged: bool = False) -> float:
     """The bits in which a weight can be kept for deployment without changing what it computes.
 
     Integers count as many bits as their grid has and every other number 32. An adapter on
     integers is kept beside them, one on floating numbers is merged into them.
 
     Args:
-      leaf: an array, or a `Weight` of a state or of what `merge` gave; or their shapes.
+      leaf: an array, or a `Weight` of a state; or their shapes.
+      merged: whether it is what `merge` gave.
 
     Returns:
       Bits.
@@ -26,14 +27,16 @@ def stored_bits(leaf: Any) -> float:
     if not is_weight(leaf):
         return _bits_of(leaf)
     method = leaf.method
-    if method.merge is not None:
-        return stored_bits(jax.eval_shape(_merged, leaf))
+    if method.merge is not None and not merged:
+        return stored_bits(jax.eval_shape(_merged, leaf), merged=True)
     beside = sum(map(_bits_of, jax.tree.leaves(leaf.parts)))
+    count = math.prod(jax.eval_shape(dense, leaf).shape)
     if not is_weight(leaf.base) and jnp.issubdtype(leaf.base.dtype, jnp.integer):
-        grid = getattr(method.settings, "bits", 8 * leaf.base.dtype.itemsize)
-        return grid * leaf.base.size + beside
-    shape = jax.eval_shape(dense, leaf).shape
-    whole = FLOAT_BITS * math.prod(shape)
+        grid = getattr(method.settings, "grid", method.settings)
+        # Packed or not, they can be.
+        own = _bits_of(leaf.base) if not hasattr(grid, "bits") else grid.bits * count
+        return min(own, _bits_of(leaf.base)) + beside
+    whole = FLOAT_BITS * count
     return whole if method.factors is None else min(whole, stored_bits(leaf.base) + beside)
 
 

@@ -73,7 +73,11 @@ def test_the_order_on_the_command_line_is_the_order_of_the_chain():
     assert build.chain_of(composed("transform=full").transform) is None
 
 
-TRANSFORMS = sorted(p.stem for p in (runs.REPOSITORY / "experiments/conf/transform").glob("*.yaml"))
+QUICK = ("full", "fake_quant")
+TRANSFORMS = [
+    pytest.param(path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow])
+    for path in sorted((runs.REPOSITORY / "experiments/conf/transform").glob("*.yaml"))
+]
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -84,12 +88,12 @@ def test_every_transform_adapts_a_stack_of_kernels_and_leaves_the_function(name)
         assert transform is None
         return
     draw = np.random.default_rng(0).standard_normal
-    params = {"block": {"kernel": jnp.asarray(draw((2, 256, 128)), jnp.float32)}}
+    params = {"block": {"kernel": jnp.asarray(draw((2, 64, 32)), jnp.float32)}}
     state = transform.attach(KEY, params)
     dense = transform.effective(state)["block"]["kernel"]
-    error = np.linalg.norm(dense - params["block"]["kernel"]) / np.linalg.norm(dense)
-    # Quantisers change it at the start, a ternary one most: by 1 / sqrt(3) of a normal variable.
-    assert error < 0.6
+    whole = params["block"]["kernel"]
+    # Quantisers and sparse masks change it at the start, a ternary one by half of its norm.
+    assert np.linalg.norm(dense - whole) < 0.6 * np.linalg.norm(whole)
     shapes = jax.eval_shape(lambda: state)
     assert 1 < bits_per_weight(shapes) <= 32
     assert jax.tree.leaves(jp.split(state, transform.trainable(state))[0])
@@ -172,6 +176,7 @@ def test_going_on_with_a_finetuned_run_equals_not_stopping(place):
     assert bits_per_weight(a) == first["bits_per_weight"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_started_from_is_said(place, tmp_path):
     (tmp_path / "other").mkdir()
     OmegaConf.save(OmegaConf.create({"task": 1}), tmp_path / "other/config.yaml")
