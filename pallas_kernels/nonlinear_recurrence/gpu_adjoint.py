@@ -32,8 +32,9 @@ class Block(NamedTuple):
 
     Attributes:
       cell, plan, reverse: as the op was given them.
-      missing: steps of the last window in scan order that do not exist.
-      xs, states, cotangents: device memory, `[windows, C, L, B, D]` each.
+      missing: steps that were added to make T a multiple of L; the adjoint starts with them.
+      short: chunks of the window that the adjoint ends with, which may be fewer than C.
+      xs, states, cotangents: device memory, `[T / L, L, B, D]` each.
       before: the state before each window, `[windows, B, D]` each.
       params: `[1 or B, D]` each.
       d_xs, d_init, d_params: results, in device memory.
@@ -50,6 +51,7 @@ class Block(NamedTuple):
     plan: Plan
     reverse: bool
     missing: int
+    short: int
     xs: Sequence[Any]
     states: Sequence[Any]
     cotangents: Sequence[Any]
@@ -104,24 +106,62 @@ def _add(left: Arrays, right: Arrays) -> list[jax.Array]:
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
-def _fetch(block: Block, window: Any, slot: Any) -> None:
+def _transfer(block: Block, n: Any, copy: Callable[[Any, Any], None]) -> None:
+    """Calls `copy(chunks in device memory, chunks in shared memory)` for the adjoint's n-th window.
+
+    The last one, if it is short, has its chunks beside the row before it.
+    """
+    plan, last = block.plan, block.plan.windows - 1
+    many, few = plan.chunks, block.short
+
+    @pl.when((n < last) | (few == many))
+    def _():
+        start = n * many if block.reverse else few + (last - 1 - n) * many
+        copy(pl.ds(start, many), pl.ds(0, many))
+
+    if few < many:
+
+        @pl.when(n == last)
+        def _():
+            place = (last * many, many - few) if block.reverse else (0, 0)
+            copy(*(pl.ds(start, few) for start in place))
+
+
+def _fetch(block: Block, n: Any) -> None:
     """Starts the copies of a window, and brings the row before it; for the copier.
 
     A copy lands on a multiple of 128 bytes, which is why chunks have a multiple of four steps.
     """
-    gpu, plan, b = mosaic_gpu(), block.plan, lax.axis_index("b")
-    room = pl.ds(0 if block.reverse else 1, plan.chunks)
-    pairs = [(x, near.at[slot]) for x, near in zip(block.xs, block.near_xs, strict=True)]
-    pairs += [(s, n.at[slot, room]) for s, n in zip(block.states, block.near_states, strict=True)]
-    pairs += [(g, n.at[slot]) for g, n in zip(block.cotangents, block.near_cotangents, strict=True)]
-    for far, near in pairs:
-        gpu.copy_gmem_to_smem(
-            far.at[window, :, :, b, _channels(block)], near, block.copied.at[slot]
-        )
+    gpu, plan, b, slot = mosaic_gpu(), block.plan, lax.axis_index("b"), n % 2
+    margin = 0 if block.reverse else 1
+
+    def copy(there, here):
+        shifted = pl.ds(here.start + margin, here.size)
+        pairs = [(x, near.at[slot, here]) for x, near in zip(block.xs, block.near_xs, strict=True)]
+        for far, near in zip(block.states, block.near_states, strict=True):
+            pairs.append((far, near.at[slot, shifted]))
+        for far, near in zip(block.cotangents, block.near_cotangents, strict=True):
+            pairs.append((far, near.at[slot, here]))
+        for far, near in pairs:
+            source = far.at[there, :, b, _channels(block)]
+            gpu.copy_gmem_to_smem(source, near, block.copied.at[slot])
+
+    _transfer(block, n, copy)
     edge = (plan.chunks, 0) if block.reverse else (0, plan.length - 1)
     for far, near in zip(block.before, block.near_states, strict=True):
-        row = _load_row(block, far.at[window, b, _channels(block)])
+        row = _load_row(block, far.at[n, b, _channels(block)])
         mosaic.store(near.at[slot, *edge], row)
+
+
+def _send(block: Block, n: Any) -> None:
+    """Starts the copies of a window's results; for the copier."""
+
+    def copy(there, here):
+        for near, far in zip(block.near_xs, block.d_xs, strict=True):
+            target = far.at[there, :, lax.axis_index("b"), _channels(block)]
+            mosaic_gpu().copy_smem_to_gmem(near.at[n % 2, here], target)
+
+    _transfer(block, n, copy)
 
 
 def _row_before(block: Block, chunk: Any, step: Any) -> tuple[Any, Any]:
@@ -148,30 +188,32 @@ def _operands(block: Block, slot: Any, chunk: Any, step: Any) -> tuple[list, lis
     )
 
 
-def _exists(block: Block, time: Any) -> Any:
-    """Whether a step is not padding, `time` in memory order; only padded windows ask."""
-    if block.reverse:
-        return time >= block.missing
-    return time < block.plan.windows * block.plan.window - block.missing
+def _skipped(block: Block, n: Any) -> Any:
+    """How many chunks of the adjoint's n-th window do not exist: its first ones."""
+    missing = block.plan.chunks - block.short
+    return lax.select(n == block.plan.windows - 1, missing, 0) if missing else 0
 
 
-def _keep_existing(block: Block, window: Any) -> Callable[[Any, Sequence[Any]], list[jax.Array]]:
-    """`(step, values) -> values` with their layout, and zeros where the step does not exist."""
-    own, layout = _own(block), mosaic.tile_layout(block.plan.block)
-    shape = (own.size, block.plan.block)
-    if not block.missing:
-        return lambda step, values: mosaic.settle(values, shape, layout)
-    row = mosaic.row_numbers(shape, layout) + (window * block.plan.chunks + own.start)
-    first = row * block.plan.length
+def _choose_existing(block: Block, n: Any) -> Callable[[Any, Arrays, Arrays], list[jax.Array]]:
+    """`(m, new, old) -> new`, with their layout, but `old` where the m-th step of a chunk of mine
+    does not exist: nothing happens there."""
+    own, layout, plan = _own(block), mosaic.tile_layout(block.plan.block), block.plan
+    shape = (own.size, plan.block)
+    if not block.missing and block.short == plan.chunks:
+        return lambda m, new, old: mosaic.settle(new, shape, layout)
+    row = mosaic.row_numbers(shape, layout) + own.start
+    first = _in_memory(block, row, plan.chunks) * plan.length  # in the adjoint's order
+    begin = _skipped(block, n) * plan.length + lax.select(n == 0, block.missing, 0)
 
-    def keep(step, values):
-        there = _exists(block, first + step)
-        return [jnp.where(there, v, 0.0) for v in mosaic.settle(values, shape, layout)]
+    def choose(m, new, old):
+        there = first + m >= begin
+        new = mosaic.settle(new, shape, layout)
+        return [jnp.where(there, a, b) for a, b in zip(new, old, strict=True)]
 
-    return keep
+    return choose
 
 
-def _chunks_alone(block: Block, slot: Any, params: Arrays, keep: Callable) -> None:
+def _chunks_alone(block: Block, slot: Any, params: Arrays, choose: Callable) -> None:
     """Fills my rows of `alone` and `products`."""
     cell, plan, own = block.cell, block.plan, _own(block)
     leaves, shape = range(cell.states), (own.size, plan.block)
@@ -180,8 +222,9 @@ def _chunks_alone(block: Block, slot: Any, params: Arrays, keep: Callable) -> No
         adjoint, columns = carry
         step = _in_memory(block, n, plan.length)
         h, x, given = _operands(block, slot, own, step)
-        adjoint = keep(step, cell.pull_state(h, x, params, _add(adjoint, given)))
-        return adjoint, [keep(step, cell.pull_state(h, x, params, c)) for c in columns]
+        pulled = cell.pull_state(h, x, params, _add(adjoint, given))
+        turned = [choose(n, cell.pull_state(h, x, params, c), c) for c in columns]
+        return choose(n, pulled, adjoint), turned
 
     layout = mosaic.tile_layout(plan.block)
     zero = [mosaic.full(shape, 0.0, layout) for _ in leaves]
@@ -193,7 +236,7 @@ def _chunks_alone(block: Block, slot: Any, params: Arrays, keep: Callable) -> No
             mosaic.store(block.products.at[j * cell.states + i, own], columns[j][i])
 
 
-def _chunk_to_chunk(block: Block, window: Any, slot: Any, params: Arrays) -> Any:
+def _chunk_to_chunk(block: Block, n: Any, slot: Any, params: Arrays) -> Any:
     """Fills `entering`, for warpgroup 0; returns whether it had to take every step to do so."""
     plan, count = block.plan, block.cell.states
     leaves = range(count)
@@ -201,9 +244,9 @@ def _chunk_to_chunk(block: Block, window: Any, slot: Any, params: Arrays) -> Any
     arriving = [_load_row(block, block.leaving.at[i, last]) for i in leaves]
     zero = mosaic.full((plan.block,), 0.0, mosaic.row_layout(plan.block))
 
-    def some(n, carry):
+    def some(g, carry):
         adjoint, bad = carry
-        places = [_in_memory(block, n * _TOGETHER + j, plan.chunks) for j in range(_TOGETHER)]
+        places = [_in_memory(block, g * _TOGETHER + j, plan.chunks) for j in range(_TOGETHER)]
         ends = [[_load_row(block, block.alone.at[i, c]) for i in leaves] for c in places]
         maps = [
             [_load_row(block, block.products.at[i, c]) for i in range(count**2)] for c in places
@@ -222,8 +265,8 @@ def _chunk_to_chunk(block: Block, window: Any, slot: Any, params: Arrays) -> Any
     # Each warp holds the whole row, so they all come to the same answer.
     overflowed = jnp.max(bad) > 0.0
 
-    def chunk(n, adjoint):
-        place = _in_memory(block, n, plan.chunks)
+    def chunk(c, adjoint):
+        place = _in_memory(block, c, plan.chunks)
         for i in leaves:
             mosaic.store(block.entering.at[i, place], adjoint[i])
 
@@ -233,30 +276,33 @@ def _chunk_to_chunk(block: Block, window: Any, slot: Any, params: Arrays) -> Any
             new = block.cell.pull_state(h, x, params, _add(adjoint, given))
             new = mosaic.settle(new, (plan.block,), mosaic.row_layout(plan.block))
             if block.missing:
-                there = _exists(block, (window * plan.chunks + place) * plan.length + step)
-                new = [jnp.where(there, n, 0.0) for n in new]
+                there = (n > 0) | (c > skipped) | (m >= block.missing)
+                new = [jnp.where(there, a, b) for a, b in zip(new, adjoint, strict=True)]
             return new
 
         return lax.fori_loop(0, plan.length, advance, adjoint)
 
-    lax.fori_loop(0, lax.select(overflowed, plan.chunks, 0), chunk, arriving)
+    skipped = _skipped(block, n)
+    lax.fori_loop(skipped, lax.select(overflowed, plan.chunks, skipped), chunk, arriving)
     return overflowed
 
 
-def _chunks_again(block: Block, slot: Any, params: Arrays, keep: Callable, totals: Arrays) -> Any:
+def _chunks_again(block: Block, slot: Any, params: Arrays, choose: Callable, totals: Arrays) -> Any:
     """My chunks from what enters them: inputs' cotangents in place, parameters' added to `totals`,
     my rows of `leaving`."""
     cell, plan, own = block.cell, block.plan, _own(block)
+    shape, layout = (own.size, plan.block), mosaic.tile_layout(plan.block)
 
     def advance(n, carry):
         adjoint, totals = carry
         step = _in_memory(block, n, plan.length)
         h, x, given = _operands(block, slot, own, step)
         d_h, d_x, d_p = cell.pull(h, x, params, _add(adjoint, given))
-        for near, value in zip(block.near_xs, keep(step, d_x), strict=True):
+        for near, value in zip(block.near_xs, mosaic.settle(d_x, shape, layout), strict=True):
             # Each entry is read and written by the one thread that holds it.
             mosaic.store(near.at[slot, own, step], value)
-        return keep(step, d_h), _add(totals, keep(step, d_p))
+        grown = _add(totals, mosaic.settle(d_p, shape, layout))
+        return choose(n, d_h, adjoint), choose(n, grown, totals)
 
     adjoint = [_load_tile(block, block.entering.at[i, own]) for i in range(cell.states)]
     adjoint, totals = lax.fori_loop(0, plan.length, advance, (adjoint, list(totals)))
@@ -279,18 +325,17 @@ def solve(block: Block) -> None:
 
     @pl.when(copier)
     def _():
-        _fetch(block, _in_memory(block, 0, plan.windows), 0)
+        _fetch(block, 0)
 
     # All read the row before the first window, which the copier wrote.
     mosaic.sync(block.arrived)
 
     def advance(n, carry):
         totals, walked = carry
-        window, slot = _in_memory(block, n, plan.windows), n % 2
-        keep = _keep_existing(block, window)
+        slot, choose = n % 2, _choose_existing(block, n)
         # Every thread waits for the copies itself: that is what makes them visible to it.
         gpu.barrier_wait(block.copied.at[slot])
-        _chunks_alone(block, slot, tiles, keep)
+        _chunks_alone(block, slot, tiles, choose)
         # Warpgroup 0 reads `alone` and `products` of all. And all have come from the last window,
         # which ended with a sync: nobody reads the other slot any more.
         mosaic.sync(block.arrived)
@@ -304,14 +349,12 @@ def solve(block: Block) -> None:
 
             @pl.when(n + 1 < plan.windows)
             def _():
-                _fetch(block, _in_memory(block, n + 1, plan.windows), 1 - slot)
+                _fetch(block, n + 1)
 
-        overflowed = lax.cond(
-            wg == 0, lambda: _chunk_to_chunk(block, window, slot, rows), lambda: False
-        )
+        overflowed = lax.cond(wg == 0, lambda: _chunk_to_chunk(block, n, slot, rows), lambda: False)
         # All read `entering`, and write over the `leaving` that warpgroup 0 began with.
         mosaic.sync(block.arrived)
-        totals = _chunks_again(block, slot, tiles, keep, totals)
+        totals = _chunks_again(block, slot, tiles, choose, totals)
         # Each thread hands the inputs' cotangents that it wrote over to the copy engine, and then
         # the copier knows that all have.
         gpu.commit_smem()
@@ -320,10 +363,10 @@ def solve(block: Block) -> None:
 
         @pl.when(copier)
         def _():
-            for near, far in zip(block.near_xs, block.d_xs, strict=True):
-                gpu.copy_smem_to_gmem(near.at[slot], far.at[window, :, :, b, here])
+            _send(block, n)
 
-        steps = plan.window - lax.select(n == 0, block.missing, 0)
+        steps = (plan.chunks - _skipped(block, n)) * plan.length
+        steps = steps - lax.select(n == 0, block.missing, 0)
         return totals, walked + lax.select(overflowed, steps, 0)
 
     start = ([zero] * block.cell.params, jnp.int32(0))

@@ -61,7 +61,7 @@ def choose(
       chunks: of a window, rounded up to what a warpgroup holds; None picks 32, fewer for short
         sequences and many states.
       window: steps of a window, rounded up to a multiple of four times the chunks; None fills
-        shared memory, or divides a shorter sequence evenly.
+        shared memory, or cuts a short sequence in two.
 
     Returns:
       The plan.
@@ -94,10 +94,10 @@ def choose(
         length = _up(-(-window // chunks), _UNIT)
     else:
         lengths = [n for n in range(_LONGEST, 0, -_UNIT) if fits(chunks, n)] or [_UNIT]
-        count = -(-steps // (chunks * lengths[0]))
-        even = [n for n in lengths if 2 * n > lengths[0] and steps % (chunks * n) == 0]
-        # Padding copies every array: rather a somewhat shorter window, if one divides T.
-        length = even[0] if even else _up(-(-steps // (chunks * count)), _UNIT)
+        # At least two windows, so that copies of one go on beside the other; and a length that
+        # divides T if one does, for padding copies every array.
+        lengths = [n for n in lengths if 2 * n * chunks <= steps] or [_UNIT]
+        length = next((n for n in lengths if steps % n == 0), lengths[0])
     if not fits(chunks, length):
         raise NotImplementedError(
             f"{states} states and {step_bytes} bytes of inputs, states and cotangents a channel "
@@ -167,9 +167,10 @@ def backward(
         window=window,
     )
     blocks = -(-width // plan.block)
-    near = [windows.cut(arrays, plan, reverse) for arrays in (xs, states, cotangents)]
+    short = -(-steps // plan.length) - (plan.windows - 1) * plan.chunks
+    near = [[_cut(a, plan, reverse) for a in arrays] for arrays in (xs, states, cotangents)]
     start, rows = ([windows.widen(a, plan.block) for a in arrays] for arrays in (init, params))
-    before = [_before(h, s, reverse) for h, s in zip(start, near[1], strict=True)]
+    before = [_before(h, s, plan, short, reverse) for h, s in zip(start, near[1], strict=True)]
     groups = [*near, before, rows]
 
     def kernel(*refs):
@@ -178,8 +179,8 @@ def backward(
         parts = [[next(rest) for _ in range(n)] for n in sizes]
         walked = next(rest)
         parts_near = [[next(rest) for _ in range(len(arrays))] for arrays in near]
-        missing = plan.windows * plan.window - steps
-        solve(Block._make([cell, plan, reverse, missing, *parts, walked, *parts_near, *rest]))
+        settings = (cell, plan, reverse, -steps % plan.length, short)
+        solve(Block._make([*settings, *parts, walked, *parts_near, *rest]))
 
     row = jax.ShapeDtypeStruct((batch, blocks * plan.block), jnp.float32)
     out = mosaic.launch(
@@ -206,18 +207,39 @@ def backward(
         interpret=interpret,
     )(*[array for arrays in groups for array in arrays])
     rest = iter(out)
-    d_xs = [windows.join(next(rest), steps, width, reverse) for _ in xs]
+    d_xs = [_join(next(rest), steps, width, reverse) for _ in xs]
     d_init = [next(rest)[:, :width].astype(h.dtype) for h in init]
     d_params = [next(rest)[:, :width] for _ in params]
     return d_init, d_xs, d_params, jnp.max(next(rest), axis=0)
 
 
-def _before(init: jax.Array, states: jax.Array, reverse: bool) -> jax.Array:
-    """The state before each window, `[windows, B, D]`, from `[windows, C, L, B, D]`."""
-    first = init.astype(states.dtype)[None]
+def _cut(array: jax.Array, plan: windows.Plan, reverse: bool) -> jax.Array:
+    """`[T, B, D]` to `[T / L, L, B, D]`: a view where L and the block divide, a copy elsewhere.
+
+    Steps are added after the last one in scan order, in front when reversed.
+    """
+    missing = -array.shape[0] % plan.length
+    array = windows.widen(array, plan.block)
+    array = jnp.pad(array, [(missing, 0) if reverse else (0, missing), (0, 0), (0, 0)])
+    return array.reshape(-1, plan.length, *array.shape[1:])
+
+
+def _join(array: jax.Array, steps: int, width: int, reverse: bool) -> jax.Array:
+    """The inverse of `_cut`."""
+    flat = array.reshape(-1, *array.shape[2:])
+    first = flat.shape[0] - steps if reverse else 0
+    return flat[first : first + steps, :, :width]
+
+
+def _before(
+    init: jax.Array, states: jax.Array, plan: windows.Plan, short: int, reverse: bool
+) -> jax.Array:
+    """The state before each window, `[windows, B, D]` in the adjoint's order, from `[T / L, L, B,
+    D]`; the last window has `short` chunks, and `init` before it."""
+    last = init.astype(states.dtype)[None]
     if reverse:
-        return jnp.concatenate([states[1:, 0, 0], first])
-    return jnp.concatenate([first, states[:-1, -1, -1]])
+        return jnp.concatenate([states[plan.chunks :: plan.chunks, 0], last])
+    return jnp.concatenate([states[short - 1 : -1 : plan.chunks, -1][::-1], last])
 
 
 def _staging(plan: windows.Plan, arrays: Sequence[jax.Array], more: int) -> list[Any]:
