@@ -41,7 +41,9 @@ def flexq(
     def both(path, leaf):
         return chosen(path, leaf) and special(path, leaf)
 
+    # The pattern itself where it is enough: a near miss is then named by it.
+    narrow = sensitive if where is None else both
     return chain(
         fake_quant(activations=bits, where=plain, **options),
-        fake_quant(activations=8, where=both, **options),
+        fake_quant(activations=8, where=narrow, **options),
     )
