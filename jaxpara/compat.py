@@ -42,8 +42,9 @@ def is_tracer(value: Any) -> bool:
 
 
 def varying_axes(array: Any) -> frozenset[str]:
-    """Mesh axes over which `array` varies inside `shard_map` (empty elsewhere)."""
-    kind = getattr(jax.typeof(array), "manual_axis_type", None)
+    """Mesh axes over which `array`, or its aval, varies in `shard_map` (empty elsewhere)."""
+    aval = array if hasattr(array, "manual_axis_type") else jax.typeof(array)
+    kind = getattr(aval, "manual_axis_type", None)
     return frozenset(getattr(kind, "varying", ()) or ())
 
 

@@ -222,9 +222,10 @@ def test_what_surrounding_transforms_know_is_hoisted_even_out_of_an_inner_jit():
 
 def test_channels_are_merged_as_far_as_constants_allow():
     def shapes(state, const):
-        step = lambda consts, s, x: ([jnp.tanh(s[0] * consts[0])], [])  # noqa: E731
-        prepared = prepare(step, [jnp.ones(const)], [jnp.ones(state)], [jnp.ones((TIME, 1))])
-        (param,) = prepared.operands([jnp.ones(const)], [jnp.ones((TIME, 1))])[1]
+        step = lambda consts, s, x: ([jnp.tanh(s[0] * consts[0] + x[0])], [])  # noqa: E731
+        prepared = prepare(step, [jnp.ones(const)], [jnp.ones(state)], [jnp.ones(TIME)])
+        (inputs,), (param,) = prepared.operands([jnp.ones(const)], [jnp.ones(TIME)])
+        assert inputs.shape[1:] == prepared.rows([jnp.ones(state)])[0].shape
         return prepared.rows([jnp.ones(state)])[0].shape, param.shape
 
     assert shapes((2, 4, 3), (4, 3)) == ((2, 12), (1, 12))
@@ -263,3 +264,7 @@ def test_leaves_of_unequal_shapes_or_of_other_types_are_refused():
         prepare(step, [], [jnp.ones(3, jnp.float64)], [])
     with pytest.raises(UnsupportedCell, match="without elements"):
         prepare(step, [], [jnp.ones((2, 0))], [])
+    with pytest.raises(UnsupportedCell, match="float32 and bfloat16"):
+        prepare(step, [], [jnp.ones(3), jnp.ones(3, jnp.bfloat16)], [])
+    with pytest.raises(UnsupportedCell, match="changes with time"):
+        prepare(step, [], [jnp.ones(3)], [jnp.ones(TIME)])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from recurrence_cases import QUICK, assert_close, in_float64
 
 import jaxpara as jp
@@ -46,8 +47,8 @@ def loss_of(cell, scan, reset=None):
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
-def assert_trains_like_scan(name, solver, derivative, reset=None):
-    cell, params, x = sequence(name)
+def assert_trains_like_scan(name, solver, derivative, reset=None, **sizes):
+    cell, params, x = sequence(name, **sizes)
     scan = functools.partial(jp.newton_scan, solver=solver, derivative=derivative)
     found = jax.jit(loss_of(cell, scan, reset), compiler_options=QUICK)(params, x)
     assert_close(found, in_float64(loss_of(cell, lax.scan, reset), params, x), 3e-6)
@@ -86,7 +87,8 @@ def test_a_reset_restarts_each_sequence_by_itself(implementation):
 def test_the_simulated_gpu_kernel_is_what_the_solver_runs():
     if not _simulates():
         pytest.skip("the Mosaic GPU simulator needs JAX 0.12")
-    assert_trains_like_scan("gru", jp.fused(implementation="mosaic_gpu_interpret"), "reverse")
+    solver = jp.fused(implementation="mosaic_gpu_interpret")
+    assert_trains_like_scan("gru", solver, "reverse", time=12, batch=1)
 
 
 def _simulates():
@@ -95,6 +97,56 @@ def _simulates():
     except NotImplementedError:
         return False
     return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("derivative", [None, "reverse"])
+def test_a_batch_may_be_sharded_over_devices(derivative):
+    cell, params, x = sequence("gru")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    def mean(scan):
+        def local(params, x):
+            start = lax.pcast(cell.start(params, x.shape[1:-1]), "data", to="varying")
+            ys = jp.cells.run(cell, params, start, x, scan=scan)[1]
+            return lax.psum(jnp.sum(jnp.sin(ys)), "data")
+
+        specs = {"in_specs": (P(), P(None, "data")), "out_specs": P()}
+        return jax.jit(jax.value_and_grad(jax.shard_map(local, mesh=mesh, **specs)))
+
+    solver = jp.fused(implementation="xla")
+    scan = functools.partial(jp.newton_scan, solver=solver, derivative=derivative)
+    wanted = jax.tree.map(np.asarray, mean(lax.scan)(params, x))
+    assert_close(mean(scan)(params, x), wanted, 3e-6)
+
+
+def test_a_narrow_carry_and_narrow_gates_train_within_their_rounding():
+    gates = [jnp.asarray(normal(30, 2, 3), jnp.bfloat16) for _ in range(2)]
+
+    def loss(scan, dtype):
+        def run(w, gates):
+            def step(h, x):
+                z = jax.nn.sigmoid(x[0].astype(h.dtype) + w * h)
+                h = h + z * (jnp.tanh(x[1].astype(h.dtype) - w * h) - h)
+                return h, h
+
+            h, ys = scan(step, jnp.zeros((2, 3), dtype), gates)
+            return jnp.sum(jnp.sin(ys.astype(jnp.float32))) + jnp.sum(h.astype(jnp.float32))
+
+        return jax.jit(jax.value_and_grad(run, (0, 1)), compiler_options=QUICK)
+
+    solver = jp.fused(implementation="xla")
+    scan = functools.partial(jp.newton_scan, solver=solver, derivative="reverse")
+    weights = jnp.asarray([0.5, -0.3, 0.2])
+    wanted = loss(lax.scan, jnp.float32)(weights, [g.astype(jnp.float32) for g in gates])
+    # Storage in bfloat16, a float32 carry: only the gates' gradients are rounded on their way out.
+    found = loss(scan, jnp.float32)(weights, gates)
+    assert_close((found[0], found[1][0]), (np.asarray(wanted[0]), np.asarray(wanted[1][0])), 3e-6)
+    assert all(g.dtype == jnp.bfloat16 for g in found[1][1])
+    assert_close(found[1][1], jax.tree.map(np.asarray, wanted[1][1]), 2**-8)
+    # A bfloat16 carry is rounded 30 times, to 2**-9 each.
+    found = loss(scan, jnp.bfloat16)(weights.astype(jnp.bfloat16), gates)
+    assert_close(found, jax.tree.map(np.asarray, wanted), 0.1)
 
 
 def test_the_diagnostics_are_those_of_the_kernel():
@@ -171,7 +223,7 @@ def test_training_without_being_asked_lowers_to_the_kernels_of_the_platform(plat
     traced = jax.jit(loss_of(cell, scan)).trace(params, x)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     jax.clear_caches()  # nothing that was traced for another platform stays
-    call = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}[platform]
+    call = {"tpu": "@tpu_custom_call", "cuda": "@mosaic_gpu"}[platform]
     assert text.count(call) >= 2, "a forward and a backward kernel"
 
 

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence import fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.structure import Structure, structure_of
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import Body, Traced, trace
@@ -143,9 +144,12 @@ def _refusal(body: Body) -> str | None:
     avals = [var.aval for var in compat.open_jaxpr(body.jaxpr).invars]
     consts, carry = avals[: body.consts], avals[body.consts : body.consts + body.carries]
     inputs = [carry[i] for i in body.others] + avals[body.consts + body.carries :]
-    rows = [jax.ShapeDtypeStruct((1, *aval.shape), aval.dtype) for aval in inputs]
-    state = [carry[i] for i in body.floats]
-    return fused.refusal(body.on_floats, consts, state, rows)
+    rows = [shaped(aval, (1, *aval.shape), aval.dtype) for aval in inputs]
+    fixed, state = (
+        [shaped(aval, aval.shape, aval.dtype) for aval in avals]
+        for avals in (consts, [carry[i] for i in body.floats])
+    )
+    return fused.refusal(body.on_floats, fixed, state, rows)
 
 
 @functools.lru_cache(maxsize=512)

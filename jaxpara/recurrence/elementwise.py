@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxpara import jaxprs
 from jaxpara.recurrence.flat import RULED, Flat, Node, flatten, needed, run, slots
+from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.replay import (
     NARROW,
     NO_POWER,
@@ -85,7 +86,7 @@ def prepare(
             raise UnsupportedCell("carry", "init", f"leaves of {state[0].dtype} and {leaf.dtype}")
     if 0 in shape:
         raise UnsupportedCell("carry", "init", f"a leaf without elements, {shape}")
-    one = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+    one = [shaped(x, x.shape[1:], x.dtype) for x in xs]
     closed = jax.make_jaxpr(lambda c, s, x: list(step(c, s, x)[0]))(list(consts), list(state), one)
     return _taken_apart(flatten(closed, closed_calls=RULED), len(consts), len(state), shape)
 
@@ -116,8 +117,8 @@ def _taken_apart(flat: Flat, n_consts: int, n_state: int, shape: tuple[int, ...]
 
     views = [_narrowest(slot, flat, shape) for slot in fixed]
     lead = _leading([view for _, view in views], shape)
-    like = [jax.ShapeDtypeStruct(shape, flat.avals[s].dtype) for s in state_in]
-    like += [jax.ShapeDtypeStruct(shape, _storage(flat.avals[s].dtype)) for s in [*timed, *fixed]]
+    entering = [flat.avals[slot] for slot in [*state_in, *timed, *fixed]]
+    like = [shaped(aval, shape, _storage(aval.dtype)) for aval in entering]
 
     def once(*arrays: jax.Array) -> list[jax.Array]:
         known = {

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxpara.recurrence import timeaxis
 from jaxpara.recurrence.elementwise import prepare
+from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.leaves import floating
 from jaxpara.recurrence.linear_kernel import KERNELS, say
 from jaxpara.recurrence.shooting import shoot
@@ -45,10 +46,12 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         return system.step(state, jax.tree.unflatten(tree, x))
 
     prepared = prepare(step, [], init, xs)
-    inputs, params = prepared.operands([], xs)
+    operands = prepared.operands([], xs)
+    # Inside shard_map a kernel takes operands that vary over the same mesh axes.
+    inputs, params, first = vary_like((*operands, prepared.rows(init)), operands, init)
     solved = nonlinear_recurrence.forward(
         prepared.cell,
-        prepared.rows(init),
+        first,
         inputs,
         params,
         tol=tolerance(init[0].dtype, settings.tol),
@@ -57,6 +60,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         window=settings.window,
         implementation=settings.implementation or KERNELS,
     )
+    solved = vary_like(solved, first)  # kernels say nothing about mesh axes
     states = prepared.leaves(solved.states)
     before = timeaxis.preceding(None, init, states)
     # Outputs that are states are not computed again: the caller drops them from the step.
@@ -99,7 +103,11 @@ def gradients(
     (c, x), fill = floating((list(consts), list(xs)))
     try:
         prepared = prepare(step, consts, init, xs)
-        (inputs, params), pull = jax.vjp(lambda *i: prepared.operands(*fill(i)), *c, *x)
+
+        def operands(*given: jax.Array) -> Any:
+            return vary_like(prepared.operands(*fill(given)), states)
+
+        (inputs, params), pull = jax.vjp(operands, *c, *x)
         found = nonlinear_recurrence.backward(
             prepared.cell,
             prepared.rows(init),
@@ -114,6 +122,7 @@ def gradients(
     except NotImplementedError as refusal:
         say(str(refusal), "chunked adjoint")
         return None
+    found = vary_like(found, states)
 
     def summed(gradient: jax.Array, param: jax.Array) -> jax.Array:
         shared = param.shape[0] == 1

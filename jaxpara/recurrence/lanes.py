@@ -61,6 +61,17 @@ def vary_like(tree: Any, *references: Any) -> Any:
     return vary_over(tree, *set().union(*map(varying_axes, jax.tree.leaves(references)), ()))
 
 
+def shaped(like: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """Something to trace with: of this shape and dtype, varying over the mesh as `like` does.
+
+    A shape where nothing varies, else zeros: JAX takes no shape that says what it varies over.
+    """
+    axes = varying_axes(like)
+    if not axes:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype)
+    return vary_over(jnp.zeros(tuple(shape), dtype), *axes)
+
+
 def select(flag: jax.Array, on_true: Sequence[jax.Array], on_false: Sequence[jax.Array]):
     """`where` over a list of leaves, `flag` aligned with their leading axes."""
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxpara.recurrence import jacobian
 from jaxpara.recurrence.blocks import block_size
 from jaxpara.recurrence.elementwise import rows
+from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.system import Leaves
 from pallas_kernels import linear_recurrence
 
@@ -63,6 +64,7 @@ def _group(
     shape = init[0].shape
     lead = min(1, max(0, len(shape) - 1))
     flat = lambda leaf: rows(leaf, shape, lead)  # noqa: E731
+    a, b, init = vary_like((a, b, init), a, b, init)
     matrix = zip(*a, strict=True) if transpose else a
     states = linear_recurrence.forward(
         [flat(entry) for row in matrix for entry in row],
@@ -71,6 +73,7 @@ def _group(
         reverse=transpose,
         implementation=implementation or KERNELS,
     )
+    states = vary_like(states, b)  # kernels say nothing about mesh axes
     return [s.reshape(s.shape[0], *shape) for s in states]
 
 

@@ -130,6 +130,8 @@ TABLE: dict[str, Callable[..., Any]] = {
         "one_minus_square": lambda x: (1.0 - x) * (1.0 + x),
         "optimization_barrier": lambda x: x,
         "or": lambda a, b: a | b,
+        "pcast": lambda x: x,
+        "pvary": lambda x: x,
         "reduce_precision": lambda x: x,
         "rsqrt": lax.rsqrt,
         "select_n": _where,
@@ -255,7 +257,7 @@ def _folded(node: Node, operands: Sequence[tuple[bool, Any]], flat: Flat) -> Any
     """The scalar that an equation on scalars alone gives, or None."""
     if not operands or any(known for known, _ in operands):
         return None
-    if node.name in ("broadcast_in_dim", "reshape"):
+    if node.name in ("broadcast_in_dim", "reshape", "pcast", "pvary"):
         return operands[0][1]
     if node.name not in TABLE:
         return None
