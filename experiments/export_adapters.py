@@ -24,7 +24,7 @@ def export(cfg: DictConfig) -> None:
     like = jax.eval_shape(build_model(runs.load_config(folder)).init, jax.random.key(0))
     state = checkpoints.load_params(folder, like, which="last")
     output = Path(cfg.output) if cfg.output else folder / "peft"
-    names = OmegaConf.to_container(cfg.names) or {}
+    names = OmegaConf.to_container(cfg.names) if cfg.names else {}
     assert isinstance(names, dict)
     peft_files.save(output, state, names={str(glob): str(name) for glob, name in names.items()})
     print(f"{output / peft_files.TENSORS} and {output / peft_files.CONFIG}")

@@ -12,12 +12,13 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from programs import ending
-from saved_run import save_run
+from saved_run import MODEL, random_params, save_run
 
 import jaxpara as jp
-from experiments import adapter_files, build, checkpoints, finetune, runs
+from experiments import adapter_files, build, checkpoints, export_adapters, finetune, runs
 from experiments.finetuning import slow_scales
 from experiments.storage import bits_per_weight
+from jaxpara.types import TrainState
 
 KEY = jax.random.key(0)
 SMALL = (
@@ -187,3 +188,26 @@ def test_what_cannot_be_started_from_is_said(place, tmp_path):
     assert "where='kern' selects none" in nothing
     with pytest.raises(runs.RunError, match="holds no adapters"):
         adapter_files.load(tmp_path)
+
+
+def test_a_run_of_lora_is_exported_for_peft(tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    lora = {"lora": {"_target_": "jaxpara.lora", "rank": 2}}
+    cfg = OmegaConf.create({"model": MODEL, "transform": lora, "where": "**/kernel"})
+    model, folder = build.build_model(cfg), tmp_path / "run"
+    folder.mkdir()
+    OmegaConf.save(cfg, folder / "config.yaml")
+    state = TrainState(random_params(model), (), jnp.zeros((), jnp.int32), KEY)
+    with checkpoints.saver(folder, keep_last=1, keep_best=0, best=("loss", "min")) as save:
+        save(state, {}, None)
+    names = "names={blocks/*/mlp/up/kernel: 'model.layers.{}.up'}"
+    assert ending(export_adapters, tmp_path, "run=run", names) is None
+    assert "run/peft/adapter_model.safetensors" in capsys.readouterr().out
+    tensors = safetensors.load_file(folder / "peft" / "adapter_model.safetensors")
+    up = state.params["blocks"][0]["mlp"]["up"]["kernel"].parts
+    np.testing.assert_array_equal(
+        tensors["base_model.model.model.layers.0.up.lora_A.weight"], up["a"][0].T
+    )
+    head = state.params["head"]["kernel"].parts["b"]
+    np.testing.assert_array_equal(tensors["base_model.model.head.lora_B.weight"], head.T)
+    assert len(tensors) == 2 * 6
