@@ -26,8 +26,9 @@ from pallas_kernels.nonlinear_recurrence.windows import Plan
 # _SLACK times the last two.
 _CAP, _SLACK = 4.0, 256.0
 _FINITE = float(jnp.finfo(jnp.float32).max)
-# Rows whose loads are issued together in a pass over the chunks' summaries; divides every C.
-_TOGETHER = 4
+# Rows whose loads are issued together in a pass over the chunks' summaries: the best that divides
+# C, while there are registers for it. Four divides every C.
+_TOGETHER = {1: (8, 4)}
 
 
 class Block(NamedTuple):
@@ -199,15 +200,18 @@ def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays]) -> N
 def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:
     """Folds `visit(chunk, rows, state)` over the chunks in scan order; `rows` are the refs'."""
 
+    choices = _TOGETHER.get(block.cell.states, (4,))
+    together = next(n for n in choices if block.plan.chunks % n == 0)
+
     def group(g, state):
-        chunks = [g * _TOGETHER + j for j in range(_TOGETHER)]
+        chunks = [g * together + j for j in range(together)]
         places = [_in_memory(block, c, block.plan.chunks) for c in chunks]
         rows = [[load_row(block, ref.at[r]) for ref in refs] for r in places]
         for place, row in zip(places, rows, strict=True):
             state = visit(place, row, state)
         return state
 
-    return lax.fori_loop(0, block.plan.chunks // _TOGETHER, group, state)
+    return lax.fori_loop(0, block.plan.chunks // together, group, state)
 
 
 def _judge(block: Block, old: Any) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
