@@ -46,7 +46,11 @@ def by_hand(params, x, reads):
 
 
 @pytest.mark.parametrize(
-    ("make", "reads"), [(nn.parallel_adapter, "input"), (nn.sequential_adapter, "output")]
+    ("make", "reads"),
+    [
+        (nn.parallel_adapter, "input"),
+        pytest.param(nn.sequential_adapter, "output", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_start_as_the_layer_and_follow_their_equations(make, reads, double):
     layer = nn.linear(6, 8)

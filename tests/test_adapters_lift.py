@@ -74,9 +74,8 @@ SOME = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "dora" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_lifted_is_the_function_of_the_effective_weights(name):
     function = uses_everything if name in EVERYTHING else uses_some
     with jax.enable_x64(True):

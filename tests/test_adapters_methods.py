@@ -200,7 +200,7 @@ def test_a_convolution_with_an_adapted_kernel(name, double):
         (lambda: jp.lora(window=-1), "window=-1: give the number of window axes"),
         (
             lambda: jp.paca(rank=9).attach(KEY, {"w": normal(0, 8, 4)}),
-            r"rank=9 rows of a leaf of shape \(8, 4\): give 8 at most",
+            r"'w': rank=9 rows of a leaf of shape \(8, 4\): give 8 at most",
         ),
         (
             lambda: jp.dora(window=2).attach(KEY, {"w": normal(0, 8, 4)}),

@@ -61,7 +61,7 @@ def test_the_gradient_is_straight_and_the_penalty_adds_the_decay_of_what_is_prun
     def loss(state):
         return jnp.sum(weights * t.effective(state)["w"]) + t.penalty(state)
 
-    found = jax.grad(loss)(state)["w"].base
+    found = jax.jit(jax.grad(loss))(state)["w"].base
     # The penalty is added up in float32.
     np.testing.assert_allclose(found, weights + 3e-2 * (1 - mask) * w, rtol=1e-6)
     np.testing.assert_allclose(t.penalty(state), 1.5e-2 * np.sum(w[~mask] ** 2), rtol=1e-6)

@@ -107,7 +107,10 @@ class Reparam(NamedTuple):
                     return Weight(leaf, parts, method, shared)
                 number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
                 own = jax.random.fold_in(jax.random.fold_in(key, i), number)
-                base, parts = method.init(method.settings, own, resolved(Pooled(leaf, known)))
+                try:
+                    base, parts = method.init(method.settings, own, resolved(Pooled(leaf, known)))
+                except ValueError as error:
+                    raise ValueError(f"{path!r}: {error}") from None
                 return Weight(unresolved(base), parts, method)
 
             state = jax.tree_util.tree_map_with_path(attached, state, is_leaf=is_weight)
