@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,6 +36,12 @@ STORAGE = {
     "f32": ("float32", "float32"),
     "bf16": ("bfloat16", "bfloat16"),
     "mixed": ("bfloat16", "float32"),
+}
+# No device is asked for: neither its address, nor to be the only one who holds it.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 SECONDS = 240  # after which a kernel counts as not compiling
 FEW_STATES = 2  # up to which a spill is a failure
@@ -116,7 +123,7 @@ def work(target: str, wanted: Sequence[Job]) -> Iterator[dict]:
                 stderr=complaints,
                 text=True,
                 cwd=ROOT,
-                env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
+                env={**os.environ, **ENVIRONMENT},
             )
             assert process.stdin and process.stdout
             json.dump({"seconds": SECONDS, "jobs": [job._asdict() for job in left]}, process.stdin)
@@ -248,8 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _versions() -> str:
-    from importlib import metadata
-
+    """Of the compilers and of the sources."""
     names = ("jax", "jax-cuda12-plugin", "libtpu")
     found = []
     for name in names:
@@ -257,7 +263,10 @@ def _versions() -> str:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             found.append(f"{name} not installed")
-    return f"Python {sys.version.split()[0]}, " + ", ".join(found)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    return f"Python {sys.version.split()[0]}, {', '.join(found)}, commit {commit or 'unknown'}"
 
 
 if __name__ == "__main__":
