@@ -6,8 +6,8 @@ the same values; it reads and writes different buffers, so that no warp reads wh
 already replaced.
 
 A `sync` stands wherever one thread reads what another one wrote, or writes over what another one
-reads. The simulator's race detection finds each of them missing; it knows nothing of the copy
-engine's own order (`commit_smem`, `wait_smem_to_gmem`).
+reads: simulated without any one of them, the kernel races or is wrong. The simulator knows nothing
+of warps, nor of the copy engine's own order (`commit_smem`, `wait_smem_to_gmem`).
 """
 
 from collections.abc import Callable, Sequence
