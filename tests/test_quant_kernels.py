@@ -129,11 +129,37 @@ def test_a_kernel_that_does_not_run_here_is_refused_by_name():
             jp.weights.quantised_dot(np.zeros((1, 128), np.float32), w, implementation=name)
 
 
-def test_a_kernel_has_the_derivative_of_the_reference(monkeypatch):
-    # As on a TPU, its kernel interpreted.
-    run = tpu.quantised_dot
-    monkeypatch.setattr(tpu, "quantised_dot", lambda *a, **k: run(*a, **k, interpret=True))
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    """Its kernel, interpreted; the list holds the shapes of `x` that it was called with."""
+    run, seen = tpu.quantised_dot, []
+
+    def interpreted(x, *more, **options):
+        seen.append(x.shape)
+        return run(x, *more, **options, interpret=True)
+
+    monkeypatch.setattr(tpu, "quantised_dot", interpreted)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    return seen
+
+
+@slow
+def test_a_batch_is_more_rows_and_a_batch_of_weights_is_taken_one_by_one(as_on_a_tpu):
+    x, _, held, scale, _ = case(8, 1, rows=128, columns=128, m=6, dtype=jnp.float32)
+    stacked = jnp.stack([held, held[::-1]])
+    xs = x.reshape(2, 3, 128)
+
+    def batch(run, axis):
+        one = lambda x, held: run(x, held, scale, bits=8)  # noqa: E731
+        return jax.jit(jax.vmap(one, (0, axis)))(xs, held if axis is None else stacked)
+
+    for axis, rows in ((None, 6), (0, 3)):
+        found, right = batch(quantised_dot, axis), batch(reference.quantised_dot, axis)
+        assert as_on_a_tpu[-1] == (rows, 128)  # the first was traced without a batch
+        np.testing.assert_array_equal(found, right)
+
+
+def test_a_kernel_has_the_derivative_of_the_reference(as_on_a_tpu):
     x, _, held, scale, offset = case(
         8, 1, rows=128, columns=128, m=3, dtype=jnp.float32, exact=False
     )

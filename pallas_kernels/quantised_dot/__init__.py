@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax import lax
+from jax.custom_batching import custom_vmap
 
 from pallas_kernels.dispatch import first_that_works
 from pallas_kernels.quantised_dot import gpu, reference, tpu
@@ -15,7 +17,33 @@ __all__ = ["integer_dot", "quantised_dot"]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _kernel(run, bits: int, precision: Any, *operands):
-    return run(*operands, bits=bits, precision=precision)
+    return _folded(functools.partial(run, bits=bits))(*operands)
+
+
+def _folded(run):
+    """With a batching rule: a batch of `x` is more rows; with a batch of weights one by one."""
+
+    @custom_vmap
+    def call(x, *weight):
+        return run(x, *weight)
+
+    @call.def_vmap
+    def _rule(size, batched, *operands):
+        if not any(batched[1:]):
+            x, *weight = operands
+            out = call(x.reshape(-1, x.shape[-1]), *weight)
+            return out.reshape(size, x.shape[1], -1), True
+
+        def one(rows):
+            left = iter(rows)
+            return call(
+                *(next(left) if has else a for a, has in zip(operands, batched, strict=True))
+            )
+
+        each = [a for a, has in zip(operands, batched, strict=True) if has]
+        return lax.map(one, each), True
+
+    return call
 
 
 def _forward(run, bits, precision, *operands):
@@ -30,12 +58,16 @@ def _backward(run, bits, precision, operands, cotangent):
 _kernel.defvjp(_forward, _backward)
 
 
-def _mosaic_tpu(*operands, bits: int, precision: Any):
-    return _kernel(tpu.quantised_dot, bits, precision, *operands)
+def _mosaic_tpu(x, values, scale, offset, *, bits: int, precision: Any):
+    return _kernel(tpu.quantised_dot, bits, precision, *_given(x, values, scale, offset))
 
 
-def _mosaic_gpu(*operands, bits: int, precision: Any):
-    return _kernel(gpu.quantised_dot, bits, precision, *operands)
+def _mosaic_gpu(x, values, scale, offset, *, bits: int, precision: Any):
+    return _kernel(gpu.quantised_dot, bits, precision, *_given(x, values, scale, offset))
+
+
+def _given(*operands):
+    return [a for a in operands if a is not None]
 
 
 def quantised_dot(

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.quantised_dot.packing import width
 from pallas_kernels.quantised_dot.reference import wide, with_offset
+from pallas_kernels.tiles import widest
 
 
 def quantised_dot(
@@ -74,7 +75,11 @@ def quantised_dot(
         + [pl.BlockSpec((deep, across), lambda i, j, k: (k, j))]
         + [scales(half) for half in range(halves)],
         out_specs=pl.BlockSpec((tall, across), lambda i, j, k: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((padded.shape[0], columns), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct(
+            (padded.shape[0], columns),
+            jnp.float32,
+            manual_axis_type=widest([padded, jnp.asarray(values), spread]),
+        ),
         scratch_shapes=[pltpu.VMEM((tall, across), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
