@@ -155,7 +155,7 @@ def test_ia3_multiplies_outputs_or_inputs(double):
         state = t.attach(KEY, {"w": w})["w"]
         np.testing.assert_array_equal(t.effective(state), w)
         found = jp.lift(lambda w, x: jnp.einsum("bi,lio->lbo", x, w))(
-            replaced(state, scale=scale), x
+            replaced(state, factor=scale), x
         )
         for layer in range(2):
             by_hand = x @ w[layer] * scale[layer] if axis == -1 else (x * scale[layer]) @ w[layer]

@@ -138,6 +138,18 @@ def test_bdwp_in_a_scan_over_layers(double):
     np.testing.assert_allclose(found[1], g, rtol=1e-10)
 
 
+@pytest.mark.slow
+def test_bdwp_gradients_of_single_examples_add_up(double):
+    w, x = normal(0, 8, 4), normal(1, 3, 8)
+    t = jp.bdwp(n=1, m=2)
+    state = t.attach(KEY, w)
+    run = jp.lift(lambda w, x: jnp.sum(jnp.sin(x @ w)))
+    both = jax.grad(run, (0, 1))
+    (each, rows), (whole, inputs) = jax.vmap(both, (None, 0))(state, x), both(state, x)
+    np.testing.assert_allclose(each.base.sum(0), whole.base, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(rows, inputs, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

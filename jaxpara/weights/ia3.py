@@ -10,11 +10,11 @@ from jaxpara.weights.weight import Factors, Method, Term, shape_of
 
 def _init(axis: int, key, base):
     like = shape_of(base)
-    return base, {"scale": jnp.ones((*like.shape[:-2], like.shape[axis]), like.dtype)}
+    return base, {"factor": jnp.ones((*like.shape[:-2], like.shape[axis]), like.dtype)}
 
 
 def _axes(axis: int, ndim: int):
-    return {"scale": (*range(-ndim, -2), axis)}
+    return {"factor": (*range(-ndim, -2), axis)}
 
 
 def _factors(axis: int, parts, shape: tuple[int, ...]):
@@ -22,7 +22,7 @@ def _factors(axis: int, parts, shape: tuple[int, ...]):
 
 
 def _scaling(axis: int, base, parts):
-    return Term(parts["scale"], _axes(axis, base.ndim)["scale"])
+    return Term(parts["factor"], _axes(axis, base.ndim)["factor"])
 
 
 def ia3(*, axis: int = -1, where: Where = None) -> Reparam:
