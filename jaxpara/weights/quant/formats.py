@@ -194,8 +194,9 @@ def _round(x, random, *, number_format: Format, rounding: str):
 
 
 def _elements(x, f: FloatFormat | FixedFormat, rounding: str, random):
-    one = _fixed if isinstance(f, FixedFormat) else _float
-    return one(x, f, rounding, random)
+    if isinstance(f, FixedFormat):
+        return _fixed(x, f, rounding, random)
+    return _float(x, f, rounding, random)
 
 
 def _parts(x):
