@@ -24,16 +24,15 @@ from pallas_kernels import mosaic
 from pallas_kernels.cell import ElementwiseCell
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence import windows
-from pallas_kernels.nonlinear_recurrence.gpu_window import (
+from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
     channels,
-    correct_once,
-    iterate,
     last_end,
     load_row,
     stage,
-    walk,
+    zeros,
 )
+from pallas_kernels.nonlinear_recurrence.gpu_window import correct_once, iterate, walk
 
 # Steps of a rollout that are unrolled: their addresses become constants.
 _UNROLL = 4
@@ -203,10 +202,10 @@ def _solve(block: Block, affine: bool) -> None:
             walked + jnp.where(outcome.still > 0.0, count, 0),
         )
 
-    nothing = (jnp.int32(0), jnp.float32(0.0), jnp.int32(0))
-    report = lax.fori_loop(0, plan.windows, window, nothing)
+    nothing = (jnp.int32(0), zeros(block), jnp.int32(0))
+    iterations, residual, walked = lax.fori_loop(0, plan.windows, window, nothing)
 
     @pl.when(wg == 0)
     def _():
-        for ref, value in zip(block.report, report, strict=True):
+        for ref, value in zip(block.report, (iterations, jnp.max(residual), walked), strict=True):
             ref[d, b] = value

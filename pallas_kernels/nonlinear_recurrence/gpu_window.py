@@ -17,9 +17,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
-from pallas_kernels.cell import Arrays, ElementwiseCell
+from pallas_kernels.cell import Arrays
 from pallas_kernels.compat import mosaic_gpu
-from pallas_kernels.nonlinear_recurrence.windows import Plan
+from pallas_kernels.nonlinear_recurrence.gpu_block import (
+    Block,
+    channels,
+    in_memory,
+    load_row,
+    load_tile,
+    own_rows,
+    zeros,
+)
 
 # As in jaxpara.recurrence: corrections beyond this multiple of the channel's largest end are
 # dropped; a residual is relative to the largest of the last four ends, but to no more than
@@ -31,92 +39,12 @@ _FINITE = float(jnp.finfo(jnp.float32).max)
 _TOGETHER = {1: (8, 4)}
 
 
-class Block(NamedTuple):
-    """What one block of threads works on: static settings, then refs.
-
-    Attributes:
-      cell, plan, tol, max_iters, reverse: as the op was given them.
-      unroll: steps of a rollout that are unrolled where it divides the chunk's length.
-      steps: T where the last window is padded, else None.
-      dtypes: of the states.
-      xs, params, init, states, report: device memory.
-      staged: inputs of windows, `[slots, C, L, block]` each.
-      ends, products, starts: summaries of the chunks, `[K, C, block]`, `[K * K, C, block]` and two
-        of `[K, C, block]`.
-      carry: the exact state before the window, `[K, block]`.
-      vote: whether a boundary is open, and the largest residual, `[2, block]`.
-      arrived, copied: barriers of the warpgroups, and of the copies into each slot.
-    """
-
-    cell: ElementwiseCell
-    plan: Plan
-    tol: float
-    max_iters: int
-    reverse: bool
-    unroll: int
-    steps: int | None
-    dtypes: Sequence[Any]
-    xs: Sequence[Any]
-    params: Sequence[Any]
-    init: Sequence[Any]
-    states: Sequence[Any]
-    report: Sequence[Any]
-    staged: Sequence[Any]
-    ends: Any
-    products: Any
-    starts: Any
-    carry: Any
-    vote: Any
-    arrived: Any
-    copied: Any
-
-
 class Outcome(NamedTuple):
-    """Scalars: passes over the window, whether it is still open (0 or 1), largest residual."""
+    """Scalars: passes over the window, whether it is still open (0 or 1); a row: residuals."""
 
     passes: Any
     still: Any
     worst: Any
-
-
-def channels(block: Block) -> Any:
-    """The block's slice of the channels."""
-    return pl.ds(lax.axis_index("d") * block.plan.block, block.plan.block)
-
-
-def _in_memory(block: Block, index: Any, count: int) -> Any:
-    """Scan order to memory order: a reversed solve walks the same arrays from their ends."""
-    return count - 1 - index if block.reverse else index
-
-
-def _own_rows(block: Block) -> Any:
-    """Rows of the tiles that this warpgroup holds."""
-    rows = block.plan.chunks // block.plan.warpgroups
-    return pl.ds(lax.axis_index("wg") * rows, rows)
-
-
-def load_row(block: Block, ref: Any) -> jax.Array:
-    """A row `[block]`, in float32."""
-    return mosaic.load(ref, mosaic.row_layout(block.plan.block))
-
-
-def _load_tile(block: Block, ref: Any) -> jax.Array:
-    return mosaic.load(ref, mosaic.tile_layout(block.plan.block))
-
-
-def last_end(block: Block, state: int) -> Any:
-    """Where a state leaf stands after the window's last chunk."""
-    return block.ends.at[state, _in_memory(block, block.plan.chunks - 1, block.plan.chunks)]
-
-
-def stage(block: Block, w: Any) -> None:
-    """Starts the copies of a window's inputs into its slot of shared memory."""
-    b, slot = lax.axis_index("b"), w % block.plan.slots
-    window = _in_memory(block, w, block.plan.windows)
-    for x, staged in zip(block.xs, block.staged, strict=True):
-        mosaic_gpu().copy_gmem_to_smem(
-            x.at[window, :, :, b, channels(block)], staged.at[slot], block.copied.at[slot]
-        )
 
 
 def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[list, list]:
@@ -131,15 +59,15 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[
       columns: carry the product along.
       keep: write the states to device memory.
     """
-    cell, plan, own = block.cell, block.plan, _own_rows(block)
+    cell, plan, own = block.cell, block.plan, own_rows(block)
     layout = mosaic.tile_layout(plan.block)
     shape = (plan.chunks // plan.warpgroups, plan.block)
     params = [mosaic.spread(p, shape[0], layout) for p in params]
-    window = _in_memory(block, w, plan.windows)
+    window = in_memory(block, w, plan.windows)
     valid = None
     if block.steps is not None:
         row = mosaic.row_numbers(shape, layout) + lax.axis_index("wg") * shape[0]
-        begins = w * plan.window + _in_memory(block, row, plan.chunks) * plan.length
+        begins = w * plan.window + in_memory(block, row, plan.chunks) * plan.length
         valid = lambda step: begins + step < block.steps  # noqa: E731
 
     def advance(step, inputs, states, products):
@@ -160,9 +88,9 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[
 
     def group(g, carry):
         steps = [g * together + j for j in range(together)]
-        places = [_in_memory(block, step, plan.length) for step in steps]
+        places = [in_memory(block, step, plan.length) for step in steps]
         # All loads first: the compiler moves none across a store, whose address it cannot tell.
-        inputs = [[_load_tile(block, x.at[slot, own, at]) for x in block.staged] for at in places]
+        inputs = [[load_tile(block, x.at[slot, own, at]) for x in block.staged] for at in places]
         for step, at, x in zip(steps, places, inputs, strict=True):
             carry = advance(step, x, *carry)
             for ref, value in zip(block.states, carry[0], strict=True) if keep else ():
@@ -179,18 +107,18 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[
 
 
 def _load_starts(block: Block, which: Any) -> list[jax.Array]:
-    own = _own_rows(block)
-    return [_load_tile(block, block.starts.at[which, k, own]) for k in range(block.cell.states)]
+    own = own_rows(block)
+    return [load_tile(block, block.starts.at[which, k, own]) for k in range(block.cell.states)]
 
 
 def _write_starts(block: Block, tiles: Arrays) -> None:
-    own = _own_rows(block)
+    own = own_rows(block)
     for k, tile in enumerate(tiles):
         mosaic.store(block.starts.at[0, k, own], tile)
 
 
 def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays]) -> None:
-    own = _own_rows(block)
+    own = own_rows(block)
     for k, end in enumerate(ends):
         mosaic.store(block.ends.at[k, own], end)
     for k, product in enumerate([entry for column in columns for entry in column]):
@@ -205,7 +133,7 @@ def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> A
 
     def group(g, state):
         chunks = [g * together + j for j in range(together)]
-        places = [_in_memory(block, c, block.plan.chunks) for c in chunks]
+        places = [in_memory(block, c, block.plan.chunks) for c in chunks]
         rows = [[load_row(block, ref.at[r]) for ref in refs] for r in places]
         for place, row in zip(places, rows, strict=True):
             state = visit(place, row, state)
@@ -221,7 +149,7 @@ def _judge(block: Block, old: Any) -> tuple[jax.Array, jax.Array, list[jax.Array
     one stands the carry, and its boundary is closed unless the carry is not finite.
     """
     count = block.cell.states
-    zero = mosaic.full((block.plan.block,), 0.0, mosaic.row_layout(block.plan.block))
+    zero = zeros(block)
     carry = [load_row(block, block.carry.at[k]) for k in range(count)]
 
     def visit(place, rows, state):
@@ -258,7 +186,7 @@ def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None)
     Without `caps` every correction counts, with them what is larger, or NaN, is dropped.
     """
     count = block.cell.states
-    zero = mosaic.full((block.plan.block,), 0.0, mosaic.row_layout(block.plan.block))
+    zero = zeros(block)
 
     def visit(place, rows, state):
         ends, starts, products = rows[:count], rows[count : 2 * count], rows[2 * count :]
@@ -286,8 +214,8 @@ def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None)
 
 
 def _vote(block: Block) -> tuple[Any, Any]:
-    """What warpgroup 0 found, as scalars that every thread agrees on."""
-    return jnp.max(load_row(block, block.vote.at[0])), jnp.max(load_row(block, block.vote.at[1]))
+    """What warpgroup 0 found: a scalar that every thread agrees on, and the row of residuals."""
+    return jnp.max(load_row(block, block.vote.at[0])), load_row(block, block.vote.at[1])
 
 
 def _attempt(block, w, slot, params, first: Arrays, passes: Any, *, keep: bool) -> None:
@@ -363,20 +291,20 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     _write_summaries(block, *_roll(block, w, slot, params, first, columns=False, keep=True))
     # Warpgroup 0 reads the last end, or writes over states that others have just written.
     mosaic.sync(block.arrived)
-    return Outcome(jnp.int32(1), still, jnp.float32(0.0))
+    return Outcome(jnp.int32(1), still, zeros(block))
 
 
 def walk(block: Block, w: Any, slot: Any, params: Arrays) -> None:
     """Takes a window step by step from the carry, which it moves on; for warpgroup 0."""
     plan, cell = block.plan, block.cell
     layout = mosaic.row_layout(plan.block)
-    window = _in_memory(block, w, plan.windows)
+    window = in_memory(block, w, plan.windows)
 
     def chunk(c, states):
-        row = _in_memory(block, c, plan.chunks)
+        row = in_memory(block, c, plan.chunks)
 
         def advance(step, states):
-            at = _in_memory(block, step, plan.length)
+            at = in_memory(block, step, plan.length)
             inputs = [load_row(block, x.at[slot, row, at]) for x in block.staged]
             new = mosaic.settle(cell.step(states, inputs, params), (plan.block,), layout)
             if block.steps is not None:
