@@ -149,6 +149,20 @@ def test_a_narrow_carry_and_narrow_gates_train_within_their_rounding():
     assert_close(found, jax.tree.map(np.asarray, wanted), 0.1)
 
 
+@pytest.mark.slow
+def test_a_reversed_scan_copies_nothing_to_turn_it_around():
+    cell, params, x = sequence("gru")
+
+    def program(solver):
+        scan = functools.partial(jp.newton_scan, reverse=True, solver=solver)
+        run = functools.partial(jp.cells.run, cell, scan=scan)
+        args = params, cell.start(params, (2,)), x
+        return jax.jit(run).lower(*args).compile().as_text()
+
+    assert "reverse(" in program(jp.shooting())
+    assert "reverse(" not in program(jp.fused(implementation="xla"))
+
+
 def test_the_diagnostics_are_those_of_the_kernel():
     cell, params, x = sequence("gru")
 

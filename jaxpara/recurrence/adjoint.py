@@ -342,7 +342,9 @@ def _reverse(problem: Problem, full, light, wanted):
             g, from_outputs = _following(problem, g, seen)
         found = None
         if problem.solver.solve is fused.fused:
-            found = fused.gradients(problem.step, settings, consts, init, xs, states, g)
+            found = fused.gradients(
+                problem.step, settings, consts, init, xs, states, g, problem.reverse
+            )
         if found is None:
             w, into_init = transposed(operator, g, settings, problem.reverse)
             _, pull = jax.vjp(lambda *i: steps(before, *i), *inputs)

@@ -46,7 +46,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         return system.step(state, jax.tree.unflatten(tree, x))
 
     prepared = prepare(step, [], init, xs)
-    operands = prepared.operands([], xs)
+    operands = prepared.operands([], _turned(xs, system.reverse))
     # Inside shard_map a kernel takes operands that vary over the same mesh axes.
     inputs, params, first = vary_like((*operands, prepared.rows(init)), operands, init)
     solved = nonlinear_recurrence.forward(
@@ -56,12 +56,13 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         params,
         tol=tolerance(init[0].dtype, settings.tol),
         max_iters=settings.max_iters,
+        reverse=system.reverse,
         chunks=settings.chunks,
         window=settings.window,
         implementation=settings.implementation or KERNELS,
     )
     solved = vary_like(solved, first)  # kernels say nothing about mesh axes
-    states = prepared.leaves(solved.states)
+    states = _turned(prepared.leaves(solved.states), system.reverse)
     before = timeaxis.preceding(None, init, states)
     # Outputs that are states are not computed again: the caller drops them from the step.
     ys = jax.vmap(lambda s, x: system.step(s, x)[1])(before, system.xs)
@@ -85,6 +86,7 @@ def gradients(
     xs: Leaves,
     states: Leaves,
     cotangents: Leaves,
+    reverse: bool = False,
 ) -> tuple[list[jax.Array], list[jax.Array]] | None:
     """Gradients of `sum(states * cotangents)` by one kernel, or None if there is none.
 
@@ -94,6 +96,7 @@ def gradients(
       consts, init, xs: what the states were solved from.
       states: `[time, *leaf]`.
       cotangents: of the states.
+      reverse: scan order runs against time, as for `System`.
 
     Returns:
       Those of `init`, and those of the floating leaves of `consts` and `xs`, in this order.
@@ -105,7 +108,8 @@ def gradients(
         prepared = prepare(step, consts, init, xs)
 
         def operands(*given: jax.Array) -> Any:
-            return vary_like(prepared.operands(*fill(given)), states)
+            consts, xs = fill(given)
+            return vary_like(prepared.operands(consts, _turned(xs, reverse)), states)
 
         (inputs, params), pull = jax.vjp(operands, *c, *x)
         found = nonlinear_recurrence.backward(
@@ -113,8 +117,9 @@ def gradients(
             prepared.rows(init),
             inputs,
             params,
-            prepared.rows(states),
-            prepared.rows(cotangents),
+            prepared.rows(_turned(states, reverse)),
+            prepared.rows(_turned(cotangents, reverse)),
+            reverse=reverse,
             chunks=settings.chunks,
             window=settings.window,
             implementation=settings.implementation or KERNELS,
@@ -131,6 +136,14 @@ def gradients(
 
     d_params = [summed(d, p) for d, p in zip(found.params, params, strict=True)]
     return prepared.leaves(found.init), list(pull((found.xs, d_params)))
+
+
+def _turned(leaves: Leaves, reverse: bool) -> list[jax.Array]:
+    """Leaves in scan order back in time order, in which kernels read them, or the other way.
+
+    The caller has turned them into scan order; XLA cancels the two, and nothing is copied.
+    """
+    return [leaf[::-1] for leaf in leaves] if reverse else list(leaves)
 
 
 def refusal(
