@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if not made:
         parser.error(
             f"{options.csv} has no newton_scan row beside a lax.scan row of the same point; run "
-            "`python -m benchmarks.kernels` without --no-crossover until they are there"
+            "`python -m benchmarks.kernels --parts crossover` until they are there"
         )
     devices = sorted({str(row["device"]) for row in read})
     if len(devices) > 1:

@@ -26,6 +26,7 @@ from benchmarks.report import write_report
 from jaxpara.recurrence import rule
 from pallas_kernels.shapes import GRID, SMOKE, Shape, traffic
 
+PARTS = ("grid", "crossover")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 # Of the largest entry; a row above is wrong and earns no ratio.
@@ -219,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--grid", choices=("full", "smoke"), default="full")
     made.add_argument("--ops", nargs="+", choices=OPS, default=["gru", "lstm", "linear"])
     made.add_argument("--dtypes", nargs="+", choices=list(ITEMSIZE), default=list(ITEMSIZE))
-    made.add_argument("--no-crossover", action="store_true", help="leave out what jp.auto needs")
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     made.add_argument("--implementation", help="of the kernels; default: that of the platform")
     made.add_argument("--minutes", type=float, default=8.0, help="stop after these; then repeat")
     made.add_argument("--scan-seconds", type=float, default=2.0, help="skip lax.scan above this")
@@ -246,8 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", here.device.lower()).strip("-")
     path = options.csv or RESULTS / f"{datetime.date.today().isoformat()}-kernels-{name}.csv"
     shapes: Sequence[Shape] = SMOKE if smoke else GRID
-    points = grid(shapes, options.ops, options.dtypes)
-    if not options.no_crossover:
+    points = grid(shapes, options.ops, options.dtypes) if "grid" in options.parts else []
+    if "crossover" in options.parts:  # what jp.auto chooses from
         points += crossover(list(rule.PATHS), *([SMOKE[:1]] if smoke else []))
     points, large = fitting(points, here.memory)
     killed = rows.ended(path)
