@@ -179,3 +179,26 @@ def test_make_gpu_without_a_gpu_says_what_is_missing():
     assert outcome.returncode == 1
     assert "make gpu: no Python here can run it" in outcome.stderr
     assert f"{sys.executable}: JAX" in outcome.stderr and "sees no GPU" in outcome.stderr
+
+
+@pytest.mark.parametrize(("status", "timed"), [(0, True), (5, True), (1, False)])
+def test_make_gpu_tests_first_and_times_nothing_that_is_wrong(tmp_path, status, timed):
+    # A Python that sees a GPU, as far as the script can tell; 5 is pytest's "no tests".
+    log, fake = tmp_path / "log", tmp_path / "python"
+    fake.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\ncase "$2" in pytest) exit {status};; esac\nexit 0\n'
+    )
+    fake.chmod(0o755)
+    outcome = subprocess.run(
+        ["sh", "tools/gpu.sh", "--ops", "gru"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": str(fake)},
+        capture_output=True,
+        text=True,
+    )
+    ready, tests, *rest = log.read_text().splitlines()
+    assert ready == "tools/gpu_ready.py"
+    assert tests.startswith("-m pytest -q -m gpu tests/test_") and "test_kernels_gpu.py" in tests
+    assert rest == (["-m benchmarks.kernels --ops gru"] if timed else [])
+    assert (outcome.returncode == 0) == timed
+    assert timed or "what is wrong is not timed" in outcome.stderr
