@@ -262,7 +262,8 @@ def _chunk_to_chunk(block: Block, n: Any, slot: Any, params: Arrays) -> Any:
         return adjoint, bad
 
     _, bad = lax.fori_loop(0, plan.chunks // _TOGETHER, some, (arriving, zero))
-    # Each warp holds the whole row, so they all come to the same answer.
+    # Each warp holds the whole row, so they all come to the same answer. They need not come to it
+    # at once: what a warp writes to `entering` last is right, whoever's write is the last of all.
     overflowed = jnp.max(bad) > 0.0
 
     def chunk(c, adjoint):
