@@ -190,6 +190,7 @@ def test_what_cannot_be_started_from_is_said(place, tmp_path):
         adapter_files.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_of_lora_is_exported_for_peft(tmp_path, capsys):
     safetensors = pytest.importorskip("safetensors.numpy")
     lora = {"lora": {"_target_": "jaxpara.lora", "rank": 2}}

@@ -80,7 +80,13 @@ def haiku_case():
 CASES = {"linen": linen_case, "nnx": nnx_case, "equinox": equinox_case, "haiku": haiku_case}
 
 
-@pytest.mark.parametrize("library", CASES)
+QUICK = "equinox"  # the others take seconds, most of them Flax's own
+
+
+@pytest.mark.parametrize(
+    "library",
+    [pytest.param(name, marks=[] if name == QUICK else [pytest.mark.slow]) for name in CASES],
+)
 def test_adapters_work_in_models_of(library):
     case = CASES[library]()
     t = jp.lora(rank=2, where=case.where)
