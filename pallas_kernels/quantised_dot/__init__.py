@@ -9,7 +9,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.dispatch import first_that_works
-from pallas_kernels.quantised_dot import gpu, reference, tpu
+from pallas_kernels.quantised_dot import reference
 from pallas_kernels.quantised_dot.reference import integer_dot
 
 __all__ = ["integer_dot", "quantised_dot"]
@@ -59,10 +59,14 @@ _kernel.defvjp(_forward, _backward)
 
 
 def _mosaic_tpu(x, values, scale, offset, *, bits: int, precision: Any):
+    from pallas_kernels.quantised_dot import tpu  # Pallas takes long to import
+
     return _kernel(tpu.quantised_dot, bits, precision, *_given(x, values, scale, offset))
 
 
 def _mosaic_gpu(x, values, scale, offset, *, bits: int, precision: Any):
+    from pallas_kernels.quantised_dot import gpu  # Pallas takes long to import
+
     return _kernel(gpu.quantised_dot, bits, precision, *_given(x, values, scale, offset))
 
 
