@@ -10,182 +10,35 @@ reads: simulated without any one of them, the kernel races or is wrong. The simu
 of warps, nor of the copy engine's own order (`commit_smem`, `wait_smem_to_gmem`).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
-from pallas_kernels.cell import Arrays, ElementwiseCell
+from pallas_kernels.cell import Arrays
 from pallas_kernels.compat import mosaic_gpu
-from pallas_kernels.nonlinear_recurrence.windows import Plan
+from pallas_kernels.nonlinear_recurrence.gpu_adjoint_block import (
+    Block,
+    channels,
+    fetch,
+    in_memory,
+    is_copier,
+    load_row,
+    load_tile,
+    operands,
+    own_rows,
+    send,
+)
 
 # Rows of `entering` that are computed together, from loads that are issued together; divides C.
 _TOGETHER = 4
 
 
-class Block(NamedTuple):
-    """What one block of threads works on: static settings, then refs.
-
-    Attributes:
-      cell, plan, reverse: as the op was given them.
-      missing: steps that were added to make T a multiple of L; the adjoint starts with them.
-      short: chunks of the window that the adjoint ends with, which may be fewer than C.
-      xs, states, cotangents: device memory, `[T / L, L, B, D]` each.
-      before: the state before each window, `[windows, B, D]` each.
-      params: `[1 or B, D]` each.
-      d_xs, d_init, d_params: results, in device memory.
-      walked: steps that were taken one after the other, `[D / block, B]`.
-      near_xs, near_states, near_cotangents: two windows of each in shared memory, `[2, C, L,
-        block]`; the states have one chunk more, for the row before the window.
-      alone: the adjoint that leaves each chunk if none enters, `[K, C, block]`.
-      products: column j of each chunk's product of J^T in rows j K to j K + K, `[K K, C, block]`.
-      entering, leaving: the adjoint that enters and leaves each chunk, `[K, C, block]`.
-      arrived, copied: barriers of the warpgroups, and of the copies into each slot.
-    """
-
-    cell: ElementwiseCell
-    plan: Plan
-    reverse: bool
-    missing: int
-    short: int
-    xs: Sequence[Any]
-    states: Sequence[Any]
-    cotangents: Sequence[Any]
-    before: Sequence[Any]
-    params: Sequence[Any]
-    d_xs: Sequence[Any]
-    d_init: Sequence[Any]
-    d_params: Sequence[Any]
-    walked: Any
-    near_xs: Sequence[Any]
-    near_states: Sequence[Any]
-    near_cotangents: Sequence[Any]
-    alone: Any
-    products: Any
-    entering: Any
-    leaving: Any
-    arrived: Any
-    copied: Any
-
-
-def _channels(block: Block) -> Any:
-    """The block's slice of the channels."""
-    return pl.ds(lax.axis_index("d") * block.plan.block, block.plan.block)
-
-
-def _own(block: Block) -> Any:
-    """Rows of the tiles that this warpgroup holds."""
-    rows = block.plan.chunks // block.plan.warpgroups
-    return pl.ds(lax.axis_index("wg") * rows, rows)
-
-
-def _copier(block: Block) -> Any:
-    """Whether this warpgroup speaks to the copy engine, whose stores are awaited by who issued
-    them; not the one that goes from chunk to chunk meanwhile, if there are others."""
-    return lax.axis_index("wg") == block.plan.warpgroups - 1
-
-
-def _in_memory(block: Block, index: Any, count: int) -> Any:
-    """The adjoint's order to memory order: it runs against the recurrence."""
-    return index if block.reverse else count - 1 - index
-
-
-def _load_row(block: Block, ref: Any) -> jax.Array:
-    return mosaic.load(ref, mosaic.row_layout(block.plan.block))
-
-
-def _load_tile(block: Block, ref: Any) -> jax.Array:
-    return mosaic.load(ref, mosaic.tile_layout(block.plan.block))
-
-
-def _add(left: Arrays, right: Arrays) -> list[jax.Array]:
+def _add(left: Arrays, right: Arrays) -> list:
     return [a + b for a, b in zip(left, right, strict=True)]
-
-
-def _transfer(block: Block, n: Any, copy: Callable[[Any, Any], None]) -> None:
-    """Calls `copy(chunks in device memory, chunks in shared memory)` for the adjoint's n-th window.
-
-    The last one, if it is short, has its chunks beside the row before it.
-    """
-    plan, last = block.plan, block.plan.windows - 1
-    many, few = plan.chunks, block.short
-
-    @pl.when((n < last) | (few == many))
-    def _():
-        start = n * many if block.reverse else few + (last - 1 - n) * many
-        copy(pl.ds(start, many), pl.ds(0, many))
-
-    if few < many:
-
-        @pl.when(n == last)
-        def _():
-            place = (last * many, many - few) if block.reverse else (0, 0)
-            copy(*(pl.ds(start, few) for start in place))
-
-
-def _fetch(block: Block, n: Any) -> None:
-    """Starts the copies of a window, and brings the row before it; for the copier.
-
-    A copy lands on a multiple of 128 bytes, which is why chunks have a multiple of four steps.
-    """
-    gpu, plan, b, slot = mosaic_gpu(), block.plan, lax.axis_index("b"), n % 2
-    margin = 0 if block.reverse else 1
-
-    def copy(there, here):
-        shifted = pl.ds(here.start + margin, here.size)
-        pairs = [(x, near.at[slot, here]) for x, near in zip(block.xs, block.near_xs, strict=True)]
-        for far, near in zip(block.states, block.near_states, strict=True):
-            pairs.append((far, near.at[slot, shifted]))
-        for far, near in zip(block.cotangents, block.near_cotangents, strict=True):
-            pairs.append((far, near.at[slot, here]))
-        for far, near in pairs:
-            source = far.at[there, :, b, _channels(block)]
-            gpu.copy_gmem_to_smem(source, near, block.copied.at[slot])
-
-    _transfer(block, n, copy)
-    edge = (plan.chunks, 0) if block.reverse else (0, plan.length - 1)
-    for far, near in zip(block.before, block.near_states, strict=True):
-        row = _load_row(block, far.at[n, b, _channels(block)])
-        mosaic.store(near.at[slot, *edge], row)
-
-
-def _send(block: Block, n: Any) -> None:
-    """Starts the copies of a window's results; for the copier."""
-
-    def copy(there, here):
-        for near, far in zip(block.near_xs, block.d_xs, strict=True):
-            target = far.at[there, :, lax.axis_index("b"), _channels(block)]
-            mosaic_gpu().copy_smem_to_gmem(near.at[n % 2, here], target)
-
-    _transfer(block, n, copy)
-
-
-def _row_before(block: Block, chunk: Any, step: Any) -> tuple[Any, Any]:
-    """Where the state before a step is, in `near_states`: one row earlier in scan order."""
-    length = block.plan.length
-    if block.reverse:
-        last = step == length - 1
-        return chunk + last.astype(jnp.int32), lax.select(last, 0, step + 1)
-    inner = step > 0
-    return chunk + inner.astype(jnp.int32), lax.select(inner, step - 1, length - 1)
-
-
-def _operands(block: Block, slot: Any, chunk: Any, step: Any) -> tuple[list, list, list]:
-    """States before, inputs and cotangents of a step: tiles of a slice of chunks, or one's row."""
-    if isinstance(chunk, pl.Slice):
-        start, row = _row_before(block, chunk.start, step)
-        previous, load = (slot, pl.ds(start, chunk.size), row), _load_tile
-    else:
-        previous, load = (slot, *_row_before(block, chunk, step)), _load_row
-    return (
-        [load(block, ref.at[previous]) for ref in block.near_states],
-        [load(block, ref.at[slot, chunk, step]) for ref in block.near_xs],
-        [load(block, ref.at[slot, chunk, step]) for ref in block.near_cotangents],
-    )
 
 
 def _skipped(block: Block, n: Any) -> Any:
@@ -194,15 +47,15 @@ def _skipped(block: Block, n: Any) -> Any:
     return lax.select(n == block.plan.windows - 1, missing, 0) if missing else 0
 
 
-def _choose_existing(block: Block, n: Any) -> Callable[[Any, Arrays, Arrays], list[jax.Array]]:
+def _choose_existing(block: Block, n: Any) -> Callable[[Any, Arrays, Arrays], list]:
     """`(m, new, old) -> new`, with their layout, but `old` where the m-th step of a chunk of mine
     does not exist: nothing happens there."""
-    own, layout, plan = _own(block), mosaic.tile_layout(block.plan.block), block.plan
+    own, layout, plan = own_rows(block), mosaic.tile_layout(block.plan.block), block.plan
     shape = (own.size, plan.block)
     if not block.missing and block.short == plan.chunks:
         return lambda m, new, old: mosaic.settle(new, shape, layout)
     row = mosaic.row_numbers(shape, layout) + own.start
-    first = _in_memory(block, row, plan.chunks) * plan.length  # in the adjoint's order
+    first = in_memory(block, row, plan.chunks) * plan.length  # in the adjoint's order
     begin = _skipped(block, n) * plan.length + lax.select(n == 0, block.missing, 0)
 
     def choose(m, new, old):
@@ -215,13 +68,13 @@ def _choose_existing(block: Block, n: Any) -> Callable[[Any, Arrays, Arrays], li
 
 def _chunks_alone(block: Block, slot: Any, params: Arrays, choose: Callable) -> None:
     """Fills my rows of `alone` and `products`."""
-    cell, plan, own = block.cell, block.plan, _own(block)
+    cell, plan, own = block.cell, block.plan, own_rows(block)
     leaves, shape = range(cell.states), (own.size, plan.block)
 
     def advance(n, carry):
         adjoint, columns = carry
-        step = _in_memory(block, n, plan.length)
-        h, x, given = _operands(block, slot, own, step)
+        step = in_memory(block, n, plan.length)
+        h, x, given = operands(block, slot, own, step)
         pulled = cell.pull_state(h, x, params, _add(adjoint, given))
         turned = [choose(n, cell.pull_state(h, x, params, c), c) for c in columns]
         return choose(n, pulled, adjoint), turned
@@ -240,17 +93,15 @@ def _chunk_to_chunk(block: Block, n: Any, slot: Any, params: Arrays) -> Any:
     """Fills `entering`, for warpgroup 0; returns whether it had to take every step to do so."""
     plan, count = block.plan, block.cell.states
     leaves = range(count)
-    last = _in_memory(block, plan.chunks - 1, plan.chunks)
-    arriving = [_load_row(block, block.leaving.at[i, last]) for i in leaves]
+    last = in_memory(block, plan.chunks - 1, plan.chunks)
+    arriving = [load_row(block, block.leaving.at[i, last]) for i in leaves]
     zero = mosaic.full((plan.block,), 0.0, mosaic.row_layout(plan.block))
 
     def some(g, carry):
         adjoint, bad = carry
-        places = [_in_memory(block, g * _TOGETHER + j, plan.chunks) for j in range(_TOGETHER)]
-        ends = [[_load_row(block, block.alone.at[i, c]) for i in leaves] for c in places]
-        maps = [
-            [_load_row(block, block.products.at[i, c]) for i in range(count**2)] for c in places
-        ]
+        places = [in_memory(block, g * _TOGETHER + j, plan.chunks) for j in range(_TOGETHER)]
+        ends = [[load_row(block, block.alone.at[i, c]) for i in leaves] for c in places]
+        maps = [[load_row(block, block.products.at[i, c]) for i in range(count**2)] for c in places]
         for place, end, columns in zip(places, ends, maps, strict=True):
             for i in leaves:
                 mosaic.store(block.entering.at[i, place], adjoint[i])
@@ -267,13 +118,13 @@ def _chunk_to_chunk(block: Block, n: Any, slot: Any, params: Arrays) -> Any:
     overflowed = jnp.max(bad) > 0.0
 
     def chunk(c, adjoint):
-        place = _in_memory(block, c, plan.chunks)
+        place = in_memory(block, c, plan.chunks)
         for i in leaves:
             mosaic.store(block.entering.at[i, place], adjoint[i])
 
         def advance(m, adjoint):
-            step = _in_memory(block, m, plan.length)
-            h, x, given = _operands(block, slot, place, step)
+            step = in_memory(block, m, plan.length)
+            h, x, given = operands(block, slot, place, step)
             new = block.cell.pull_state(h, x, params, _add(adjoint, given))
             new = mosaic.settle(new, (plan.block,), mosaic.row_layout(plan.block))
             if block.missing:
@@ -291,13 +142,13 @@ def _chunk_to_chunk(block: Block, n: Any, slot: Any, params: Arrays) -> Any:
 def _chunks_again(block: Block, slot: Any, params: Arrays, choose: Callable, totals: Arrays) -> Any:
     """My chunks from what enters them: inputs' cotangents in place, parameters' added to `totals`,
     my rows of `leaving`."""
-    cell, plan, own = block.cell, block.plan, _own(block)
+    cell, plan, own = block.cell, block.plan, own_rows(block)
     shape, layout = (own.size, plan.block), mosaic.tile_layout(plan.block)
 
     def advance(n, carry):
         adjoint, totals = carry
-        step = _in_memory(block, n, plan.length)
-        h, x, given = _operands(block, slot, own, step)
+        step = in_memory(block, n, plan.length)
+        h, x, given = operands(block, slot, own, step)
         d_h, d_x, d_p = cell.pull(h, x, params, _add(adjoint, given))
         for near, value in zip(block.near_xs, mosaic.settle(d_x, shape, layout), strict=True):
             # Each entry is read and written by the one thread that holds it.
@@ -305,7 +156,7 @@ def _chunks_again(block: Block, slot: Any, params: Arrays, choose: Callable, tot
         grown = _add(totals, mosaic.settle(d_p, shape, layout))
         return choose(n, d_h, adjoint), choose(n, grown, totals)
 
-    adjoint = [_load_tile(block, block.entering.at[i, own]) for i in range(cell.states)]
+    adjoint = [load_tile(block, block.entering.at[i, own]) for i in range(cell.states)]
     adjoint, totals = lax.fori_loop(0, plan.length, advance, (adjoint, list(totals)))
     for i, value in enumerate(adjoint):
         mosaic.store(block.leaving.at[i, own], value)
@@ -314,11 +165,11 @@ def _chunks_again(block: Block, slot: Any, params: Arrays, choose: Callable, tot
 
 def solve(block: Block) -> None:
     """The kernel's body: all windows of one block of channels of one sequence."""
-    gpu, plan, own = mosaic_gpu(), block.plan, _own(block)
+    gpu, plan, own = mosaic_gpu(), block.plan, own_rows(block)
     b, d, wg = lax.axis_index("b"), lax.axis_index("d"), lax.axis_index("wg")
-    leaves, here, copier = range(block.cell.states), _channels(block), _copier(block)
+    leaves, here, copier = range(block.cell.states), channels(block), is_copier(block)
     layout = mosaic.tile_layout(plan.block)
-    rows = [_load_row(block, p.at[b if p.shape[0] > 1 else 0, here]) for p in block.params]
+    rows = [load_row(block, p.at[b if p.shape[0] > 1 else 0, here]) for p in block.params]
     tiles = [mosaic.spread(p, own.size, layout) for p in rows]
     zero = mosaic.full((own.size, plan.block), 0.0, layout)
     for i in leaves:
@@ -326,7 +177,7 @@ def solve(block: Block) -> None:
 
     @pl.when(copier)
     def _():
-        _fetch(block, 0)
+        fetch(block, 0)
 
     # All read the row before the first window, which the copier wrote.
     mosaic.sync(block.arrived)
@@ -350,7 +201,7 @@ def solve(block: Block) -> None:
 
             @pl.when(n + 1 < plan.windows)
             def _():
-                _fetch(block, n + 1)
+                fetch(block, n + 1)
 
         overflowed = lax.cond(wg == 0, lambda: _chunk_to_chunk(block, n, slot, rows), lambda: False)
         # All read `entering`, and write over the `leaving` that warpgroup 0 began with.
@@ -364,7 +215,7 @@ def solve(block: Block) -> None:
 
         @pl.when(copier)
         def _():
-            _send(block, n)
+            send(block, n)
 
         steps = (plan.chunks - _skipped(block, n)) * plan.length
         steps = steps - lax.select(n == 0, block.missing, 0)
@@ -376,9 +227,9 @@ def solve(block: Block) -> None:
     @pl.when(wg == 0)
     def _():
         block.walked[d, b] = walked
-        last = _in_memory(block, plan.chunks - 1, plan.chunks)
+        last = in_memory(block, plan.chunks - 1, plan.chunks)
         for i in leaves:
-            mosaic.store(block.d_init[i].at[b, here], _load_row(block, block.leaving.at[i, last]))
+            mosaic.store(block.d_init[i].at[b, here], load_row(block, block.leaving.at[i, last]))
 
     for total, result in zip(totals, block.d_params, strict=True):
         mosaic.store(block.alone.at[0, own], total)
@@ -388,7 +239,7 @@ def solve(block: Block) -> None:
         @pl.when(wg == 0)
         def _(result=result):
             def add(c, row):
-                return row + _load_row(block, block.alone.at[0, c])
+                return row + load_row(block, block.alone.at[0, c])
 
             none = mosaic.full((plan.block,), 0.0, mosaic.row_layout(plan.block))
             mosaic.store(result.at[b, here], lax.fori_loop(0, plan.chunks, add, none))

@@ -31,7 +31,8 @@ from pallas_kernels import mosaic
 from pallas_kernels.cell import Arrays, ElementwiseCell
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence import windows
-from pallas_kernels.nonlinear_recurrence.gpu_adjoint import Block, solve
+from pallas_kernels.nonlinear_recurrence.gpu_adjoint import solve
+from pallas_kernels.nonlinear_recurrence.gpu_adjoint_block import Block
 
 # With fewer blocks of threads than an H100 has multiprocessors, narrower ones use more of them.
 _BLOCKS_WANTED = 132
