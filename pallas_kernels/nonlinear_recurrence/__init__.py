@@ -145,7 +145,8 @@ def _kernel(which: str, name: str, interpreted: bool) -> Callable[..., Any]:
         module = importlib.import_module(f"{__name__}.{file}")
         if interpreted:
             kwargs["interpret"] = _simulator() if name == "mosaic_gpu" else True
-        return getattr(module, function)(*args, **kwargs)
+        with jax.enable_x64(False):  # where the user has it on, indices would be 64 bits wide
+            return getattr(module, function)(*args, **kwargs)
 
     return call
 

@@ -88,7 +88,8 @@ def backward(
         sums = [s + d for s, d in zip(sums, d_params, strict=True)]
         return (d_state, sums), [d.astype(x_.dtype) for d, x_ in zip(d_x, rows[1], strict=True)]
 
-    zeros = jnp.zeros(states[0].shape[1:], jnp.float32)
+    # Zeros that vary over the mesh axes of the states, as a carry inside shard_map must.
+    zeros = jnp.where(False, states[0][0].astype(jnp.float32), 0.0)
     start = ([zeros] * cell.states, [zeros] * cell.params)
     rows = (before, list(xs), list(cotangents))
     (d_init, d_params), d_xs = lax.scan(step, start, rows, reverse=not reverse)
