@@ -24,6 +24,7 @@ from experiments.tables import show
 
 MERGED = "merged_bits_per_byte"
 ROUNDED = "rounded_"
+TICKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 COLUMNS = (
     "transforms",
     "bits",
@@ -182,6 +183,8 @@ def draw(table: Sequence[Row], *, title: str) -> Figure:
             capsize=2,
         )
     axes.set_xscale("log", base=2)
+    axes.set_xticks(TICKS, map(str, TICKS))
+    axes.set_xlim(0.85 * min(row.bits_per_weight for row in table), 40)
     axes.set_xlabel("bits per weight, scales included")
     axes.set_ylabel("validation, bits per byte")
     # What rounding has destroyed would leave no room for the rest.
