@@ -95,7 +95,7 @@ def forward(
 
     def solve(*refs):
         rest = iter(refs)
-        settings = (cell, plan, tol, max_iters, reverse, _UNROLL if interpret is None else 1)
+        settings = (cell, plan, float(tol), max_iters, reverse, _UNROLL if interpret is None else 1)
         missing = steps if steps < plan.windows * plan.window else None
         groups = [[next(rest) for _ in range(n)] for n in (*inputs, len(init), 3, len(xs))]
         _solve(Block(*settings, missing, [h.dtype for h in init], *groups, *rest), affine)
