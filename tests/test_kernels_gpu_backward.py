@@ -230,6 +230,13 @@ def test_a_dtype_that_it_does_not_store_is_refused():
         gpu_backward.backward(cells.AFFINE.cell, operands.init, wrong, [], given, given)
 
 
+@needs_mosaic
+def test_more_sequences_than_a_launch_takes_are_refused():
+    row, long = jnp.zeros((65536, 1)), jnp.zeros((1, 65536, 1))
+    with pytest.raises(NotImplementedError, match="65536 sequences; a launch takes 65535"):
+        gpu_backward.backward(cells.AFFINE.cell, [row], [long, long], [], [long], [long])
+
+
 @pytest.mark.parametrize("shape", [*shapes.ON_DEVICE, *shapes.GRID], ids=str)
 def test_windows_cover_all_steps_and_fit_the_hardware(shape):
     for states, inputs in ((1, 2), (1, 3), (2, 4), (4, 4), (4, 20)):

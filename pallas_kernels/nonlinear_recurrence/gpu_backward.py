@@ -41,6 +41,8 @@ _BLOCKS_WANTED = 132
 _UNIT, _LONGEST = 4, 16
 _MOST_CHUNKS, _MOST_WARPGROUPS = 32, 4
 _SLOTS = 2
+# What the second axis of a CUDA grid holds; the first goes over channels, neighbours in memory.
+_MOST_SEQUENCES = 65535
 
 
 def choose(
@@ -148,8 +150,8 @@ def backward(
       that were taken one after the other because a product overflowed (int32 [B]).
 
     Raises:
-      NotImplementedError: JAX older than 0.11; more states and inputs than shared memory holds; a
-        dtype other than float32, bfloat16 and float16.
+      NotImplementedError: JAX older than 0.11; more states and inputs than shared memory holds;
+        more than 65535 sequences; a dtype other than float32, bfloat16 and float16.
       ValueError: `chunks` or `window` below 1.
     """
     gpu = mosaic_gpu()
@@ -159,6 +161,8 @@ def backward(
                 f"the kernel stores float32, bfloat16 or float16, not {array.dtype}"
             )
     steps, batch, width = states[0].shape
+    if batch > _MOST_SEQUENCES:
+        raise NotImplementedError(f"{batch} sequences; a launch takes {_MOST_SEQUENCES}")
     plan = choose(
         (steps, batch, width),
         sum(a.dtype.itemsize for a in (*xs, *states, *cotangents)),
