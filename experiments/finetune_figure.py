@@ -1,7 +1,8 @@
 """Quality against bits and size: `python -m experiments.finetune_figure runs=multirun/finetune`.
 
-A row for each chain of transforms, its bits and its rank, over the seeds; and for what runs of
-dense weights are rounded to after training. From `config.yaml` and `summary.json` alone.
+A row for each chain of transforms, its bits and its rank, over the seeds, at the learning rate at
+which it ends best of those that were tried; and for what runs of dense weights are rounded to after
+training. From `config.yaml` and `summary.json` alone.
 """
 
 import csv
@@ -29,6 +30,7 @@ COLUMNS = (
     "transforms",
     "bits",
     "rank",
+    "learning rate",
     "seeds",
     "bits per byte",
     "spread",
@@ -50,6 +52,7 @@ class Row(NamedTuple):
     transforms: str
     bits: int | None
     rank: int | None
+    rate: float
     seeds: int
     quality: float
     spread: float
@@ -74,6 +77,7 @@ def _row(name: str, numbers: tuple, runs: Sequence[Run], quality: str, bits: str
     return Row(
         name,
         *numbers,
+        rate=runs[0].config["learning_rate"],
         seeds=len(runs),
         quality=fmean(values),
         spread=spread,
@@ -110,11 +114,12 @@ def rows(runs: Iterable[Run]) -> list[Row]:
         name = " > ".join(cfg.get("transform") or {}) or "full"
         idle = unused(cfg)
         numbers = tuple(None if key in idle else int(cfg[key]) for key in NUMBERS)
-        groups.setdefault((name, *numbers), {})[run.config["seed"]] = run
+        at = (name, *numbers, run.config["learning_rate"])
+        groups.setdefault(at, {})[run.config["seed"]] = run
     if not groups:
         raise RunError("no run is finished: repeat the command of the sweep")
     found = []
-    for (name, *numbers), by_seed in groups.items():
+    for (name, *numbers, _), by_seed in groups.items():
         members = list(by_seed.values())
         memory = _mean(members, "step_memory_bytes")
         rest = {
@@ -132,10 +137,14 @@ def rows(runs: Iterable[Run]) -> list[Row]:
                 label = f"{name}, rounded" if kind.isdigit() else f"{name}, rounded: {kind}"
                 found.append(_row(label, how, members, key, bits))
 
+    best: dict[tuple, Row] = {}
+    for row in sorted(found, key=lambda row: row.quality):
+        best.setdefault((row.transforms, row.bits, row.rank), row)
+
     def order(row: Row):
         return row.transforms, -(row.rank or 0), -row.bits_per_weight
 
-    return sorted(found, key=order)
+    return sorted(best.values(), key=order)
 
 
 def cells(row: Row) -> list[str]:
@@ -151,7 +160,7 @@ def cells(row: Row) -> list[str]:
     def text(value: Any, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    forms = ("", "", "", "", ".3f", ".3f", ".3f", ".2f", ",.0f", ".1f", ".0f")
+    forms = ("", "", "", "g", "", ".3f", ".3f", ".3f", ".2f", ",.0f", ".1f", ".0f")
     return [text(value, form) for value, form in zip(row, forms, strict=True)]
 
 

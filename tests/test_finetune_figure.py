@@ -14,7 +14,7 @@ LORA = {"lora": {"_target_": "jaxpara.lora", "rank": 8}}
 QUANT = {"fake_quant": {"_target_": "jaxpara.fake_quant", "bits": 4}}
 
 
-def run(place, name, quality, transform, *, seed=0, bits=4, rank=8, **more):
+def run(place, name, quality, transform, *, seed=0, bits=4, rank=8, rate=0.1, **more):
     cfg = {
         "name": "finetune",
         "seed": seed,
@@ -23,6 +23,7 @@ def run(place, name, quality, transform, *, seed=0, bits=4, rank=8, **more):
         "window": 50,
         "bits": bits,
         "rank": rank,
+        "learning_rate": rate,
         "transform": transform,
     }
     summary = {
@@ -47,12 +48,13 @@ def folders(tmp_path):
         run(tmp_path, "again", 2.0, LORA, **rounded),  # of another sweep
         run(tmp_path, "copy", 2.0, LORA, bits=2, same_as="a", **rounded),
         run(tmp_path, "c", 2.4, LORA | QUANT),
+        run(tmp_path, "worse", 2.5, LORA | QUANT, rate=0.2),
         run(tmp_path, "d", 9.0, {}, status="interrupted"),
     ]
     return [read(folder) for folder in found]
 
 
-def test_rows_are_means_over_seeds_and_a_copy_counts_for_nothing(folders):
+def test_rows_are_means_over_seeds_at_the_best_rate_and_a_copy_counts_for_nothing(folders):
     rows = {(r.transforms, r.bits, r.rank): r for r in finetune_figure.rows(folders)}
     assert set(rows) == {("lora", None, 8), ("lora, rounded", 2, 8), ("lora > fake_quant", 4, 8)}
     lora = rows["lora", None, 8]
@@ -70,7 +72,9 @@ def test_the_command_writes_table_numbers_and_figure(folders, tmp_path):
     with output.with_suffix(".csv").open() as file:
         lines = list(csv.reader(file))
     assert tuple(lines[0]) == finetune_figure.COLUMNS and len(lines) == 1 + len(table)
-    assert "| lora > fake_quant | 4 | 8 | 1 | 2.400 |" in output.with_suffix(".md").read_text()
+    assert (
+        "| lora > fake_quant | 4 | 8 | 0.1 | 1 | 2.400 |" in output.with_suffix(".md").read_text()
+    )
     assert output.with_suffix(".png").stat().st_size > 5000
 
 
