@@ -183,6 +183,21 @@ def test_w6a6_on_integers_equals_the_float_product_bit_for_bit_where_sums_fit():
 
 
 @slow
+def test_w6a6_in_bfloat16_is_that_of_float32_to_its_rounding():
+    w, x = normal(0, 256, 8), jnp.asarray(normal(1, 4, 256), jnp.bfloat16)
+    t = jp.flexq()
+    state = attached(t, {"w": w})
+    function = lambda p, x: x @ p["w"].astype(x.dtype)  # noqa: E731
+    wanted = fake(np.float64(np.float32(x)), 6, 2) @ np.float64(t.effective(state)["w"])
+    size = np.max(np.abs(wanted))
+    # Before merging both factors are rounded to 8 bits, afterwards nothing but the result is.
+    for tree, error in ((state, 2**-7), (t.merge(state), 2**-8)):
+        found = jp.lift(function)(tree, x)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(found), wanted, atol=error * size)
+
+
+@slow
 def test_gradients_of_w6a6_are_those_of_the_two_factors_straight_through():
     w, x, g = normal(0, 12, 5), normal(1, 3, 12), normal(2, 3, 5)
     t = jp.fake_quant(bits=6, activations=6, group=4)

@@ -33,10 +33,12 @@ def activation_integers(x: jax.Array, bits: int, groups: int) -> tuple[jax.Array
       groups: of equal size, along the rows.
 
     Returns:
-      int8 `[.., rows]` and scales `[.., groups]`, with `x` about integer times scale.
+      int8 `[.., rows]` and scales `[.., groups]`, in float32 or wider, with `x` about integer times
+      scale.
     """
     q = 2 ** (bits - 1) - 1
     parts = x.reshape(*x.shape[:-1], groups, -1)
+    parts = parts.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = never_zero(jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / q)
     values = jnp.clip(jnp.round(parts / scale), -q, q).astype(jnp.int8)
     return values.reshape(x.shape), scale[..., 0]
@@ -52,5 +54,6 @@ def fake_activations(x: jax.Array, bits: int, groups: int) -> jax.Array:
       `[.., rows]` in `x`'s dtype.
     """
     values, scale = activation_integers(lax.stop_gradient(x), bits, groups)
-    parts = values.reshape(*x.shape[:-1], groups, -1).astype(x.dtype)
-    return (parts * scale[..., None]).reshape(x.shape) + (x - lax.stop_gradient(x))
+    parts = values.reshape(*x.shape[:-1], groups, -1).astype(scale.dtype)
+    on_grid = (parts * scale[..., None]).reshape(x.shape).astype(x.dtype)
+    return on_grid + (x - lax.stop_gradient(x))
