@@ -125,7 +125,16 @@ def check(step, consts, state, xs, tolerance=4e-7):
             assert jnp.max(jnp.abs(f - w)) <= 2 * tolerance * scale
 
 
-@pytest.mark.parametrize("name", ZOO)
+EVERYDAY = ("where", "softplus", "odd_power", "custom_vjp", "three_states", "gru")
+
+
+def rows_of(names):
+    """Names as rows of a table; `make check` runs the everyday ones."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=() if name in EVERYDAY else slow) for name in names]
+
+
+@pytest.mark.parametrize("name", rows_of(ZOO))
 def test_a_prepared_step_has_the_values_and_derivatives_of_the_step(name):
     count = 3 if name == "three_states" else 1
     state = [normal(*STATE) for _ in range(count)]
@@ -144,8 +153,8 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("reset", [False, True], ids=["plain", "reset"])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("reset", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", rows_of(CELLS))
 def test_the_elementwise_cells_are_prepared_with_and_without_resets(name, reset):
     cell = CELLS[name]
     params = cell.init(jax.random.key(1))

@@ -60,8 +60,7 @@ ROWS = [
     *[
         pytest.param(*row, marks=pytest.mark.slow)
         for row in [
-            ("slstm", "xla", "reverse"),
-            ("lstm", "mosaic_tpu_interpret", "reverse"),
+            ("lstm", "xla", "reverse"),
             ("slstm", "mosaic_tpu_interpret", "reverse"),
         ]
     ],
@@ -89,8 +88,7 @@ def strange(w):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu_interpret"])
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_a_strange_cell_of_three_states_trains_as_with_lax_scan(scale, implementation):
+def test_a_strange_cell_of_three_states_trains_as_with_lax_scan(implementation):
     def loss(scan):
         def run(w, init, x):
             (p, q, r), ys = scan(strange(w), init, x)
@@ -98,14 +96,13 @@ def test_a_strange_cell_of_three_states_trains_as_with_lax_scan(scale, implement
 
         return jax.value_and_grad(run, (0, 1, 2))
 
-    args = scale * STRANGE[0], tuple(STRANGE[1:4]), STRANGE[4]
     solver = jp.fused(implementation=implementation, chunks=4)
     scan = functools.partial(jp.newton_scan, solver=solver, derivative="reverse")
-    found = jax.jit(loss(scan), compiler_options=QUICK)(*args)
-    assert_close(found, in_float64(loss(lax.scan), *args), 5e-6 * scale)
-
-
-STRANGE = [0.3 * normal(3), normal(2, 3), normal(2, 3), normal(2, 3), normal(31, 2, 3)]
+    run, exact = jax.jit(loss(scan), compiler_options=QUICK), loss(lax.scan)
+    init, x = tuple(normal(3, 2, 3)), normal(31, 2, 3)
+    for scale in (0.3, 4.0):  # on hard weights gradients grow along the sequence, errors too
+        args = scale * normal(3), init, x
+        assert_close(run(*args), in_float64(exact, *args), 2e-5 if scale > 1 else 5e-6)
 
 
 @pytest.mark.slow
@@ -152,6 +149,7 @@ def test_a_batch_may_be_sharded_over_devices(derivative):
     assert_close(mean(scan)(params, x), wanted, 3e-6)
 
 
+@pytest.mark.slow
 def test_a_narrow_carry_and_narrow_gates_train_within_their_rounding():
     gates = [jnp.asarray(normal(30, 2, 3), jnp.bfloat16) for _ in range(2)]
 
@@ -229,6 +227,7 @@ def test_what_no_kernel_takes_is_solved_by_shooting_and_the_reason_is_logged_onc
     assert "dot_general" in record.message and "test_fused.py" in record.message
 
 
+@pytest.mark.slow
 def test_a_platform_without_kernels_says_so(caplog):
     linear_kernel.say.cache_clear()
     with caplog.at_level(logging.WARNING, "jaxpara"):
@@ -259,7 +258,11 @@ def test_a_measured_map_decides_between_kernel_and_other_paths(monkeypatch):
 
 @pytest.mark.parametrize(
     ("platform", "wide"),
-    [("tpu", False), ("cuda", False), pytest.param("tpu", True, marks=pytest.mark.slow)],
+    [
+        ("tpu", False),
+        pytest.param("cuda", False, marks=pytest.mark.slow),
+        pytest.param("tpu", True, marks=pytest.mark.slow),
+    ],
 )
 def test_training_without_being_asked_lowers_to_the_kernels_of_the_platform(
     platform, wide, monkeypatch
@@ -288,8 +291,10 @@ def systems(size, time=30, batch=2, width=3):
     return a, b, [normal(batch, width) for _ in range(size)]
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("size", "reverse"),
+    [(1, False), (2, True), pytest.param(4, False, marks=pytest.mark.slow)],
+)
 def test_the_linear_op_and_its_gradients_are_those_of_a_scan_over_matrix_products(size, reverse):
     a, b, init = systems(size)
     cotangents = [normal(*leaf.shape) for leaf in b]
@@ -310,6 +315,7 @@ def test_the_linear_op_and_its_gradients_are_those_of_a_scan_over_matrix_product
     assert_close((states, tuple(found)), (wanted[0], tuple(wanted[1])), 2e-6)
 
 
+@pytest.mark.slow
 def test_a_linear_recurrence_by_kernel_is_differentiable_and_is_the_same(monkeypatch):
     monkeypatch.setattr(linear_kernel, "KERNELS", ("xla",))
     a, b, init = 0.5 * normal(25, 3, 2, 2), normal(25, 3, 2), normal(3, 2)
@@ -326,6 +332,7 @@ def test_a_linear_recurrence_by_kernel_is_differentiable_and_is_the_same(monkeyp
     assert_close(found, in_float64(loss("sequential"), a, b, init), 3e-6)
 
 
+@pytest.mark.slow
 def test_blocks_that_kernels_do_not_take_are_chunked_and_the_reason_is_logged(caplog):
     linear_kernel.say.cache_clear()
     a, b = 0.1 * normal(12, 5, 5), normal(12, 5)
