@@ -21,8 +21,8 @@ from jaxpara.weights.quant.grid import (
     limits,
     make_grid,
     never_zero,
-    shared_axes,
 )
+from jaxpara.weights.quant.ranges import searched
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.weight import Method, dense, unfused
 
@@ -36,22 +36,10 @@ class _Settings(NamedTuple):
     downcast: str
 
 
-def _search(grid: Grid, w: jax.Array) -> jax.Array:
-    """The scale with the least sum of fourth powers of the error, of twenty below absmax."""
-    whole, axes, (low, high) = blocks(grid, w), shared_axes(grid), limits(grid)
-    best = absmax_scale(grid, w)
-    least = jnp.full(best.shape, jnp.inf, w.dtype)
-    for share in (1 - 0.04 * i for i in range(20)):
-        scale = never_zero(share * absmax_scale(grid, w))
-        rounded = jnp.clip(jnp.round(whole / scale), low, high) * scale
-        error = jnp.sum((rounded - whole) ** 4, axis=axes, keepdims=True)
-        best, least = jnp.where(error < least, scale, best), jnp.minimum(error, least)
-    return best
-
-
 def _init(settings: _Settings, key, base):
     grid, w = settings.grid, jnp.asarray(dense(base))
-    scale = _search(grid, w)
+    most = absmax_scale(grid, w) * limits(grid)[1]
+    scale = searched(grid, w, (-most, most), power=4)["scale"]
     phi = jnp.clip(blocks(grid, w) / scale, *limits(grid)).reshape(w.shape)
     if settings.downcast == "fixed8":
         # bits before the point, 8 - bits behind it: the largest magnitude is 2^7 - 2^(8 - bits).
