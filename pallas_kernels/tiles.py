@@ -147,7 +147,8 @@ def make_plan(
         chunks = max(1, min(chunks, time // 16))
     # A sequential kernel hides the latency of a step with lanes instead.
     lanes = min(width, 512 if chunks == 1 else 128)
-    tile_bytes = 2 * step_bytes * (-(-rows // 8) * 8) * (-(-lanes // 128) * 128)
+    # Two buffers a block; few rows lie in VMEM as a power of two (at least two for bfloat16).
+    tile_bytes = 2 * step_bytes * max(2, 1 << (rows - 1).bit_length()) * (-(-lanes // 128) * 128)
     steps = min(window or max(chunks, BLOCK_BYTES // tile_bytes), time)
     # Windows of about equal length, each a whole number of chunks.
     steps = -(-time // -(-time // steps))
@@ -164,11 +165,17 @@ def make_plan(
 
 def load(refs: Sequence[Any], place: Callable[[int], Any], chunks: int) -> list[jax.Array]:
     """One row of each chunk, in float32: `[chunks, rows, lanes]` of each of `refs`."""
-    return [jnp.stack([ref[place(c)] for c in range(chunks)]).astype(jnp.float32) for ref in refs]
+    places = [place(c) for c in range(chunks)]
+    return [jnp.stack([ref[at].astype(jnp.float32) for at in places]) for ref in refs]
 
 
-def load_row(refs: Sequence[Any], index: Any) -> list[jax.Array]:
-    return [ref[index].astype(jnp.float32) for ref in refs]
+def plain(values: Sequence[jax.Array]) -> list[jax.Array]:
+    """The same arrays of one chunk, in the layout that a stack of rows has.
+
+    What a loop hands on must have one layout, and Mosaic cannot change every one that a single
+    row may have got from bfloat16 inputs or from constants ("Sublane broadcast").
+    """
+    return [jnp.stack([v[0], v[0]])[:1] for v in values]
 
 
 def store(refs: Sequence[Any], place: Callable[[int], Any], values: Sequence[jax.Array]) -> None:
@@ -178,9 +185,11 @@ def store(refs: Sequence[Any], place: Callable[[int], Any], values: Sequence[jax
             ref[place(c)] = value[c].astype(ref.dtype)
 
 
-def spread(params: Sequence[Any], shape: tuple[int, ...]) -> list[jax.Array]:
-    """Parameters `[1 or rows, lanes]` as float32 arrays of `shape`."""
-    return [jnp.broadcast_to(p[...].astype(jnp.float32), shape) for p in params]
+def spread(params: Sequence[Any], row: tuple[int, int], chunks: int) -> list[jax.Array]:
+    """Parameters `[1 or rows, lanes]` in float32 for a step of so many chunks."""
+    values = [jnp.broadcast_to(p[...].astype(jnp.float32), row) for p in params]
+    # Stacked: Mosaic refuses some broadcasts of a single row to [chunks, 1, lanes].
+    return [jnp.stack([v] * chunks) for v in values]
 
 
 def choose(mask: jax.Array | None, new: Any, old: Any) -> list[jax.Array]:

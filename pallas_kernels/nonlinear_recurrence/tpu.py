@@ -126,7 +126,7 @@ def _kernel(cell, plan, tol, budget, affine, refs):
 
     def roll(starts, keep):
         """All chunks through the step; `keep` writes the states."""
-        p = tiles.spread(params, plan.tile)
+        p = tiles.spread(params, plan.row, plan.chunks)
 
         def advance(index, h):
             place = plan.step(index)
@@ -140,7 +140,7 @@ def _kernel(cell, plan, tol, budget, affine, refs):
 
     def roll_with_product(keep):
         """As `roll`, with the columns of P alongside; leaves `ends` and `products`."""
-        p = tiles.spread(params, plan.tile)
+        p = tiles.spread(params, plan.row, plan.chunks)
         one, zero = jnp.ones(plan.tile, jnp.float32), jnp.zeros(plan.tile, jnp.float32)
         unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
 
@@ -206,21 +206,20 @@ def _kernel(cell, plan, tol, budget, affine, refs):
     @pl.when(tiles.any_open(inside, done) > 0)
     def _():
         count = plan.steps(begin)
-        p = tiles.spread(params, plan.row)
+        p = tiles.spread(params, plan.row, 1)
         passed = done[...] > 0
 
         def advance(index, h):
             at = count - 1 - index if plan.reverse else index
-            h = cell.step(h, tiles.load_row(xs, at), p)
-            old = tiles.load_row(states, at)
-            for ref, value in zip(states, tiles.choose(passed, old, h), strict=True):
-                ref[at] = value.astype(ref.dtype)
-            return list(h)
+            h = list(cell.step(h, tiles.load(xs, lambda _: at, 1), p))
+            old = tiles.load(states, lambda _: at, 1)
+            tiles.store(states, lambda _: at, tiles.choose(passed[None], old, h))
+            return tiles.plain(h)
 
-        h = lax.fori_loop(0, count, advance, [c[...] for c in carry])
+        h = lax.fori_loop(0, count, advance, [c[...][None] for c in carry])
         leave()
         for c, value in zip(carry, h, strict=True):
-            c[...] = jnp.where(passed, c[...], value)
+            c[...] = jnp.where(passed, c[...], value[0])
         completed[...] = completed[...] + jnp.where(passed, 0, count)
 
 

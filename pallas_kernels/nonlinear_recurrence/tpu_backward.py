@@ -124,13 +124,13 @@ def _kernel(cell, plan, refs):
         for ref in [*carry, *d_params, completed]:
             ref[...] = jnp.zeros(plan.row, ref.dtype)
 
-    def at_step(place):
+    def at_step(place, chunks=plan.chunks):
         """States before the chunks' steps at `place`, their inputs and their cotangents."""
-        return before(place), *(tiles.load(r, place, plan.chunks) for r in (xs, cotangents))
+        return before(place, chunks), *(tiles.load(r, place, chunks) for r in (xs, cotangents))
 
     def products_of_chunks():
         """Adjoints of all chunks from `starts`, with the columns of their products."""
-        p = tiles.spread(params, plan.tile)
+        p = tiles.spread(params, plan.row, plan.chunks)
         one, zero = jnp.ones(plan.tile, jnp.float32), jnp.zeros(plan.tile, jnp.float32)
         unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
 
@@ -153,7 +153,7 @@ def _kernel(cell, plan, refs):
 
     def everything(starts):
         """Adjoints from exact inflows; writes the inputs' cotangents, sums the parameters'."""
-        p = tiles.spread(params, plan.tile)
+        p = tiles.spread(params, plan.row, plan.chunks)
 
         def advance(index, loop):
             a, sums = loop
@@ -200,24 +200,26 @@ def _kernel(cell, plan, refs):
     @pl.when(some > 0)
     def _():
         count = plan.steps(begin)
-        p = tiles.spread(params, plan.row)
+        p = tiles.spread(params, plan.row, 1)
         passed = done[...] > 0
 
-        def advance(index, loop):
-            a, sums = loop
+        # The adjoint goes from step to step through `carry`: as a loop's value, a single row may
+        # have a layout that Mosaic cannot change (see tiles.plain).
+        def advance(index, sums):
             at = count - 1 - index if plan.reverse else index
-            h = before(lambda _: at, rows=True)
-            x, g = tiles.load_row(xs, at), tiles.load_row(cotangents, at)
-            a, d_x, d_p = cell.pull(h, x, p, [u + v for u, v in zip(g, a, strict=True)])
-            old = tiles.load_row(d_xs, at)
-            for ref, value in zip(d_xs, tiles.choose(passed, old, d_x), strict=True):
-                ref[at] = value.astype(ref.dtype)
-            return list(a), [s + d for s, d in zip(sums, d_p, strict=True)]
+            h, x, g = at_step(lambda _: at, 1)
+            now = [u + c[...][None] for u, c in zip(g, carry, strict=True)]
+            new, d_x, d_p = cell.pull(h, x, p, now)
+            for c, value in zip(carry, new, strict=True):
+                c[...] = value[0]
+            old = tiles.load(d_xs, lambda _: at, 1)
+            tiles.store(d_xs, lambda _: at, tiles.choose(passed[None], old, d_x))
+            return [s + d[0] for s, d in zip(sums, d_p, strict=True)]
 
         zeros = [jnp.zeros(plan.row, jnp.float32)] * cell.params
-        slow, slow_sums = lax.fori_loop(0, count, advance, ([c[...] for c in carry], zeros))
-        add(tiles.choose(passed, sums, slow_sums))
-        finish(tiles.choose(passed, a, slow))
+        slow = lax.fori_loop(0, count, advance, zeros)
+        add(tiles.choose(passed, sums, slow))
+        finish(tiles.choose(passed, a, [c[...] for c in carry]))
         completed[...] = completed[...] + jnp.where(passed, 0, count)
 
 
@@ -233,17 +235,14 @@ def _before(plan, begin, init, states, outside):
         value = jnp.where(beyond == at, edge, ref[beyond].astype(jnp.float32))
         return jnp.where(begin + at == plan.time - 1, first, value) if inner else value
 
-    def read(place, rows=False):
+    def read(place, chunks):
         values = []
         for ref, edge, first in zip(states, outside, init, strict=True):
             first = first[...].astype(jnp.float32)
             at_end = begin == 0 if plan.reverse else begin + plan.window >= plan.time
             edge = jnp.where(at_end, first, edge[0].astype(jnp.float32))
-            if rows:
-                values.append(one(ref, edge, first, place(0)))
-            else:
-                chunks = range(plan.chunks)
-                values.append(jnp.stack([one(ref, edge, first, place(c)) for c in chunks]))
+            rows = [one(ref, edge, first, place(c)) for c in range(chunks)]
+            values.append(jnp.stack(rows))
         return values
 
     return read
