@@ -242,6 +242,8 @@ def test_auto_takes_a_kernel_on_an_accelerator_and_explains_when_it_cannot():
         step, cell.start(params, (2,)), gates, solver=jp.auto(platform="gpu")
     )
     assert choice.solver == rule.PATHS["fused"] and "kernel" in str(choice)
+    decoding = rule.pick("gpu", steps=1, elements=64, block=1, kernel=True)[0]
+    assert decoding == rule.PATHS["implicit"]
     dense = lambda h, x: (jnp.tanh(h @ jnp.ones((4, 4)) + x), h)  # noqa: E731
     choice = jp.explain_choice(dense, jnp.ones(4), jnp.ones((9, 4)), solver=jp.auto(platform="tpu"))
     assert choice.solver != rule.PATHS["fused"]

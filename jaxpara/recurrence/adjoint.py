@@ -325,7 +325,6 @@ def _reverse(problem: Problem, full, light, wanted):
         spread = jax.linear_transpose(lambda s: wanted((s, g_ys, rest))[0], states)
         (g,) = spread(seen_by)
         before = timeaxis.preceding(axis, init, states)
-        operator = _operator(problem, consts, before, xs)
         (c, x), fill = floating((consts, xs))
 
         def steps(before, *inputs):
@@ -346,6 +345,7 @@ def _reverse(problem: Problem, full, light, wanted):
                 problem.step, settings, consts, init, xs, states, g, problem.reverse
             )
         if found is None:
+            operator = _operator(problem, consts, before, xs)
             w, into_init = transposed(operator, g, settings, problem.reverse)
             _, pull = jax.vjp(lambda *i: steps(before, *i), *inputs)
             grads = pull((w, g_ys))

@@ -28,8 +28,9 @@ _WORTH = 1.1
 
 # Without a map: on an accelerator every step of lax.scan costs a launch of its own, so
 # a recurrence with small blocks is solved in parallel as soon as it is long, and in one
-# kernel, whatever its length, where a kernel takes its step.
+# kernel where a kernel takes its step, unless it is as short as when a model decodes.
 _LONG = 256
+_SHORT = 8
 _SMALL_BLOCK = 8
 
 
@@ -50,7 +51,7 @@ def pick(
     """
     measured = _map(platform)
     if measured is None:
-        if platform != "cpu" and kernel:
+        if platform != "cpu" and kernel and steps >= _SHORT:
             return PATHS["fused"], f"one kernel on a {platform} (a guess: not measured)"
         if platform != "cpu" and steps >= _LONG and block <= _SMALL_BLOCK:
             return PATHS["shooting"], f"{steps} steps on a {platform} (a guess: not measured)"
