@@ -76,7 +76,7 @@ class Job(NamedTuple):
 
 
 def jobs(targets: Sequence[str], only: str = "") -> list[Job]:
-    """What is compiled: everything at the first shape; the extremes, where blocks differ, in float32.
+    """What is compiled: everything at the first shape; in float32 where blocks differ, too.
 
     Args:
       targets: of `TARGETS`.
