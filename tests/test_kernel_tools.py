@@ -69,7 +69,7 @@ def test_every_recurrence_pass_and_storage_is_compiled_for_every_target():
         products = {j.recurrence for j in every if j.target == target and j.which == "product"}
         assert products == {"int8", "int4"}
         shapes = {j.shape for j in every if j.target == target and j.which != "product"}
-        assert shapes == set(COMPILED)
+        assert shapes == set(COMPILED if target == "h100" else COMPILED[:2])
     chosen = compile_kernels.jobs(["v5e"], "gru bf16 backward")
     assert chosen == [Job("v5e", "gru", "backward", "bf16", COMPILED[0])]
 
