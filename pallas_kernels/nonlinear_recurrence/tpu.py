@@ -124,22 +124,21 @@ def _kernel(cell, plan, tol, budget, affine, refs):
         for count in counts:
             count[...] = jnp.zeros(plan.row, count.dtype)
 
-    def roll(starts, keep):
-        """All chunks through the step; `keep` writes the states."""
+    def roll(starts):
+        """All chunks through the step; writes the states, returns the last ones."""
         p = tiles.spread(params, plan.row, plan.chunks)
 
         def advance(index, h):
             place = plan.step(index)
             new = cell.step(h, tiles.load(xs, place, plan.chunks), p)
             h = tiles.choose(plan.exists(begin, index), new, h)
-            if keep:
-                tiles.store(states, place, h)
+            tiles.store(states, place, h)
             return h
 
         return lax.fori_loop(0, plan.length, advance, list(starts))
 
     def roll_with_product(keep):
-        """As `roll`, with the columns of P alongside; leaves `ends` and `products`."""
+        """From `starts`, with the columns of P alongside; leaves `ends` and `products`."""
         p = tiles.spread(params, plan.row, plan.chunks)
         one, zero = jnp.ones(plan.tile, jnp.float32), jnp.zeros(plan.tile, jnp.float32)
         unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
@@ -162,13 +161,13 @@ def _kernel(cell, plan, tol, budget, affine, refs):
                 products[size * i + j][...] = value
 
     def leave():
-        """The window's last states become the carry, except of lanes that are not done."""
+        """The last states of the rollout become the carry."""
         last = plan.place(plan.chunks - 1, plan.chunks)
         for c, e in zip(carry, ends, strict=True):
             c[...] = e[last]
 
     if not shooting:
-        h = roll([c[...][None] for c in carry], keep=True)
+        h = roll([c[...][None] for c in carry])
         for c, value in zip(carry, h, strict=True):
             c[...] = value[0]
         passes[...] = jnp.ones(plan.row, jnp.int32)
@@ -178,7 +177,7 @@ def _kernel(cell, plan, tol, budget, affine, refs):
         tiles.start_affine(plan, starts, carry)
         roll_with_product(keep=False)
         done[...] = tiles.link_affine(plan, starts, ends, products)
-        for ref, value in zip(ends, roll([s[...] for s in starts], keep=True), strict=True):
+        for ref, value in zip(ends, roll([s[...] for s in starts]), strict=True):
             ref[...] = value
         passes[...] = jnp.ones(plan.row, jnp.int32)
     else:
