@@ -6,6 +6,7 @@ training. From `config.yaml` and `summary.json` alone.
 """
 
 import csv
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,7 @@ import hydra
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from experiments.commandline import guarded
+from experiments.commandline import guarded, quote_text
 from experiments.curves import styles
 from experiments.finetune import NUMBERS, unused
 from experiments.language_model import BITS
@@ -242,7 +243,7 @@ def named(runs: Sequence[Run], title: str | None) -> str:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="finetune_figure")
-def main(cfg: DictConfig) -> None:
+def compose(cfg: DictConfig) -> None:
     """Hydra's entry."""
 
     def program():
@@ -252,6 +253,12 @@ def main(cfg: DictConfig) -> None:
         write(Path(cfg.output), rows(found), title=named(found, cfg.title))
 
     guarded(program)
+
+
+def main() -> None:
+    """The command line: the title as typed."""
+    sys.argv[1:] = quote_text(sys.argv[1:], keys=("title",))
+    compose()
 
 
 if __name__ == "__main__":
