@@ -200,9 +200,9 @@ def draw(table: Sequence[Row], *, title: str) -> Figure:
     # What rounding has destroyed would leave no room for the rest.
     best = min(row.quality for row in table)
     axes.set_ylim(top=min(axes.get_ylim()[1], best + 1.5))
-    axes.set_title(title)
+    figure.suptitle(title, fontsize="medium")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
     return figure
 
 
