@@ -52,9 +52,16 @@ def finished(tmp_path_factory, text):
     return place, folder
 
 
-def composed(text, *overrides):
+def composed(text, *overrides, program="train"):
+    needed = ["from=null"] if program == "finetune" else []
     with initialize_config_module("experiments.conf", version_base="1.3"):
-        return compose("train", [*overrides, f"data.root={text}"])
+        return compose(program, [*overrides, *needed, f"data.root={text}"])
+
+
+def program_of(group, name):
+    """The command at the head of a config says whose it is."""
+    head = (CONF / group / f"{name}.yaml").read_text()
+    return re.search(r"# python -m experiments\.(train|finetune)\b", head)[1]
 
 
 @pytest.mark.parametrize("choice", [f"{g}={m}" for g in GROUPS for m in members(g)])
@@ -63,7 +70,7 @@ def test_every_member_of_every_group_builds(choice, text):
     parts, models = build(cfg), instantiate(cfg.task.models)
     for model in (parts.task.model, models.model, models.sequential, models.parallel):
         assert jax.eval_shape(model.init, jax.random.key(0))
-    assert (models.observed is None) == (choice == "mixer=attention")
+    assert (models.observed is None) == choice.endswith("attention")
     assert set(parts.task.tables) == (set() if models.observed is None else {"solver"})
     if choice.startswith("solver@parallel"):
         assert choice.endswith(f"={models.parallel_name}")
@@ -71,7 +78,7 @@ def test_every_member_of_every_group_builds(choice, text):
 
 @pytest.mark.parametrize("name", members("experiment"))
 def test_every_experiment_builds(name, text):
-    cfg = composed(text, f"experiment={name}")
+    cfg = composed(text, f"experiment={name}", program=program_of("experiment", name))
     assert build(cfg).task.about and cfg.name == name
 
 
@@ -87,7 +94,7 @@ def test_every_value_of_every_sweep_composes(name, text):
             interval = override.value()
             chosen = [interval.start, interval.end]
         for value in chosen:
-            assert composed(text, f"{key}={value}")
+            assert composed(text, f"{key}={value}", program=program_of("sweep", name))
 
 
 def test_the_default_is_the_experiment_of_the_issue(text):
