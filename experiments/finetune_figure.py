@@ -130,13 +130,15 @@ def rows(runs: Iterable[Run]) -> list[Row]:
             "milliseconds": _step_milliseconds(members),
         }
         found.append(_row(name, tuple(numbers), members, BITS, "bits_per_weight", **rest))
-        for key in members[0].summary:
+        # Runs of an earlier day may have been rounded to other grids.
+        for key in dict.fromkeys(key for run in members for key in run.summary):
             if key.startswith(ROUNDED) and key.endswith("_bits_per_byte"):
                 kind = key.removeprefix(ROUNDED).removesuffix("_bits_per_byte")
                 bits = f"{ROUNDED}{kind}_bits_per_weight"
                 how = (int(kind), numbers[1]) if kind.isdigit() else (None, numbers[1])
                 label = f"{name}, rounded" if kind.isdigit() else f"{name}, rounded: {kind}"
-                found.append(_row(label, how, members, key, bits))
+                having = [run for run in members if key in run.summary]
+                found.append(_row(label, how, having, key, bits))
 
     best: dict[tuple, Row] = {}
     for row in sorted(found, key=lambda row: row.quality):

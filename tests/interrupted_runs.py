@@ -12,6 +12,7 @@ from experiments import checkpoints, metrics, trainer
 # Of the machine, not of the run.
 MEASURED = {"seconds", "tokens_per_second", "memory_bytes", "model_flops_per_second"}
 MEASURED |= {"training_seconds", "compile_seconds", "model_flops_per_token", "solvers"}
+MEASURED |= {"step_memory_bytes"}  # as the other costs, of a step that was compiled
 
 
 def stopper(monkeypatch):

@@ -34,9 +34,8 @@ from experiments.unfinished import unfinished_newton, unfinished_shooting
 from jaxpara.types import Model
 
 CONF = Path(__file__).resolve().parent.parent / "experiments" / "conf"
-TASKS = sorted(
-    path.stem for path in (CONF / "task").glob("*.yaml") if path.stem != "language_model"
-)
+OF_TEXT = ("language_model", "finetune")
+TASKS = sorted(path.stem for path in (CONF / "task").glob("*.yaml") if path.stem not in OF_TEXT)
 MIXERS = sorted(path.stem for path in (CONF / "mixer" / "tracking").glob("*.yaml"))
 MASK = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
 
