@@ -7,6 +7,8 @@ register tile a chunk. Blocks that reach beyond the array hold garbage there: wh
 computes is dropped by `Plan.exists`, and lanes beyond B or D never decide anything (`inside`).
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -249,13 +251,8 @@ def moved(
     size: int, products: Sequence[Any], chunk: Any, delta: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """`P delta` of one chunk; `products` is row-major."""
-    return [
-        sum(
-            (products[size * i + j][chunk] * delta[j] for j in range(1, size)),
-            products[size * i][chunk] * delta[0],
-        )
-        for i in range(size)
-    ]
+    rows = ([product[chunk] for product in products[size * i :][:size]] for i in range(size))
+    return [functools.reduce(operator.add, map(operator.mul, row, delta)) for row in rows]
 
 
 def start_affine(plan: Plan, starts: Sequence[Any], carry: Sequence[Any]) -> None:

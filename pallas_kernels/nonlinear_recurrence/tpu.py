@@ -68,10 +68,15 @@ def forward(
       NotImplementedError: an operand that is neither float32 nor bfloat16.
     """
     tiles.check([*init, *xs, *params])
-    shape = xs[0].shape
+    steps, batch, width = xs[0].shape
     step_bytes = sum(a.dtype.itemsize for a in [*xs, *init])
     plan = tiles.make_plan(
-        shape, step_bytes, cell.states, chunks=chunks, window=window, reverse=reverse
+        (steps, batch, width),
+        step_bytes,
+        cell.states,
+        chunks=chunks,
+        window=window,
+        reverse=reverse,
     )
     kind = tiles.widest([*init, *xs, *params])
     lanes = plan.over_lanes()
@@ -79,7 +84,7 @@ def forward(
     def out(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
-    counts = [out(shape[1:], d) for d in (jnp.int32, jnp.float32, jnp.int32)]
+    counts = [out((batch, width), d) for d in (jnp.int32, jnp.float32, jnp.int32)]
     shooting = plan.chunks > 1
     size = cell.states
     *states, passes, residual, completed = pl.pallas_call(
@@ -89,14 +94,15 @@ def forward(
         + [plan.over_time()] * cell.inputs
         + [plan.over_lanes(p.shape[0]) for p in params],
         out_specs=[plan.over_time()] * size + [lanes] * 3,
-        out_shape=[out(shape, i.dtype) for i in init] + counts,
+        out_shape=[out(xs[0].shape, i.dtype) for i in init] + counts,
         # carry; then done, residual, and of all chunks: starts, ends, products
         scratch_shapes=tiles.scratch(plan, size + 2, (2 * size + size * size) * shooting),
         compiler_params=tiles.compiler_params(),
         interpret=interpret,
         name="nonlinear_recurrence",
     )(*init, *xs, *params)
-    return states, *(jnp.max(c, axis=1) for c in (passes, residual, completed))
+    worst = [jnp.max(count, axis=1) for count in (passes, residual, completed)]
+    return list(states), worst[0], worst[1], worst[2]
 
 
 def _kernel(cell, plan, tol, budget, affine, refs):

@@ -57,11 +57,16 @@ def backward(
     """
     operands = [*init, *xs, *params, *states, *cotangents]
     tiles.check(operands)
-    shape, size = xs[0].shape, cell.states
+    (steps, batch, width), size = xs[0].shape, cell.states
     step_bytes = sum(a.dtype.itemsize for a in [*xs, *xs, *states, *cotangents])
     # The adjoint runs against the recurrence.
     plan = tiles.make_plan(
-        shape, step_bytes, size, chunks=chunks, window=window, reverse=not reverse
+        (steps, batch, width),
+        step_bytes,
+        size,
+        chunks=chunks,
+        window=window,
+        reverse=not reverse,
     )
     kind = tiles.widest(operands)
     lanes, time = plan.over_lanes(), plan.over_time()
@@ -77,7 +82,7 @@ def backward(
         return jax.ShapeDtypeStruct(array.shape, array.dtype, manual_axis_type=kind)
 
     def per_lane(dtype):
-        return jax.ShapeDtypeStruct(shape[1:], dtype, manual_axis_type=kind)
+        return jax.ShapeDtypeStruct((batch, width), dtype, manual_axis_type=kind)
 
     shooting = plan.chunks > 1
     results = pl.pallas_call(
