@@ -1,8 +1,9 @@
 """LoRA as Hugging Face PEFT reads it: `adapter_config.json` and `adapter_model.safetensors`.
 
 PEFT keeps `lora_A.weight [r, in]` and `lora_B.weight [out, r]`, the transposes of our `a` and
-`b`, for each module of a PyTorch model. A stacked leaf becomes a module for each of its slices.
-Needs the extra `safetensors`.
+`b`, for each module of a PyTorch model: for a convolution (`jp.lora(window=..)`) `[r, in, *window]`
+and `[out, r, 1, ..]`, for an embedding the first two by names of their own. A stacked leaf becomes
+a module for each of its slices. Needs the extra `safetensors`.
 """
 
 import importlib.util
@@ -22,6 +23,22 @@ from jaxpara.weights.weight import is_weight
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+EMBEDDINGS = ("table", "embedding")
+"""How the leaves of embeddings are called, here and in Flax; PEFT has other names for theirs."""
+OTHERWISE = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "trainable_token_indices",
+    "modules_to_save",
+)
+"""Of PEFT's settings those with which an adapter of type LORA is something else, or more."""
 
 
 class Slot(NamedTuple):
@@ -36,6 +53,26 @@ class Slot(NamedTuple):
     module: str
     path: str
     index: tuple[int, ...]
+
+    def keys(self) -> dict[str, str]:
+        """Our parts, and under what names PEFT keeps them."""
+        embedding = self.path.split("/")[-1] in EMBEDDINGS
+        form = "lora_embedding_{}" if embedding else "lora_{}.weight"
+        return {part: f"{PREFIX}{self.module}.{form.format(part.upper())}" for part in ("a", "b")}
+
+
+def _theirs(part: str, array: np.ndarray, window: int) -> np.ndarray:
+    """`a[*window, in, r]` or `b[r, out]` as PyTorch has it."""
+    if part == "a":
+        return np.ascontiguousarray(array.transpose(-1, -2, *range(window)))
+    return np.ascontiguousarray(array.T).reshape(*array.T.shape, *(1,) * window)
+
+
+def _ours(part: str, array: np.ndarray) -> np.ndarray:
+    """Undoes `_theirs`."""
+    if part == "a":
+        return array.transpose(*range(2, array.ndim), 1, 0)
+    return array.reshape(array.shape[:2]).T
 
 
 def _loras(state: Any) -> dict[str, Any]:
@@ -71,7 +108,7 @@ def slots(state: Any, names: Mapping[str, str]) -> Iterator[Slot]:
       RunError: a leaf is no LoRA, or a name has another number of `{}`.
     """
     for path, leaf in _loras(state).items():
-        lead = leaf.parts["a"].shape[:-2]
+        lead = leaf.parts["b"].shape[:-2]  # the axes of a window are a's alone
         template = ".".join([*path.split("/")[:-1], *("{}" for _ in lead)])
         template = next((t for glob, t in names.items() if matcher(glob)(path, leaf)), template)
         if template.count("{}") != len(lead):
@@ -110,10 +147,10 @@ def save(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
     (rank,), (scale,) = ranks, scales
     tensors, modules = {}, []
     for slot in slots(state, names or {}):
-        parts = loras[slot.path].parts
-        for name, part in (("lora_A", "a"), ("lora_B", "b")):
-            matrix = np.asarray(parts[part][slot.index]).T
-            tensors[f"{PREFIX}{slot.module}.{name}.weight"] = np.ascontiguousarray(matrix)
+        leaf = loras[slot.path]
+        for part, key in slot.keys().items():
+            own = np.asarray(leaf.parts[part][slot.index])
+            tensors[key] = _theirs(part, own, leaf.method.settings.window)
         modules.append(slot.module)
     folder.mkdir(parents=True, exist_ok=True)
     library.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -148,10 +185,24 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
       The state with them.
 
     Raises:
-      RunError: another rank or scale, a module that is not there or has another shape, or one
-        for which the state has no leaf.
+      RunError: the files are missing or not of plain LoRA, another rank or scale, a module that
+        is not there or has another shape, or one for which the state has no leaf.
     """
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise RunError(
+                f"{folder} has no {name}: give what model.save_pretrained(..) of PEFT wrote"
+            )
     config = json.loads((folder / CONFIG).read_text())
+    more = {name: config[name] for name in OTHERWISE if config.get(name)}
+    if config.get("bias", "none") != "none":
+        more["bias"] = config["bias"]
+    if config["peft_type"] != "LORA" or more:
+        settings = "".join(f" with {name}={value}" for name, value in more.items())
+        raise RunError(
+            f"{folder} is of {config['peft_type']}{settings}, and what is read here is plain LoRA: "
+            "merge it with PEFT"
+        )
     tensors = _library().load_file(folder / TENSORS)
     loras = _loras(state)
     rank = config["r"]
@@ -165,17 +216,18 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
             )
     parts = {path: {n: np.array(p) for n, p in leaf.parts.items()} for path, leaf in loras.items()}
     for slot in slots(state, names or {}):
-        for name, part in (("lora_A", "a"), ("lora_B", "b")):
-            key = f"{PREFIX}{slot.module}.{name}.weight"
+        window = loras[slot.path].method.settings.window
+        for part, key in slot.keys().items():
             if key not in tensors:
                 raise RunError(f"{folder / TENSORS} has no {key}: see names=")
             into = parts[slot.path][part]
-            if tensors[key].shape[::-1] != into.shape[-2:]:
+            wanted = _theirs(part, into[slot.index], window).shape
+            if tensors[key].shape != wanted:
                 raise RunError(
-                    f"{key} has shape {tensors[key].shape} and {slot.path} wants "
-                    f"{into.shape[:-3:-1]}: it is not of this model"
+                    f"{key} has shape {tensors[key].shape} and {slot.path} wants {wanted}: "
+                    "it is not of this model"
                 )
-            into[slot.index] = tensors.pop(key).T
+            into[slot.index] = _ours(part, tensors.pop(key))
     if tensors:
         raise RunError(f"the state has no leaf for {', '.join(sorted(tensors))}: see names=")
     nested: dict[str, Any] = {}

@@ -132,6 +132,70 @@ def test_peft_files_hold_the_adapters_transposed_under_the_names_of_modules(tmp_
     )
 
 
+@pytest.mark.slow
+def test_peft_files_name_embeddings_and_lay_out_convolutions_as_pytorch_does(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    draw = np.random.default_rng(0).standard_normal
+    params = {
+        "embedding": {"table": jnp.asarray(draw((7, 4)), jnp.float32)},
+        "conv": {
+            "kernel": jnp.asarray(draw((2, 3, 2, 4, 6)), jnp.float32)
+        },  # two of [3, 2, in, out]
+    }
+    t = jp.chain(
+        jp.lora(rank=2, where="embedding/table"), jp.lora(rank=2, where="conv/kernel", window=2)
+    )
+    state = moved(t.attach(KEY, params))
+    peft_files.save(tmp_path, state, names={"conv/kernel": "convs.{}"})
+    tensors = safetensors.load_file(tmp_path / "adapter_model.safetensors")
+    tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    assert set(tensors) == {
+        *(f"convs.{i}.lora_{x}.weight" for i in range(2) for x in "AB"),
+        *(f"embedding.lora_embedding_{x}" for x in "AB"),
+    }
+    weights = t.effective(state)
+    # PEFT: y = E[token] + s A^T[token] B^T, and torch's conv with W[out, in, h, w] + s (B * A).
+    a, b = (tensors[f"embedding.lora_embedding_{x}"] for x in "AB")
+    table = np.asarray(state["embedding"]["table"].base)
+    np.testing.assert_allclose(
+        table + 2 * (b @ a).T, weights["embedding"]["table"], rtol=2e-6, atol=1e-6
+    )
+    for i in range(2):
+        a, b = (tensors[f"convs.{i}.lora_{x}.weight"] for x in "AB")
+        assert a.shape == (2, 4, 3, 2) and b.shape == (6, 2, 1, 1)
+        whole = np.asarray(state["conv"]["kernel"].base[i]).transpose(3, 2, 0, 1)
+        whole = whole + 2 * np.einsum("or,rihw->oihw", b[..., 0, 0], a)
+        np.testing.assert_allclose(
+            whole.transpose(2, 3, 1, 0), weights["conv"]["kernel"][i], rtol=2e-6, atol=1e-6
+        )
+    fresh = t.attach(jax.random.key(1), params)
+    again = peft_files.load(tmp_path, fresh, names={"conv/kernel": "convs.{}"})
+    jax.tree.map(
+        np.testing.assert_array_equal, jp.weights.adapters(again), jp.weights.adapters(state)
+    )
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"peft_type": "LOHA"}, "is of LOHA, and what is read here is plain LoRA"),
+        ({"use_dora": True}, "is of LORA with use_dora=True"),
+        ({"alpha_pattern": {"up": 4}}, "is of LORA with alpha_pattern={'up': 4}"),
+        ({"bias": "all"}, "is of LORA with bias=all"),
+    ],
+)
+def test_what_peft_calls_lora_and_is_more_is_refused(tmp_path, change, said):
+    pytest.importorskip("safetensors.numpy")
+    state = jp.lora(rank=2).attach(KEY, parameters())
+    with pytest.raises(RunError, match="has no adapter_config.json"):
+        peft_files.load(tmp_path, state)
+    peft_files.save(tmp_path, state)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RunError, match=re.escape(said)):
+        peft_files.load(tmp_path, state)
+
+
 def test_peft_files_that_do_not_fit_are_refused(tmp_path):
     pytest.importorskip("safetensors.numpy")
     state = jp.lora(rank=4).attach(KEY, parameters())
