@@ -4,6 +4,6 @@ Imports JAX, NumPy and the standard library only: a kernel receives a cell as re
 functions and walks no jaxpr.
 """
 
-from pallas_kernels.dispatch import NoImplementation, choose, first_that_works
+from pallas_kernels.dispatch import NoImplementation, choose, first_that_works, unfit
 
-__all__ = ["NoImplementation", "choose", "first_that_works"]
+__all__ = ["NoImplementation", "choose", "first_that_works", "unfit"]

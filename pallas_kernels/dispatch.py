@@ -8,6 +8,10 @@ anywhere. The caller either names what it wants or leaves the choice to `choose`
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
+from pallas_kernels import compat
+
 Implementation = Callable[..., Any]
 
 # Which platforms an implementation's name promises to run on; other names run anywhere.
@@ -16,6 +20,39 @@ PLATFORMS: Mapping[str, tuple[str, ...]] = {
     "triton": ("cuda", "gpu"),
     "mosaic_tpu": ("tpu",),
 }
+
+
+# What the Mosaic GPU kernels are written for: Hopper's copy engine and barriers.
+CAPABILITY = 9.0
+
+
+def unfit(platform: str) -> str | None:
+    """Why the devices at hand run no Mosaic kernel.
+
+    Args:
+      platform: `"cpu"`, `"cuda"`, `"gpu"` or `"tpu"`.
+
+    Returns:
+      One line, or None where kernels run: on any TPU, on Hopper and newer with JAX 0.11, and on a
+      platform that is not here, which is compiled for.
+    """
+    if platform not in PLATFORMS["mosaic_gpu"]:
+        return None
+    try:
+        compat.mosaic_gpu()
+    except NotImplementedError as error:
+        return str(error)
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        return None
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability.replace(".", "", 1).isdigit() and float(capability) >= CAPABILITY:
+        return None
+    return (
+        f"the GPU kernels need Hopper or newer (compute capability {CAPABILITY:.1f}); this is "
+        f"{device.device_kind} ({capability})"
+    )
 
 
 class NoImplementation(NotImplementedError):
@@ -112,6 +149,8 @@ def first_that_works(
         for name in names:
             try:
                 _, function = choose(implementations, name, platform=platform)
+                if name == "mosaic_gpu" and (why := unfit(platform)):
+                    raise NotImplementedError(why)
                 return function(*args, **kwargs)
             except NotImplementedError as error:
                 refused[name] = error

@@ -9,7 +9,7 @@ from jax import lax
 
 import jaxpara as jp
 from experiments.fit_choice import fit
-from jaxpara.recurrence import rule
+from jaxpara.recurrence import choice, rule
 
 
 def gru_step(h, gates):
@@ -45,12 +45,42 @@ def test_the_shipped_map_covers_the_grid_that_auto_promises():
     assert {1, 2} <= {p["block"] for p in points}
 
 
-def test_without_a_map_an_accelerator_solves_long_small_block_recurrences_in_parallel():
-    solver, reason = rule.pick("tpu", steps=4096, elements=1024, block=2)
-    assert solver == rule.PATHS["shooting"] and "not measured" in reason
-    short, _ = rule.pick("tpu", steps=16, elements=1024, block=2)
-    dense, _ = rule.pick("tpu", steps=4096, elements=1024, block=256)
-    assert short == dense == rule.PATHS["implicit"]
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize(
+    ("path", "call"),
+    [
+        ("fused", {"steps": 4096, "elements": 1024, "block": 1, "kernel": True}),
+        ("fused", {"steps": 16, "elements": 10**6, "block": 4, "kernel": True}),
+        ("implicit", {"steps": 4, "elements": 1024, "block": 1, "kernel": True}),  # decoding
+        ("shooting", {"steps": 4096, "elements": 1024, "block": 2}),
+        ("implicit", {"steps": 16, "elements": 1024, "block": 2}),  # short
+        ("implicit", {"steps": 4096, "elements": 1024, "block": 256}),  # dense
+    ],
+)
+def test_without_a_map_an_accelerator_takes_what_its_step_and_length_allow_and_says_it_guesses(
+    platform, path, call, monkeypatch
+):
+    monkeypatch.setattr(rule, "_map", lambda _: None)
+    solver, reason = rule.pick(platform, **call)
+    assert solver == rule.PATHS[path]
+    assert "a guess: not measured" in reason and platform in reason
+
+
+def test_on_a_gpu_that_runs_no_kernel_auto_takes_another_path_and_names_the_device(monkeypatch):
+    monkeypatch.setattr(rule, "_map", lambda _: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    why = "the GPU kernels need Hopper or newer"
+    monkeypatch.setattr(choice, "unfit", lambda platform: why if platform == "gpu" else None)
+
+    def chosen(steps, solver=None):
+        return jp.explain_choice(
+            gru_step, jnp.zeros((2, 4)), gates(steps, 2, 4), solver=solver or jp.auto()
+        )
+
+    assert chosen(512).solver == rule.PATHS["shooting"] and why in str(chosen(512))
+    assert chosen(64).solver == rule.PATHS["implicit"]
+    # Asked about a device that is elsewhere, it does not hold this one against it.
+    assert chosen(512, jp.auto(platform="tpu")).solver == rule.PATHS["fused"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """pallas_kernels.dispatch: what is chosen, what is refused, and what the refusals say."""
 
+import types
+
+import jax
 import pytest
 
-from pallas_kernels import NoImplementation, choose, first_that_works
+from pallas_kernels import NoImplementation, choose, compat, first_that_works, unfit
 
 
 def named(name):
@@ -62,3 +65,32 @@ def test_a_defect_is_not_taken_for_a_refusal():
 
     with pytest.raises(TypeError, match="defect"):
         first_that_works({"a": broken, "xla": named("xla")}, platform="cpu")(1)
+
+
+def on_a(monkeypatch, kind, **capability):
+    """As if JAX saw one GPU."""
+    device = types.SimpleNamespace(device_kind=kind, **capability)
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    monkeypatch.setattr(compat, "mosaic_gpu", lambda: None)  # as with a JAX that has the kernels
+
+
+def test_a_gpu_before_hopper_or_of_another_maker_runs_no_kernel_and_the_call_goes_on(monkeypatch):
+    refused = []
+    ops = {"mosaic_gpu": lambda: refused.append("ran"), "xla": named("xla")}
+    on_a(monkeypatch, "NVIDIA A100", compute_capability="8.0")
+    assert first_that_works(ops, platform="gpu")() == ("xla",) and not refused
+    with pytest.raises(NoImplementation, match=r"Hopper or newer.*this is NVIDIA A100 \(8.0\)"):
+        first_that_works(ops, "mosaic_gpu", platform="gpu")()
+    for capability in ("9.0", "10.0", "12.1"):
+        on_a(monkeypatch, "newer", compute_capability=capability)
+        assert unfit("gpu") is None
+    on_a(monkeypatch, "AMD Instinct", compute_capability="gfx90a")
+    assert "gfx90a" in str(unfit("gpu"))
+    on_a(monkeypatch, "a device that says nothing")
+    assert "unknown" in str(unfit("gpu"))
+    assert unfit("tpu") is None and unfit("cpu") is None
+
+
+def test_an_old_jax_runs_no_gpu_kernel_and_the_reason_is_its_version(monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda: (0, 10))
+    assert "Mosaic GPU needs JAX >= 0.11" in str(unfit("gpu")) and unfit("tpu") is None

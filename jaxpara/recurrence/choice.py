@@ -15,6 +15,7 @@ from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.structure import Structure, structure_of
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import Body, Traced, trace
+from pallas_kernels import unfit
 
 DERIVATIVES = ("general", "reverse")
 
@@ -125,8 +126,10 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     if isinstance(solver, Auto):
         platform = solver.platform or jax.default_backend()
         elements = sum(math.prod(shape) for shape in shapes)
-        # On a CPU there is no kernel to ask for.
+        # On a CPU there is no kernel to ask for; of another platform's devices nothing is known.
         why_not = _refusal(body) if platform != "cpu" else ""
+        if why_not is None and platform == jax.default_backend():
+            why_not = unfit(platform)
         solver, reason = rule.pick(
             platform,
             steps=traced.length,
