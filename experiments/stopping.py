@@ -1,9 +1,13 @@
-"""Ctrl-C and SIGTERM between steps instead of inside one.
+"""Ctrl-C, SIGTERM and a scheduler's warning between steps instead of inside one.
 
 A signal in the middle of a step would find the old state donated and the new one not
 yet assigned. The first one therefore raises a flag that the loop reads after each
 step; a second one acts at once. A scheduler that ends a job sends SIGTERM some seconds
 before it kills.
+
+A scheduler may also warn before the time is up, with a user signal for which its launcher
+has a handler in this process: submitit's queues the job again and leaves at once. That
+handler gets its signal when everything is saved, from `pass_on`.
 """
 
 import signal
@@ -12,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], int | None]]:
-    """Catches the first Ctrl-C or SIGTERM while the context is open.
+    """Catches the first Ctrl-C, SIGTERM or awaited warning while the context is open.
 
     Yields:
       A function that gives the number of the signal that came, or None.
@@ -30,7 +35,10 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
         # Only the main thread may set handlers; elsewhere nobody presses keys.
         yield which
         return
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in (*SIGNALS, *WARNINGS)}
+    for number in WARNINGS:
+        if not callable(previous[number]):  # nobody here waits for it
+            del previous[number]
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -41,9 +49,19 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
         came.append(signum)
         restore()
 
-    for number in SIGNALS:
+    for number in previous:
         signal.signal(number, handle)
     try:
         yield which
     finally:
         restore()
+
+
+def pass_on(number: int) -> None:
+    """Gives a warning, once everything is saved, to the handler that waits for it.
+
+    Args:
+      number: of the signal that came; any but a warning stays here.
+    """
+    if number in WARNINGS:
+        signal.raise_signal(signal.Signals(number))

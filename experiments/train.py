@@ -11,6 +11,7 @@ from experiments.build import build
 from experiments.commandline import guarded, quote_text
 from experiments.resuming import check_overrides, resume_arguments
 from experiments.settings import make_settings
+from experiments.stopping import pass_on
 from experiments.sweeps import once, start
 from experiments.trainer import train
 
@@ -23,7 +24,7 @@ def job(cfg: DictConfig) -> None:
 
     Raises:
       RunError: something to put right at the keyboard.
-      SystemExit: 128 plus the signal's number after Ctrl-C or SIGTERM, with everything saved.
+      SystemExit: 128 plus the signal's number after a signal to stop, with everything saved.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     resume = bool(cfg.resume) and (folder / runs.CONFIG).is_file()
@@ -60,6 +61,7 @@ def job(cfg: DictConfig) -> None:
             f"  {checkpoints.resume_command(folder)}",
             flush=True,
         )
+        pass_on(result.signal)
         raise SystemExit(128 + result.signal)
     print(f"everything is in {folder}")
 

@@ -20,7 +20,7 @@ from experiments.commandline import quote_text
 from experiments.judging import bits_per_byte
 from experiments.loop import Diverged, run_loop
 from experiments.speed import Speedometer
-from experiments.stopping import stop_signal
+from experiments.stopping import pass_on, stop_signal
 from jaxpara.nn import decoder, mixers
 from jaxpara.recurrence import cells
 from jaxpara.types import TrainState
@@ -158,6 +158,22 @@ def test_first_signal_is_a_flag_and_the_second_is_the_old_behaviour(handlers, wh
         assert stopped() == which
         os.kill(os.getpid(), which)
     assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is handlers
+
+
+def test_a_warning_that_nobody_waits_for_is_left_alone_and_an_awaited_one_is_passed_on():
+    got = []
+    with stop_signal():
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+    before = signal.signal(signal.SIGUSR2, lambda signum, frame: got.append(signum))
+    try:
+        with stop_signal() as stopped:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert stopped() == signal.SIGUSR2 and got == []
+        pass_on(signal.SIGTERM)  # would end this process
+        pass_on(stopped())
+        assert got == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_watch_counts_neither_compilation_nor_evaluations():

@@ -1,4 +1,4 @@
-"""A hard life in real processes: killed while it writes, a full disk, SIGTERM, Ctrl-C.
+"""A hard life in real processes: killed in a write, a full disk, SIGTERM, a scheduler, Ctrl-C.
 
 One run lives through all of it: each process goes on where the one before left off. The
 first test to ask starts the chain; what happened is kept for all.
@@ -28,6 +28,16 @@ ENDLESS = (
     "mixer.heads=2 model.width=8 model.layers=1 batch_size=2 window=16 evaluation.windows=2 "
     "evaluation.length=16 evaluation.batch_size=2 check.batch_size=2 check.length=16"
 ).split()
+# A launcher that queues its job again and leaves when the scheduler warns it, as submitit does.
+LAUNCHER = """
+import signal, sys
+def again(signum, frame):
+    print("queued again", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGUSR2, again)
+from experiments.train import main
+main()
+"""
 PATIENCE = 300  # seconds for a process on a machine that does much else
 
 
@@ -60,7 +70,7 @@ def until(condition, process):
         time.sleep(0.002)
 
 
-def live(folder, *arguments, act, file_limit=None):
+def live(folder, *arguments, act, file_limit=None, program=("-m", "experiments.train")):
     """Starts a process, acts on it, and gathers what it leaves."""
     before = checkpoints.steps(folder)
     with contextlib.ExitStack() as stack:
@@ -69,7 +79,7 @@ def live(folder, *arguments, act, file_limit=None):
             environment |= {"JAX_ENABLE_COMPILATION_CACHE": "0", "PYTHONDONTWRITEBYTECODE": "1"}
         process = stack.enter_context(
             subprocess.Popen(
-                [sys.executable, "-m", "experiments.train", *arguments],
+                [sys.executable, *program, *arguments],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -121,9 +131,10 @@ def life(tmp_path_factory):
     happened["half"] = half_written(folder)
     goes_on = f"resume={folder}"
     happened["full"] = live(folder, goes_on, act=lambda process: None, file_limit=4096)
-    for name in ("SIGTERM", "SIGINT"):
+    for name in ("SIGTERM", "SIGUSR2", "SIGINT"):
         act = send_after_a_checkpoint(folder, signal.Signals[name])
-        happened[name] = live(folder, goes_on, act=act)
+        program = ("-c", LAUNCHER) if name == "SIGUSR2" else ("-m", "experiments.train")
+        happened[name] = live(folder, goes_on, act=act, program=program)
     return folder, happened
 
 
@@ -155,7 +166,7 @@ def test_a_full_disk_is_said_with_the_way_on_and_the_checkpoint_before_it_surviv
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGUSR2", 75), ("SIGINT", 130)])
 def test_a_signal_saves_and_says_how_to_go_on(life, name, code):
     folder, happened = life
     event = happened[name]
@@ -165,7 +176,8 @@ def test_a_signal_saves_and_says_how_to_go_on(life, name, code):
     assert f"goes on after step {event.before[-1]} of 1000000" in event.said
     assert re.search(
         rf"interrupted after step {last} of 1000000; everything is saved in \S+{folder.name}\. "
-        rf"Go on with\n  python -m experiments\.train resume=\S+{folder.name}\n$",
+        rf"Go on with\n  python -m experiments\.train resume=\S+{folder.name}\n"
+        + ("queued again\n$" if name == "SIGUSR2" else "$"),
         event.said,
     ), event.said
     assert half_written(folder) == []
