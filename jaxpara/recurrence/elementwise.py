@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara import jaxprs
+from jaxpara.recurrence.affinity import affine_in
 from jaxpara.recurrence.flat import RULED, Flat, Node, flatten, needed, run, slots
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.replay import (
@@ -44,12 +45,14 @@ class Elementwise(NamedTuple):
         `[time, B, D]`, params `[1, D]` or `[B, D]`; differentiable.
       shape: of every state leaf; `lead` of its axes make B, the others D.
       lead: see `shape`.
+      affine: the step is affine in the state; False where that is not proved.
     """
 
     cell: ElementwiseCell
     operands: Callable[[Leaves, Leaves], tuple[list[jax.Array], list[jax.Array]]]
     shape: tuple[int, ...]
     lead: int
+    affine: bool
 
     def rows(self, leaves: Leaves) -> list[jax.Array]:
         """State leaves `[*any, *shape]` to `[*any, B, D]`."""
@@ -145,7 +148,7 @@ def _taken_apart(flat: Flat, n_consts: int, n_state: int, shape: tuple[int, ...]
         return [rows(i, shape, lead) for i in inputs], [channels(p, shape, lead) for p in params]
 
     cell = _cell(once, like, (n_state, len(timed), len(fixed)), _holds_vjp(core))
-    return Elementwise(cell, operands, shape, lead)
+    return Elementwise(cell, operands, shape, lead, affine_in(state_in, flat, core))
 
 
 def _sorted_out(flat: Flat, arguments: Sequence[Sequence[int]], shape: tuple[int, ...]):

@@ -57,6 +57,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         tol=tolerance(init[0].dtype, settings.tol),
         max_iters=settings.max_iters,
         reverse=system.reverse,
+        affine=prepared.affine,  # then one correction is exact, and no pass is made to confirm it
         chunks=settings.chunks,
         window=settings.window,
         implementation=settings.implementation or KERNELS,
