@@ -1,15 +1,17 @@
 """From config to objects, once, in `main`; below it there are plain Python values."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import optax
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
 from experiments.data.corpus import Data
 from experiments.loggers import Open
+from experiments.runs import RunError
 from experiments.task import Task
 from jaxpara import Reparam, chain
 from jaxpara.types import Model, Params
@@ -95,7 +97,7 @@ def solve_in_ways(model: DictConfig, parallel: DictConfig) -> Solved:
     )
 
 
-def each_of(members: DictConfig, where: Any = None) -> dict[str, Reparam]:
+def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]:
     """Builds reparameterisations.
 
     Args:
@@ -104,14 +106,22 @@ def each_of(members: DictConfig, where: Any = None) -> dict[str, Reparam]:
 
     Returns:
       They by name, in order.
+
+    Raises:
+      RunError: a setting that one of them refuses.
     """
-    return {
-        str(name): instantiate(node) if "where" in node else instantiate(node, where=where)
-        for name, node in members.items()
-    }
+    found = {}
+    for name, node in members.items():
+        try:
+            found[str(name)] = instantiate(node, **({} if "where" in node else {"where": where}))
+        except InstantiationException as error:
+            if not isinstance(error.__cause__, (ValueError, TypeError)):
+                raise
+            raise RunError(f"{name}: {error.__cause__}") from error
+    return found
 
 
-def chain_of(members: DictConfig, where: Any = None) -> Reparam | None:
+def chain_of(members: DictConfig | None, where: Any = None) -> Reparam | None:
     """Chains reparameterisations, in the order in which they stand.
 
     Args:
@@ -121,7 +131,7 @@ def chain_of(members: DictConfig, where: Any = None) -> Reparam | None:
     Returns:
       The chain; None where there are none.
     """
-    found = each_of(members, where)
+    found = each_of(members or {}, where)
     return chain(*found.values()) if found else None
 
 
@@ -134,7 +144,7 @@ def build_model(cfg: DictConfig) -> Model:
     Returns:
       The model; of a finetuned one its parameters are the state of the transforms.
     """
-    transform = chain_of(cfg.get("transform") or {}, cfg.get("where"))
+    transform = chain_of(cfg.get("transform"), cfg.get("where"))
     model = instantiate(cfg.model)
     return model if transform is None else transform(model)
 

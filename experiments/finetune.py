@@ -4,7 +4,9 @@ A run's folder is as of `experiments.train`, which also goes on with one: `resum
 """
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,67 @@ from experiments.sweeps import once, start
 from experiments.train import job as train_job
 
 NUMBERS = ("bits", "rank")
+BASE = f"{runs.MAKE} data=stdlib_base name=base hydra.run.dir=runs/base"
+TRANSFORMS = runs.REPOSITORY / "experiments" / "conf" / "transform"
+OF_THE_BASE = ("model", "mixer", "cell", "solver", "contender", "data.tokenizer")
 
 
-def take_model(cfg: DictConfig) -> None:
+def check_transforms(arguments: Sequence[str]) -> None:
+    """Refuses names of transforms that are none, or the same one twice in a chain.
+
+    Hydra would name no other for the first, and run the second as if it stood once.
+
+    Args:
+      arguments: of the command line, without the program.
+
+    Raises:
+      RunError: names what there is.
+    """
+    there = sorted(path.stem for path in TRANSFORMS.glob("*.yaml"))
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key != "transform" or "(" in value:  # a sweep's choice(..), which Hydra reads itself
+            continue
+        for chosen in re.findall(r"\[[^\]]*\]|[^,\[\]]+", value.strip("'\"")):
+            names = [name.strip() for name in chosen.strip("[]").split(",") if name.strip()]
+            for name in names:
+                if name not in (*there, "null"):
+                    raise runs.RunError(
+                        f"transform={chosen}: there is no {name}; there are {', '.join(there)}"
+                    )
+                if names.count(name) > 1:
+                    raise runs.RunError(
+                        f"transform={chosen}: {name} stands in it {names.count(name)} times, and "
+                        "a chain has each transform once"
+                    )
+
+
+def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     """Puts the model and the tokenizer of the run it starts from into a config.
 
     Args:
       cfg: composed, with `from`.
+      overrides: of the command line, `KEY=VALUE`.
 
     Raises:
-      RunError: no such run, or one without a model.
+      RunError: no such run, or one without a model; or an override of what is taken from it.
     """
+    if OmegaConf.is_missing(cfg, "from"):
+        runs.find_run(None, key="from", make=BASE)
     if cfg["from"] is None:
         return
-    trained = runs.load_config(runs.find_run(cfg["from"]))
+    trained = runs.load_config(runs.find_run(cfg["from"], key="from", make=BASE))
     if "model" not in trained:
         raise runs.RunError(
-            f"from={cfg['from']!r} is not of a language model: give a run of "
-            "`python -m experiments.train experiment=lm data=stdlib_base`"
+            f"from={cfg['from']!r} is not of a language model: give a run of\n  {BASE}"
         )
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0].replace("/", ".")
+        if any(key == one or key.startswith(f"{one}.") for one in OF_THE_BASE):
+            raise runs.RunError(
+                f"{override}: from={cfg['from']} brings its model and its tokenizer; leave it out, "
+                "or give from=null to train a model of your own from scratch"
+            )
     with open_dict(cfg):
         cfg.model = trained.model
         cfg.data.tokenizer = OmegaConf.select(trained, "data.tokenizer")
@@ -103,7 +147,7 @@ def job(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     goes_on = bool(cfg.resume) and (folder / runs.CONFIG).is_file()
     if not goes_on:  # a run that goes on does so with its own config
-        take_model(cfg)
+        take_model(cfg, list(HydraConfig.get().overrides.task))
         chosen = " > ".join(cfg.get("transform") or {}) or "full"
         print(f"transforms, as the weight flows: {chosen}")
         same = twin(cfg, folder) if HydraConfig.get().mode == RunMode.MULTIRUN else None
@@ -120,7 +164,12 @@ def compose(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """The command line."""
-    start(compose, resume_arguments)
+
+    def prepare(arguments: list[str]) -> list[str]:
+        check_transforms(arguments)
+        return resume_arguments(arguments)
+
+    start(compose, prepare)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments import adapter_files, runs, tables
+from experiments.build import chain_of
 from experiments.checkpoints import load_params
 from experiments.data.baselines import baselines
 from experiments.data.corpus import Data
@@ -49,10 +50,10 @@ def slow_scales(
 
 
 def started_from(model: Model, run: str | None) -> Model:
-    """A model whose first parameters are those of a run.
+    """A model whose first parameters are those of a run, of an adapted one its effective weights.
 
     Args:
-      model: as that run's.
+      model: as that run's, without its transforms.
       run: its folder; None leaves the model as it is.
 
     Returns:
@@ -63,15 +64,19 @@ def started_from(model: Model, run: str | None) -> Model:
     """
     if run is None:
         return model
-    folder = runs.find_run(run)
-    like = jax.eval_shape(model.init, jax.random.key(0))
+    folder = runs.find_run(run, key="from")
+    trained = runs.load_config(folder)
+    before = chain_of(trained.get("transform"), trained.get("where"))
+    adapted = model if before is None else before(model)
     try:
-        params = load_params(folder, like)
+        params = load_params(folder, jax.eval_shape(adapted.init, jax.random.key(0)))
     except ValueError as error:
         raise runs.RunError(
             f"from={run!r} has other parameters than its model makes: give a run of "
             "`python -m experiments.train experiment=lm`"
         ) from error
+    if before is not None:
+        params = jax.jit(before.effective)(params)
     return model._replace(init=lambda key: params)
 
 
@@ -149,7 +154,8 @@ def finetuned(
                 summary[f"rounded_{name}_bits_per_weight"] = bits_per_weight(
                     jax.eval_shape(rounded.attach, key, merged)
                 )
-                shown[f"merged, then {name} bits"] = summary[f"rounded_{name}_bits_per_byte"]
+                kind = f"{name} bits" if name.isdigit() else name
+                shown[f"merged, then {kind}"] = summary[f"rounded_{name}_bits_per_byte"]
         if transform is not None:
             adapter_files.save(folder, params)
         where = f"{evaluation['windows']} windows of held-out files"

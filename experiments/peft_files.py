@@ -82,13 +82,20 @@ def _loras(state: Any) -> dict[str, Any]:
             path = path_of(keys)
             plain = leaf.method.name.startswith("lora(") and set(leaf.parts) == {"a", "b"}
             if not plain or is_weight(leaf.base):
+                chain = [leaf.method.name]
+                while is_weight(leaf.base):
+                    leaf = leaf.base
+                    chain.insert(0, leaf.method.name)
                 raise RunError(
-                    f"{path} is reparameterised by {leaf.method.name}, and what PEFT reads here is "
-                    "LoRA alone: save it with jp.weights.adapters, or merge it"
+                    f"{path} is reparameterised by {' > '.join(chain)}, and what PEFT reads here "
+                    "is LoRA alone: save it with jp.weights.adapters, or merge it"
                 )
             found[path] = leaf
     if not found:
-        raise RunError("the state has no LoRA leaf")
+        raise RunError(
+            "no weight has LoRA: give a state of jp.lora(..), or a run of "
+            "`python -m experiments.finetune transform=[lora]`"
+        )
     return found
 
 
@@ -105,9 +112,14 @@ def slots(state: Any, names: Mapping[str, str]) -> Iterator[Slot]:
       A slot for each matrix.
 
     Raises:
-      RunError: a leaf is no LoRA, or a name has another number of `{}`.
+      RunError: a leaf is no LoRA, a name has another number of `{}`, a glob is of no leaf, or two
+        slices get one name.
     """
-    for path, leaf in _loras(state).items():
+    loras, known = _loras(state), {}
+    for glob in names:
+        if not any(matcher(glob)(path, leaf) for path, leaf in loras.items()):
+            raise RunError(f"names: {glob!r} is of no leaf with LoRA; they are {', '.join(loras)}")
+    for path, leaf in loras.items():
         lead = leaf.parts["b"].shape[:-2]  # the axes of a window are a's alone
         template = ".".join([*path.split("/")[:-1], *("{}" for _ in lead)])
         template = next((t for glob, t in names.items() if matcher(glob)(path, leaf)), template)
@@ -117,7 +129,14 @@ def slots(state: Any, names: Mapping[str, str]) -> Iterator[Slot]:
                 f"{template.count('{}')} pairs of braces: give one {{}} for each"
             )
         for index in np.ndindex(*lead):
-            yield Slot(template.format(*index), path, index)
+            slot = Slot(template.format(*index), path, index)
+            if slot.module in known:
+                raise RunError(
+                    f"names: {known[slot.module]} and {path} are both called {slot.module}: "
+                    "give a glob of its own to each"
+                )
+            known[slot.module] = path
+            yield slot
 
 
 def _library() -> Any:

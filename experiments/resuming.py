@@ -32,7 +32,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "resume" and value.lower() not in ("true", "false", ""):
-            folder = str(find_run(value.strip("'\"")))
+            folder = str(find_run(value.strip("'\""), key="resume"))
             quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
             changed += ["resume=true", f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
         else:

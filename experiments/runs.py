@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
+MAKE = "python -m experiments.train experiment=lm"
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
 
@@ -140,11 +141,13 @@ def close_run(folder: Path, summary: dict[str, Any]) -> None:
     write_json(folder / ENVIRONMENT, {**known, "seconds": summary["seconds"]})
 
 
-def find_run(run: str | None) -> Path:
+def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
     """Turns `run=FOLDER` into a path.
 
     Args:
       run: a run's folder as the user gave it.
+      key: how the user calls it.
+      make: a command that makes such a run.
 
     Returns:
       The folder; it holds a config.
@@ -162,17 +165,17 @@ def find_run(run: str | None) -> Path:
         key=lambda path: path.stat().st_mtime,
     )
     hint = (
-        f"the newest here is run={known[-1]}"
+        f"the newest here is {key}={known[-1]}"
         if known
-        else "there is none here yet: `python -m experiments.train experiment=lm` makes one"
+        else f"there is none here yet: `{make}` makes one"
     )
     if not run:
-        raise RunError(f"give run=FOLDER, the folder of a training run; {hint}")
+        raise RunError(f"give {key}=FOLDER, the folder of a training run; {hint}")
     folder = Path(run)
     if not folder.is_dir():
-        raise RunError(f"run={run!r}: no such folder (looked in {Path.cwd()}); {hint}")
+        raise RunError(f"{key}={run!r}: no such folder (looked in {Path.cwd()}); {hint}")
     if not (folder / CONFIG).is_file():
-        raise RunError(f"run={run!r} holds no {CONFIG}, so it is not a run's folder; {hint}")
+        raise RunError(f"{key}={run!r} holds no {CONFIG}, so it is not a run's folder; {hint}")
     return folder
 
 

@@ -207,6 +207,11 @@ def test_peft_files_that_do_not_fit_are_refused(tmp_path):
         peft_files.load(tmp_path, state, names=NAMES)
     with pytest.raises(RunError, match="1 leading axes \\(3,\\), and 'up' has 0 pairs"):
         peft_files.save(tmp_path, state, names={"**": "up"})
+    with pytest.raises(RunError, match="'blocks/up' is of no leaf with LoRA; they are blocks/0/k"):
+        peft_files.save(tmp_path, state, names={"blocks/up": "up.{}"})
+    two = jp.lora(rank=4).attach(KEY, {"a": jnp.ones((3, 8, 5)), "b": jnp.ones((3, 8, 5))})
+    with pytest.raises(RunError, match="a and b are both called up.0"):
+        peft_files.save(tmp_path, two, names={"*": "up.{}"})
     other = jp.lora(rank=4).attach(KEY, {"blocks": [{"kernel": jnp.ones((3, 8, 5))}]})
     with pytest.raises(RunError, match="it is not of this model"):
         peft_files.load(tmp_path, other)
@@ -215,3 +220,5 @@ def test_peft_files_that_do_not_fit_are_refused(tmp_path):
         peft_files.load(tmp_path, fewer)
     with pytest.raises(RunError, match="what PEFT reads here is LoRA alone"):
         peft_files.save(tmp_path, jp.l4q().attach(KEY, parameters()))
+    with pytest.raises(RunError, match=r"fake_quant\(bits=4\) > lora\(rank=2\), and what PEFT"):
+        peft_files.save(tmp_path, CHAINS["lora_on_integers"].attach(KEY, parameters()))

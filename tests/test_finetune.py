@@ -16,7 +16,7 @@ from saved_run import MODEL, random_params, save_run
 
 import jaxpara as jp
 from experiments import adapter_files, build, checkpoints, export_adapters, finetune, runs
-from experiments.finetuning import slow_scales
+from experiments.finetuning import slow_scales, started_from
 from experiments.storage import bits_per_weight
 from jaxpara.types import TrainState
 
@@ -72,6 +72,31 @@ def test_the_order_on_the_command_line_is_the_order_of_the_chain():
         assert [first.method.name, second.method.name] == [names[name] for name in order]
         assert first.where == second.where == "**/kernel"
     assert build.chain_of(composed("transform=full").transform) is None
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (
+            "transform=[lora,lorra]",
+            r"transform=\[lora,lorra\]: there is no lorra; there are bdwp, ",
+        ),
+        ("transform=full,[lora],[nf5,lora]", r"transform=\[nf5,lora\]: there is no nf5"),
+        ("transform=[lora,lora]", "lora stands in it 2 times"),
+    ],
+)
+def test_a_transform_that_is_none_or_stands_twice_is_refused_before_hydra_runs(given, said):
+    with pytest.raises(runs.RunError, match=said):
+        finetune.check_transforms(["from=x", given])
+    for fine in ("transform=full,[lora],[nf4,lora]", "transform=[]", "transform=choice([lora],x)"):
+        finetune.check_transforms([fine, "name=lorra"])
+
+
+def test_a_setting_that_a_transform_refuses_is_said_with_its_name():
+    for overrides, said in (("rank=0", "lora: rank=0"), ("+transform.lora.rnk=2", "lora: .*rnk")):
+        cfg = composed("transform=[lora]", overrides)
+        with pytest.raises(runs.RunError, match=said):
+            build.chain_of(cfg.transform, cfg.where)
 
 
 QUICK = ("full", "fake_quant")
@@ -154,6 +179,10 @@ def test_a_finetuned_run_trains_its_adapters_merges_to_the_same_and_says_so(plac
     assert not any(name.startswith("rounded") for name in summary)
     again = jp.weights.with_adapters(transform.attach(KEY, base), adapter_files.load(folder))
     jax.tree.map(np.testing.assert_array_equal, state, again)
+    # Somebody may begin from it again: with what it computes, whatever it was made of.
+    model = build.build_model(OmegaConf.create({"model": runs.load_config(folder).model}))
+    first = started_from(model, str(folder)).init(KEY)
+    jax.tree.map(np.testing.assert_array_equal, first, jax.jit(transform.effective)(state))
 
 
 @pytest.mark.slow
@@ -183,11 +212,22 @@ def test_what_cannot_be_started_from_is_said(place, tmp_path):
     OmegaConf.save(OmegaConf.create({"task": 1}), tmp_path / "other/config.yaml")
     with pytest.raises(runs.RunError, match="is not of a language model"):
         finetune.take_model(OmegaConf.create({"from": str(tmp_path / "other")}))
-    assert "no such folder" in ending(finetune, place, *SMALL, "from=nowhere")
+    missing = ending(finetune, place, *SMALL, "from=nowhere")
+    assert "from='nowhere': no such folder" in missing and "data=stdlib_base" in missing
+    assert "give from=FOLDER" in ending(finetune, place, *SMALL)
+    wider = ending(finetune, place, *SMALL, f"from={place / 'base'}", "model.width=32")
+    assert "error: model.width=32: from=" in wider and "brings its model" in wider
     nothing = ending(finetune, place, *SMALL, f"from={place / 'base'}", "where=kern", "data=stdlib")
     assert "where='kern' selects none" in nothing
     with pytest.raises(runs.RunError, match="holds no adapters"):
         adapter_files.load(tmp_path)
+
+
+def test_no_transform_is_written_in_two_ways():
+    for given in ("transform=full", "transform=[]"):
+        task = OmegaConf.to_container(composed(given), resolve=True)["task"]
+        assert not task["transform"]["members"]
+    assert build.chain_of(None) is None
 
 
 @pytest.mark.slow
