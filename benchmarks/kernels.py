@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import datetime
 import re
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import recurrences, rows, timing
+from benchmarks import provenance, recurrences, rows, timing
 from benchmarks.contenders import BACKENDS, Result, contender, without_counts
-from benchmarks.points import ITEMSIZE, KERNEL, OPS, SCAN, Point, crossover, fitting, grid, needs
-from benchmarks.report import write_report
+from benchmarks.points import (
+    ITEMSIZE,
+    KERNEL,
+    OPS,
+    SCAN,
+    Point,
+    crossover,
+    fitting,
+    grid,
+    in_order,
+    needs,
+)
+from benchmarks.report import targets_of, write_report
 from jaxpara.recurrence import rule
 from pallas_kernels.shapes import GRID, SMOKE, Shape, traffic
 
@@ -203,15 +213,8 @@ def machine(memory_gb: float | None, copy_bytes: int) -> Machine:
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     memory = int(memory_gb * 1e9) if memory_gb else int(stats.get("bytes_limit", 4e9))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=RESULTS.parent,
-    ).stdout.strip()
-    return Machine(
-        device.device_kind, memory, timing.copy_gb_s(copy_bytes), jax.__version__, commit
-    )
+    copy_gb_s = timing.copy_gb_s(copy_bytes)
+    return Machine(device.device_kind, memory, copy_gb_s, jax.__version__, provenance.commit())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -227,6 +230,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sets", type=int, default=timing.MOST_SETS, help="of rotated inputs")
     made.add_argument("--memory-gb", type=float, help="of the device, if JAX does not know")
     made.add_argument("--retry", action="store_true", help="measure again what failed")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of rows and tables")
     made.add_argument("--csv", type=Path, help="rows; points that it holds are not measured again")
     return made
 
@@ -245,12 +249,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     smoke = options.grid == "smoke"
     here = machine(options.memory_gb, (16 << 20) if smoke else (1 << 30))
     name = re.sub(r"[^a-z0-9]+", "-", here.device.lower()).strip("-")
-    path = options.csv or RESULTS / f"{datetime.date.today().isoformat()}-kernels-{name}.csv"
+    today = datetime.date.today().isoformat()
+    path = options.csv or options.results / f"{today}-kernels-{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
     shapes: Sequence[Shape] = SMOKE if smoke else GRID
-    points = grid(shapes, options.ops, options.dtypes) if "grid" in options.parts else []
-    if "crossover" in options.parts:  # what jp.auto chooses from
-        points += crossover(list(rule.PATHS), *([SMOKE[:1]] if smoke else []))
-    points, large = fitting(points, here.memory)
+    timed = grid(shapes, options.ops, options.dtypes) if "grid" in options.parts else []
+    paths = []  # what jp.auto chooses from
+    if "crossover" in options.parts:
+        paths = crossover(list(rule.PATHS), *([SMOKE[:1]] if smoke else []))
+    points, large = fitting(in_order(timed, paths), here.memory)
     killed = rows.ended(path)
     if killed:
         rows.append(path, killed)
@@ -287,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 break
     finally:
         text = write_report(path, large)
-        print(f"-> {text}")
+        print("\n".join([*targets_of(path), f"-> {text}"]), flush=True)
     return path
 
 

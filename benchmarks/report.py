@@ -43,6 +43,18 @@ def write_report(path: Path, large: Sequence[Point] = ()) -> Path:
     return output
 
 
+def targets_of(path: Path) -> list[str]:
+    """Each target, and whether the rows of a file meet it.
+
+    Args:
+      path: of the rows.
+
+    Returns:
+      One line a target.
+    """
+    return targets({rows.point_of(row): row for row in rows.read(path)})
+
+
 def report(measured: Measured, large: Sequence[Point], source: str) -> list[str]:
     """The report, line by line.
 

@@ -42,6 +42,12 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def pytest_ignore_collect(collection_path, config):
+    # Where the GPU is there may be no Hydra and no Flax, which other files import.
+    if config.getoption("markexpr") == "gpu" and collection_path.name.startswith("test_"):
+        return True if "@pytest.mark.gpu" not in collection_path.read_text() else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_handlers_from_imports():
     # Hydra closes every logging handler that it finds, and absl's closes a stderr that is not the

@@ -63,7 +63,7 @@ def test_the_floor_counts_every_array_once_and_the_grid_is_the_issues():
     assert len(GRID) == len(set(GRID)) == 5 * 3 * 3
 
 
-def test_points_over_the_share_of_memory_are_named_and_the_reference_comes_first():
+def test_points_over_the_share_of_memory_are_named():
     every = points.grid(GRID, ["gru", "linear"], ["float32", "bfloat16"])
     fit, large = points.fitting(every, 80 * 10**9)
     assert len(fit) + len(large) == len(every) and large
@@ -71,11 +71,22 @@ def test_points_over_the_share_of_memory_are_named_and_the_reference_comes_first
     assert (
         max(map(points.needs, fit)) <= shapes.SHARE_OF_MEMORY * 80e9 < min(map(points.needs, large))
     )
-    assert fit[0] == Point("gru", "float32", "forward", Shape(2048, 8, 256), KERNEL)
-    assert fit[1].implementation == SCAN
-    assert fit.index(fit[0]._replace(shape=Shape(8192, 8, 2048))) < len(fit) // 3
-    early = {p.shape for p in fit[: len(fit) // 3] if p.dtype == "float32"}
-    assert Shape(8192, 8, 2048) in early and Shape(131072, 64, 256) not in early
+
+
+def test_a_run_that_is_cut_short_knows_the_targets_and_a_coarse_map():
+    timed = points.grid(GRID, ["gru", "linear"], ["float32", "bfloat16"])
+    paths = points.crossover(list(rule.PATHS))
+    order = points.in_order(timed, paths)
+    assert len(order) == len(set(order)) == len({*timed, *paths})
+    assert order[0] == Point("gru", "float32", "forward", Shape(2048, 8, 256), KERNEL)
+    assert order[1].implementation == SCAN
+    early = order[: len(order) // 3]
+    large = [s for s in GRID if s.batch * s.width >= 2048 and s.steps in (2048, 8192)]
+    targets = [p for p in timed if p.implementation == KERNEL and p.shape in large]
+    assert set(targets) <= set(early)
+    fitted = {p.shape for p in early if p.implementation.startswith(points.SOLVER)}
+    assert fitted == set(points.COARSE) < set(points.CROSSOVER)
+    assert Shape(131072, 64, 256) not in {p.shape for p in early}
 
 
 def test_inputs_are_rotated_while_they_fit_a_cache():
@@ -124,7 +135,9 @@ def test_a_benchmark_that_was_stopped_goes_on_and_measures_nothing_twice(
     again = rows.read(path)
     assert again[: len(first)] == first
     assert len(again) == 2 * len(first) and {row["op"] for row in again} == {"linear", "gru"}
-    assert f"{len(first)} of {2 * len(first)} points to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{len(first)} of {2 * len(first)} points to do" in said
+    assert "665 times lax.scan at the best point: NOT met" in said  # the targets, at the end
     assert "## gru, float32, forward + backward" in path.with_suffix(".md").read_text()
 
 

@@ -3,13 +3,15 @@
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks import provenance
 from pallas_kernels.shapes import COMPILED, Shape
-from tools import compile_kernels, compile_worker
+from tools import compile_kernels, compile_worker, gpu_tests
 from tools.compile_kernels import Job
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -152,11 +154,15 @@ def foreign(path, seen):
 
 
 def test_what_make_gpu_runs_needs_nothing_but_jax_and_its_test_packages():
-    tests = [p for p in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in p.read_text()]
-    assert tests
-    measuring = "contenders fit_choice kernels points recurrences report rows timing".split()
-    measures = [ROOT / f"benchmarks/{name}.py" for name in measuring]
-    for path in [*tests, *measures, ROOT / "tests/conftest.py"]:
+    tests = [p for p in (ROOT / "tests").glob("test_*.py") if "@pytest.mark.gpu" in p.read_text()]
+    assert len(tests) >= 4
+    measures = [
+        ROOT / f"benchmarks/{name}.py"
+        for name in "contenders fit_choice kernels points provenance recurrences report rows "
+        "timing".split()
+    ]
+    tools = [ROOT / "tools/gpu_tests.py", ROOT / "tools/gpu_ready.py"]
+    for path in [*tests, *measures, *tools, ROOT / "tests/conftest.py"]:
         if path.name != pathlib.Path(__file__).name:
             assert foreign(path, set()) == set()
     assert foreign(ROOT / "tests/test_bench.py", set())  # the check does bite
@@ -181,24 +187,117 @@ def test_make_gpu_without_a_gpu_says_what_is_missing():
     assert f"{sys.executable}: JAX" in outcome.stderr and "sees no GPU" in outcome.stderr
 
 
-@pytest.mark.parametrize(("status", "timed"), [(0, True), (5, True), (1, False)])
-def test_make_gpu_tests_first_and_times_nothing_that_is_wrong(tmp_path, status, timed):
-    # A Python that sees a GPU, as far as the script can tell; 5 is pytest's "no tests".
+@pytest.mark.parametrize(
+    ("status", "timed", "ends", "says"),
+    [
+        (0, True, 0, ""),
+        (3, False, 0, "7 minutes are over; the same command goes on with the tests"),
+        (1, False, 1, "what is wrong is not timed"),
+    ],
+)
+def test_make_gpu_tests_first_and_times_nothing_that_is_wrong(tmp_path, status, timed, ends, says):
+    # A Python that sees a GPU, as far as the script can tell.
     log, fake = tmp_path / "log", tmp_path / "python"
     fake.write_text(
-        f'#!/bin/sh\necho "$@" >> {log}\ncase "$2" in pytest) exit {status};; esac\nexit 0\n'
+        f'#!/bin/sh\necho "$@" >> {log}\ncase "$1" in *gpu_tests.py) exit {status};; esac\n'
     )
     fake.chmod(0o755)
     outcome = subprocess.run(
         ["sh", "tools/gpu.sh", "--ops", "gru"],
         cwd=ROOT,
-        env={**os.environ, "PYTHON": str(fake)},
+        env={**os.environ, "PYTHON": str(fake), "MINUTES": "7", "RESULTS": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     ready, tests, *rest = log.read_text().splitlines()
     assert ready == "tools/gpu_ready.py"
-    assert tests.startswith("-m pytest -q -m gpu tests/test_") and "test_kernels_gpu.py" in tests
-    assert rest == (["-m benchmarks.kernels --ops gru"] if timed else [])
-    assert (outcome.returncode == 0) == timed
-    assert timed or "what is wrong is not timed" in outcome.stderr
+    assert tests.startswith("tools/gpu_tests.py --seconds 4") and f"--results {tmp_path}" in tests
+    assert len(rest) == timed and outcome.returncode == ends
+    assert says in outcome.stdout + outcome.stderr
+    for line in rest:
+        assert line.startswith(f"-m benchmarks.kernels --results {tmp_path} --minutes ")
+        assert line.endswith("--ops gru") and 6 < float(line.split()[5]) <= 7
+
+
+def test_every_test_runs_once_before_any_runs_again():
+    names = ["a[1]", "a[2]", "a[3]", "b", "c[1]", "c[2]"]
+    assert gpu_tests.breadth_first(names) == ["a[1]", "b", "c[1]", "a[2]", "c[2]", "a[3]"]
+
+
+ABOUT = {"device": "Some GPU", "jax": "0.12", "code": "abc", "commit": "d", "date": "2026-11-22"}
+SUITE = """
+import os, pytest
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_good(n):
+    pass
+
+def test_bad():
+    assert os.environ.get("MENDED"), "wrong by 3"
+"""
+
+
+def suite(tmp_path, seconds=60.0, about=ABOUT):
+    """A session of the tests above: what ran, and the plugin."""
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    session = gpu_tests.Session(tmp_path / "tests.csv", about, seconds)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:warnings", f"--rootdir={tmp_path}"]
+    pytest.main([*options, str(tmp_path)], plugins=[session])
+    sys.modules.pop("test_suite", None)
+    return session, gpu_tests.outcomes(tmp_path / "tests.csv", about["code"], about["device"])
+
+
+def test_the_device_tests_go_on_where_they_stopped_and_the_file_says_what_failed(
+    tmp_path, monkeypatch
+):
+    session, found = suite(tmp_path, seconds=-1.0)
+    assert session.left == 3 and found == {}
+    session, found = suite(tmp_path)
+    assert (session.left, session.failed) == (0, 1)
+    assert found == {"test_suite.py::test_good[1]": "passed", "test_suite.py::test_bad": "failed",
+                     "test_suite.py::test_good[2]": "passed"}  # fmt: skip
+    assert "wrong by 3" in (tmp_path / "tests.csv").read_text()
+    monkeypatch.setenv("MENDED", "1")
+    session, found = suite(tmp_path)  # what passed is not run again
+    assert (session.left, session.failed) == (0, 0) and set(found.values()) == {"passed"}
+    changed = ABOUT | {"code": "other sources"}
+    assert len(suite(tmp_path, about=changed)[1]) == 3
+
+
+def test_a_device_test_in_which_the_process_died_is_passed_over_and_counts_as_failed(tmp_path):
+    name = "test_suite.py::test_good[1]"
+    gpu_tests.Session(tmp_path / "tests.csv", ABOUT, 9.0).write(name, gpu_tests.STARTED)
+    for _ in range(2):
+        session, found = suite(tmp_path)
+        assert found[name] == gpu_tests.DIED and session.failed == 2  # and the one that is bad
+
+
+def test_results_name_the_commit_or_without_git_the_sources(monkeypatch):
+    assert re.fullmatch(r"[0-9a-f]{10,}(-dirty)?|code-[0-9a-f]{12}", provenance.commit())
+
+    def no_git(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert provenance.commit() == f"code-{provenance.code()}"
+
+
+@pytest.mark.slow
+def test_the_device_tests_are_found_where_only_jax_is_installed():
+    # What a bare environment lacks fails on import, as it does there.
+    program = """
+import importlib.abc, sys, pytest
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in "hydra omegaconf flax orbax matplotlib rich grain haiku equinox".split():
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+sys.exit(pytest.main(["-q", "-m", "gpu", "--collect-only"]))
+"""
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stdout[-2000:]
+    for file in ("gpu", "gpu_backward"):
+        assert f"tests/test_kernels_{file}.py::" in outcome.stdout

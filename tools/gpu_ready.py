@@ -1,6 +1,10 @@
-"""Says which GPU JAX sees here, or exits with what is missing."""
+"""Says which GPU JAX sees here, or exits with what is missing: `python tools/gpu_ready.py`.
+
+With `--packages` only the packages are asked for: enough for a rehearsal on a CPU.
+"""
 
 import importlib.util
+import pathlib
 import sys
 
 missing = [
@@ -13,6 +17,13 @@ if missing:
 
 import jax  # noqa: E402
 
-if jax.default_backend() != "gpu":
-    sys.exit(f"JAX {jax.__version__} sees no GPU, only {jax.devices()[0].device_kind}")
-print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
+device = jax.devices()[0]
+if "--packages" not in sys.argv:
+    if jax.default_backend() != "gpu":
+        sys.exit(f"JAX {jax.__version__} sees no GPU, only {device.device_kind}")
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    from pallas_kernels import unfit
+
+    if why := unfit("gpu"):
+        sys.exit(why)
+print(f"JAX {jax.__version__}, {device.device_kind}")

@@ -1,0 +1,153 @@
+"""Runs the tests marked `gpu` within a time, and writes what they said: `make gpu` does it first.
+
+Breadth first: every test once, with its first parameters, then with its second. Written test by
+test, so that the same command goes on where it stopped: what passed with the same sources on the
+same device is not run again, and a test that the process died in is passed over and counts as
+failed.
+"""
+
+import argparse
+import csv
+import datetime
+import pathlib
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import provenance  # noqa: E402
+
+FIELDS = ("test", "outcome", "seconds", "says", "device", "jax", "code", "commit", "date")
+STARTED, DIED = "started", "died"  # a test that was begun and not ended, and so called later
+OUT_OF_TIME = 3  # the exit status when tests are left
+MOST_FAILURES = 10  # after which the device, or the build, is to blame
+
+
+def breadth_first(names: Sequence[str]) -> list[str]:
+    """Every test with its first parameters, then every one with its second, and so on.
+
+    Args:
+      names: pytest's, in its order.
+
+    Returns:
+      The same names.
+    """
+    seen: dict[str, int] = defaultdict(int)
+    turns = []
+    for name in names:
+        function = name.split("[")[0]
+        turns.append((seen[function], name))
+        seen[function] += 1
+    return [name for _, name in sorted(turns, key=lambda turn: turn[0])]
+
+
+def outcomes(path: pathlib.Path, code: str, device: str) -> dict[str, str]:
+    """What is known of the tests of these sources on this device.
+
+    Args:
+      path: of a file that may not be there.
+      code: of the sources.
+      device: its name.
+
+    Returns:
+      Test -> the last outcome.
+    """
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if (r["code"], r["device"]) == (code, device)]
+    return {row["test"]: row["outcome"] for row in rows}
+
+
+class Session:
+    """A pytest plugin: which tests run, in which order, until when, and what they said."""
+
+    def __init__(self, path: pathlib.Path, about: dict[str, str], seconds: float):
+        self.path = path
+        self.about = about
+        self.deadline = time.monotonic() + seconds
+        self.before = outcomes(path, about["code"], about["device"])
+        self.left = 0
+        self.failed = 0
+        for test, outcome in self.before.items():
+            if outcome in (STARTED, DIED):
+                self.failed += 1
+                print(f"{test}: the process ended while it ran; passed over")
+            if outcome == STARTED:
+                self.write(test, DIED)
+
+    def write(self, test: str, outcome: str, seconds: float = 0.0, says: str = "") -> None:
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            row = {"test": test, "outcome": outcome, "seconds": f"{seconds:.1f}", "says": says}
+            writer.writerow(row | self.about)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
+        done = {t for t, o in self.before.items() if o in ("passed", STARTED, DIED)}
+        named = {item.nodeid: item for item in items}
+        config.hook.pytest_deselected(items=[named[name] for name in named if name in done])
+        items[:] = [named[name] for name in breadth_first([*named]) if name not in done]
+        self.left = len(items)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.write(nodeid, STARTED)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        self.left -= report.when != "teardown"
+        self.failed += report.outcome == "failed"
+        lines = str(getattr(report.longrepr, "reprcrash", "") or "").strip().splitlines()
+        self.write(report.nodeid, report.outcome, report.duration, lines[0][:200] if lines else "")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        if time.monotonic() > self.deadline:
+            item.session.shouldstop = "the time is over"
+            raise item.session.Interrupted(item.session.shouldstop)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `python tools/gpu_tests.py`.
+
+    Args:
+      arguments: of the command line; what is not known goes to pytest.
+
+    Returns:
+      0 if all passed, 1 if one failed, `OUT_OF_TIME` if some are left.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=540.0, help="begin no test after these")
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks/results")
+    options, more = parser.parse_known_args(arguments)
+    import jax
+
+    device = jax.devices()[0].device_kind
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    today = datetime.date.today().isoformat()
+    about = {"device": device, "jax": jax.__version__, "code": provenance.code()}
+    about |= {"commit": provenance.commit(), "date": today}
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"{today}-tests-{name}.csv"
+    session = Session(path, about, options.seconds)
+    call = ["-q", "-m", "gpu", f"--maxfail={MOST_FAILURES}", f"--rootdir={ROOT}", *more]
+    pytest.main([*call, str(ROOT / "tests")], plugins=[session])
+    print(f"{session.left} tests left, {session.failed} failed -> {path}")
+    if session.failed:
+        return 1
+    return OUT_OF_TIME if session.left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
