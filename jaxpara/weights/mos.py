@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxpara.tree import Where
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Factors, Method, Term
+from jaxpara.weights.weight import Factors, Method, Term, Weight, shape_of
 
 
 class _Settings(NamedTuple):
@@ -20,12 +20,15 @@ class _Settings(NamedTuple):
     scale: float
 
 
-def _share(settings: _Settings, key, shapes: Mapping[str, jax.ShapeDtypeStruct]):
+def _share(method: Method, key, bases: Mapping[str, Any]):
     """One pair of pools for each size of matrix, and for each matrix the shards that it takes."""
+    settings: _Settings = method.settings
+    shapes = {path: shape_of(base) for path, base in bases.items()}
     kinds: dict[Any, list[str]] = {}
     for path, like in shapes.items():
         kinds.setdefault((*like.shape[-2:], like.dtype), []).append(path)
-    pools, given = {}, {path: ({}, {}) for path in shapes}
+    pools, indices = {}, {path: {} for path in shapes}
+    shared: dict[str, tuple[tuple[str, str], ...]] = {}
     for i, ((rows, columns, dtype), paths) in enumerate(kinds.items()):
         leads = [shapes[path].shape[:-2] for path in paths]
         count = sum(map(math.prod, leads))
@@ -37,17 +40,20 @@ def _share(settings: _Settings, key, shapes: Mapping[str, jax.ShapeDtypeStruct])
             "a": jax.random.uniform(keys[0], a, dtype, -bound, bound),
             "b": jnp.zeros((total, columns // settings.shards), dtype),
         }
-        for (side, pool), own in zip(begin.items(), keys[1:], strict=True):
-            name = f"{side}_{rows}x{columns}_{dtype}"
-            pools[name] = pool
+        names = {side: f"{side}_{rows}x{columns}_{dtype}" for side in begin}
+        pools |= {names[side]: pool for side, pool in begin.items()}
+        shared |= dict.fromkeys(paths, tuple(names.items()))
+        for side, own in zip(begin, keys[1:], strict=True):
             index, start = _indices(settings, own, count), 0
             for path, lead in zip(paths, leads, strict=True):
                 size = math.prod(lead)
                 taken = index[start : start + size].reshape(*lead, *index.shape[1:])
-                given[path][0][f"at_{side}"] = taken
-                given[path][1][side] = name
+                indices[path][f"at_{side}"] = taken
                 start += size
-    return pools, given
+    weights = {
+        path: Weight(base, indices[path], method, shared[path]) for path, base in bases.items()
+    }
+    return pools, weights
 
 
 def _check(shards: int, rows: int, columns: int, path: str) -> None:
@@ -75,10 +81,6 @@ def _indices(settings: _Settings, key, count: int):
     shared = jax.vmap(choose)(jax.random.split(key, count))
     index = jnp.concatenate([shared.reshape(count, wanted), own], axis=1)
     return index.reshape(count, rank, shards).astype(jnp.int32)
-
-
-def _init(settings: _Settings, key, base):
-    raise NotImplementedError("the parts of mos are made for all leaves at once, by share")
 
 
 def _axes(settings: _Settings, ndim: int):
@@ -152,7 +154,7 @@ def mos(
     method = Method(
         name=f"mos(rank={rank}, budget={budget})",
         settings=_Settings(rank, budget, shards, private, float(alpha / rank)),
-        init=_init,
+        init=None,
         effective=None,
         factors=_factors,
         axes=_axes,

@@ -5,7 +5,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,6 @@ from jaxpara.weights.weight import (
     is_pooled,
     is_weight,
     resolved,
-    shape_of,
     unresolved,
 )
 
@@ -90,30 +89,20 @@ class Reparam(NamedTuple):
                         f"{member.where!r} also selects {path!r}, of shape {jnp.shape(leaf)} and "
                         f"dtype {jnp.result_type(leaf)}: narrow it"
                     )
-            method, given = member.method, {}
-            if method.share is not None:
-                shapes = {path: shape_of(leaf) for path, leaf in selected.items()}
-                own = jax.random.fold_in(key, i)
-                made, given = method.share(method.settings, own, shapes)
-                pools |= {f"{i}_{name}": pool for name, pool in made.items()}
-
-            def attached(keys, leaf, i=i, method=method, chosen=selected, given=given, known=pools):
-                path = path_of(keys)
-                if path not in chosen:
-                    return leaf
-                if path in given:
-                    parts, common = given[path]
-                    shared = tuple((part, f"{i}_{name}") for part, name in sorted(common.items()))
-                    return Weight(leaf, parts, method, shared)
-                number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
-                own = jax.random.fold_in(jax.random.fold_in(key, i), number)
-                try:
-                    base, parts = method.init(method.settings, own, resolved(Pooled(leaf, known)))
-                except ValueError as error:
-                    raise ValueError(f"{path!r}: {error}") from None
-                return Weight(unresolved(base), parts, method)
-
-            state = jax.tree_util.tree_map_with_path(attached, state, is_leaf=is_weight)
+            found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight)
+            leaves = {
+                path_of(keys): resolved(Pooled(leaf, pools))
+                for keys, leaf in found
+                if path_of(keys) in selected
+            }
+            new, made = _attached(member.method, jax.random.fold_in(key, i), leaves)
+            pools |= {f"{i}_{name}": pool for name, pool in made.items()}
+            weights = {path: _without_pools(weight, f"{i}_") for path, weight in new.items()}
+            state = jax.tree_util.tree_map_with_path(
+                lambda keys, leaf, weights=weights: weights.get(path_of(keys), leaf),
+                state,
+                is_leaf=is_weight,
+            )
         return Pooled(state, pools) if pools else state
 
     def effective(self, state: Any) -> Params:
@@ -210,6 +199,29 @@ class Reparam(NamedTuple):
           The report; print it.
         """
         return report(function, state, *inputs)
+
+
+def _attached(method: Method, key: Key, leaves: Mapping[str, Any]):
+    """The weights in the place of leaves, and the pools of those that have parts in common."""
+    if method.share is not None:
+        pools, weights = method.share(method, key, leaves)
+        return weights, pools
+    assert method.init is not None
+    weights = {}
+    for path, leaf in leaves.items():
+        number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
+        try:
+            made = method.init(method.settings, jax.random.fold_in(key, number), leaf)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
+        weights[path] = Weight(*made, method)
+    return weights, {}
+
+
+def _without_pools(weight: Weight, prefix: str) -> Weight:
+    """A new weight as it stands in a state: pools by their names there, the base without any."""
+    shared = tuple((part, prefix + pool) for part, pool in sorted(weight.shared))
+    return dataclasses.replace(weight, base=unresolved(weight.base), shared=shared)
 
 
 def reparam(method: Method, where: Where) -> Reparam:

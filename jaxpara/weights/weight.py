@@ -89,14 +89,14 @@ class Method(NamedTuple):
       scaling: `(settings, dense base, parts) -> Term`, by which an additive weight is multiplied
         in the end.
       penalty: `(settings, dense base, parts) -> scalar`, to be added to the loss.
-      share: for parts that several leaves have in common, in the place of `init`:
-        `(settings, key, {path: shape}) -> (pools, {path: (parts, {name of a part: its pool})})`;
-        the pools stand once beside the parameters, see `Pooled`.
+      share: for leaves that have parts in common, in the place of `init`: `(this method, key,
+        {path: base}) -> (pools, {path: Weight})`. A weight's `shared` names its pools, which stand
+        once beside the parameters, see `Pooled`; its method may differ from leaf to leaf.
     """
 
     name: str
     settings: Any
-    init: Callable[..., tuple[Any, dict[str, jax.Array]]]
+    init: Callable[..., tuple[Any, dict[str, jax.Array]]] | None
     effective: Callable[..., jax.Array] | None
     factors: Callable[..., Factors] | None
     axes: Callable[..., Mapping[str, Axes]]
