@@ -9,6 +9,13 @@ An experiment's file says, in comments before its first key, what to run and wha
 
 The last lines are the same command with a few overrides more, for everyday checks; what goes on
 on another line is indented. Figures are those of `summary.json`; several are separated by commas.
+
+An experiment that starts from another run names it in a line of its own:
+
+    # first: python -m experiments.train experiment=lm data=stdlib_base hydra.run.dir=runs/base
+
+It is run before, in a folder of its own, which the command is then given as `from=`; overrides of
+the small trial that begin with `first.` are for it.
 """
 
 import argparse
@@ -20,15 +27,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from experiments.runs import REPOSITORY, SUMMARY, RunError
 from experiments.tables import show
 
 EXPERIMENTS = REPOSITORY / "experiments" / "conf" / "experiment"
 COMMAND = re.compile(r"# python -m (experiments\.\w+)(.*)")
+BEFORE = re.compile(r"# first: python -m (experiments\.\w+)(.*)")
 FULL = re.compile(r"# ([\d.]+) minutes? on ([^:]+): (.+)")
 SMALL = re.compile(r"# small, ([\d.]+) minutes?: (.+): ([^:]+)")
+FIRST = "first."
 FIGURE = re.compile(r"(\w+) (?:(<=|>=) (\S+)|(\S+) \+- (\S+))")
 
 
@@ -56,12 +65,14 @@ class Trial(NamedTuple):
       overrides: for Hydra.
       minutes: that it takes.
       expected: figures.
+      first: what it starts from, to be run before.
     """
 
     module: str
     overrides: list[str]
     minutes: float
     expected: list[Expected]
+    first: Optional["Trial"] = None
 
 
 def read_figures(text: str) -> list[Expected]:
@@ -111,20 +122,38 @@ def read_head(path: Path) -> dict[str, Trial]:
         else:
             lines.append(line.strip())
 
-    def first(pattern: re.Pattern[str], example: str) -> tuple[str, ...]:
-        for line in lines:
-            if match := pattern.fullmatch(line):
-                return match.groups()
-        raise RunError(f"{path}: its first comments need a line like\n  {example}")
+    def find(pattern: re.Pattern[str]) -> tuple[str, ...] | None:
+        return next((match.groups() for line in lines if (match := pattern.fullmatch(line))), None)
 
-    module, overrides = first(COMMAND, "# python -m experiments.train experiment=NAME")
-    minutes, _, figures = first(FULL, "# 4 minutes on two CPU cores: FIGURE 1.654 +- 0.02")
-    less, changed, rough = first(SMALL, "# small, 0.5 minutes: steps=40: FIGURE <= 4.2")
-    given = overrides.split()
+    def need(pattern: re.Pattern[str], example: str) -> tuple[str, ...]:
+        if (found := find(pattern)) is None:
+            raise RunError(f"{path}: its first comments need a line like\n  {example}")
+        return found
+
+    module, overrides = need(COMMAND, "# python -m experiments.train experiment=NAME")
+    minutes, _, figures = need(FULL, "# 4 minutes on two CPU cores: FIGURE 1.654 +- 0.02")
+    less, changed, rough = need(SMALL, "# small, 0.5 minutes: steps=40: FIGURE <= 4.2")
+    before = find(BEFORE)
+
+    def trial(more: list[str], minutes: str, figures: str) -> Trial:
+        own = [one for one in more if not one.startswith(FIRST)]
+        theirs = [one.removeprefix(FIRST) for one in more if one.startswith(FIRST)]
+        found = Trial(module, overrides.split() + own, float(minutes), read_figures(figures))
+        if before is None:
+            if theirs:
+                raise ValueError(
+                    f"{FIRST}{theirs[0]} is for a run that starts before, and no line "
+                    "`# first: python -m ...` says which"
+                )
+            return found
+        # Its folder and `from=` are for whoever types the commands.
+        given = [one for one in before[1].split() if not one.startswith("hydra.run.dir=")]
+        return found._replace(first=Trial(before[0], given + theirs, found.minutes, []))
+
     try:
         return {
-            "full": Trial(module, given, float(minutes), read_figures(figures)),
-            "small": Trial(module, given + changed.split(), float(less), read_figures(rough)),
+            "full": trial([], minutes, figures),
+            "small": trial(changed.split(), less, rough),
         }
     except ValueError as error:
         raise RunError(f"{path}: {error}") from error
@@ -151,7 +180,9 @@ def judge(expected: Sequence[Expected], summary: Mapping[str, object]) -> list[s
 
 
 def run_trial(trial: Trial, folder: Path) -> tuple[dict[str, object], str | None]:
-    """Runs a trial in a process of its own; its output goes to a file beside the folder.
+    """Runs a trial in a process of its own, after what it starts from.
+
+    The output goes to a file beside the folder.
 
     Args:
       trial: what to run.
@@ -160,6 +191,12 @@ def run_trial(trial: Trial, folder: Path) -> tuple[dict[str, object], str | None
     Returns:
       The summary, and what went wrong with the process itself, if anything.
     """
+    if trial.first is not None:
+        base = folder.with_name(f"{folder.name}-base")
+        _, broken = run_trial(trial.first, base)
+        if broken:
+            return {}, f"what it starts from: {broken}"
+        trial = trial._replace(overrides=[*trial.overrides, f"from={base}"])
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", trial.module, *trial.overrides, f"hydra.run.dir={folder}"]

@@ -53,7 +53,7 @@ def finished(tmp_path_factory, text):
 
 
 def composed(text, *overrides, program="train"):
-    needed = ["from=null"] if program == "finetune" else []
+    needed = ["from=null", "data.only=[]"] if program == "finetune" else []
     with initialize_config_module("experiments.conf", version_base="1.3"):
         return compose(program, [*overrides, *needed, f"data.root={text}"])
 

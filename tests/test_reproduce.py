@@ -2,6 +2,7 @@
 
 import math
 import re
+import subprocess
 import sys
 
 import pytest
@@ -42,6 +43,50 @@ def test_a_head_is_read_into_its_two_trials(write):
         ("accuracy", 0.9, math.inf),
         ("loss", -math.inf, 20),
     ]
+
+
+LATER = """# python -m experiments.finetune experiment=toy
+# first: python -m experiments.train experiment=lm
+#   model.width=8 hydra.run.dir=runs/base
+# 4 minutes on two CPU cores: loss 1.5 +- 0.25
+# small, 0.5 minutes: first.steps=4 steps=2: loss <= 2
+"""
+
+
+def test_what_an_experiment_starts_from_is_a_trial_of_its_own(write):
+    full, small = (read_head(write(head=LATER))[size] for size in ("full", "small"))
+    assert full.module == "experiments.finetune" and full.first.module == "experiments.train"
+    assert full.first.overrides == ["experiment=lm", "model.width=8"]
+    assert small.overrides == ["experiment=toy", "steps=2"]
+    assert small.first.overrides == ["experiment=lm", "model.width=8", "steps=4"]
+    with pytest.raises(RunError, match="first.steps=4 is for a run that starts before"):
+        read_head(write(head=LATER.replace("# first", "# First")))
+
+
+def test_it_is_run_before_and_given_as_from(write, tmp_path, monkeypatch):
+    ran, codes = [], [0, 0, 3]
+
+    def run(command, **options):
+        ran.append(command[2:])
+        return subprocess.CompletedProcess(command, codes[len(ran) - 1])
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    trial, base = read_head(write(head=LATER))["full"], tmp_path / "toy-base"
+    assert reproduce.run_trial(trial, tmp_path / "toy") == ({}, None)
+    assert ran[0] == [
+        "experiments.train",
+        "experiment=lm",
+        "model.width=8",
+        f"hydra.run.dir={base}",
+    ]
+    assert ran[1] == [
+        "experiments.finetune",
+        "experiment=toy",
+        f"from={base}",
+        f"hydra.run.dir={tmp_path / 'toy'}",
+    ]
+    _, wrong = reproduce.run_trial(trial, tmp_path / "toy")
+    assert wrong == f"what it starts from: exit code 3, see {base}.log" and len(ran) == 3
 
 
 @pytest.mark.parametrize("line", ["# python", "# 4 min", "# small"])
