@@ -23,6 +23,10 @@ from jaxpara.types import Model, Params
 MERGED = "merged_bits_per_byte"
 
 
+# Of quantisers: scales and offsets, and of scales in bytes what they are made from.
+GRID_PARTS = ("scale", "offset", "step", "mean")
+
+
 def slow_scales(
     *, optimizer: optax.GradientTransformation, factor: float
 ) -> optax.GradientTransformation:
@@ -32,7 +36,7 @@ def slow_scales(
 
     Args:
       optimizer: for everything.
-      factor: its updates of parts named `scale` and `offset` are multiplied by it.
+      factor: its updates of the parts in `GRID_PARTS` are multiplied by it.
 
     Returns:
       The optimiser.
@@ -41,7 +45,7 @@ def slow_scales(
     def of_a_grid(path, leaf):
         del leaf
         names = [getattr(step, "key", getattr(step, "name", None)) for step in path]
-        return names[-2:-1] == ["parts"] and names[-1] in ("scale", "offset")
+        return names[-2:-1] == ["parts"] and names[-1] in GRID_PARTS
 
     def mask(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(of_a_grid, params)

@@ -43,11 +43,11 @@ from jaxpara.weights.quant.easy import easy_quant as easy_quant
 from jaxpara.weights.quant.fake import fake_quant as fake_quant
 from jaxpara.weights.quant.fake import ternary as ternary
 from jaxpara.weights.quant.flexq import flexq as flexq
-from jaxpara.weights.quant.frozen import nf4 as nf4
 from jaxpara.weights.quant.frozen import rtn as rtn
 from jaxpara.weights.quant.lr_qat import lr_qat as lr_qat
 from jaxpara.weights.quant.lsq import l4q as l4q
 from jaxpara.weights.quant.lsq import lsq as lsq
+from jaxpara.weights.quant.nf4 import nf4 as nf4
 from jaxpara.weights.quant.number_format import number_format as number_format
 from jaxpara.weights.reparam import Reparam as Reparam
 from jaxpara.weights.reparam import chain as chain

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 
 import jaxpara as jp
+from experiments import build, runs
 from jaxpara import nn
 
 KEY = jax.random.key(0)
@@ -145,10 +147,84 @@ def test_a_prefix_is_a_gated_mean_of_two_attentions(double):
     np.testing.assert_allclose((ahead - behind) / 2e-5, slope, rtol=1e-7)
 
 
+def softmaxes(params, x, heads):
+    """For each position and head the probabilities by a loop, and the values that they weigh."""
+    time, size = x.shape[1], x.shape[2] // heads
+    q, k, v = (part.reshape(time, heads, size) for part in np.split(x[0] @ params["kernel"], 3, -1))
+    angle = np.arange(time)[:, None] * 10_000.0 ** -(np.arange(size // 2) / (size // 2))
+
+    def turned(a, i):
+        pairs = (a[..., : size // 2] + 1j * a[..., size // 2 :]) * np.exp(1j * angle[i])
+        return np.concatenate([pairs.real, pairs.imag], -1)
+
+    for i, head in np.ndindex(time, heads):
+        scores = [turned(q[i, head], i) @ turned(k[j, head], j) for j in range(i + 1)]
+        values = [v[j, head] for j in range(i + 1)]
+        for key, value in zip(*params.get("prefix", {"k": (), "v": ()}).values(), strict=True):
+            scores.append(key[head] @ q[i, head])
+            values.append(value[head])
+        weights = np.exp(np.array(scores) / np.sqrt(size))
+        yield weights / weights.sum(), np.array(values)
+
+
+@pytest.mark.parametrize("n", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_attention_on_a_grid_of_probabilities_and_its_straight_gradient(n, double):
+    heads, time = 2, 5
+    mixer = nn.mixers.attention(heads=heads, prefix=n, probabilities=jp.weights.unit_grid(bits=4))(
+        8
+    )
+    params, x = moved(mixer.init(KEY)), normal(7, 1, time, 8)
+    start = mixer.start(params, 1, time, jnp.float64)
+
+    def loss(params):
+        out = mixer.run(params, start, x, None)[1]
+        return jnp.sum(jnp.sin(out)), out
+
+    grads, found = jax.jit(jax.grad(loss, has_aux=True))(params)
+    rounded = [np.round(weights * 15) / 15 for weights, _ in softmaxes(params, x, heads)]
+    exact = [weights for weights, _ in softmaxes(params, x, heads)]
+    wanted = [
+        w @ values for w, (_, values) in zip(rounded, softmaxes(params, x, heads), strict=True)
+    ]
+    np.testing.assert_allclose(found.reshape(-1, 4), wanted, rtol=1e-10, atol=1e-12)
+    assert max(np.max(np.abs(r - e)) for r, e in zip(rounded, exact, strict=True)) > 0.02
+
+    # Of the function whose rounding errors are held the gradient is a finite difference.
+    def held(params):
+        pairs = zip(rounded, exact, softmaxes(params, x, heads), strict=True)
+        return sum(np.sum(np.sin((w + r - e) @ values)) for r, e, (w, values) in pairs)
+
+    step = moved(params)
+    ahead, behind = (
+        held(jax.tree.map(lambda p, d, h=h: p + h * d, params, step)) for h in (1e-6, -1e-6)
+    )
+    slope = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (grads, step)), strict=True))
+    np.testing.assert_allclose((ahead - behind) / 2e-6, slope, rtol=1e-6)
+
+
 MIXERS = {
     "prefix": nn.mixers.attention(heads=2, prefix=3),
     "adapted": nn.adapted_mixer(nn.mixers.attention(heads=2), hidden=3),
+    "adapted behind": nn.adapted_mixer(nn.mixers.attention(heads=2), hidden=3, reads="output"),
+    "grid": nn.mixers.attention(heads=2, probabilities=jp.weights.unit_grid()),
 }
+
+
+@pytest.mark.slow
+def test_an_adapted_mixer_is_the_mixer_and_what_is_beside_or_behind_it(double):
+    plain, x = nn.mixers.attention(heads=2)(8), normal(1, 2, 6, 8)
+    run = jax.jit(plain.run)
+    for reads in ("input", "output"):
+        mixer = nn.adapted_mixer(nn.mixers.attention(heads=2), hidden=3, scale=4.0, reads=reads)(8)
+        params = moved(jax.eval_shape(mixer.init, KEY))
+        start = mixer.start(params, 2, 6, jnp.float64)
+        state, h = run(params["layer"], start, x, None)
+        kept, found = jax.jit(mixer.run)(params, start, x, None)
+        jax.tree.map(np.testing.assert_array_equal, kept, state)
+        down, up = (params["adapter"][name]["kernel"] for name in ("down", "up"))
+        source = x if reads == "input" else np.asarray(h)
+        wanted = h + 4.0 * np.maximum(source @ down, 0) @ up
+        np.testing.assert_allclose(found, wanted, rtol=1e-10)
 
 
 @pytest.mark.slow
@@ -187,6 +263,24 @@ def test_a_decoder_takes_them_and_computes_in_its_dtype():
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_a_negative_prefix_is_refused():
+def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="prefix=-1: give the number of trained keys"):
         nn.mixers.attention(prefix=-1)(8)
+    with pytest.raises(ValueError, match="reads='both': give 'input' .* or 'output'"):
+        nn.adapted_mixer(nn.mixers.attention(), reads="both")
+
+
+CONFIGS = sorted((runs.REPOSITORY / "experiments/conf/mixer").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS])
+def test_every_mixer_of_the_configs_makes_a_model(name):
+    with initialize_config_module("experiments.conf", version_base="1.3"):
+        cfg = compose("train", [f"mixer={name}", "model.width=32", "model.layers=3"])
+    model = build.build_model(cfg)
+    params = jax.eval_shape(model.init, KEY)
+    tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    assert jax.eval_shape(model.apply, params, tokens).shape[:2] == (2, 5)
+    paths = " ".join(jp.tree.path_of(k) for k, _ in jax.tree_util.tree_leaves_with_path(params))
+    assert ("adapter" in paths) == ("adapted" in name) and ("prefix" in paths) == ("prefix" in name)

@@ -139,6 +139,10 @@ def test_bits_a_weight_count_grids_scales_and_adapters():
     assert bits(jp.chain(jp.fake_quant(bits=4), jp.lora(rank=4))) == 4 + scale + adapters
     assert bits(jp.l4q(bits=4)) == 4 + 2 * scale
     assert bits(jp.lr_qat(bits=3, downcast="fixed8")) == 3 + scale
+    assert bits(jp.lr_qat(bits=3, downcast="int8")) == 3 + scale
+    assert bits(jp.nf4()) == 4 + 32 / 64
+    # Two matrices of 32 scales: bytes, one step, and a mean.
+    assert bits(jp.nf4(scale_block=256)) == 4 + 8 / 64 + 2 * 32 / (64 * 32)
     assert bits(jp.lora(rank=4)) == 32  # merged
     assert bits_per_weight(params) == 32
 

@@ -10,6 +10,8 @@ import jaxpara as jp
 from jaxpara.weights.quant.grid import limits
 from jaxpara.weights.weight import Weight
 
+slow = pytest.mark.slow
+
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)
@@ -107,21 +109,30 @@ def test_l4q_gradients_of_the_adapters_are_zero_where_the_weight_is_clipped(doub
     assert all(trained.parts.values())
 
 
+def tied(seed, rows, columns):
+    """A and B in quarters and whole numbers: their product is often half of an odd number."""
+    a, b = normal(seed, rows, 2), normal(seed + 1, 2, columns)
+    return np.float32(np.round(2 * a) / 4), np.float32(np.round(b))
+
+
 def trained(t, shape, seed=0):
-    """A state whose adapters and scales have moved, with ties in its weights."""
+    """A state whose adapters and scales have moved, with ties in its weights and its updates."""
     w = normal(seed, *shape).astype(np.float32)
     w[1::2] = np.round(w[1::2] * 8) / 8
     state = t.attach(jax.random.key(0), {"w": w})["w"]
     update = 0.05 * normal(seed + 1, 2, shape[-1]).astype(np.float32)
     if isinstance(state.base, Weight):
         return {"w": Weight(replaced(state.base, b=update), state.parts, state.method)}
-    return {"w": replaced(state, b=update, scale=1.01 * state.parts["scale"])}
+    a, b = tied(seed + 2, *shape)
+    b[:, ::2] = update[:, ::2]
+    return {"w": replaced(state, a=a, b=b, scale=1.01 * state.parts["scale"])}
 
 
 MERGED = {
     "lr_qat": jp.lr_qat(bits=4, rank=2),
     "lr_qat_bfloat16": jp.lr_qat(bits=4, rank=2, downcast="bfloat16"),
     "lr_qat_fixed8": jp.lr_qat(bits=4, rank=2, downcast="fixed8"),
+    "lr_qat_int8": jp.lr_qat(bits=4, rank=2, downcast="int8"),
     "l4q": jp.l4q(bits=4, rank=2, group=256),
 }
 
@@ -132,6 +143,8 @@ def test_merged_integers_are_those_of_the_forward_bit_for_bit(name):
     state = trained(t, (1024, 1024))
     merged = t.merge(state)
     assert merged["w"].base.dtype == jnp.int8 and merged["w"].base.size > 1e6
+    low, high = limits(merged["w"].method.settings.grid)
+    assert low <= np.min(merged["w"].base) and np.max(merged["w"].base) == high
     assert len(np.unique(merged["w"].base)) > 8
     # The forward is compiled whole, the merge op by op.
     x = normal(5, 3, 1024).astype(np.float32)
@@ -159,6 +172,59 @@ def test_fixed_point_keeps_the_frozen_weight_to_half_a_place(bits):
     assert fixed.base.dtype == jnp.int8
     error = np.abs(np.asarray(fixed.base) / 2 ** (8 - bits) - np.asarray(exact.base))
     assert np.max(error) <= 2.0 ** -(9 - bits) * (1 + 1e-6)
+
+
+def test_lr_qat_on_integers_adds_the_rounded_update_to_them():
+    t = jp.lr_qat(bits=3, rank=2, alpha=2.0, downcast="int8")
+    state = t.attach(jax.random.key(0), {"w": normal(0, 64, 8).astype(np.float32)})["w"]
+    scale = np.float64(state.parts["scale"][0])
+    kept = np.clip(np.round(normal(0, 64, 8) / scale), -3, 3)
+    assert state.base.dtype == jnp.int8
+    np.testing.assert_array_equal(state.base, kept)
+    a, b = tied(1, 64, 8)
+    state, update = replaced(state, a=a, b=b), a @ b
+    wanted = np.clip(kept + np.round(update), -3, 3)
+    assert np.mean(update % 1 == 0.5) > 0.1 and np.mean(np.abs(kept + update) > 3) > 0.01
+    # It is another function than rounding the sum: a tie goes to the even update.
+    assert np.any(wanted != np.clip(np.round(kept + update), -3, 3))
+    np.testing.assert_array_equal(t.merge({"w": state})["w"].base, wanted)
+    np.testing.assert_allclose(t.effective({"w": state})["w"], wanted * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "downcast", ["fixed8", "int8", *(pytest.param(d, marks=slow) for d in ("float32", "bfloat16"))]
+)
+def test_lr_qat_gradients_pass_where_the_nearest_integer_is_on_the_grid(downcast, double):
+    t = jp.lr_qat(bits=3, rank=2, alpha=3.0, downcast=downcast)
+    state = t.attach(jax.random.key(0), {"w": normal(0, 24, 16)})["w"]
+    a, b = 0.5 * normal(1, 24, 2), normal(2, 2, 16)
+    state, weights = replaced(state, a=a, b=b), normal(3, 24, 16)
+    kept = np.float64(state.base) / (32 if downcast == "fixed8" else 1)
+    update = 1.5 * a @ b
+    nearest = kept + np.round(update) if downcast == "int8" else np.round(kept + update)
+    inside = np.abs(nearest) <= 3
+    # Some are beyond the last point of the grid and still round to it.
+    assert 0.03 < np.mean(~inside) < 0.5 and np.any(inside & (np.abs(kept + update) > 3))
+    scale = np.asarray(state.parts["scale"])[0]
+    grads = jax.grad(lambda s: jnp.sum(weights * t.effective({"w": s})["w"]), allow_int=True)(state)
+    passed = 1.5 * weights * scale * inside
+    np.testing.assert_allclose(grads.parts["a"], passed @ b.T, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(grads.parts["b"], a.T @ passed, rtol=1e-10, atol=1e-12)
+
+
+def test_l4q_without_an_update_is_lsq(double):
+    l4q, lsq = jp.l4q(bits=3, rank=2, alpha=0.0), jp.lsq(bits=3, affine=True)
+    weights, grads = normal(1, 6, 4), []
+    for t in (l4q, lsq):
+        state = t.attach(jax.random.key(0), {"w": normal(0, 6, 4)})["w"]
+        state = replaced(state, scale=0.4 * state.parts["scale"])
+        value = lambda s, t=t: jnp.sum(weights * t.effective({"w": s})["w"])  # noqa: E731
+        grads.append(jax.value_and_grad(value)(state))
+    assert grads[0][0] == grads[1][0]
+    for name in ("scale", "offset"):
+        assert np.any(grads[1][1].parts[name] != 0)
+        np.testing.assert_array_equal(grads[0][1].parts[name], grads[1][1].parts[name])
+    assert not np.any(grads[0][1].base.parts["b"])
 
 
 def test_lr_qat_gradient_of_the_scale_is_the_clipped_integer(double):
@@ -208,7 +274,7 @@ def test_stacked_layers_are_quantised_layer_by_layer_inside_a_scan(name, double)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jp.lr_qat(downcast="int4"), "expected one of float32, bfloat16, fixed8"),
+        (lambda: jp.lr_qat(downcast="int4"), "expected one of float32, bfloat16, fixed8, int8"),
         (lambda: jp.lr_qat(bits=8, downcast="fixed8"), "no binary place"),
         (lambda: jp.lr_qat(rank=0), "rank=0"),
         (lambda: jp.lsq(bits=9), "bits=9: give 2 to 8"),

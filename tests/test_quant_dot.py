@@ -265,3 +265,25 @@ def test_stacked_layers_and_experts_quantise_their_own_activations():
 def test_activations_of_zero_stay_zero():
     values, scale = activation_integers(jnp.zeros((2, 8)), 6, 2)
     assert not np.any(values) and np.all(scale > 0)
+
+
+def test_the_unit_grid_has_both_ends_and_rounds_to_the_nearest_step():
+    p = np.concatenate([np.random.default_rng(0).random(200), [0, 1, 0.5 / 63, 0.51 / 63]])
+    p = np.float32(p)
+    on_grid = jp.weights.unit_grid(bits=6)
+    found = np.asarray(on_grid(p))
+    nearest = [min(range(64), key=lambda k: abs(k / 63 - x)) for x in np.float64(p[:-2])]
+    # A compiler may divide by multiplying: one rounding more.
+    np.testing.assert_allclose(found[:-2], np.array(nearest) / 63, rtol=2e-7)
+    np.testing.assert_allclose(found[-1], 1 / 63, rtol=2e-7)
+    assert on_grid(np.float32(0.49 / 63)) == 0
+    for bits in range(2, 17):
+        np.testing.assert_array_equal(jp.weights.unit_grid(bits=bits)(np.float32([0, 1])), [0, 1])
+    np.testing.assert_array_equal(on_grid(found), found)
+    weights = normal(1, len(p))
+    grad = jax.grad(lambda p: jnp.sum(weights * on_grid(p)))(p)
+    np.testing.assert_array_equal(grad, weights)
+    narrow = on_grid(jnp.asarray(p, jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="bits=1: give 2 to 16"):
+        jp.weights.unit_grid(bits=1)

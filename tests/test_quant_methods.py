@@ -11,8 +11,8 @@ from recurrence_cases import QUICK
 
 import jaxpara as jp
 from jaxpara.weights.quant.easy import descent
-from jaxpara.weights.quant.frozen import NF4
 from jaxpara.weights.quant.grid import Grid
+from jaxpara.weights.quant.nf4 import NF4
 from jaxpara.weights.weight import Weight
 
 slow = pytest.mark.slow
@@ -123,6 +123,37 @@ def test_nf4_takes_the_nearest_level_of_each_block():
     assert odd.shape == (2, 9, 3) and np.mean(np.abs(odd - w[:, :9])) < 0.1
 
 
+def test_scales_of_nf4_in_bytes_are_those_of_a_loop():
+    with jax.enable_x64(True):
+        w = np.float64(normal(2, 2, 10, 9)) * (1 + np.arange(9))
+        t = jp.nf4(block=4, scale_block=8)
+        state = attached(t, w)["w"]
+        assert {name: (p.shape, p.dtype.name) for name, p in state.parts.items()} == {
+            "scale": ((2, 3, 1, 9), "int8"),
+            "step": ((2, 4), "float64"),
+            "mean": ((2,), "float64"),
+        }
+        once, wanted, levels = np.zeros_like(w), np.zeros_like(w), np.float64(NF4)
+        for layer in range(2):
+            # 27 scales, row by row of blocks: steps for 8, 8, 8 and the 3 that are left.
+            places = [(slice(i, i + 4), j) for i in range(0, 10, 4) for j in range(9)]
+            scales = [np.max(np.abs(w[layer][place])) for place in places]
+            mean = sum(scales) / 27
+            for start in range(0, 27, 8):
+                group = range(start, min(start + 8, 27))
+                step = max(abs(scales[i] - mean) for i in group) / 127
+                for i in group:
+                    q = round((scales[i] - mean) / step)
+                    assert abs(q) <= 127 and state.parts["scale"][layer].reshape(27)[i] == q
+                    near = np.abs(w[layer][places[i]][:, None] / scales[i] - levels).argmin(1)
+                    once[layer][places[i]] = scales[i] * levels[near]
+                    wanted[layer][places[i]] = (mean + q * step) * levels[near]
+        found = jax.jit(t.effective, compiler_options=QUICK)({"w": state})["w"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-14)
+        # The second rounding costs little: half a step of 127.
+        assert 0 < np.max(np.abs(once - wanted)) < np.max(np.abs(w)) / 254 * (1 + 1e-9)
+
+
 def leaves_trained(t):
     state = attached(t, normal(0, 8, 4))
     mask = jax.tree_util.tree_leaves_with_path(t.trainable(state))
@@ -131,7 +162,8 @@ def leaves_trained(t):
 
 @slow
 def test_adapters_on_a_frozen_base_train_alone_and_without_them_the_scales_do():
-    for base in (jp.nf4(), jp.rtn(), jp.rtn(affine=True), jp.easy_quant()):
+    bytewise = jp.nf4(scale_block=256)
+    for base in (jp.nf4(), bytewise, jp.rtn(), jp.rtn(affine=True), jp.easy_quant()):
         adapted = jp.chain(base, jp.lora(rank=2))
         assert leaves_trained(adapted) == {"w/parts/a", "w/parts/b"}
         state = attached(adapted, normal(0, 8, 4))
@@ -139,6 +171,7 @@ def test_adapters_on_a_frozen_base_train_alone_and_without_them_the_scales_do():
             adapted.effective(state)["w"], base.effective({"w": state["w"].base})["w"]
         )
     assert leaves_trained(jp.nf4()) == leaves_trained(jp.rtn()) == {"w/parts/scale"}
+    assert leaves_trained(bytewise) == {"w/parts/step", "w/parts/mean"}
     assert leaves_trained(jp.easy_quant()) == {"w/parts/scale", "w/parts/outliers"}
 
 
@@ -203,16 +236,15 @@ LIFTED = {
     "mse": jp.fake_quant(ranges="mse", group=4),
     "ternary": jp.ternary(),
     "nf4": jp.nf4(block=3),
-    "rtn": jp.rtn(bits=6, affine=True, group=2),
+    "nf4_in_bytes": jp.nf4(block=3, scale_block=7),
     "easy_quant": jp.easy_quant(share=0.2, sigmas=1.0),
-    "qlora": jp.chain(jp.nf4(), jp.lora(rank=2)),
     "lora_on_rtn": jp.chain(jp.rtn(), jp.lora(rank=2)),
 }
-EVERYWHERE = ("scan_of_remat", "embedding", "experts")
-# What goes the same way through `lift` is shown once; fake_quant is in test_lift's table.
+# What goes the same way through `lift` is shown once; fake_quant is in test_lift's table, and what
+# has a rule of its own in test_adapters_lift.
 LIFTED_IN = dict.fromkeys(LIFTED, ("scan_of_remat",))
-LIFTED_IN |= dict.fromkeys(("nf4", "rtn", "easy_quant"), EVERYWHERE)
-QUICK_ONES = {("rtn", "scan_of_remat")}
+LIFTED_IN |= dict.fromkeys(("nf4", "easy_quant"), ("scan_of_remat", "embedding", "experts"))
+QUICK_ONES = {("lora_on_rtn", "scan_of_remat")}
 
 
 @pytest.mark.parametrize(
@@ -324,7 +356,8 @@ def test_merged_integers_reproduce_the_forward_bit_for_bit(name):
         (lambda: jp.fake_quant(ranges="absmean"), "expected one of absmax"),
         (lambda: jp.fake_quant(activations=1), "activations=1: give 2 to 8 bits, or None"),
         (lambda: jp.rtn(bits=9), "bits=9: give 2 to 8"),
-        (lambda: jp.nf4(block=0), "block=0: give at least 1"),
+        (lambda: jp.nf4(block=0), "block=0, scale_block=None: give at least 1"),
+        (lambda: jp.nf4(scale_block=0), "scale_block=0: give at least 1"),
         (lambda: jp.easy_quant(share=0.0), r"share=0.0, .*a share in \(0, 1\]"),
         (lambda: attached(jp.rtn(group=5), normal(0, 8, 3)), "group=5 does not divide the 8 rows"),
         (lambda: attached(jp.ternary(group=3), normal(0, 8, 3)), "group=3 does not divide"),

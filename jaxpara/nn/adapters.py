@@ -100,31 +100,39 @@ def sequential_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> M
 
 
 def adapted_mixer(
-    mixer: Callable[[int], Mixer], *, hidden: int = 16, scale: float = 1.0
+    mixer: Callable[[int], Mixer], *, hidden: int = 16, scale: float = 1.0, reads: str = "input"
 ) -> Callable[[int], Mixer]:
-    """A token mixer with a bottleneck of the same position beside it, for `decoder`.
+    """A token mixer with a bottleneck of the same position beside or behind it, for `decoder`.
 
     Args:
       mixer: a function from the width to a `Mixer`.
       hidden: size of the bottleneck.
       scale: of what is added.
+      reads: the mixer's "input", a parallel adapter, or its "output", a sequential one.
 
     Returns:
       A function from the decoder's width to a `Mixer` with parameters `{"layer", "adapter"}`.
 
-    References: [unified_adapters].
+    Raises:
+      ValueError: `reads` is neither.
+
+    References: [unified_adapters], [houlsby].
     """
+    if reads not in ("input", "output"):
+        raise ValueError(f"reads={reads!r}: give 'input' for a parallel adapter, or 'output'")
 
     def make(width: int) -> Mixer:
         layer = mixer(width)
-        adapter = bottleneck(width, layer.outputs, hidden=hidden)
+        features = width if reads == "input" else layer.outputs
+        adapter = bottleneck(features, layer.outputs, hidden=hidden)
 
         def start(params, batch_size, max_length, dtype):
             return layer.start(params["layer"], batch_size, max_length, dtype)
 
         def run(params, state, x, reset):
             state, h = layer.run(params["layer"], state, x, reset)
-            return state, h + scale * adapter.apply(params["adapter"], x)
+            source = x if reads == "input" else h
+            return state, h + scale * adapter.apply(params["adapter"], source)
 
         return Mixer(_both(layer, adapter), start, run, layer.outputs)
 

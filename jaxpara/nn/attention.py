@@ -43,21 +43,33 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _with_prefix(prefix, raw, q, keys, values, seen):
+def _spelled_out(q, keys, values, seen, raw, prefix, probabilities):
     """Attention to the cache and, by queries that are not rotated, to trained keys and values."""
-    own = jax.tree.map(lambda p: p.astype(q.dtype), prefix)
-    n, wide = own["keys"].shape[0], jnp.promote_types(q.dtype, jnp.float32)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bthd,bshd->bhts", q, keys, preferred_element_type=wide)
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    first = jnp.einsum("bthd,phd->bhtp", raw, own["keys"], preferred_element_type=wide)
-    scores = jnp.concatenate([first, scores], axis=-1) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(scores).astype(q.dtype)
+    scores, n = jnp.where(seen[:, None], scores, -jnp.inf), 0
+    if prefix is not None:
+        prefix = jax.tree.map(lambda p: p.astype(q.dtype), prefix)
+        n = prefix["keys"].shape[0]
+        first = jnp.einsum("bthd,phd->bhtp", raw, prefix["keys"], preferred_element_type=wide)
+        scores = jnp.concatenate([first, scores], axis=-1)
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
+    if probabilities is not None:
+        weights = probabilities(weights)
+    weights = weights.astype(q.dtype)
     mean = jnp.einsum("bhts,bshd->bthd", weights[..., n:], values)
-    return mean + jnp.einsum("bhtp,phd->bthd", weights[..., :n], own["values"])
+    if prefix is None:
+        return mean
+    return mean + jnp.einsum("bhtp,phd->bthd", weights[..., :n], prefix["values"])
 
 
 def rotary_attention(
-    width: int, *, heads: int, base: float, prefix: int = 0
+    width: int,
+    *,
+    heads: int,
+    base: float,
+    prefix: int = 0,
+    probabilities: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """`softmax(q k^T / sqrt(size) + mask) v` over the cache, without the output matrix.
 
@@ -67,6 +79,8 @@ def rotary_attention(
       base: of the rotary angles.
       prefix: number of trained keys and values that every query also sees; they have no position,
         so each document sees them alike.
+      probabilities: what is done with the softmax before it is multiplied with the values, such as
+        `jaxpara.weights.unit_grid(bits=6)`; elementwise; None: nothing.
 
     Returns:
       `init(key)`, `start(params, batch_size, max_length, dtype)` and
@@ -136,8 +150,9 @@ def rotary_attention(
         seen = (slots <= positions[:, None]) & (slots >= first[:, :, None])
         cached = keys.astype(q.dtype), values.astype(q.dtype)
         with jax.named_scope("attention"):
-            if prefix:
-                y = _with_prefix(params["prefix"], raw, q, *cached, seen)
+            if prefix or probabilities is not None:
+                more = raw, params.get("prefix"), probabilities
+                y = _spelled_out(q, *cached, seen, *more)
             else:
                 y = jax.nn.dot_product_attention(q, *cached, mask=seen[:, None])
         # dynamic_update_slice would overwrite the newest slots in silence.

@@ -72,13 +72,21 @@ def _from_cell(cell: Cell, outputs: int, scan: Callable[..., Any]) -> Mixer:
     return Mixer(cell.init, start, run, outputs)
 
 
-def attention(*, heads: int = 4, base: float = 10_000.0, prefix: int = 0) -> Callable[[int], Mixer]:
+def attention(
+    *,
+    heads: int = 4,
+    base: float = 10_000.0,
+    prefix: int = 0,
+    probabilities: Callable[[jax.Array], jax.Array] | None = None,
+) -> Callable[[int], Mixer]:
     """Causal multi-head attention with rotary positions and a cache of `max_length`.
 
     Args:
       heads: number of heads; the width must be a multiple of twice this number.
       base: of the rotary angles.
       prefix: number of trained keys and values that every query also sees.
+      probabilities: what is done with the softmax before it meets the values, elementwise, such as
+        `jaxpara.weights.unit_grid(bits=6)`; None: nothing.
 
     Returns:
       A function from the decoder's width to a `Mixer`.
@@ -90,6 +98,7 @@ def attention(*, heads: int = 4, base: float = 10_000.0, prefix: int = 0) -> Cal
     References: [attention], [rope], [prefix_tuning].
     """
     options: dict[str, Any] = dict(heads=heads, base=base, prefix=prefix)
+    options["probabilities"] = probabilities
     return lambda width: Mixer(*rotary_attention(width, **options), outputs=width)
 
 

@@ -2,6 +2,7 @@
 
 from jaxpara.weights.parts import adapters as adapters
 from jaxpara.weights.parts import with_adapters as with_adapters
+from jaxpara.weights.quant.activations import unit_grid as unit_grid
 from jaxpara.weights.quant.array import pack as pack
 from jaxpara.weights.quant.array import quantised_array as quantised_array
 from jaxpara.weights.quant.array import quantised_dot as quantised_dot

@@ -4,9 +4,12 @@ One symmetric grid for each row of the operand and each group of entries along t
 from the largest magnitude there: nothing is calibrated.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from jaxpara.weights.quant.grid import never_zero
 
@@ -57,3 +60,32 @@ def fake_activations(x: jax.Array, bits: int, groups: int) -> jax.Array:
     parts = values.reshape(*x.shape[:-1], groups, -1).astype(scale.dtype)
     on_grid = (parts * scale[..., None]).reshape(x.shape).astype(x.dtype)
     return on_grid + (x - lax.stop_gradient(x))
+
+
+def unit_grid(*, bits: int = 6) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
+    """Rounds numbers from 0 to 1 to a grid that does not move, as FlexQ does with probabilities.
+
+    `p -> round(p (2^bits - 1)) / (2^bits - 1)`, and the gradient passes straight through. No scale
+    is looked for: zero and one are on the grid, and what is below half of its step becomes zero.
+    For the probabilities of an attention of one's own, or `nn.mixers.attention(probabilities=...)`.
+
+    Args:
+      bits: 2 to 16.
+
+    Returns:
+      A function of an array, in whose dtype the result is.
+
+    Raises:
+      ValueError: the bits are out of range.
+
+    References: [flexq].
+    """
+    if not 2 <= bits <= 16:
+        raise ValueError(f"bits={bits}: give 2 to 16")
+    most = 2**bits - 1
+
+    def on_grid(p: Float[Array, "..."]) -> Float[Array, "..."]:
+        wide = lax.stop_gradient(p).astype(jnp.promote_types(p.dtype, jnp.float32))
+        return (jnp.round(wide * most) / most).astype(p.dtype) + (p - lax.stop_gradient(p))
+
+    return on_grid

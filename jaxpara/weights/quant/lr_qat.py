@@ -3,7 +3,12 @@
     Phi = downcast(clip(W / s0, low, high))                 frozen, in units of the grid
     W_q = s clip(round(Phi + (alpha / r) A B), low, high)   A, B and s are trained
 
-What is merged are the integers of the forward pass and `s`, with nothing left over.
+or, where the downcast is to the integers themselves,
+
+    W_q = s clip(round(Phi) + round((alpha / r) A B), low, high)
+
+Rounding passes gradients straight through, clipping those of integers on the grid. What is merged
+are the integers of the forward pass and `s`, with nothing left over.
 """
 
 from typing import NamedTuple
@@ -26,7 +31,7 @@ from jaxpara.weights.quant.ranges import searched
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.weight import Method, dense, unfused
 
-DOWNCASTS = ("float32", "bfloat16", "fixed8")
+DOWNCASTS = ("float32", "bfloat16", "fixed8", "int8")
 
 
 class _Settings(NamedTuple):
@@ -44,6 +49,8 @@ def _init(settings: _Settings, key, base):
     if settings.downcast == "fixed8":
         # bits before the point, 8 - bits behind it: the largest magnitude is 2^7 - 2^(8 - bits).
         kept = jnp.round(phi * 2 ** (8 - grid.bits)).astype(jnp.int8)
+    elif settings.downcast == "int8":
+        kept = jnp.round(phi).astype(jnp.int8)
     else:
         kept = phi.astype(settings.downcast)
     *lead, rows, columns = w.shape
@@ -56,26 +63,34 @@ def _init(settings: _Settings, key, base):
     return kept, parts
 
 
-def _on_grid(settings: _Settings, kept, parts):
-    """The weight in units of the grid, before it is rounded."""
+def _straight(x):
+    """Rounded exactly, with the derivative of the identity."""
+    return x + lax.stop_gradient(jnp.round(x) - x)
+
+
+def _rounded(settings: _Settings, kept, parts):
+    """The weight in units of the grid, rounded but not clipped."""
     dtype = parts["scale"].dtype
-    unit = 2 ** (8 - settings.grid.bits) if settings.downcast == "fixed8" else 1
     update = jnp.matmul(parts["a"], parts["b"], precision=lax.Precision.HIGHEST)
     # Rounded before the sum in every program, as in `weight.dense`.
-    return kept.astype(dtype) / unit + unfused(settings.scale * update)
+    update = unfused(settings.scale * update)
+    if settings.downcast == "int8":
+        return kept.astype(dtype) + _straight(update)
+    unit = 2 ** (8 - settings.grid.bits) if settings.downcast == "fixed8" else 1
+    return _straight(kept.astype(dtype) / unit + update)
 
 
 def _effective(settings: _Settings, kept, parts):
     low, high = limits(settings.grid)
-    v = _on_grid(settings, kept, parts)
+    v = _rounded(settings, kept, parts)
+    # where, not clip: what is on the bound is inside, with the whole gradient.
     clipped = jnp.where(v < low, low, jnp.where(v > high, high, v))
-    rounded = clipped + lax.stop_gradient(jnp.round(clipped) - clipped)
-    return (blocks(settings.grid, rounded) * never_zero(parts["scale"])).reshape(v.shape)
+    return (blocks(settings.grid, clipped) * never_zero(parts["scale"])).reshape(v.shape)
 
 
 def _merge(settings: _Settings, kept, parts):
     grid = settings.grid
-    values = jnp.clip(jnp.round(_on_grid(settings, kept, parts)), *limits(grid))
+    values = jnp.clip(_rounded(settings, kept, parts), *limits(grid))
     scale = {"scale": never_zero(parts["scale"])}
     return store(grid, values.astype(jnp.int8), scale)
 
@@ -106,8 +121,9 @@ def lr_qat(
       rank: of the update.
       alpha: the update is scaled by `alpha / rank`; None means `rank`, so 1.
       group: consecutive entries along the contraction axis -2 that share a scale; None: all.
-      downcast: how the frozen weight is stored: "float32", "bfloat16", or "fixed8", a byte with
-        `8 - bits` binary places.
+      downcast: how the frozen weight is stored: "float32", "bfloat16", "fixed8", a byte with
+        `8 - bits` binary places, or "int8", its integers, to which the rounded update is added
+        (the authors' `lr_qat_int`).
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
