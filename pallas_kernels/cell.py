@@ -6,8 +6,8 @@ float32 and uses elementwise primitives alone, so that a kernel body may call it
 registers. Values that the step keeps in a narrower type are rounded to it inside.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,6 +27,8 @@ class ElementwiseCell(NamedTuple):
       pull: `(states, inputs, params, cotangents) -> (d_states, d_inputs, d_params)`: the vjp at
         the states *before* the step; nothing is summed over lanes.
       pull_state: `(states, inputs, params, cotangents) -> d_states`, the first part of `pull`.
+      using: from functions of one array, by the name of their primitive (`"tanh"`), to the same
+        cell made of them, for a backend that has better ones; None where it takes none.
     """
 
     states: int
@@ -42,3 +44,4 @@ class ElementwiseCell(NamedTuple):
         tuple[list[jax.Array], list[jax.Array], list[jax.Array]],
     ]
     pull_state: Callable[[Arrays, Arrays, Arrays, Arrays], list[jax.Array]]
+    using: Callable[[Mapping[str, Callable[[jax.Array], jax.Array]]], Any] | None = None

@@ -31,17 +31,18 @@ class Leaves(NamedTuple):
 
 
 # For the simulator of Mosaic GPU and for race detection: every warp is a Python loop there.
-SIMULATED = (Shape(64, 2, 32), Shape(100, 1, 48))
+SIMULATED = (Shape(1, 2, 3), Shape(31, 1, 16), Shape(40, 1, 20))
 
 # For interpretation on a CPU: one step, a prime length, a power of two, windows that T does not
-# fill; widths of one, of less and of more than a block.
-INTERPRETED = (Shape(1, 1, 1), Shape(31, 3, 5), Shape(512, 2, 130), Shape(1000, 2, 16))
+# fill; batches and widths of one, of less than a block of a TPU (8 by 128), and of more.
+INTERPRETED = (Shape(1, 1, 1), Shape(31, 9, 5), Shape(512, 2, 130), Shape(1000, 3, 7))
 
-# On a device, against float64: the same corners, then sizes that fill it, then one long row.
+# On a device, against float64: a length and a width that no block divides, the corners, then sizes
+# that fill it, then one long row. The last four are points of the benchmark.
 ON_DEVICE = (
-    Shape(1, 1, 1),
-    Shape(31, 3, 5),
     Shape(1000, 2, 130),
+    Shape(31, 3, 5),
+    Shape(1, 1, 1),
     Shape(512, 8, 256),
     Shape(2048, 1, 2048),
     Shape(8192, 8, 256),

@@ -22,6 +22,7 @@ from jaxpara.recurrence.replay import (
     NARROW,
     NO_POWER,
     TABLE,
+    Program,
     UnsupportedCell,
     check_types,
     program,
@@ -275,7 +276,7 @@ def _cell(
     vjp_only: bool,
 ) -> ElementwiseCell:
     """Differentiates `(*states, *inputs, *params) -> states` and makes programs of the results."""
-    k, n_inputs, n_params = counts
+    k = counts[0]
     states = list(like[:k])
     size = len(like)
 
@@ -303,8 +304,15 @@ def _cell(
         step = lambda *s: once(*s, *arrays[k:size])  # noqa: E731
         return list(jax.vjp(step, *arrays[:k])[1](list(arrays[size:])))
 
-    run_step, run_push = program(once, like), program(pushed, [*like, *states * k])
-    run_pull, run_state = (program(f, [*like, *states]) for f in (pulled, pulled_state))
+    programs = [program(once, like), program(pushed, [*like, *states * k])]
+    programs += [program(f, [*like, *states]) for f in (pulled, pulled_state)]
+    return _made_of(programs, counts)
+
+
+def _made_of(programs: Sequence[Program], counts: tuple[int, int, int]) -> ElementwiseCell:
+    """A cell from its step, its Jacobian applied, its vjp, and the states' part of that."""
+    k, n_inputs, n_params = counts
+    run_step, run_push, run_pull, run_state = programs
 
     def push(s: Leaves, x: Leaves, p: Leaves, columns: Sequence[Leaves]):
         flat = run_push(*s, *x, *p, *(c for column in columns for c in column))
@@ -322,4 +330,5 @@ def _cell(
         push=push,
         pull=pull,
         pull_state=lambda s, x, p, cotangents: run_state(*s, *x, *p, *cotangents),
+        using=lambda functions: _made_of([p.using(functions) for p in programs], counts),
     )

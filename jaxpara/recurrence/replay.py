@@ -8,7 +8,7 @@ are rounded to it after each equation.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -155,6 +155,7 @@ TABLE: dict[str, Callable[..., Any]] = {
 class _Line(NamedTuple):
     """One step of a program: operands and result are slots, or operands are Python scalars."""
 
+    name: str
     function: Callable[..., Any]
     params: dict[str, Any]
     operands: tuple[tuple[bool, Any], ...]  # (is a slot, slot or scalar)
@@ -168,6 +169,14 @@ class Program(NamedTuple):
     inputs: list[int]
     lines: list[_Line]
     outputs: list[tuple[bool, Any]]
+
+    def using(self, functions: Mapping[str, Callable[[jax.Array], jax.Array]]) -> "Program":
+        """The same equations, with other functions for the primitives that are named."""
+        lines = [
+            line._replace(function=_plain(functions[line.name])) if line.name in functions else line
+            for line in self.lines
+        ]
+        return self._replace(lines=lines)
 
     def __call__(self, *arrays: jax.Array) -> list[jax.Array]:
         values = {
@@ -230,7 +239,8 @@ def program(function: Callable[..., Any], like: Sequence[Any]) -> Program:
             raise refuse(node, "not an elementwise operation that kernels know")
         dtype = flat.avals[node.result].dtype
         narrow = dtype if dtype.name in NARROW else None
-        lines.append(_Line(function, node.eqn.params, operands, node.result, narrow))
+        name = "" if identity else node.name
+        lines.append(_Line(name, function, node.eqn.params, operands, node.result, narrow))
     return Program(flat.inputs, lines, [read(out) for out in flat.outputs])
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, mosaic_functions
 from pallas_kernels.cell import ElementwiseCell
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence import windows
@@ -30,9 +30,9 @@ from pallas_kernels.nonlinear_recurrence.gpu_block import (
     last_end,
     load_row,
     stage,
-    zeros,
+    zeros_tile,
 )
-from pallas_kernels.nonlinear_recurrence.gpu_window import correct_once, iterate, walk
+from pallas_kernels.nonlinear_recurrence.gpu_window import correct_once, iterate, largest, walk
 
 # Steps of a rollout that are unrolled: their addresses become constants.
 _UNROLL = 4
@@ -92,10 +92,15 @@ def forward(
     cut = windows.cut(xs, plan, reverse)
     rows = [windows.widen(a, plan.block) for a in (*params, *init)]
     inputs = (len(xs), len(params), len(init))
+    rough = None
+    if cell.using is not None:
+        rough = cell.using(mosaic_functions.rough(interpret))
+        cell = cell.using(mosaic_functions.exact(interpret))
+    unroll = _UNROLL if interpret is None else 1
 
     def solve(*refs):
         rest = iter(refs)
-        settings = (cell, plan, float(tol), max_iters, reverse, _UNROLL if interpret is None else 1)
+        settings = (cell, rough, plan, float(tol), max_iters, reverse, unroll)
         missing = steps if steps < plan.windows * plan.window else None
         groups = [[next(rest) for _ in range(n)] for n in (*inputs, len(init), 3, len(xs))]
         _solve(Block(*settings, missing, [h.dtype for h in init], *groups, *rest), affine)
@@ -111,11 +116,11 @@ def forward(
         ],
         scratch=[
             *[gpu.SMEM((plan.slots, plan.chunks, plan.length, plan.block), x.dtype) for x in xs],
-            gpu.SMEM((cell.states, *tile), jnp.float32),
+            gpu.SMEM((cell.states, windows.MARGIN + plan.chunks, plan.block), jnp.float32),
             gpu.SMEM((cell.states**2, *tile), jnp.float32),
             gpu.SMEM((2, cell.states, *tile), jnp.float32),
             gpu.SMEM((cell.states, plan.block), jnp.float32),
-            gpu.SMEM((2, plan.block), jnp.float32),
+            gpu.SMEM(tile, jnp.float32),
             gpu.Barrier(num_arrivals=plan.warpgroups),
             gpu.Barrier(num_arrivals=len(xs), num_barriers=plan.slots),
         ],
@@ -202,10 +207,11 @@ def _solve(block: Block, affine: bool) -> None:
             walked + jnp.where(outcome.still > 0.0, count, 0),
         )
 
-    nothing = (jnp.int32(0), zeros(block), jnp.int32(0))
+    nothing = (jnp.int32(0), zeros_tile(block), jnp.int32(0))
     iterations, residual, walked = lax.fori_loop(0, plan.windows, window, nothing)
+    residual = largest(block, residual)
 
     @pl.when(wg == 0)
     def _():
-        for ref, value in zip(block.report, (iterations, jnp.max(residual), walked), strict=True):
+        for ref, value in zip(block.report, (iterations, residual, walked), strict=True):
             ref[d, b] = value

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, mosaic_functions
 from pallas_kernels.cell import Arrays, ElementwiseCell
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence import windows
@@ -171,6 +171,8 @@ def backward(
         chunks=chunks,
         window=window,
     )
+    if cell.using is not None:
+        cell = cell.using(mosaic_functions.exact(interpret))
     blocks = -(-width // plan.block)
     short = -(-steps // plan.length) - (plan.windows - 1) * plan.chunks
     near = [[_cut(a, plan, reverse) for a in arrays] for arrays in (xs, states, cotangents)]

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.cell import ElementwiseCell
 from pallas_kernels.compat import mosaic_gpu
-from pallas_kernels.nonlinear_recurrence.windows import Plan
+from pallas_kernels.nonlinear_recurrence.windows import MARGIN, Plan
 
 
 class Block(NamedTuple):
@@ -18,19 +18,22 @@ class Block(NamedTuple):
 
     Attributes:
       cell, plan, tol, max_iters, reverse: as the op was given them.
+      rough: the cell to about 1e-3, for first guesses; None where there is none.
       unroll: steps of a rollout that are unrolled where it divides the chunk's length.
       steps: T where the last window is padded, else None.
       dtypes: of the states.
       xs, params, init, states, report: device memory.
       staged: inputs of windows, `[slots, C, L, block]` each.
-      ends, products, starts: summaries of the chunks, `[K, C, block]`, `[K * K, C, block]` and two
-        of `[K, C, block]`.
+      ends, products, starts: summaries of the chunks, `[K, MARGIN + C, block]`, `[K * K, C, block]`
+        and two of `[K, C, block]`. Before the first chunk's end, in scan order, the carry stands
+        MARGIN times.
       carry: the exact state before the window, `[K, block]`.
-      vote: whether a boundary is open, and the largest residual, `[2, block]`.
+      flags: of the boundary before each chunk, `[C, block]`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
     """
 
     cell: ElementwiseCell
+    rough: ElementwiseCell | None
     plan: Plan
     tol: float
     max_iters: int
@@ -48,7 +51,7 @@ class Block(NamedTuple):
     products: Any
     starts: Any
     carry: Any
-    vote: Any
+    flags: Any
     arrived: Any
     copied: Any
 
@@ -84,9 +87,27 @@ def zeros(block: Block) -> jax.Array:
     return mosaic.full((block.plan.block,), 0.0, mosaic.row_layout(block.plan.block))
 
 
+def zeros_tile(block: Block) -> jax.Array:
+    """A tile of zeros."""
+    shape = (own_rows(block).size, block.plan.block)
+    return mosaic.full(shape, 0.0, mosaic.tile_layout(block.plan.block))
+
+
+def end_row(block: Block, state: int, chunk: Any) -> Any:
+    """Where a state leaf stands after a chunk, given by its place in memory."""
+    return block.ends.at[state, chunk if block.reverse else chunk + MARGIN]
+
+
+def own_ends(block: Block, state: int, before: int = 0) -> Any:
+    """Ends of this warpgroup's chunks, or of the chunks so many places before them."""
+    own = own_rows(block)
+    shift = before if block.reverse else MARGIN - before
+    return block.ends.at[state, pl.ds(own.start + shift, own.size)]
+
+
 def last_end(block: Block, state: int) -> Any:
     """Where a state leaf stands after the window's last chunk."""
-    return block.ends.at[state, in_memory(block, block.plan.chunks - 1, block.plan.chunks)]
+    return end_row(block, state, in_memory(block, block.plan.chunks - 1, block.plan.chunks))
 
 
 def stage(block: Block, w: Any) -> None:

@@ -1,13 +1,15 @@
 """One window of multiple shooting on Mosaic GPU: rollouts, the test, the correction, the walk.
 
 Tiles `[C / warpgroups, block]` live in registers and every warpgroup rolls its own chunks out.
-What concerns the chunks' order (test, correction, walk) is done on rows by warpgroup 0 alone, whose
+What concerns the chunks' order (correction, walk) is done on rows by warpgroup 0 alone, whose
 four warps all do the same: they write the same values, and no warp reads a row that another one
 might not have written yet, because the corrected starts go into a second buffer.
 
 Functions of this file that hold a `sync` are called by all warpgroups, the others by any.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +24,16 @@ from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
     channels,
+    end_row,
     in_memory,
     load_row,
     load_tile,
+    own_ends,
     own_rows,
     zeros,
+    zeros_tile,
 )
+from pallas_kernels.nonlinear_recurrence.windows import MARGIN
 
 # As in jaxpara.recurrence: corrections beyond this multiple of the channel's largest end are
 # dropped; a residual is relative to the largest of the last four ends, but to no more than
@@ -39,19 +45,26 @@ _FINITE = float(jnp.finfo(jnp.float32).max)
 _TOGETHER = {1: (8, 4)}
 
 
+# Of a boundary: it is closed; one more pass is likely to close it; or not. Newton's residuals fall
+# from r to about 0.2 r^2 here: from _NEAR times the root of the tolerance to below it.
+CLOSED, NEAR, FAR = 0.0, 1.0, 2.0
+_NEAR = 2.0
+
+
 class Outcome(NamedTuple):
-    """Scalars: passes over the window, whether it is still open (0 or 1); a row: residuals."""
+    """Scalars: passes over the window, whether it is still open (not 0); a tile: residuals."""
 
     passes: Any
     still: Any
     worst: Any
 
 
-def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[list, list]:
+def _roll(block, cell, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[list, list]:
     """Rolls this warpgroup's chunks out: ends, and products of Jacobians if `columns`.
 
     Args:
       block: what to work on.
+      cell: the block's, or its rough one.
       w: the window, in scan order.
       slot: where its inputs lie.
       params: rows.
@@ -59,7 +72,7 @@ def _roll(block, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[
       columns: carry the product along.
       keep: write the states to device memory.
     """
-    cell, plan, own = block.cell, block.plan, own_rows(block)
+    plan, own = block.plan, own_rows(block)
     layout = mosaic.tile_layout(plan.block)
     shape = (plan.chunks // plan.warpgroups, plan.block)
     params = [mosaic.spread(p, shape[0], layout) for p in params]
@@ -120,13 +133,16 @@ def _write_starts(block: Block, tiles: Arrays) -> None:
 def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays]) -> None:
     own = own_rows(block)
     for k, end in enumerate(ends):
-        mosaic.store(block.ends.at[k, own], end)
+        mosaic.store(own_ends(block, k), end)
     for k, product in enumerate([entry for column in columns for entry in column]):
         mosaic.store(block.products.at[k, own], product)
 
 
 def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:
-    """Folds `visit(chunk, rows, state)` over the chunks in scan order; `rows` are the refs'."""
+    """Folds `visit(chunk, rows, state)` over the chunks in scan order.
+
+    The rows are loaded from `ref(chunk)` for each of the refs; a chunk is its place in memory.
+    """
 
     choices = _TOGETHER.get(block.cell.states, (4,))
     together = next(n for n in choices if block.plan.chunks % n == 0)
@@ -134,7 +150,7 @@ def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> A
     def group(g, state):
         chunks = [g * together + j for j in range(together)]
         places = [in_memory(block, c, block.plan.chunks) for c in chunks]
-        rows = [[load_row(block, ref.at[r]) for ref in refs] for r in places]
+        rows = [[load_row(block, ref(r)) for ref in refs] for r in places]
         for place, row in zip(places, rows, strict=True):
             state = visit(place, row, state)
         return state
@@ -142,42 +158,57 @@ def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> A
     return lax.fori_loop(0, block.plan.chunks // together, group, state)
 
 
-def _judge(block: Block, old: Any) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    """Tests every boundary: open (0 or 1), largest residual, cap of each leaf's corrections.
+def largest(block: Block, tile: jax.Array) -> Any:
+    """The largest entry of all warpgroups' tiles: a scalar that every thread agrees on.
+
+    By way of the flags, which nobody may still be reading; after it nobody may write there before
+    another `sync`.
+    """
+    mosaic.store(block.flags.at[own_rows(block)], tile)
+    # All read the rows of all.
+    mosaic.sync(block.arrived)
+    visit = lambda _, rows, top: jnp.maximum(top, rows[0])  # noqa: E731
+    return jnp.max(_over_chunks(block, [lambda row: block.flags.at[row]], visit, zeros(block)))
+
+
+def _judge(block: Block, old: Any) -> tuple[Any, jax.Array]:
+    """Tests every boundary: the worst of CLOSED, NEAR and FAR, and a tile of the residuals.
 
     The boundary before chunk c compares its start with the end of chunk c - 1; before the first
     one stands the carry, and its boundary is closed unless the carry is not finite.
     """
+    own, worst = own_rows(block), zeros_tile(block)
+    verdict = worst + CLOSED
+    for k in range(block.cell.states):
+        before, *recent = [load_tile(block, own_ends(block, k, back)) for back in (1, 2, 3, 4)]
+        difference = jnp.abs(before - load_tile(block, block.starts.at[old, k, own]))
+        size, (one, two, three) = jnp.abs(before), map(jnp.abs, recent)
+        scale = jnp.maximum(jnp.maximum(size, one), jnp.maximum(two, three))
+        scale = jnp.minimum(scale, _SLACK * jnp.maximum(size, one))
+        # A NaN fails the comparisons with the scale, an infinite end the other one.
+        closed = (difference <= block.tol * scale) & (size <= _FINITE)
+        near = (difference <= _NEAR * math.sqrt(block.tol) * scale) & (size <= _FINITE)
+        here = jnp.where(closed, worst * 0.0 + CLOSED, jnp.where(near, NEAR, FAR))
+        verdict = jnp.maximum(verdict, here)
+        worst = jnp.maximum(worst, jnp.where(difference <= _FINITE, difference, jnp.inf))
+    return largest(block, verdict), worst
+
+
+def _caps(block: Block) -> list[jax.Array]:
+    """The cap of each leaf's corrections, a row each."""
     count = block.cell.states
     zero = zeros(block)
-    carry = [load_row(block, block.carry.at[k]) for k in range(count)]
 
-    def visit(place, rows, state):
+    def visit(place, rows, tops):
         del place
-        ends, starts = rows[:count], rows[count:]
-        before, recent, tops, still, worst = state
-        after, tops_now = [], []
-        for k in range(count):
-            size, (one, two, three) = jnp.abs(before[k]), recent[k]
-            difference = jnp.abs(before[k] - starts[k])
-            scale = jnp.maximum(jnp.maximum(size, one), jnp.maximum(two, three))
-            scale = jnp.minimum(scale, _SLACK * jnp.maximum(size, one))
-            # A NaN fails the first comparison, an infinite end the second.
-            closed = (difference <= block.tol * scale) & (size <= _FINITE)
-            still = jnp.maximum(still, jnp.where(closed, zero, zero + 1.0))
-            worst = jnp.maximum(worst, jnp.where(difference <= _FINITE, difference, zero + jnp.inf))
-            after.append([size, one, two])
-            reach = jnp.abs(ends[k])
-            tops_now.append(jnp.maximum(tops[k], jnp.where(reach <= _FINITE, reach, zero)))
-        return ends, after, tops_now, still, worst
+        reach = [jnp.abs(row) for row in rows]
+        reach = [jnp.where(r <= _FINITE, r, zero) for r in reach]
+        return [jnp.maximum(top, r) for top, r in zip(tops, reach, strict=True)]
 
-    refs = [block.ends.at[k] for k in range(count)] + [
-        block.starts.at[old, k] for k in range(count)
-    ]
-    recent = [[jnp.abs(c)] * 3 for c in carry]
-    finite = [jnp.where(jnp.abs(c) <= _FINITE, jnp.abs(c), zero) for c in carry]
-    _, _, tops, still, worst = _over_chunks(block, refs, visit, (carry, recent, finite, zero, zero))
-    return still, worst, [_CAP * top for top in tops]
+    rows = [functools.partial(end_row, block, k) for k in range(count)]
+    start = [load_row(block, block.carry.at[k]) for k in range(count)]
+    start = [jnp.where(jnp.abs(c) <= _FINITE, jnp.abs(c), zero) for c in start]
+    return [_CAP * top for top in _over_chunks(block, rows, visit, start)]
 
 
 def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None) -> jax.Array:
@@ -199,71 +230,102 @@ def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None)
             change = products[i] * shift[0]
             for j in range(1, count):
                 change = change + products[j * count + i] * shift[j]
+            value = ends[i] + change
             if caps is not None:
-                change = jnp.where(jnp.abs(change) <= caps[i], change, zero)
-            value = (ends[i] + change).astype(block.dtypes[i]).astype(jnp.float32)
+                value = jnp.where(jnp.abs(change) <= caps[i], value, ends[i])
+            value = value.astype(block.dtypes[i]).astype(jnp.float32)
             bad = jnp.maximum(bad, jnp.where(jnp.abs(value) <= _FINITE, zero, zero + 1.0))
             after.append(value)
         return after, bad
 
-    refs = [block.ends.at[k] for k in range(count)]
-    refs += [block.starts.at[old, k] for k in range(count)]
-    refs += [block.products.at[k] for k in range(count**2)]
+    def row_of(ref: Any, *index: Any) -> Any:
+        return lambda place: ref.at[*index, place]
+
+    refs = [functools.partial(end_row, block, k) for k in range(count)]
+    refs += [row_of(block.starts, old, k) for k in range(count)]
+    refs += [row_of(block.products, k) for k in range(count**2)]
     carry = [load_row(block, block.carry.at[k]) for k in range(count)]
     return _over_chunks(block, refs, visit, (carry, zero))[1]
 
 
-def _vote(block: Block) -> tuple[Any, Any]:
-    """What warpgroup 0 found: a scalar that every thread agrees on, and the row of residuals."""
-    return jnp.max(load_row(block, block.vote.at[0])), load_row(block, block.vote.at[1])
+def _correct_starts(block: Block, passes: Any, needed: Any = True) -> None:
+    """Warpgroup 0 corrects the starts of a pass if need be; all have theirs when it returns."""
+
+    @pl.when((lax.axis_index("wg") == 0) & needed)
+    def _():
+        _correct(block, passes % 2, (passes + 1) % 2, _caps(block))
+
+    # All read their new starts, and then write over the summaries and the flags.
+    mosaic.sync(block.arrived)
 
 
-def _attempt(block, w, slot, params, first: Arrays, passes: Any, *, keep: bool) -> None:
-    """One pass: rolls out from `first`, tests, and corrects the starts if a boundary is open.
-
-    States that are not kept count for nothing: then the starts are corrected in any case.
-    """
-    wg, old, new = lax.axis_index("wg"), passes % 2, (passes + 1) % 2
-    _write_summaries(block, *_roll(block, w, slot, params, first, columns=True, keep=keep))
+def _guess(block: Block, w: Any, slot: Any, params: Arrays, passes: Any) -> None:
+    """One pass whose states count for nothing: it corrects the starts, and tests nothing."""
+    cell = block.rough or block.cell
+    first = _load_starts(block, passes % 2)
+    _write_summaries(block, *_roll(block, cell, w, slot, params, first, columns=True, keep=False))
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
+    _correct_starts(block, passes)
 
-    @pl.when(wg == 0)
-    def _():
-        still, worst, caps = _judge(block, old)
-        mosaic.store(block.vote.at[0], still)
-        mosaic.store(block.vote.at[1], worst)
 
-        @pl.when(not keep or jnp.max(still) > 0.0)
-        def _():
-            _correct(block, old, new, caps)
+def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdict: Any) -> Any:
+    """One pass that counts: rolls out, tests, and corrects the starts if a boundary is open.
 
-    # All read the vote and their new starts, and then write over the summaries.
+    Behind a `verdict` of NEAR this pass is likely to be the last: it makes no Jacobians, and if it
+    was not, those of the pass before correct the starts as well.
+    """
+
+    def roll(columns: bool) -> None:
+        first = _load_starts(block, passes % 2)
+        _write_summaries(
+            block, *_roll(block, block.cell, w, slot, params, first, columns=columns, keep=True)
+        )
+
+    pl.when(verdict > NEAR)(functools.partial(roll, True))
+    pl.when(verdict <= NEAR)(functools.partial(roll, False))
+    # Each reads the ends of the chunks before its own.
     mosaic.sync(block.arrived)
+    verdict, worst = _judge(block, passes % 2)
+
+    _correct_starts(block, passes, verdict > CLOSED)
+    return verdict, worst
 
 
 def iterate(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     """Passes over a window until every boundary is closed, at most `max_iters`.
 
-    The first pass starts every chunk from the carry; its states are not written, so it never is
-    the one that counts.
+    The first pass starts every chunk from the carry, so it never is the one that counts; nor is
+    the second one where guesses cost less than a pass that counts.
     """
     layout, rows = mosaic.tile_layout(block.plan.block), block.plan.chunks // block.plan.warpgroups
     carry = [load_row(block, block.carry.at[k]) for k in range(block.cell.states)]
-    first = [mosaic.spread(c, rows, layout) for c in carry]
-    _write_starts(block, first)
-    _attempt(block, w, slot, params, first, 0, keep=False)
+    _write_starts(block, [mosaic.spread(c, rows, layout) for c in carry])
+
+    @pl.when(lax.axis_index("wg") == 0)
+    def _():
+        for k, row in enumerate(carry):
+            for i in range(MARGIN):
+                margin = block.plan.chunks + i if block.reverse else i
+                mosaic.store(block.ends.at[k, margin], row)
+
+    guesses = 2 if block.rough is not None and block.max_iters > 2 else 1
+
+    def guess(passes, count):
+        _guess(block, w, slot, params, passes)
+        return count + 1
+
+    passes = lax.fori_loop(0, guesses, guess, jnp.int32(0))
 
     def again(state):
-        passes = state[0]
-        _attempt(block, w, slot, params, _load_starts(block, passes % 2), passes, keep=True)
-        return passes + 1, *_vote(block)
+        passes, verdict, _ = state
+        return passes + 1, *_attempt(block, w, slot, params, passes, verdict)
 
     def going_on(state):
-        passes, still, _ = state
-        return (passes < block.max_iters) & (still > 0.0)
+        passes, verdict, _ = state
+        return (passes < block.max_iters) & (verdict > CLOSED)
 
-    begin = (jnp.int32(1), jnp.float32(1.0), _vote(block)[1])
+    begin = (passes, jnp.float32(FAR), zeros_tile(block) + jnp.inf)
     return Outcome(*lax.while_loop(going_on, again, begin))
 
 
@@ -276,22 +338,26 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     shape = (block.plan.chunks // block.plan.warpgroups, block.plan.block)
     first = [mosaic.full(shape, 0.0, layout)] * block.cell.states
     _write_starts(block, first)
-    _write_summaries(block, *_roll(block, w, slot, params, first, columns=True, keep=False))
+    _write_summaries(
+        block, *_roll(block, block.cell, w, slot, params, first, columns=True, keep=False)
+    )
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
 
     @pl.when(lax.axis_index("wg") == 0)
     def _():
-        mosaic.store(block.vote.at[0], _correct(block, 0, 1, None))
+        mosaic.store(block.flags.at[0], _correct(block, 0, 1, None))
 
     # All read the vote and their starts, and overwrite the ends.
     mosaic.sync(block.arrived)
-    still = jnp.max(load_row(block, block.vote.at[0]))
+    still = jnp.max(load_row(block, block.flags.at[0]))
     first = _load_starts(block, 1)
-    _write_summaries(block, *_roll(block, w, slot, params, first, columns=False, keep=True))
+    _write_summaries(
+        block, *_roll(block, block.cell, w, slot, params, first, columns=False, keep=True)
+    )
     # Warpgroup 0 reads the last end, or writes over states that others have just written.
     mosaic.sync(block.arrived)
-    return Outcome(jnp.int32(1), still, zeros(block))
+    return Outcome(jnp.int32(1), still, zeros_tile(block))
 
 
 def walk(block: Block, w: Any, slot: Any, params: Arrays) -> None:

@@ -20,6 +20,8 @@ _SHORTEST, _GOOD, _LONGEST = 8, 16, 32
 # Chunks of a window, best first: 32 give every thread of four warpgroups one element, or two.
 _COUNTS = (32, 16, 8, 4)
 _MOST_WARPGROUPS = 4
+# Rows before the ends of a window's chunks: a residual is judged by the last four ends.
+MARGIN = 4
 
 
 class Plan(NamedTuple):
@@ -57,8 +59,8 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     """Shared memory of a block of threads; Pallas begins every buffer at a multiple of 1024."""
     tile, k = 4 * block * chunks, problem.states
     inputs = [slots * chunks * length * block * size for size in problem.itemsizes]
-    # Ends, products, two sets of starts; carry and vote.
-    summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, 8 * block]
+    # Ends, products, two sets of starts; carry and flags.
+    summaries = [k * (tile + 4 * MARGIN * block), k * k * tile, 2 * k * tile, 4 * k * block, tile]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 

@@ -1,0 +1,100 @@
+"""The Mosaic GPU kernels' own logistic and tanh: their formulas, and that kernels use them.
+
+The simulator's forms stand on JAX's exp2 and division; on a device two instructions take their
+place, good to two units in the last place each (PTX ISA, ex2.approx.ftz and rcp.approx.ftz).
+"""
+
+import jax
+import jax.numpy as jnp
+import kernel_cells as cells
+import numpy as np
+import pytest
+
+from jaxpara.recurrence.elementwise import prepare
+from pallas_kernels import compat, mosaic_functions
+from pallas_kernels.nonlinear_recurrence import gpu
+
+simulated = pytest.mark.skipif(
+    compat.version() < (0, 12), reason="the simulator of JAX 0.12 runs these kernels"
+)
+TRUTH = {"logistic": lambda x: 1 / (1 + np.exp(-x)), "tanh": np.tanh}
+GRID = np.concatenate([s * np.geomspace(1e-20, 15, 40_001) for s in (-1, 1)]).astype(np.float32)
+
+
+# Largest errors: absolute, and relative, which for the logistic grows with the size of x: its
+# exponent is rounded once.
+BOUNDS = {
+    ("exact", "logistic"): (1.5e-7, lambda x: 3e-7 + 8e-8 * np.abs(x)),
+    ("exact", "tanh"): (2e-7, lambda x: 3e-7),
+    ("rough", "logistic"): (2e-3, lambda x: np.inf),
+    ("rough", "tanh"): (4e-3, lambda x: 4e-3),
+}
+
+
+@pytest.mark.parametrize(("make", "name"), BOUNDS)
+def test_logistic_and_tanh_are_as_good_as_they_say(make, name):
+    absolute, relative = BOUNDS[make, name]
+    wanted = TRUTH[name](GRID.astype(np.float64))
+    error = np.abs(np.asarray(getattr(mosaic_functions, make)(True)[name](GRID)) - wanted)
+    assert np.all(error < absolute) and np.all(error < relative(GRID) * np.abs(wanted))
+
+
+@pytest.mark.parametrize("make", ["exact", "rough"])
+def test_they_are_right_at_infinities_and_keep_nan(make):
+    functions = getattr(mosaic_functions, make)(True)
+    ends = jnp.asarray([-jnp.inf, jnp.inf, 0.0, jnp.nan, -1e30, 1e30])
+    wanted = {"logistic": [0, 1, 0.5, np.nan, 0, 1], "tanh": [-1, 1, 0, np.nan, -1, 1]}
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(functions[name](ends), np.asarray(values, np.float32))
+
+
+def gru():
+    """The GRU of `kernel_cells`, prepared from a Python step."""
+
+    def step(consts, s, x):
+        z = jax.nn.sigmoid(x[0] + consts[0] * s[0])
+        r = jax.nn.sigmoid(x[1] + consts[1] * s[0])
+        c = jnp.tanh(x[2] + consts[2] * (r * s[0]))
+        return [(1.0 - z) * s[0] + z * c], []
+
+    row, time = jnp.zeros((1, 16)), jnp.zeros((1, 1, 16))
+    return prepare(step, [row[0]] * 3, [row], [time] * 3).cell
+
+
+def test_a_cell_made_of_other_functions_is_made_of_them_everywhere():
+    calls = []
+
+    def counted(name):
+        return lambda x: calls.append(name) or getattr(jax.lax, name)(x)
+
+    cell = gru()
+    other = cell.using({name: counted(name) for name in TRUTH})
+    one = [jnp.full((2, 4), 0.3)]
+    given = one, one * 3, one * 3
+
+    def everything(cell):
+        return (
+            cell.step(*given),
+            cell.push(*given, [one]),
+            cell.pull(*given, one),
+            cell.pull_state(*given, one),
+        )
+
+    found, plain = jax.tree.leaves(everything(other)), jax.tree.leaves(everything(cell))
+    assert (calls.count("logistic"), calls.count("tanh")) == (4 * 2, 4 * 1)
+    for f, p in zip(found, plain, strict=True):
+        np.testing.assert_allclose(f, p, rtol=1e-6)
+
+
+@simulated
+@pytest.mark.slow
+@pytest.mark.parametrize("max_iters", [2, 8])
+def test_rough_guesses_change_no_state(max_iters):
+    operands = cells.draw(cells.GRU, 40, 1, 16)
+    how = compat.mosaic_gpu().InterpretGPUParams(detect_races=True)
+    settings = {"tol": 1e-6, "max_iters": max_iters, "chunks": 16, "window": 32}
+    run = jax.jit(lambda *a: gpu.forward(gru(), *a, interpret=how, **settings))
+    states, passes, _, walked = run(operands.init, operands.xs, operands.params)
+    assert cells.relative_error(states, cells.oracle(cells.GRU, operands).states) < 1e-6
+    if max_iters == 8:  # two guesses, and what counts
+        assert passes[0] > 2 and walked[0] == 0
