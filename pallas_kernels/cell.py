@@ -29,6 +29,8 @@ class ElementwiseCell(NamedTuple):
       pull_state: `(states, inputs, params, cotangents) -> d_states`, the first part of `pull`.
       using: from functions of one array, by the name of their primitive (`"tanh"`), to the same
         cell made of them, for a backend that has better ones; None where it takes none.
+      rounds: `step` rounds new states to the dtype that the carry has; otherwise they are float32
+        and rounded only where they are stored.
     """
 
     states: int
@@ -45,3 +47,4 @@ class ElementwiseCell(NamedTuple):
     ]
     pull_state: Callable[[Arrays, Arrays, Arrays, Arrays], list[jax.Array]]
     using: Callable[[Mapping[str, Callable[[jax.Array], jax.Array]]], Any] | None = None
+    rounds: bool = False

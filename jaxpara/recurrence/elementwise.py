@@ -306,10 +306,12 @@ def _cell(
 
     programs = [program(once, like), program(pushed, [*like, *states * k])]
     programs += [program(f, [*like, *states]) for f in (pulled, pulled_state)]
-    return _made_of(programs, counts)
+    return _made_of(programs, counts, states[0].dtype.name in NARROW)
 
 
-def _made_of(programs: Sequence[Program], counts: tuple[int, int, int]) -> ElementwiseCell:
+def _made_of(
+    programs: Sequence[Program], counts: tuple[int, int, int], rounds: bool
+) -> ElementwiseCell:
     """A cell from its step, its Jacobian applied, its vjp, and the states' part of that."""
     k, n_inputs, n_params = counts
     run_step, run_push, run_pull, run_state = programs
@@ -330,5 +332,6 @@ def _made_of(programs: Sequence[Program], counts: tuple[int, int, int]) -> Eleme
         push=push,
         pull=pull,
         pull_state=lambda s, x, p, cotangents: run_state(*s, *x, *p, *cotangents),
-        using=lambda functions: _made_of([p.using(functions) for p in programs], counts),
+        using=lambda functions: _made_of([p.using(functions) for p in programs], counts, rounds),
+        rounds=rounds,
     )

@@ -233,7 +233,8 @@ def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None)
             value = ends[i] + change
             if caps is not None:
                 value = jnp.where(jnp.abs(change) <= caps[i], value, ends[i])
-            value = value.astype(block.dtypes[i]).astype(jnp.float32)
+            if block.cell.rounds:  # ends are rounded: no other start can meet them
+                value = value.astype(block.dtypes[i]).astype(jnp.float32)
             bad = jnp.maximum(bad, jnp.where(jnp.abs(value) <= _FINITE, zero, zero + 1.0))
             after.append(value)
         return after, bad
