@@ -3,7 +3,8 @@
 `folder/checkpoints/STEP/` holds `params`, `rest` (optimiser, step, key) and `run` (position
 in the data, what the loop remembers, and the figures of that step if it was evaluated). A
 step's folder gets its name once it is whole, so what a killed run left half written is
-never taken for a checkpoint.
+never taken for a checkpoint. Parameters that are not trained are written once, to
+`folder/frozen/`, and are in no checkpoint.
 """
 
 import logging
@@ -22,9 +23,10 @@ from orbax.checkpoint import args as items
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from experiments.runs import RunError
+from jaxpara import combine, split
 from jaxpara.types import Params, TrainState
 
-FOLDER = "checkpoints"
+FOLDER, FROZEN = "checkpoints", "frozen"
 
 Save = Callable[[TrainState, dict[str, Any], dict[str, float] | None], None]
 
@@ -58,9 +60,40 @@ def _score(run: dict[str, Any]) -> float:
     return value * (1 if mode == "max" else -1) if math.isfinite(value) else -math.inf
 
 
-def _read(folder: Path, step: int, **what: Any) -> Any:
+def _read(path: Path, **what: Any) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        return reader.restore(path_of(folder, step).absolute(), items.Composite(**what))
+        return reader.restore(path.absolute(), items.Composite(**what))
+
+
+def _write_frozen(folder: Path, frozen: Params) -> None:
+    paths = [jax.tree_util.keystr(keys) for keys, _ in jax.tree.leaves_with_path(frozen)]
+    if paths:
+        what = items.Composite(
+            params=items.StandardSave(frozen), leaves=items.JsonSave({"paths": paths})
+        )
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save((folder / FROZEN).absolute(), what, force=True)
+
+
+def _apart(folder: Path, like: Params) -> tuple[Params, Params | None]:
+    """What of some parameters is in the checkpoints, and what in `frozen/`, if there is one."""
+    if not (folder / FROZEN).is_dir():
+        return like, None
+    known = set(_read(folder / FROZEN, leaves=items.JsonRestore())["leaves"]["paths"])
+    paths = jax.tree_util.tree_map_with_path(lambda keys, _: jax.tree_util.keystr(keys), like)
+    if missing := known - set(jax.tree.leaves(paths)):
+        raise ValueError(f"{folder / FROZEN} has {sorted(missing)[0]}, and the model has not")
+    return split(like, jax.tree.map(lambda path: path not in known, paths))
+
+
+def _together(folder: Path, trained: Params, frozen: Params | None) -> Params:
+    """Undoes `_apart`, for shapes of what is frozen."""
+    if frozen is None:
+        return trained
+    return combine(
+        trained,
+        _read(folder / FROZEN, params=items.StandardRestore(_target(frozen)))["params"],
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -86,7 +119,12 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def saver(
-    folder: Path, *, keep_last: int, keep_best: int, best: tuple[str, Literal["min", "max"]]
+    folder: Path,
+    *,
+    keep_last: int,
+    keep_best: int,
+    best: tuple[str, Literal["min", "max"]],
+    trainable: Callable[[Params], Any] | None = None,
 ) -> Iterator[Save]:
     """Opens a run's checkpoints for writing; on leaving, all that was begun is on disk.
 
@@ -95,6 +133,7 @@ def saver(
       keep_last: checkpoints kept, counted from the last.
       keep_best: checkpoints kept besides, those with the best figures.
       best: the figure that decides, and whether "min" or "max" is best.
+      trainable: `params -> booleans`, where not all of them are trained.
 
     Yields:
       `save(state, run, figures)`: returns as soon as the state is copied and writes in the
@@ -130,13 +169,18 @@ def saver(
         nonlocal begun
         kind = str(jax.random.key_impl(state.key))
         record = {**run, "key_impl": kind, "best": list(best), "figures": figures}
+        params = state.params
         try:
             manager.wait_until_finished()
             begun = int(state.step)
+            if trainable is not None:
+                params, frozen = split(params, trainable(params))
+                if not steps(folder) or not (folder / FROZEN).is_dir():
+                    _write_frozen(folder, frozen)
             manager.save(
                 begun,
                 args=items.Composite(
-                    params=items.StandardSave(state.params),
+                    params=items.StandardSave(params),
                     rest=items.StandardSave(_rest(state)),
                     run=items.JsonSave(record),
                 ),
@@ -196,7 +240,8 @@ def best_step(folder: Path) -> int | None:
       Its step; None where none was evaluated.
     """
     scores = {
-        step: _score(_read(folder, step, run=items.JsonRestore())["run"]) for step in steps(folder)
+        step: _score(_read(path_of(folder, step), run=items.JsonRestore())["run"])
+        for step in steps(folder)
     }
     best = max(scores, key=lambda step: scores[step], default=None)
     return None if best is None or scores[best] == -math.inf else best
@@ -230,16 +275,17 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
     """
     rest = jax.eval_shape(_rest, like)
     placed = rest | {"opt_state": like.opt_state, "step": like.step}
+    trained, frozen = _apart(folder, like.params)
     read = _read(
-        folder,
-        step,
-        params=items.StandardRestore(_target(like.params)),
+        path_of(folder, step),
+        params=items.StandardRestore(_target(trained)),
         rest=items.StandardRestore(_target(placed)),
         run=items.JsonRestore(),
     )
     rest, run = read["rest"], read["run"]
     key = jax.random.wrap_key_data(rest["key"], impl=run.pop("key_impl"))
-    return TrainState(read["params"], rest["opt_state"], rest["step"], key), run
+    params = _together(folder, read["params"], frozen)
+    return TrainState(params, rest["opt_state"], rest["step"], key), run
 
 
 def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = "best") -> Params:
@@ -266,4 +312,6 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
         )
     best = best_step(folder) if which == "best" else None
     step = whole[-1] if best is None else best
-    return _read(folder, step, params=items.StandardRestore(_target(like)))["params"]
+    trained, frozen = _apart(folder, like)
+    read = _read(path_of(folder, step), params=items.StandardRestore(_target(trained)))["params"]
+    return _together(folder, read, frozen)

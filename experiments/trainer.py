@@ -130,6 +130,7 @@ def train(
                 keep_last=settings.checkpoint.keep_last,
                 keep_best=settings.checkpoint.keep_best,
                 best=task.best,
+                trainable=task.trainable,
             ) as save,
             _profiled(settings, step, task, folder, costs, line.say) as (step, batches),
         ):
@@ -185,6 +186,14 @@ def train(
         summary["status"] = "diverged"
         summary["diverged"] = text = f"{error}. {_last_checkpoint(folder)}"
         raise Diverged(text) from None
+    except KeyboardInterrupt:  # outside the loop, or a second one
+        summary["status"] = "interrupted"
+        print(
+            f"interrupted. {_last_checkpoint(folder)}. Go on with\n"
+            f"  {checkpoints.resume_command(folder)}",
+            flush=True,
+        )
+        raise
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

@@ -197,3 +197,35 @@ def test_the_resume_command_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = checkpoints.resume_command(tmp_path / "runs" / "my run")
     assert command == "python -m experiments.train 'resume=runs/my run'"
+
+
+def test_what_is_not_trained_is_written_once_and_comes_back_with_every_checkpoint(tmp_path):
+    state = state_after(1)
+    big = jnp.asarray(np.random.default_rng(0).standard_normal((512, 512)), jnp.float32)
+    state = state._replace(params={"base": big, "codes": jnp.arange(9), "new": jnp.ones(3)})
+
+    def trainable(params):
+        return {"base": False, "codes": False, "new": True}
+
+    rule = {"keep_last": 9, "keep_best": 0, "best": BEST, "trainable": trainable}
+    with checkpoints.saver(tmp_path, **rule) as save:
+        for step in (1, 2):
+            new = {**state.params, "new": jnp.full(3, float(step))}
+            save(state._replace(params=new, step=jnp.int32(step)), {}, None)
+    with checkpoints.saver(tmp_path, **rule) as save:  # a run that goes on
+        save(state._replace(step=jnp.int32(3)), {}, None)
+
+    def size(path):
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+    assert size(tmp_path / "frozen") > 2**19  # 2^20 random bytes, which nothing packs into half
+    assert all(size(checkpoints.path_of(tmp_path, step)) < 2**17 for step in (1, 2, 3))
+    shapes = jax.eval_shape(lambda: state)
+    for step in (1, 2):
+        found, _ = checkpoints.restore(tmp_path, step, shapes)
+        wanted = {**state.params, "new": jnp.full(3, float(step))}
+        check_equal(found, state._replace(params=wanted, step=jnp.int32(step)))
+    check_equal(checkpoints.load_params(tmp_path, shapes.params), state.params)
+    other = {name: leaf for name, leaf in shapes.params.items() if name != "codes"}
+    with pytest.raises(ValueError, match=r"frozen has \['codes'\], and the model has not"):
+        checkpoints.load_params(tmp_path, other)

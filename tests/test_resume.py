@@ -177,6 +177,20 @@ def test_a_solved_task_that_was_interrupted_while_finishing_trains_no_further(tm
     assert summary["steps"] == 4 and summary["norm"] == summary["end"]
 
 
+def test_ctrl_c_while_finishing_is_an_interruption_that_says_how_to_go_on(tmp_path, capsys):
+    def press(folder, params, summary):
+        raise KeyboardInterrupt
+
+    folder, solved = tmp_path / "run", {"solved": lambda figures: True}
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(folder, finish=press, **solved)
+    assert runs.status(folder) == "interrupted"
+    said = capsys.readouterr().out
+    assert f"interrupted. The last checkpoint is {checkpoints.path_of(folder, 4)}. Go on" in said
+    assert checkpoints.resume_command(folder) in said
+    assert run_toy(folder, resume=True, **solved) == ("finished", None, 4)
+
+
 def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(tmp_path, whole_toy):
     folder = tmp_path / "run"
 
