@@ -36,7 +36,7 @@ class Leaves(NamedTuple):
 
 
 # For the simulator of Mosaic GPU and for race detection: every warp is a Python loop there.
-SIMULATED = (Shape(1, 2, 3), Shape(31, 1, 16), Shape(100, 1, 20))
+SIMULATED = (Shape(1, 2, 3), Shape(31, 1, 16), Shape(40, 1, 20), Shape(100, 1, 20))
 
 # For interpretation on a CPU: one step, a prime length, a power of two, windows that T does not
 # fill; batches and widths of one, of less than a block of a TPU (8 by 128), and of more.

@@ -41,7 +41,7 @@ def check(case, steps, batch, width, *, reverse=False, **settings):
 @simulated
 def test_states_of_a_gru_are_float64_ones_and_no_two_warpgroups_race():
     # Two windows, the last one not full; two warpgroups; a second block of channels, not full.
-    check(cells.GRU, *shapes.SIMULATED[2], chunks=16, window=64, races=True)
+    check(cells.GRU, *shapes.SIMULATED[2], chunks=16, window=32, races=True)
 
 
 @simulated
@@ -161,6 +161,22 @@ def test_every_plan_covers_the_sequence_and_fits():
                 # Every warpgroup holds whole tiles, and the copy engine takes boxes up to 256.
                 assert plan.chunks % (plan.warpgroups * mosaic.rows_of(plan.block)) == 0
                 assert max(plan.chunks, plan.length) <= 256
+
+
+def test_two_blocks_share_a_multiprocessor_where_there_are_enough_of_them():
+    for itemsize in (4, 2):
+        plans = [
+            windows.choose(windows.Problem(2048, batch, 1024, 1, (itemsize,) * 3, False))
+            for batch in (2, 64)
+        ]
+        used = [plan.warpgroups * 128 for plan in plans]
+        assert used == [512, 256] and plans[0].slots == plans[1].slots == 2
+        assert plans[1].length >= 16
+        problem = windows.Problem(2048, 64, 1024, 1, (itemsize,) * 3, False)
+        block, _, chunks, length, _, slots = plans[1]
+        # Each block also takes 1 KiB for itself, of 228.
+        taken = windows.shared_bytes(problem, block, chunks, length, slots) + 1024 + 3072
+        assert 2 * taken <= 228 * 1024
 
 
 def test_grid_shapes_are_not_copied_to_fit_windows():

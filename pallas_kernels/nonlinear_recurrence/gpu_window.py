@@ -35,9 +35,9 @@ from pallas_kernels.nonlinear_recurrence.gpu_block import (
 )
 from pallas_kernels.nonlinear_recurrence.windows import MARGIN
 
-# As in jaxpara.recurrence: corrections beyond this multiple of the channel's largest end are
-# dropped; a residual is relative to the largest of the last four ends, but to no more than
-# _SLACK times the last two.
+# As in jaxpara.recurrence: corrections beyond this multiple of the channel's largest end (there of
+# the whole window) are dropped; a residual is relative to the largest of the last four ends, but to
+# no more than _SLACK times the last two.
 _CAP, _SLACK = 4.0, 256.0
 _FINITE = float(jnp.finfo(jnp.float32).max)
 # Rows whose loads are issued together in a pass over the chunks' summaries: the best that divides
@@ -194,36 +194,25 @@ def _judge(block: Block, old: Any) -> tuple[Any, jax.Array]:
     return largest(block, verdict), worst
 
 
-def _caps(block: Block) -> list[jax.Array]:
-    """The cap of each leaf's corrections, a row each."""
-    count = block.cell.states
-    zero = zeros(block)
-
-    def visit(place, rows, tops):
-        del place
-        reach = [jnp.abs(row) for row in rows]
-        reach = [jnp.where(r <= _FINITE, r, zero) for r in reach]
-        return [jnp.maximum(top, r) for top, r in zip(tops, reach, strict=True)]
-
-    rows = [functools.partial(end_row, block, k) for k in range(count)]
-    start = [load_row(block, block.carry.at[k]) for k in range(count)]
-    start = [jnp.where(jnp.abs(c) <= _FINITE, jnp.abs(c), zero) for c in start]
-    return [_CAP * top for top in _over_chunks(block, rows, visit, start)]
-
-
-def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None) -> jax.Array:
+def _correct(block: Block, old: Any, new: Any, *, capped: bool) -> jax.Array:
     """Writes the corrected starts; returns whether one of them is not finite (0 or 1).
 
-    Without `caps` every correction counts, with them what is larger, or NaN, is dropped.
+    Unless `capped`, every correction counts; else what is NaN, or larger than _CAP times the
+    largest state of its channel so far, is dropped.
     """
     count = block.cell.states
     zero = zeros(block)
 
+    def size(row: jax.Array) -> jax.Array:
+        return jnp.where(jnp.abs(row) <= _FINITE, jnp.abs(row), zero)
+
     def visit(place, rows, state):
         ends, starts, products = rows[:count], rows[count : 2 * count], rows[2 * count :]
-        corrected, bad = state
+        corrected, tops, bad = state
         for k in range(count):
             mosaic.store(block.starts.at[new, k, place], corrected[k])
+        if capped:
+            tops = [jnp.maximum(t, size(e)) for t, e in zip(tops, ends, strict=True)]
         shift = [c - s for c, s in zip(corrected, starts, strict=True)]
         after = []
         for i in range(count):
@@ -231,13 +220,14 @@ def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None)
             for j in range(1, count):
                 change = change + products[j * count + i] * shift[j]
             value = ends[i] + change
-            if caps is not None:
-                value = jnp.where(jnp.abs(change) <= caps[i], value, ends[i])
+            if capped:
+                value = jnp.where(jnp.abs(change) <= _CAP * tops[i], value, ends[i])
             if block.cell.rounds:  # ends are rounded: no other start can meet them
                 value = value.astype(block.dtypes[i]).astype(jnp.float32)
-            bad = jnp.maximum(bad, jnp.where(jnp.abs(value) <= _FINITE, zero, zero + 1.0))
+            if not capped:
+                bad = jnp.maximum(bad, jnp.where(jnp.abs(value) <= _FINITE, zero, zero + 1.0))
             after.append(value)
-        return after, bad
+        return after, tops, bad
 
     def row_of(ref: Any, *index: Any) -> Any:
         return lambda place: ref.at[*index, place]
@@ -246,7 +236,7 @@ def _correct(block: Block, old: Any, new: Any, caps: Sequence[jax.Array] | None)
     refs += [row_of(block.starts, old, k) for k in range(count)]
     refs += [row_of(block.products, k) for k in range(count**2)]
     carry = [load_row(block, block.carry.at[k]) for k in range(count)]
-    return _over_chunks(block, refs, visit, (carry, zero))[1]
+    return _over_chunks(block, refs, visit, (carry, [size(c) for c in carry], zero))[2]
 
 
 def _correct_starts(block: Block, passes: Any, needed: Any = True) -> None:
@@ -254,7 +244,7 @@ def _correct_starts(block: Block, passes: Any, needed: Any = True) -> None:
 
     @pl.when((lax.axis_index("wg") == 0) & needed)
     def _():
-        _correct(block, passes % 2, (passes + 1) % 2, _caps(block))
+        _correct(block, passes % 2, (passes + 1) % 2, capped=True)
 
     # All read their new starts, and then write over the summaries and the flags.
     mosaic.sync(block.arrived)
@@ -347,7 +337,7 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
 
     @pl.when(lax.axis_index("wg") == 0)
     def _():
-        mosaic.store(block.flags.at[0], _correct(block, 0, 1, None))
+        mosaic.store(block.flags.at[0], _correct(block, 0, 1, capped=False))
 
     # All read the vote and their starts, and overwrite the ends.
     mosaic.sync(block.arrived)

@@ -20,6 +20,11 @@ _SHORTEST, _GOOD, _LONGEST = 8, 16, 32
 # Chunks of a window, best first: 32 give every thread of four warpgroups one element, or two.
 _COUNTS = (32, 16, 8, 4)
 _MOST_WARPGROUPS = 4
+# Where there are twice as many blocks as multiprocessors, two share one, each with this many
+# threads and half of the shared memory: while one goes from chunk to chunk, the other rolls out.
+_PAIRED_THREADS = 256
+_PAIRED_MEMORY = 113 * 1024 - (227 * 1024 - SHARED_MEMORY)
+_PAIRED_STATES = 2  # more take more registers than two blocks have
 # Rows before the ends of a window's chunks: a residual is judged by the last four ends.
 MARGIN = 4
 
@@ -64,10 +69,12 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 
-def _most_length(problem: Problem, block: int, chunks: int, slots: int, longest: int) -> int:
-    """Longest chunk, up to `longest`, whose window fits; 0 when none does."""
+def _most_length(
+    problem: Problem, block: int, chunks: int, slots: int, longest: int, room: int
+) -> int:
+    """Longest chunk, up to `longest`, whose window fits `room` bytes; 0 when none does."""
     for length in range(longest, 0, -1):
-        if shared_bytes(problem, block, chunks, length, slots) <= SHARED_MEMORY:
+        if shared_bytes(problem, block, chunks, length, slots) <= room:
             return length
     return 0
 
@@ -92,6 +99,12 @@ def _block(problem: Problem) -> int:
     narrow = max(problem.itemsizes) <= 2
     many = problem.batch * -(-problem.width // 32) >= _BLOCKS_WANTED
     return 32 if narrow and many and problem.width > 16 else 16
+
+
+def _paired(problem: Problem, block: int) -> bool:
+    """Whether two blocks of threads are to share a multiprocessor."""
+    many = problem.batch * -(-problem.width // block) >= 2 * _BLOCKS_WANTED
+    return many and problem.states <= _PAIRED_STATES and not problem.affine
 
 
 def choose(problem: Problem, *, chunks: int | None = None, window: int | None = None) -> Plan:
@@ -128,8 +141,12 @@ def choose(problem: Problem, *, chunks: int | None = None, window: int | None = 
     else:  # computes
         tries = [(2, count, enough) for enough in (_GOOD, _SHORTEST) for count in counts]
     tries += [(1, count, _SHORTEST) for count in counts]
-    for slots, count, enough in [*tries, (1, counts[-1], 1)]:
-        most = _most_length(problem, block, count, slots, longest)
+    rooms = [(*one, SHARED_MEMORY) for one in [*tries, (1, counts[-1], 1)]]
+    if chunks is None and window is None and _paired(problem, block):
+        few = min(counts[0], _PAIRED_THREADS // block)
+        rooms = [(2, few, _GOOD, _PAIRED_MEMORY), *rooms]
+    for slots, count, enough, room in rooms:
+        most = _most_length(problem, block, count, slots, longest, room)
         if window is not None and most == longest:
             length, needed = longest, -(-problem.steps // window)
         elif window is None and most >= min(enough, -(-problem.steps // count)):
