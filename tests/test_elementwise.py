@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import jaxpara as jp
 from jaxpara.recurrence.elementwise import prepare
 from jaxpara.recurrence.replay import UnsupportedCell
+from pallas_kernels.compat import version as pallas_version
+from pallas_kernels.nonlinear_recurrence import gpu, gpu_backward, tpu
 
 STATE = (2, 3)
 TIME = 2
@@ -145,6 +148,40 @@ def test_a_prepared_step_has_the_values_and_derivatives_of_the_step(name):
     state = [normal(*STATE) for _ in range(count)]
     step = lambda consts, s, x: ZOO[name](consts[0], s, x)  # noqa: E731
     check(step, [WEIGHTS], state, [normal(TIME, *STATE), normal(TIME, *STATE)])
+
+
+PLATFORMS = {
+    "tpu": ({"device_kind": "TPU v5 lite", "num_cores": 1}, "@tpu_custom_call", tpu, tpu),
+    "cuda": ({"device_kind": "NVIDIA H100", "num_cores": 132}, "@mosaic_gpu_v2", gpu, gpu_backward),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_whatever_is_prepared_lowers_for_an_accelerator_forward_and_backward(platform):
+    # Nothing that `prepare` takes may fail in a compiler: there it would be too late to step aside.
+    if platform == "cuda" and pallas_version() < (0, 11):
+        pytest.skip("Mosaic GPU kernels need JAX 0.11")
+    about, call, solving, pulling = PLATFORMS[platform]
+    one_state = [name for name in ZOO if name != "three_states"]
+
+    def step(consts, s, x):
+        return [sum(ZOO[name](consts[0], s, x)[0][0] for name in one_state)], []
+
+    def both(consts, state, xs, g):
+        prepared = prepare(step, consts, state, xs)
+        inputs, params = prepared.operands(consts, xs)
+        operands = (prepared.rows(state), inputs, params)
+        states = solving.forward(prepared.cell, *operands, tol=1e-6, max_iters=8)[0]
+        return pulling.backward(prepared.cell, *operands, states, g)
+
+    rows = [jax.ShapeDtypeStruct((64, 2, 128), jnp.float32)]
+    start, row = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 128), (128,)))
+    device = AbstractDevice(platform={"cuda": "gpu"}.get(platform, platform), **about)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(both).trace([row], [start], 2 * rows, rows)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(call) >= 2
 
 
 CELLS = {

@@ -18,9 +18,10 @@ from recurrence_cases import QUICK, assert_close, in_float64
 
 import jaxpara as jp
 from jaxpara.recurrence import linear_kernel, rule
-from pallas_kernels import linear_recurrence, nonlinear_recurrence
+from pallas_kernels import compat, linear_recurrence, nonlinear_recurrence
 from pallas_kernels.linear_recurrence import affine_cell
 from pallas_kernels.linear_recurrence import reference as linear_reference
+from pallas_kernels.shapes import INTERPRETED
 
 RNG = np.random.default_rng(3)
 
@@ -43,40 +44,25 @@ def sequence(name, time=40, batch=2, hidden=3):
     return cell, params, draw((time, batch, 4)).astype(np.float32)
 
 
-def loss_of(cell, scan, reset=None):
+def loss_of(cell, scan):
     def loss(params, x):
-        carry, ys = jp.cells.run(
-            cell, params, cell.start(params, x.shape[1:-1]), x, scan=scan, reset=reset
-        )
+        carry, ys = jp.cells.run(cell, params, cell.start(params, x.shape[1:-1]), x, scan=scan)
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((carry, ys)))
 
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
-def assert_trains_like_scan(name, solver, derivative, reset=None, **sizes):
+def assert_trains_like_scan(name, solver, derivative, **sizes):
     cell, params, x = sequence(name, **sizes)
     scan = functools.partial(jp.newton_scan, solver=solver, derivative=derivative)
-    found = jax.jit(loss_of(cell, scan, reset), compiler_options=QUICK)(params, x)
-    assert_close(found, in_float64(loss_of(cell, lax.scan, reset), params, x), 3e-6)
+    found = jax.jit(loss_of(cell, scan), compiler_options=QUICK)(params, x)
+    assert_close(found, in_float64(loss_of(cell, lax.scan), params, x), 3e-6)
 
 
-ROWS = [
-    ("gru", "xla", None),
-    ("gru", "xla", "reverse"),
-    *[
-        pytest.param(*row, marks=pytest.mark.slow)
-        for row in [
-            ("lstm", "xla", "reverse"),
-            ("slstm", "mosaic_tpu_interpret", "reverse"),
-        ]
-    ],
-]
-
-
-@pytest.mark.parametrize(("name", "implementation", "derivative"), ROWS)
-def test_cells_train_as_with_lax_scan(name, implementation, derivative):
-    solver = jp.fused(implementation=implementation)
-    assert_trains_like_scan(name, solver, derivative)
+# All cells, through the kernels' own bodies: test_cells_by_kernel.py.
+@pytest.mark.parametrize("derivative", [None, "reverse"])
+def test_a_cell_trains_as_with_lax_scan(derivative):
+    assert_trains_like_scan("gru", jp.fused(implementation="xla"), derivative)
 
 
 def strange(w):
@@ -93,8 +79,7 @@ def strange(w):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu_interpret"])
-def test_a_strange_cell_of_three_states_trains_as_with_lax_scan(implementation):
+def test_a_strange_cell_of_three_states_trains_as_with_lax_scan():
     def loss(scan):
         def run(w, init, x):
             (p, q, r), ys = scan(strange(w), init, x)
@@ -102,20 +87,14 @@ def test_a_strange_cell_of_three_states_trains_as_with_lax_scan(implementation):
 
         return jax.value_and_grad(run, (0, 1, 2))
 
-    solver = jp.fused(implementation=implementation, chunks=4)
+    solver = jp.fused(implementation="mosaic_tpu_interpret", chunks=4)
     scan = functools.partial(jp.newton_scan, solver=solver, derivative="reverse")
     run, exact = jax.jit(loss(scan), compiler_options=QUICK), loss(lax.scan)
-    init, x = tuple(normal(3, 2, 3)), normal(31, 2, 3)
+    steps, batch, width = INTERPRETED[1]
+    init, x = tuple(normal(3, batch, width)), normal(steps, batch, width)
     for scale in (0.3, 4.0):  # on hard weights gradients grow along the sequence, errors too
-        args = scale * normal(3), init, x
+        args = scale * normal(width), init, x
         assert_close(run(*args), in_float64(exact, *args), 2e-5 if scale > 1 else 5e-6)
-
-
-@pytest.mark.slow
-def test_a_reset_restarts_each_sequence_by_itself():
-    reset = (np.arange(40)[:, None] + np.arange(2)) % 9 == 4
-    solver = jp.fused(implementation="mosaic_tpu_interpret", chunks=4)
-    assert_trains_like_scan("gru", solver, "reverse", reset)
 
 
 @pytest.mark.slow
@@ -231,6 +210,19 @@ def test_what_no_kernel_takes_is_solved_by_shooting_and_the_reason_is_logged_onc
     assert info.iterations > 0 and info.starts.shape[0] > 1
     (record,) = [r for r in caplog.records if "kernel=off" in r.message]
     assert "dot_general" in record.message and "test_fused.py" in record.message
+
+
+def test_a_gpu_with_an_old_jax_takes_the_xla_path_and_says_so(caplog, monkeypatch):
+    linear_kernel.say.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compat, "version", lambda: (0, 10))
+    f, init, xs = lambda h, x: (jnp.sin(h + x), h), np.float32(0), normal(9)
+    wanted = jax.tree.map(np.asarray, lax.scan(f, init, xs))
+    with caplog.at_level(logging.WARNING, "jaxpara"):
+        assert_close(jp.newton_scan(f, init, xs, solver=jp.fused()), wanted)
+    assert any("needs JAX >= 0.11" in r.message for r in caplog.records)
+    choice = jp.explain_choice(f, init, xs)  # jp.auto: not a kernel that would be refused
+    assert choice.solver != rule.PATHS["fused"] and "needs JAX >= 0.11" in str(choice)
 
 
 @pytest.mark.slow

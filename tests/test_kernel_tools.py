@@ -61,6 +61,24 @@ def test_spills_fail_up_to_two_states_and_errors_always():
     assert compile_kernels.verdict(job("slstm"), {"error": "no"}) == "no"
 
 
+def test_a_spill_in_what_ptxas_prints_fails_the_run(tmp_path, monkeypatch, capsys):
+    def compiled_by(text):
+        numbers = compile_worker.ptxas_numbers(text)
+        monkeypatch.setattr(compile_kernels, "work", lambda target, jobs: [numbers for _ in jobs])
+        table = tmp_path / "table.md"
+        call = ["--targets", "h100", "--only", "lstm forward bf16", "--output", str(table)]
+        return compile_kernels.main(call), capsys.readouterr().out + table.read_text()
+
+    monkeypatch.setattr(compile_kernels, "OLDEST", (3, 11))
+    status, said = compiled_by(PTXAS)
+    assert status == 1 and "spills 44 bytes with 2 state(s)" in said
+    assert "0 of 1 kernels compile as they should" in said
+    clean = PTXAS.replace("20 bytes spill", "0 bytes spill").replace(
+        "24 bytes spill", "0 bytes spill"
+    )
+    assert compiled_by(clean)[0] == 0
+
+
 def test_every_recurrence_pass_and_storage_is_compiled_for_every_target():
     every = compile_kernels.jobs(compile_kernels.TARGETS)
     assert len(every) == len(set(every))

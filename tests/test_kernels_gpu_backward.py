@@ -53,7 +53,7 @@ def check(case, steps, batch, width, *, reverse=False, tolerance=2e-6, **setting
 @needs_mosaic
 def test_gradients_of_a_gru_are_float64_bptt_and_no_two_warpgroups_race():
     # Two windows, the last one not full; two warpgroups; a second block of channels, not full.
-    check(cells.GRU, 100, 1, 20, chunks=16, window=64, races=True)
+    check(cells.GRU, *shapes.SIMULATED[3], chunks=16, window=64, races=True)
 
 
 @needs_mosaic
@@ -72,7 +72,7 @@ def test_gradients_of_two_states_are_float64_bptt_in_every_sequence():
 @needs_mosaic
 @pytest.mark.slow
 def test_one_step_is_the_vjp_of_the_step():
-    check(cells.STRANGE, 1, 2, 3)
+    check(cells.STRANGE, *shapes.SIMULATED[0])
 
 
 @needs_mosaic
@@ -284,13 +284,20 @@ def call(case, arguments, **settings):
     return jax.block_until_ready(compiled(*arguments))
 
 
+FULL = [cells.LSTM, cells.AFFINE]  # at large shapes the float64 oracle takes most of the time
+
+
+# Most telling first, as in test_kernels_gpu.py.
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("shape", "reverse"),
-    [(s, False) for s in shapes.ON_DEVICE] + [(s, True) for s in shapes.ON_DEVICE[:4]],
-    ids=str,
+    ("shape", "reverse", "case"),
+    [(s, r, c) for r in (False, True) for s in shapes.ON_DEVICE[:3] for c in cells.CASES]
+    + [(s, False, c) for s in shapes.ON_DEVICE[3:] for c in FULL]
+    + [(shapes.ON_DEVICE[3], True, c) for c in FULL],
+    ids=lambda v: (
+        getattr(v, "name", None) or "x".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    ),
 )
-@by_name
 def test_gradients_on_a_gpu_are_float64_bptt(case, shape, reverse):
     truth, arguments = on_device(case, *shape, reverse=reverse)
     got = call(case, arguments, reverse=reverse)

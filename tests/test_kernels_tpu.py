@@ -25,12 +25,14 @@ from kernel_cells import (
     relative_error,
     rounded,
     scanned,
+    step_error,
 )
 
-from pallas_kernels import tiles
+from pallas_kernels import shapes, tiles
 from pallas_kernels.nonlinear_recurrence import tpu
 
 TOL = 1e-6
+ONE, PRIME, POWER, PADDED = shapes.INTERPRETED
 
 
 def forward(case, operands, *, cell=None, tol=TOL, max_iters=8, interpret=True, **how):
@@ -99,20 +101,19 @@ def test_the_hand_written_derivatives_are_those_of_the_oracles_step(case):
     ("case", "shape", "how"),
     [
         # Blocks of 8 x 128 that B and D do not fill, windows that T does not fill.
-        (GRU, (100, 9, 130), {"chunks": 3, "window": 32}),
-        (AFFINE, (1, 1, 1), {}),
+        (GRU, PRIME, {"chunks": 3, "window": 16}),
+        (AFFINE, ONE, {}),
         pytest.param(
-            LSTM, (512, 2, 5), {"chunks": 4, "window": 256, "reverse": True}, marks=pytest.mark.slow
+            LSTM, POWER, {"chunks": 4, "window": 256, "reverse": True}, marks=pytest.mark.slow
         ),
-        pytest.param(AFFINE, (1000, 2, 130), {"chunks": 5}, marks=pytest.mark.slow),
+        pytest.param(AFFINE, PADDED, {"chunks": 5}, marks=pytest.mark.slow),
         pytest.param(
-            AFFINE2, (31, 9, 5), {"chunks": 3, "window": 16, "reverse": True},
-            marks=pytest.mark.slow,
+            AFFINE2, PRIME, {"chunks": 3, "window": 16, "reverse": True}, marks=pytest.mark.slow
         ),
         pytest.param(
-            STRANGE, (1000, 3, 7), {"chunks": 3, "window": 300, "reverse": True},
-            marks=pytest.mark.slow,
+            STRANGE, PADDED, {"chunks": 3, "window": 300, "reverse": True}, marks=pytest.mark.slow
         ),
+        # A sequential kernel takes more lanes.
         pytest.param(LSTM, (40, 2, 600), {"chunks": 1, "window": 16}, marks=pytest.mark.slow),
     ],
     ids=lambda v: getattr(v, "name", None),
@@ -132,6 +133,21 @@ def test_values_and_gradients_equal_float64_in_one_correction_or_a_few(case, sha
         assert np.all(iterations == 1) and np.all(residual == 0)
     else:
         assert np.all((2 <= iterations) & (iterations <= 6)) and np.all(residual < 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [GRU, STRANGE], ids=lambda c: c.name)
+def test_hard_cells_are_solved_step_by_step_right_and_an_easy_sequence_does_not_wait(case):
+    operands = draw(case, *POWER, scale=4.0, seed=1)
+    # The second sequence has its own, weak, weights.
+    easy = [jnp.concatenate([p, 0.01 * p]) for p in operands.params]
+    operands = operands._replace(params=easy)
+    (states, iterations, residual, _), pulled = solve(case, operands, chunks=8)
+    assert step_error(case, operands, states) < 2e-6
+    assert 2 <= iterations[1] < iterations[0] <= 8 and residual[1] < 1e-5
+    truth = oracle(case, operands, linearise_at=states)
+    for got, wanted in zip(pulled[:3], truth[1:], strict=True):
+        assert relative_error(got, wanted) < 1e-5  # gradients that grow from step to step
 
 
 @pytest.mark.slow
@@ -240,12 +256,15 @@ def test_products_that_overflow_where_the_recurrence_does_not_are_done_step_by_s
 
 
 @pytest.mark.slow
-def test_no_read_races_with_a_write_on_two_simulated_cores(capfd):
+@pytest.mark.parametrize(
+    "case", [GRU, AFFINE], ids=lambda c: c.name
+)  # that iterates, that need not
+def test_no_read_races_with_a_write_on_two_simulated_cores(case, capfd):
     # Two blocks of channels, one a core; two windows each.
-    operands = draw(GRU, 4, 1, 130)
+    operands = draw(case, 4, 1, 130)
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    solved, pulled = solve(GRU, operands, chunks=2, window=2, interpret=interpret)
-    assert_equals_float64(GRU, operands, solved, pulled)
+    solved, pulled = solve(case, operands, chunks=2, window=2, interpret=interpret)
+    assert_equals_float64(case, operands, solved, pulled)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 

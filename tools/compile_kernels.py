@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+OLDEST = (3, 12)  # the Python of the JAX that brings these compilers
 SECONDS = 240  # after which a kernel counts as not compiling
 FEW_STATES = 2  # up to which a spill is a failure
 COLUMNS = (
@@ -234,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help='words, e.g. "gru backward bf16"')
     parser.add_argument("--output", type=pathlib.Path, help="file for the table")
     options = parser.parse_args(arguments)
-    if sys.version_info < (3, 12):
+    if sys.version_info < OLDEST:
         parser.error(f"this is Python {sys.version.split()[0]}; JAX >= 0.12 needs 3.12 or newer")
     wanted = jobs(options.targets, options.only)
     if not wanted:
