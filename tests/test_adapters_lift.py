@@ -32,6 +32,7 @@ def uses_everything(p, x):
         "scan": (h, sums),
         "branch": lax.cond(h[0, 0] > -9, lambda: jnp.tanh(h @ p["w"].T), lambda: h),
         "columns": h @ p["w"][:, 2:5],
+        "rows": h[:, 1:5] @ p["w"][1:5],
         "summed": jnp.einsum("bi,lio->bo", h, p["stack"]),
         "experts": jnp.einsum("bo,lio->lbi", h, p["stack"]),
         "both": jnp.einsum("bi,io->bio", h, p["w"]),
@@ -73,9 +74,9 @@ METHODS = {
 }
 # By path what each use meets, in the order of the program; what is not here is densified.
 EVERYTHING = {
-    "dora": {"w": "rrrrd", "stack": "rdd", "table": "rr"},
-    "paca": {"w": "rrrrd", "stack": "rdr", "table": "rr"},
-    "mos": {"w": "rrdrd", "stack": "rdr", "table": "rr"},
+    "dora": {"w": "rrrdrd", "stack": "rdd", "table": "rr"},
+    "paca": {"w": "rrrdrd", "stack": "rdr", "table": "rr"},
+    "mos": {"w": "rrddrd", "stack": "rdr", "table": "rr"},
 }
 ALL = {"stack": "r", "branch": "r", "w": "rr", "experts": "r", "table": "rr", "kernel": "d"}
 SOME = {

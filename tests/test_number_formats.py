@@ -45,6 +45,11 @@ def numbers_of(name):
 @pytest.mark.parametrize("name", STORED)
 def test_a_format_rounds_as_its_storage_type_bit_for_bit(name):
     x = every_bit_pattern()
+    if ml_dtypes.finfo(storage(name)).bits <= 8:
+        # Every number of the format, every tie between two, and their neighbours on both sides.
+        have = numbers_of(name)
+        have = np.float32([*have, *(have[1:] + have[:-1]) / 2])
+        x = np.concatenate([x, have, np.nextafter(have, -np.inf), np.nextafter(have, np.inf)])
     if FORMATS[name].specials == "none":
         # Such a type has no NaN: ml_dtypes stores a zero, an emulation keeps the NaN visible.
         x = x[~np.isnan(x)]

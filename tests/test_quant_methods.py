@@ -349,6 +349,14 @@ def test_merged_integers_reproduce_the_forward_bit_for_bit(name):
     np.testing.assert_array_equal(forward, t.effective(jp.weights.pack(merged))["w"])
 
 
+@slow
+def test_nf4_in_bytes_merged_is_the_forward_bit_for_bit():
+    w, t = normal(8, 4096, 64), jp.nf4(scale_block=256)
+    state = attached(t, w)
+    forward = jp.lift(lambda p, x: (jnp.tanh(x @ p["w"]), p["w"]))(state, w.T)[1]
+    np.testing.assert_array_equal(forward, t.effective(t.merge(state))["w"])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
