@@ -9,8 +9,8 @@ the function on the adapted weight, `f(W + s A B, x)` or `f(Q(W), x)`?
     wrong      it is neither
     refuses    an error, by its type
 
-lorax has no column: jax-lorax 0.3.1, its newest, requires jax<0.5, so pip installs it beside none of
-the others' JAX; put beside 0.10.2 or 0.12 by hand it stops at its import, for `jax.tree_map` is gone.
+lorax has no column: jax-lorax 0.3.1, its newest, requires jax<0.5, and pip does not install it with
+the others. Put beside JAX 0.10.2 or 0.12 by hand it stops at its import: `jax.tree_map` is gone.
 """
 
 import argparse
