@@ -155,7 +155,9 @@ def test_scales_of_nf4_in_bytes_are_those_of_a_loop():
 
 
 def leaves_trained(t):
-    state = attached(t, normal(0, 8, 4))
+    """Of a weight and a bias that is frozen with it."""
+    whole = {"w": normal(0, 8, 4), "bias": normal(1, 4)}
+    state = jax.jit(t.attach, compiler_options=QUICK)(jax.random.key(0), whole)
     mask = jax.tree_util.tree_leaves_with_path(t.trainable(state))
     return {jp.tree.path_of(keys) for keys, train in mask if train}
 
@@ -205,10 +207,11 @@ def test_easy_quant_keeps_outliers_and_is_never_worse_than_rounding_to_nearest()
     assert np.sum(by_column) < 0.5 * np.sum((rounded - w) ** 2)
     # The scales are at a minimum for their own integers: E(s) is a parabola there.
     state = attached(t, w)["w"]
-    values = np.round(np.where(outliers, 0, found) / np.asarray(state.parts["scale"])[0])
+    scale = np.float64(state.parts["scale"][0])
+    values = np.round(np.where(outliers, 0, found) / scale)
     best = np.sum(rest * values, 0) / np.sum(values**2, 0)
-    worse = np.sum((values * state.parts["scale"][0] - rest) ** 2, 0)
-    assert np.all(np.sum((values * best - rest) ** 2, 0) <= worse * (1 + 1e-5))
+    errors = [np.sum((values * s - rest) ** 2, 0) for s in (scale, best)]
+    assert np.all(errors[0] <= errors[1] * (1 + 1e-5))
 
 
 @slow
