@@ -2,7 +2,8 @@
 
 A row for each chain of transforms, its bits and its rank, over the seeds, at the learning rate at
 which it ends best of those that were tried; and for what runs of dense weights are rounded to after
-training. From `config.yaml` and `summary.json` alone.
+training. Where runs of a chain differ in other settings, its name says these. From
+`config.yaml` and `summary.json` alone.
 """
 
 import csv
@@ -93,6 +94,29 @@ def _step_milliseconds(runs: Sequence[Run]) -> float | None:
     return 1e3 * config["batch_size"] * config["window"] / speed if speed else None
 
 
+def _names(configs: Sequence[DictConfig]) -> list[str]:
+    """Chains by name, each transform with the settings in which runs of its chain differ."""
+    chains = [
+        {name: dict(settings) for name, settings in (cfg.get("transform") or {}).items()}
+        for cfg in configs
+    ]
+
+    def differs(chain: Mapping[str, Any], name: str, key: str) -> bool:
+        alike = [other for other in chains if list(other) == list(chain)]
+        # Absent, as in runs of an earlier day, is the default.
+        return len({str(other[name].get(key)) for other in alike}) > 1
+
+    def label(chain: Mapping[str, Mapping[str, Any]], name: str) -> str:
+        own = [
+            f"{key}={value}"
+            for key, value in chain[name].items()
+            if key not in NUMBERS and value is not None and differs(chain, name, key)
+        ]
+        return f"{name}({', '.join(own)})" if own else name
+
+    return [" > ".join(label(chain, name) for name in chain) or "full" for chain in chains]
+
+
 def rows(runs: Iterable[Run]) -> list[Row]:
     """Makes the table.
 
@@ -105,14 +129,16 @@ def rows(runs: Iterable[Run]) -> list[Row]:
     Raises:
       RunError: no run is finished, or one is of another program.
     """
-    groups: dict[tuple, dict[int, Run]] = {}  # a run of each seed, were there two sweeps of it
+    known: list[tuple[Run, DictConfig]] = []
     for run in runs:
         if run.summary.get("status") != "finished" or "same_as" in run.summary:
             continue
         if "bits_per_weight" not in run.summary:
             raise RunError(f"{run.folder} is not a run of `python -m experiments.finetune`")
-        cfg = load_config(run.folder)
-        name = " > ".join(cfg.get("transform") or {}) or "full"
+        known.append((run, load_config(run.folder)))
+    names = _names([cfg for _, cfg in known])
+    groups: dict[tuple, dict[int, Run]] = {}  # a run of each seed, were there two sweeps of it
+    for (run, cfg), name in zip(known, names, strict=True):
         idle = unused(cfg)
         numbers = tuple(None if key in idle else int(cfg[key]) for key in NUMBERS)
         at = (name, *numbers, run.config["learning_rate"])

@@ -65,6 +65,22 @@ def test_rows_are_means_over_seeds_at_the_best_rate_and_a_copy_counts_for_nothin
     assert (after.quality, after.bits_per_weight, after.merged) == (3.0, 2.5, None)
 
 
+def test_settings_that_differ_make_rows_of_their_own_and_names_say_them(tmp_path):
+    def chain(**more):
+        return {"nf4": {"_target_": "jaxpara.nf4", **more}} | LORA
+
+    folders = [
+        run(tmp_path, "old", 2.0, chain()),  # before there was such a setting
+        run(tmp_path, "none", 2.2, chain(scale_block=None), seed=1),
+        run(tmp_path, "bytes", 2.6, chain(scale_block=256)),
+        run(tmp_path, "alone", 2.9, {"nf4": {"_target_": "jaxpara.nf4", "scale_block": 64}}),
+    ]
+    found = {r.transforms: r for r in finetune_figure.rows(map(read, folders))}
+    assert set(found) == {"nf4 > lora", "nf4(scale_block=256) > lora", "nf4"}
+    assert found["nf4 > lora"].quality == pytest.approx(2.1)
+    assert found["nf4(scale_block=256) > lora"].seeds == 1
+
+
 def test_the_command_writes_table_numbers_and_figure(folders, tmp_path):
     output = tmp_path / "plots" / "f"
     table = finetune_figure.rows(folders)
