@@ -7,6 +7,7 @@ training. Where runs of a chain differ in other settings, its name says these. F
 """
 
 import csv
+import fnmatch
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -193,20 +194,47 @@ def cells(row: Row) -> list[str]:
     return [text(value, form) for value, form in zip(row, forms, strict=True)]
 
 
-def draw(table: Sequence[Row], *, title: str) -> Figure:
-    """Bits per byte against bits per weight, a line for each chain and rank.
+def pick(table: Sequence[Row], globs: Sequence[str] | None) -> dict[str, list[Row]]:
+    """The lines of the figure by their labels: a chain, what it is rounded to, its rank.
 
     Args:
       table: from `rows`.
-      title: of the figure.
+      globs: of labels; None picks all.
 
     Returns:
-      The figure; bars are the range over the seeds.
+      Rows by label.
+
+    Raises:
+      RunError: a glob picks nothing.
     """
     lines: dict[str, list[Row]] = {}
     for row in table:
         rank = "" if row.rank is None else f", rank {row.rank}"
         lines.setdefault(f"{row.transforms}{rank}", []).append(row)
+    for glob in globs or ():
+        if not fnmatch.filter(lines, glob):
+            raise RunError(f"lines: {glob!r} picks none of {', '.join(map(repr, lines))}")
+    if globs is None:
+        return lines
+    return {label: lines[label] for label in lines if any(fnmatch.fnmatch(label, g) for g in globs)}
+
+
+def draw(lines: Mapping[str, Sequence[Row]], *, title: str) -> Figure:
+    """Bits per byte against bits per weight.
+
+    Args:
+      lines: from `pick`.
+      title: of the figure.
+
+    Returns:
+      The figure; bars are the range over the seeds. What is far above the best is cut off: what
+      rounding has destroyed would leave no room for the rest.
+    """
+    table = [row for points in lines.values() for row in points]
+    top = min(row.quality for row in table) + 1.5
+    lines = {
+        label: points for label, points in lines.items() if min(r.quality for r in points) < top
+    }
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.add_subplot()
     for (label, points), (colour, line) in zip(lines.items(), styles(list(lines)), strict=True):
@@ -225,32 +253,38 @@ def draw(table: Sequence[Row], *, title: str) -> Figure:
     axes.set_xlim(0.85 * min(row.bits_per_weight for row in table), 40)
     axes.set_xlabel("bits per weight, scales included")
     axes.set_ylabel("validation, bits per byte")
-    # What rounding has destroyed would leave no room for the rest.
-    best = min(row.quality for row in table)
-    axes.set_ylim(top=min(axes.get_ylim()[1], best + 1.5))
+    axes.set_ylim(top=min(axes.get_ylim()[1], top))
     figure.suptitle(title, fontsize="medium")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")
     return figure
 
 
-def write(output: Path, table: Sequence[Row], *, title: str) -> None:
+def write(
+    output: Path, table: Sequence[Row], *, title: str, lines: Sequence[str] | None = None
+) -> None:
     """Prints the table; writes it and the figure.
 
     Args:
       output: without suffix.
       table: from `rows`.
       title: of both.
+      lines: globs of what the figure shows, see `pick`.
+
+    Raises:
+      RunError: a glob picks nothing.
     """
+    drawn = pick(table, lines)
     shown = [cells(row) for row in table]
     show(title, COLUMNS, shown)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_suffix(".csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *table])
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *shown]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = "".join(
+        f"| {' | '.join(line)} |\n" for line in (COLUMNS, ["---"] * len(COLUMNS), *shown)
+    )
     output.with_suffix(".md").write_text(f"{title}\n\n{text}")
-    draw(table, title=title).savefig(output.with_suffix(".png"), dpi=120)
+    draw(drawn, title=title).savefig(output.with_suffix(".png"), dpi=120)
     print(f"{output}.png, .csv and .md")
 
 
@@ -278,7 +312,7 @@ def compose(cfg: DictConfig) -> None:
         found, left_out = read_all(cfg.runs)
         for line in left_out:
             print(f"left out: {line}")
-        write(Path(cfg.output), rows(found), title=named(found, cfg.title))
+        write(Path(cfg.output), rows(found), title=named(found, cfg.title), lines=cfg.lines)
 
     guarded(program)
 

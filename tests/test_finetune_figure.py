@@ -81,6 +81,22 @@ def test_settings_that_differ_make_rows_of_their_own_and_names_say_them(tmp_path
     assert found["nf4(scale_block=256) > lora"].seeds == 1
 
 
+def test_the_figure_shows_the_lines_that_were_asked_for_and_leaves_out_what_is_far_off(folders):
+    table = finetune_figure.rows(folders)
+    assert list(finetune_figure.pick(table, None)) == [
+        "lora, rank 8",
+        "lora > fake_quant, rank 8",
+        "lora, rounded, rank 8",
+    ]
+    lines = finetune_figure.pick(table, ["lora, r*"])
+    far = [row._replace(quality=row.quality + 2) for row in lines["lora, rounded, rank 8"]]
+    figure = finetune_figure.draw({**lines, "lora, rounded, rank 8": far}, title="")
+    (axes,) = figure.axes
+    assert axes.get_legend_handles_labels()[1] == ["lora, rank 8"]
+    with pytest.raises(RunError, match="lines: 'dora' picks none of 'lora, rank 8', "):
+        finetune_figure.pick(table, ["dora"])
+
+
 def test_the_command_writes_table_numbers_and_figure(folders, tmp_path):
     output = tmp_path / "plots" / "f"
     table = finetune_figure.rows(folders)
