@@ -115,7 +115,15 @@ def finetuned(
     Raises:
       RunError: numbers that do not fit the data or the model.
     """
-    check_vocabulary(model, data)
+    try:
+        check_vocabulary(model, data)
+    except runs.RunError as error:
+        if base is None:
+            raise
+        raise runs.RunError(
+            f"from={base!r} is not of a language model that reads this data, which has "
+            f"{data.tokenizer.vocab_size} tokens: give a run of\n  {runs.MAKE} data=stdlib_base"
+        ) from error
     begun = started_from(model, base)
     tuned = begun if transform is None else transform(begun)
     try:

@@ -221,6 +221,10 @@ def test_what_cannot_be_started_from_is_said(place, tmp_path):
     assert "give from=FOLDER" in ending(finetune, place, *SMALL)
     wider = ending(finetune, place, *SMALL, f"from={place / 'base'}", "model.width=32")
     assert "error: model.width=32: from=" in wider and "brings its model" in wider
+    save_run(tmp_path / "letters", model={**MODEL, "vocab_size": 4})
+    given = [f"from={tmp_path / 'letters'}", f"data.root={place / 'text'}"]
+    letters = ending(finetune, place, *SMALL, *given)
+    assert "is not of a language model that reads this data, which has 256 tokens" in letters
     nothing = ending(finetune, place, *SMALL, f"from={place / 'base'}", "where=kern", "data=stdlib")
     assert "where='kern' selects none" in nothing
     with pytest.raises(runs.RunError, match="holds no adapters"):
