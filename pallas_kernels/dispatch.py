@@ -153,7 +153,7 @@ def first_that_works(
                     raise NotImplementedError(why)
                 return function(*args, **kwargs)
             except NotImplementedError as error:
-                refused[name] = error
+                refused[name] = getattr(error, "reasons", {}).get(name, error)
         raise NoImplementation(f"Every implementation refused this call on {platform!r}:", refused)
 
     return call

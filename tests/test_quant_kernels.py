@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 from recurrence_cases import QUICK
 
@@ -67,6 +68,15 @@ def test_the_tpu_kernel_interpreted_is_the_dequantised_product(bits, groups, m, 
         np.testing.assert_array_equal(found, right)
     else:
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-6 * np.abs(right).max())
+
+
+@slow
+def test_no_read_races_with_a_write_in_the_tpu_kernel_on_two_simulated_cores(capfd):
+    x, values, held, *more = case(4, 2, rows=512, columns=256, m=9, dtype=jnp.bfloat16)
+    how = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    found = jax.jit(lambda *a: tpu.quantised_dot(*a, bits=4, interpret=how))(x, held, *more)
+    np.testing.assert_array_equal(found, wanted(x, values, *more))
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @simulated
