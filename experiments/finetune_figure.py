@@ -245,7 +245,7 @@ def draw(lines: Mapping[str, Sequence[Row]], *, title: str) -> Figure:
             label=label,
             color=colour,
             linestyle=":" if "rounded" in label else line,
-            marker="x" if "rounded" in label else "o",
+            marker="x" if "rounded" in label else "o" if line == "-" else "s",
             capsize=2,
         )
     axes.set_xscale("log", base=2)
