@@ -12,7 +12,8 @@ def flexq(
 
     Both stand on symmetric grids with a scale for each group along the contraction, taken from
     their largest magnitudes as they come: nothing is calibrated. Products of sensitive leaves keep
-    eight bits for the activations.
+    eight bits for the activations. Attention probabilities are no operand of a weight: give the
+    attention `jp.weights.unit_grid`.
 
     Args:
       sensitive: leaves whose activations get eight bits, of those that `where` selects, for
