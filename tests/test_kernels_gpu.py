@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import compat, mosaic, shapes
-from pallas_kernels.nonlinear_recurrence import gpu, windows
+from pallas_kernels.nonlinear_recurrence import gpu, gpu_window, windows
 
 simulated = pytest.mark.skipif(
     compat.version() < (0, 12), reason="the simulator of JAX 0.12 runs these kernels"
@@ -49,6 +49,28 @@ def test_states_of_a_gru_are_float64_ones_and_no_two_warpgroups_race():
 @pytest.mark.parametrize("case", cells.CASES, ids=lambda case: case.name)
 def test_states_of_a_reversed_recurrence_are_float64_ones(case):
     check(case, *shapes.SIMULATED[1], chunks=8, window=16, reverse=True, races=True)
+
+
+@simulated
+def test_two_warpgroups_that_write_one_row_are_found_racing():
+    # What `races=True` relies on everywhere here and in the backward kernel's tests.
+    module = compat.mosaic_gpu()
+
+    def body(out, row):
+        row[...] = jnp.full((128,), 1.0)
+        out[...] = row[...]
+
+    kernel = mosaic.launch(
+        body,
+        out_type=[jax.ShapeDtypeStruct((128,), jnp.float32)],
+        scratch=[module.SMEM((128,), jnp.float32)],
+        grid=(1,),
+        grid_names=("b",),
+        warpgroups=2,
+        interpret=module.InterpretGPUParams(detect_races=True),
+    )
+    with pytest.raises(Exception, match="RACE DETECTED"):
+        jax.block_until_ready(jax.jit(kernel)())
 
 
 @simulated
@@ -118,6 +140,21 @@ def test_a_window_that_does_not_settle_is_walked_step_by_step(reverse):
     assert iterations[0] == 4
     assert residual[0] > 1e-3 > residual[1]
     assert cells.step_error(cells.GRU, operands, states, reverse=reverse) < 1e-6
+
+
+@simulated
+@pytest.mark.slow
+def test_two_passes_in_a_row_near_the_limit_of_rounding_are_the_end(monkeypatch):
+    # As if rounding could be blamed for anything below one: then a pass ends it that cannot.
+    monkeypatch.setattr(gpu_window, "_ROUNDED", 1.0)
+    operands = cells.draw(cells.GRU, 30, 1, 16, scale=4.0)
+    settings = {"chunks": 8, "window": 16, "max_iters": 8}
+    _, passes, residual, walked = run(cells.GRU, operands, tol=1e-6, **settings)
+    assert walked[0] == 0 and residual[0] > 1e-4
+    # Whoever asks for less than eight units of float32 gets it.
+    states, more, _, _ = run(cells.GRU, operands, tol=5e-7, **settings)
+    assert more[0] > passes[0]
+    assert cells.step_error(cells.GRU, operands, states) < 1e-6
 
 
 @simulated
@@ -325,7 +362,8 @@ def test_on_a_gpu_every_step_is_the_step_however_hard_the_cell(scale, max_iters)
     states, _, _, walked = run(cells.LSTM, on_device, interpret=False, max_iters=max_iters)
     with jax.default_device(jax.devices("cpu")[0]):
         states = [jnp.asarray(np.asarray(s)) for s in states]
-        assert cells.step_error(cells.LSTM, operands, states) < 5e-6
+        # Up to 1e-5 where rounding alone keeps a boundary from closing.
+        assert cells.step_error(cells.LSTM, operands, states) < 1.5e-5
     if max_iters == 1:  # the first pass never counts
         np.testing.assert_array_equal(walked, 2048)
 

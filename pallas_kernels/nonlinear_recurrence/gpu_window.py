@@ -45,10 +45,12 @@ _FINITE = float(jnp.finfo(jnp.float32).max)
 _TOGETHER = {1: (8, 4)}
 
 
-# Of a boundary: it is closed; one more pass is likely to close it; or not. Newton's residuals fall
-# from r to about 0.2 r^2 here: from _NEAR times the root of the tolerance to below it.
-CLOSED, NEAR, FAR = 0.0, 1.0, 2.0
-_NEAR = 2.0
+# Of a boundary: it is closed; it may be as nearly closed as rounding allows; one more pass is
+# likely to close it; or not. Newton's residuals fall from r to about 0.2 r^2 here: from _NEAR times
+# the root of the tolerance to below it. Rounding within its chunks keeps an LSTM at up to _ROUNDED:
+# two passes in a row below that are the end, unless the tolerance is below eight units of float32.
+CLOSED, ROUNDED, NEAR, FAR = 0.0, 1.0, 2.0, 3.0
+_NEAR, _ROUNDED, _FINEST = 2.0, 1e-5, 8 * float(jnp.finfo(jnp.float32).eps)
 
 
 class Outcome(NamedTuple):
@@ -172,23 +174,27 @@ def largest(block: Block, tile: jax.Array) -> Any:
 
 
 def _judge(block: Block, old: Any) -> tuple[Any, jax.Array]:
-    """Tests every boundary: the worst of CLOSED, NEAR and FAR, and a tile of the residuals.
+    """Tests every boundary: the worst of the verdicts, and a tile of the residuals.
 
     The boundary before chunk c compares its start with the end of chunk c - 1; before the first
     one stands the carry, and its boundary is closed unless the carry is not finite.
     """
     own, worst = own_rows(block), zeros_tile(block)
     verdict = worst + CLOSED
+    limits = [(_NEAR * math.sqrt(block.tol), NEAR), (block.tol, CLOSED)]
+    if _FINEST <= block.tol < _ROUNDED:
+        limits.insert(1, (_ROUNDED, ROUNDED))
     for k in range(block.cell.states):
         before, *recent = [load_tile(block, own_ends(block, k, back)) for back in (1, 2, 3, 4)]
         difference = jnp.abs(before - load_tile(block, block.starts.at[old, k, own]))
         size, (one, two, three) = jnp.abs(before), map(jnp.abs, recent)
         scale = jnp.maximum(jnp.maximum(size, one), jnp.maximum(two, three))
         scale = jnp.minimum(scale, _SLACK * jnp.maximum(size, one))
-        # A NaN fails the comparisons with the scale, an infinite end the other one.
-        closed = (difference <= block.tol * scale) & (size <= _FINITE)
-        near = (difference <= _NEAR * math.sqrt(block.tol) * scale) & (size <= _FINITE)
-        here = jnp.where(closed, worst * 0.0 + CLOSED, jnp.where(near, NEAR, FAR))
+        here = worst * 0.0 + FAR
+        for limit, kind in limits:
+            # A NaN fails the first comparison, an infinite end the second.
+            within = (difference <= limit * scale) & (size <= _FINITE)
+            here = jnp.where(within, kind, here)
         verdict = jnp.maximum(verdict, here)
         worst = jnp.maximum(worst, jnp.where(difference <= _FINITE, difference, jnp.inf))
     return largest(block, verdict), worst
@@ -277,10 +283,11 @@ def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdi
     pl.when(verdict <= NEAR)(functools.partial(roll, False))
     # Each reads the ends of the chunks before its own.
     mosaic.sync(block.arrived)
-    verdict, worst = _judge(block, passes % 2)
-
-    _correct_starts(block, passes, verdict > CLOSED)
-    return verdict, worst
+    found, worst = _judge(block, passes % 2)
+    stalled = (found <= ROUNDED) & (verdict <= ROUNDED)
+    found = lax.select(stalled, jnp.float32(CLOSED), found)
+    _correct_starts(block, passes, found > CLOSED)
+    return found, worst
 
 
 def iterate(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
