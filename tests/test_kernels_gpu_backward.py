@@ -16,17 +16,11 @@ by_name = pytest.mark.parametrize("case", cells.CASES, ids=lambda case: case.nam
 
 def run(case, operands, states, *, races=False, **settings):
     """The kernel in the simulator: `(d_init, d_xs, d_params, walked)`."""
-    gpu = compat.mosaic_gpu()
-    interpret = gpu.InterpretGPUParams(detect_races=races)
-    try:
-        return jax.block_until_ready(
-            jax.jit(
-                lambda *a: gpu_backward.backward(case.cell, *a, interpret=interpret, **settings)
-            )(operands.init, operands.xs, operands.params, states, operands.cotangents)
-        )
-    except Exception:
-        gpu.reset_gpu_interpret_mode_state()  # else every later simulation fails, too
-        raise
+    interpret = compat.mosaic_gpu().InterpretGPUParams(detect_races=races)
+    call = jax.jit(lambda *a: gpu_backward.backward(case.cell, *a, interpret=interpret, **settings))
+    return jax.block_until_ready(
+        call(operands.init, operands.xs, operands.params, states, operands.cotangents)
+    )
 
 
 def stored(truth, like):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from kernel_cells import (
@@ -255,10 +256,30 @@ def test_products_that_overflow_where_the_recurrence_does_not_are_done_step_by_s
     assert list(pulled[3]) == [0, 64]
 
 
+def test_two_cores_that_write_one_block_are_found_racing(capfd):
+    # What the next test relies on; newer versions of JAX raise, older ones print.
+    def copy(x, out):
+        out[...] = x[...]
+
+    call = pl.pallas_call(
+        copy,
+        grid=(2,),
+        in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
+    )
+    said = ""
+    try:
+        jax.block_until_ready(call(jnp.ones((16, 128))))
+    except Exception as error:
+        said = str(error)
+    assert "RACE DETECTED" in said + capfd.readouterr().out
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [GRU, AFFINE], ids=lambda c: c.name
-)  # that iterates, that need not
+@pytest.mark.parametrize("case", [GRU, AFFINE], ids=lambda c: c.name)  # iterates; need not
 def test_no_read_races_with_a_write_on_two_simulated_cores(case, capfd):
     # Two blocks of channels, one a core; two windows each.
     operands = draw(case, 4, 1, 130)
