@@ -108,7 +108,7 @@ def test_a_command_line_that_agrees_with_the_folder_is_taken(whole, capsys):
 def test_resume_of_no_run_makes_no_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(train, ".", "resume=gone") == 1
-    assert re.search("error: run='gone': no such folder", capsys.readouterr().err)
+    assert re.search("error: resume='gone': no such folder", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 
