@@ -117,7 +117,7 @@ def test_states_stored_in_bfloat16_are_rounded_on_their_way_out_alone():
 @simulated
 @pytest.mark.slow
 def test_bfloat16_inputs_and_blocks_of_32_channels_lose_nothing(monkeypatch):
-    monkeypatch.setattr(windows, "_BLOCKS_WANTED", 1)  # as with many sequences
+    monkeypatch.setattr(windows, "_BLOCKS_WANTED", 0)  # as with many sequences
     operands = cells.draw(cells.GRU, 20, 1, 20, dtype=jnp.bfloat16, carry=jnp.float32)
     problem = windows.Problem(20, 1, 20, 1, (2, 2, 2), False)
     assert windows.choose(problem, chunks=8, window=16)[:2] == (32, 2)
@@ -204,7 +204,7 @@ def test_two_blocks_share_a_multiprocessor_where_there_are_enough_of_them():
     for itemsize in (4, 2):
         plans = [
             windows.choose(windows.Problem(2048, batch, 1024, 1, (itemsize,) * 3, False))
-            for batch in (2, 64)
+            for batch in (1, 64)
         ]
         used = [plan.warpgroups * 128 for plan in plans]
         assert used == [512, 256] and plans[0].slots == plans[1].slots == 2

@@ -97,14 +97,20 @@ def _warpgroups(block: int, chunks: int) -> int:
 def _block(problem: Problem) -> int:
     """Channels of a block: rows of 64 bytes where that leaves enough blocks."""
     narrow = max(problem.itemsizes) <= 2
-    many = problem.batch * -(-problem.width // 32) >= _BLOCKS_WANTED
+    wanted = 2 * _BLOCKS_WANTED if _shareable(problem) else _BLOCKS_WANTED
+    many = problem.batch * -(-problem.width // 32) >= wanted
     return 32 if narrow and many and problem.width > 16 else 16
+
+
+def _shareable(problem: Problem) -> bool:
+    """Whether two blocks of threads can share a multiprocessor, and gain by it."""
+    return problem.states <= _PAIRED_STATES and not problem.affine
 
 
 def _paired(problem: Problem, block: int) -> bool:
     """Whether two blocks of threads are to share a multiprocessor."""
     many = problem.batch * -(-problem.width // block) >= 2 * _BLOCKS_WANTED
-    return many and problem.states <= _PAIRED_STATES and not problem.affine
+    return many and _shareable(problem)
 
 
 def choose(problem: Problem, *, chunks: int | None = None, window: int | None = None) -> Plan:
