@@ -92,6 +92,14 @@ def test_a_transform_that_is_none_or_stands_twice_is_refused_before_hydra_runs(g
         finetune.check_transforms([fine, "name=lorra"])
 
 
+def test_the_page_and_the_help_set_what_one_transform_has_besides():
+    override = "+transform.lora.alpha=16"
+    assert f"`{override}`" in (runs.REPOSITORY / "docs/finetuning.md").read_text()
+    assert f" {override} " in (runs.REPOSITORY / "experiments/conf/finetune.yaml").read_text()
+    cfg = composed("transform=[lora,fake_quant]", override)
+    assert build.chain_of(cfg.transform, cfg.where).members[0].method.settings.scale == 16 / 8
+
+
 def test_a_setting_that_a_transform_refuses_is_said_with_its_name():
     for overrides, said in (("rank=0", "lora: rank=0"), ("+transform.lora.rnk=2", "lora: .*rnk")):
         cfg = composed("transform=[lora]", overrides)
