@@ -104,9 +104,6 @@ def test_the_hand_written_derivatives_are_those_of_the_oracles_step(case):
         # Blocks of 8 x 128 that B and D do not fill, windows that T does not fill.
         (GRU, PRIME, {"chunks": 3, "window": 16}),
         (AFFINE, ONE, {}),
-        pytest.param(
-            LSTM, POWER, {"chunks": 4, "window": 256, "reverse": True}, marks=pytest.mark.slow
-        ),
         pytest.param(AFFINE, PADDED, {"chunks": 5}, marks=pytest.mark.slow),
         pytest.param(
             AFFINE2, PRIME, {"chunks": 3, "window": 16, "reverse": True}, marks=pytest.mark.slow
@@ -137,9 +134,8 @@ def test_values_and_gradients_equal_float64_in_one_correction_or_a_few(case, sha
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [GRU, STRANGE], ids=lambda c: c.name)
-def test_hard_cells_are_solved_step_by_step_right_and_an_easy_sequence_does_not_wait(case):
-    operands = draw(case, *POWER, scale=4.0, seed=1)
+def test_every_step_of_a_hard_cell_is_right_and_an_easy_sequence_does_not_wait_for_it():
+    case, operands = GRU, draw(GRU, *POWER, scale=4.0, seed=1)
     # The second sequence has its own, weak, weights.
     easy = [jnp.concatenate([p, 0.01 * p]) for p in operands.params]
     operands = operands._replace(params=easy)
