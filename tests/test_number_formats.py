@@ -75,6 +75,8 @@ def test_every_mode_takes_the_neighbour_that_it_says(name, rounding):
     middles = (have[1:] + have[:-1]) / 2
     x = np.concatenate([have, middles, rng.uniform(have[0], have[-1], 3000)])
     x = np.concatenate([x, rng.uniform(-1, 1, 3000) * have[have > 0][1]]).astype(np.float32)
+    # So small that no bit of it is near the last one of the format.
+    x = np.concatenate([x, np.float32([1e-12, -1e-12, 1e-30, -1e-30, 1e-42, -(2.0**-149)])])
     wide = x.astype(np.float64)
     low = have[np.clip(np.searchsorted(have, wide, side="right") - 1, 0, len(have) - 1)]
     high = have[np.clip(np.searchsorted(have, wide, side="left"), 0, len(have) - 1)]
@@ -96,7 +98,9 @@ def test_every_mode_takes_the_neighbour_that_it_says(name, rounding):
     np.testing.assert_array_equal(np.asarray(round_to(x, name, rounding=rounding)), expected)
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3", "float6_e2m3fn", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "name", ["float8_e4m3", "float6_e2m3fn", "bfloat16", "int8", FloatFormat(8, 22)]
+)
 def test_stochastic_rounding_is_unbiased_and_leaves_what_is_exact(name):
     values = jnp.asarray([1.03, -0.37, 0.0123, 1.5, 0.0, 1e-5, -3.1416])
     count = 40_000
@@ -178,7 +182,9 @@ def test_what_is_too_large_becomes_what_the_format_has_for_it():
     assert np.all(np.isnan(round_to(big, FloatFormat(4, 3, specials="nan"))))
     assert np.all(np.abs(round_to(big, FloatFormat(4, 3, specials="none"))) == 480)
     assert np.all(np.abs(round_to(big, FloatFormat(4, 3, saturate=True))) == 240)
-    np.testing.assert_array_equal(round_to(big, "float8_e4m3", rounding="up"), [np.inf, -240])
+    ends = {"up": [np.inf, -240], "down": [240, -np.inf], "zero": [240, -240], "odd": [240, -240]}
+    for rounding, wanted in ends.items():
+        np.testing.assert_array_equal(round_to(big, "float8_e4m3", rounding=rounding), wanted)
 
 
 @pytest.mark.parametrize("name", STORED)
