@@ -8,6 +8,7 @@ from jax import lax
 from recurrence_cases import solver_rows
 
 import jaxpara as jp
+from jaxpara.recurrence import linear_kernel
 
 SOLVERS = {
     "shooting": jp.shooting(),
@@ -52,15 +53,23 @@ def test_values_and_gradients_lower_for_an_accelerator(name, platform):
     assert "stablehlo.while" in text
 
 
+# What users get unasked comes first: the kernels, and the fused reverse rule of `jp.nn`.
+ON_A_GPU = {
+    "auto, reverse": {"solver": jp.auto(), "derivative": "reverse"},
+    "auto": {"solver": jp.auto()},
+    **{name: {"solver": solver} for name, solver in SOLVERS.items()},
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*SOLVERS, "auto"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (31, 3, 5), (1000, 2, 64)])
-def test_a_gpu_gives_what_float64_on_the_host_gives(name, shape):
-    solver = {**SOLVERS, "auto": jp.auto()}[name]
+@pytest.mark.parametrize("name", ON_A_GPU)
+@pytest.mark.parametrize("shape", [(1000, 2, 64), (31, 3, 5), (1, 1, 1)])
+def test_a_gpu_gives_what_float64_on_the_host_gives(name, shape, caplog):
+    linear_kernel.say.cache_clear()
     scale, gates = data(*shape)
-    value, grads = jax.jit(jax.value_and_grad(loss_of(jp.newton_scan, solver=solver), (0, 1)))(
-        scale, gates
-    )
+    loss = loss_of(jp.newton_scan, **ON_A_GPU[name])
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(scale, gates)
+    assert "kernel=off" not in caplog.text  # what is asked for a kernel has run in one
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = jax.value_and_grad(loss_of(lax.scan), (0, 1))
         expected, exact = jax.jit(wide)(*data(*shape, dtype=np.float64))
