@@ -258,11 +258,12 @@ def test_bad():
 def suite(tmp_path, seconds=60.0, about=ABOUT):
     """A session of the tests above: what ran, and the plugin."""
     (tmp_path / "test_suite.py").write_text(SUITE)
-    session = gpu_tests.Session(tmp_path / "tests.csv", about, seconds)
+    path = tmp_path / "tests.csv"
+    session = gpu_tests.Session(lambda: (path, about), seconds)
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:warnings", f"--rootdir={tmp_path}"]
-    pytest.main([*options, str(tmp_path)], plugins=[session])
+    session.code = pytest.main([*options, str(tmp_path)], plugins=[session])
     sys.modules.pop("test_suite", None)
-    return session, gpu_tests.outcomes(tmp_path / "tests.csv", about["code"], about["device"])
+    return session, gpu_tests.outcomes(path, about["code"], about["device"])
 
 
 def test_the_device_tests_go_on_where_they_stopped_and_the_file_says_what_failed(
@@ -270,24 +271,51 @@ def test_the_device_tests_go_on_where_they_stopped_and_the_file_says_what_failed
 ):
     session, found = suite(tmp_path, seconds=-1.0)
     assert session.left == 3 and found == {}
+    assert gpu_tests.status(session, session.code) == gpu_tests.OUT_OF_TIME
     session, found = suite(tmp_path)
     assert (session.left, session.failed) == (0, 1)
+    assert gpu_tests.status(session, session.code) == 1
     assert found == {"test_suite.py::test_good[1]": "passed", "test_suite.py::test_bad": "failed",
                      "test_suite.py::test_good[2]": "passed"}  # fmt: skip
     assert "wrong by 3" in (tmp_path / "tests.csv").read_text()
     monkeypatch.setenv("MENDED", "1")
     session, found = suite(tmp_path)  # what passed is not run again
     assert (session.left, session.failed) == (0, 0) and set(found.values()) == {"passed"}
+    assert gpu_tests.status(session, session.code) == 0
     changed = ABOUT | {"code": "other sources"}
     assert len(suite(tmp_path, about=changed)[1]) == 3
 
 
 def test_a_device_test_in_which_the_process_died_is_passed_over_and_counts_as_failed(tmp_path):
     name = "test_suite.py::test_good[1]"
-    gpu_tests.Session(tmp_path / "tests.csv", ABOUT, 9.0).write(name, gpu_tests.STARTED)
+    killed = gpu_tests.Session(lambda: (tmp_path / "tests.csv", ABOUT), 9.0)
+    killed.pytest_sessionstart()
+    killed.write(name, gpu_tests.STARTED)
     for _ in range(2):
         session, found = suite(tmp_path)
         assert found[name] == gpu_tests.DIED and session.failed == 2  # and the one that is bad
+
+
+@pytest.mark.parametrize("code", [2, 3, 4])  # interrupted, broken inside, wrongly called
+def test_a_pytest_that_did_not_get_to_its_tests_is_a_failure_not_a_lack_of_time(code):
+    session = gpu_tests.Session(lambda: (pathlib.Path("tests.csv"), ABOUT), 9.0)
+    session.left = 7
+    assert gpu_tests.status(session, code) == 1
+
+
+@pytest.mark.slow
+def test_the_device_tests_start_as_make_gpu_starts_them(tmp_path):
+    # On a CPU all are skipped; that they get so far needs a JAX that nobody has used before.
+    outcome = subprocess.run(
+        [sys.executable, "tools/gpu_tests.py", "--results", str(tmp_path), "-k", "bits"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 0 and "0 tests left" in outcome.stdout, outcome.stdout[-2000:]
+    (path,) = tmp_path.glob("*-tests-cpu.csv")
+    assert "test_on_a_gpu_two_calls_give_the_same_bits[gru],skipped" in path.read_text()
 
 
 def test_results_name_the_commit_or_without_git_the_sources(monkeypatch):

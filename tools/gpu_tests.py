@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -67,15 +67,22 @@ def outcomes(path: pathlib.Path, code: str, device: str) -> dict[str, str]:
 
 
 class Session:
-    """A pytest plugin: which tests run, in which order, until when, and what they said."""
+    """A pytest plugin: which tests run, in which order, until when, and what they said.
 
-    def __init__(self, path: pathlib.Path, about: dict[str, str], seconds: float):
-        self.path = path
-        self.about = about
+    `where()` gives the file and what all its rows say of the device and the sources. It is called
+    when pytest has configured JAX, which must not have been used before.
+    """
+
+    def __init__(self, where: Callable[[], tuple[pathlib.Path, dict[str, str]]], seconds: float):
+        self.where = where
         self.deadline = time.monotonic() + seconds
-        self.before = outcomes(path, about["code"], about["device"])
+        self.over = False
         self.left = 0
         self.failed = 0
+
+    def pytest_sessionstart(self) -> None:
+        self.path, self.about = self.where()
+        self.before = outcomes(self.path, self.about["code"], self.about["device"])
         for test, outcome in self.before.items():
             if outcome in (STARTED, DIED):
                 self.failed += 1
@@ -114,8 +121,8 @@ class Session:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: Any) -> None:
         if time.monotonic() > self.deadline:
-            item.session.shouldstop = "the time is over"
-            raise item.session.Interrupted(item.session.shouldstop)
+            self.over = True
+            raise item.session.Interrupted("the time is over")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,27 +132,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: of the command line; what is not known goes to pytest.
 
     Returns:
-      0 if all passed, 1 if one failed, `OUT_OF_TIME` if some are left.
+      As `status`.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no test after these")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks/results")
     options, more = parser.parse_known_args(arguments)
-    import jax
 
-    device = jax.devices()[0].device_kind
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    today = datetime.date.today().isoformat()
-    about = {"device": device, "jax": jax.__version__, "code": provenance.code()}
-    about |= {"commit": provenance.commit(), "date": today}
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{today}-tests-{name}.csv"
-    session = Session(path, about, options.seconds)
+    def where() -> tuple[pathlib.Path, dict[str, str]]:
+        import jax
+
+        device = jax.devices()[0].device_kind
+        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        today = datetime.date.today().isoformat()
+        options.results.mkdir(parents=True, exist_ok=True)
+        about = {"device": device, "jax": jax.__version__, "code": provenance.code()}
+        about |= {"commit": provenance.commit(), "date": today}
+        return options.results / f"{today}-tests-{name}.csv", about
+
+    session = Session(where, options.seconds)
     call = ["-q", "-m", "gpu", f"--maxfail={MOST_FAILURES}", f"--rootdir={ROOT}", *more]
-    pytest.main([*call, str(ROOT / "tests")], plugins=[session])
-    print(f"{session.left} tests left, {session.failed} failed -> {path}")
-    if session.failed:
+    return status(session, pytest.main([*call, str(ROOT / "tests")], plugins=[session]))
+
+
+def status(session: Session, code: int) -> int:
+    """The exit status.
+
+    Args:
+      session: that has run.
+      code: pytest's.
+
+    Returns:
+      0 if all passed, `OUT_OF_TIME` if some are left, 1 for all else: tests that fail, that
+      cannot be collected, a pytest that cannot start.
+    """
+    ran = code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or session.over
+    if session.failed or not ran:
+        print(f"{session.failed} tests failed, {session.left} left, pytest ended with {code}")
         return 1
+    print(f"{session.left} tests left -> {session.path}")
     return OUT_OF_TIME if session.left else 0
 
 
