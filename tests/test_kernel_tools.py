@@ -290,7 +290,7 @@ def test_a_device_test_in_which_the_process_died_is_passed_over_and_counts_as_fa
     name = "test_suite.py::test_good[1]"
     killed = gpu_tests.Session(lambda: (tmp_path / "tests.csv", ABOUT), 9.0)
     killed.pytest_sessionstart()
-    killed.write(name, gpu_tests.STARTED)
+    killed.pytest_runtest_logstart(name)
     for _ in range(2):
         session, found = suite(tmp_path)
         assert found[name] == gpu_tests.DIED and session.failed == 2  # and the one that is bad

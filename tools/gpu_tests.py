@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import provenance  # noqa: E402
 
 FIELDS = ("test", "outcome", "seconds", "says", "device", "jax", "code", "commit", "date")
-STARTED, DIED = "started", "died"  # a test that was begun and not ended, and so called later
+DIED = "died"  # of a test that was begun and not ended
 OUT_OF_TIME = 3  # the exit status when tests are left
 MOST_FAILURES = 10  # after which the device, or the build, is to blame
 
@@ -75,6 +75,7 @@ class Session:
 
     def __init__(self, where: Callable[[], tuple[pathlib.Path, dict[str, str]]], seconds: float):
         self.where = where
+        self.path = self.running = pathlib.Path()
         self.deadline = time.monotonic() + seconds
         self.over = False
         self.left = 0
@@ -82,13 +83,15 @@ class Session:
 
     def pytest_sessionstart(self) -> None:
         self.path, self.about = self.where()
+        self.running = self.path.with_suffix(".running")
+        if self.running.exists():
+            self.write(self.running.read_text(), DIED)
+            self.running.unlink()
         self.before = outcomes(self.path, self.about["code"], self.about["device"])
         for test, outcome in self.before.items():
-            if outcome in (STARTED, DIED):
+            if outcome == DIED:
                 self.failed += 1
                 print(f"{test}: the process ended while it ran; passed over")
-            if outcome == STARTED:
-                self.write(test, DIED)
 
     def write(self, test: str, outcome: str, seconds: float = 0.0, says: str = "") -> None:
         new = not self.path.exists()
@@ -101,14 +104,17 @@ class Session:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        done = {t for t, o in self.before.items() if o in ("passed", STARTED, DIED)}
+        done = {t for t, o in self.before.items() if o in ("passed", DIED)}
         named = {item.nodeid: item for item in items}
         config.hook.pytest_deselected(items=[named[name] for name in named if name in done])
         items[:] = [named[name] for name in breadth_first([*named]) if name not in done]
         self.left = len(items)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.write(nodeid, STARTED)
+        self.running.write_text(nodeid)  # what is killed leaves it behind
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.running.unlink()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -168,7 +174,7 @@ def status(session: Session, code: int) -> int:
     """
     ran = code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or session.over
     if session.failed or not ran:
-        print(f"{session.failed} tests failed, {session.left} left, pytest ended with {code}")
+        print(f"{session.failed} failed, {session.left} left, pytest said {code} -> {session.path}")
         return 1
     print(f"{session.left} tests left -> {session.path}")
     return OUT_OF_TIME if session.left else 0
