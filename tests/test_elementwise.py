@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import jaxpara as jp
 from jaxpara.recurrence.elementwise import prepare
-from jaxpara.recurrence.replay import UnsupportedCell
+from jaxpara.recurrence.replay import TABLE, UnsupportedCell
 from pallas_kernels.compat import version as pallas_version
 from pallas_kernels.nonlinear_recurrence import gpu, gpu_backward, tpu
 
@@ -75,8 +75,15 @@ ZOO = {
     "remat": case(jax.checkpoint(lambda a, h, x, y: jnp.tanh(a * h + x) * jnp.exp2(y))),
     "custom_vjp": case(lambda a, h, x, y: straight(h + x) * y),
     "constant": case(lambda a, h, x, y: x * jnp.sign(y) + a),
+    "logic": case(lambda a, h, x, y: jnp.where((h <= x) | ~(x > y) ^ (y < 0), a * h, y * h)),
+    "clamp": case(lambda a, h, x, y: lax.clamp(-0.7, a * h + x, 0.9) + jnp.square(h) * y),
+    "tan": case(lambda a, h, x, y: jnp.tan(jnp.tanh(a * h)) + jnp.log(2 + jnp.sin(y)) * x),
     "three_states": three_states,
 }
+
+
+# Apart: JAX rounds its tangents too, so that they are not linear.
+ROUNDED = case(lambda a, h, x, y: lax.reduce_precision(a * h + x, 8, 7) + y)
 
 
 def check(step, consts, state, xs, tolerance=4e-7):
@@ -166,7 +173,8 @@ def test_whatever_is_prepared_lowers_for_an_accelerator_forward_and_backward(pla
     one_state = [name for name in ZOO if name != "three_states"]
 
     def step(consts, s, x):
-        return [sum(ZOO[name](consts[0], s, x)[0][0] for name in one_state)], []
+        steps = [*(ZOO[name] for name in one_state), ROUNDED]
+        return [sum(f(consts[0], s, x)[0][0] for f in steps)], []
 
     def both(consts, state, xs, g):
         prepared = prepare(step, consts, state, xs)
@@ -182,6 +190,45 @@ def test_whatever_is_prepared_lowers_for_an_accelerator_forward_and_backward(pla
         traced = jax.jit(both).trace([row], [start], 2 * rows, rows)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(call) >= 2
+
+
+def primitives(jaxpr):
+    """Names of all equations, those of inner jaxprs too."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        found.add(eqn.primitive.name)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                found |= primitives(inner) if hasattr(inner, "eqns") else set()
+    return found
+
+
+def test_the_steps_above_hold_every_operation_that_kernels_know():
+    found = set()
+    for name, step in {**ZOO, "rounded": ROUNDED}.items():
+        count = 3 if name == "three_states" else 1
+
+        def pulled(state, xs, step=step):
+            new, pull = jax.vjp(lambda s: step(WEIGHTS, s, xs)[0], state)
+            return pull([jnp.cos(leaf) for leaf in new])
+
+        rows = [jnp.ones(STATE)]
+        found |= primitives(jax.make_jaxpr(pulled)(count * rows, 2 * rows).jaxpr)
+    identity = {"copy", "copy_p", "optimization_barrier", "pcast", "pvary"}
+    of_newer_jax = {"one_minus_square"}
+    assert set(TABLE) - found <= identity | of_newer_jax
+
+
+def test_a_rounding_that_the_step_asks_for_is_done():
+    step = lambda consts, s, x: ROUNDED(consts[0], s, x)  # noqa: E731
+    state, xs = [normal(*STATE)], [normal(TIME, *STATE), normal(TIME, *STATE)]
+    prepared = prepare(step, [WEIGHTS], state, xs)
+    inputs, params = prepared.operands([WEIGHTS], xs)
+    row = [i[1] for i in inputs]
+    (found,) = prepared.cell.step(prepared.rows(state), row, params)
+    (wanted,), _ = step([WEIGHTS], state, [x[1] for x in xs])
+    np.testing.assert_array_equal(found, wanted)
 
 
 CELLS = {
@@ -296,6 +343,7 @@ REJECTED = {
     "pow": lambda h, x: (2 + jnp.tanh(h)) ** x,
     "scan": lambda h, x: lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h + x), h),
     "convert_element_type": lambda h, x: h.astype(jnp.int32) + x,
+    "reduce_precision": lambda h, x: lax.reduce_precision(h, 4, 3) + x,
 }
 
 

@@ -27,6 +27,7 @@ from jaxpara.recurrence.replay import (
     check_types,
     program,
     refuse,
+    rounding,
 )
 from jaxpara.recurrence.system import Leaves
 from pallas_kernels.cell import ElementwiseCell
@@ -198,6 +199,8 @@ def _check(node: Node, flat: Flat, kinds: dict[int, int], shape: tuple[int, ...]
     shapes = [flat.avals[s].shape for s in slots(node.operands)]
     if node.name == "pow" and any(kinds[s] != LITERAL for s in slots(node.operands[1:])):
         raise refuse(node, NO_POWER)
+    if node.name == "reduce_precision" and rounding(node.eqn.params) is None:
+        raise refuse(node, "kernels round to bfloat16 and float16 alone")
     if node.name in ("broadcast_in_dim", "reshape") and shapes[0] == shape:
         pass
     elif node.name not in TABLE and node.name not in RULED:

@@ -91,6 +91,22 @@ def _convert(params: dict[str, Any], x: Any) -> Any:
     return x != 0.0 if wanted else _float(jnp.where(x, 1.0, 0.0))
 
 
+def rounding(params: dict[str, Any]) -> str | None:
+    """The type that a `reduce_precision` rounds to, or None: one that kernels do not store."""
+    bits = params["exponent_bits"], params["mantissa_bits"]
+    if bits[0] >= 8 and bits[1] >= 23:
+        return "float32"
+    return {(8, 7): "bfloat16", (5, 10): "float16"}.get(bits)
+
+
+def _reduce_precision(params: dict[str, Any], x: Any) -> Any:
+    # An input's rounding to another width is not replayed: no kernel has it, and it says so.
+    kind = rounding(params)
+    if kind is None:
+        raise NotImplementedError(f"a kernel cannot round as {params}")
+    return x.astype(kind).astype(jnp.float32)
+
+
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, *operands: function(*operands)
 
@@ -132,7 +148,6 @@ TABLE: dict[str, Callable[..., Any]] = {
         "or": lambda a, b: a | b,
         "pcast": lambda x: x,
         "pvary": lambda x: x,
-        "reduce_precision": lambda x: x,
         "rsqrt": lax.rsqrt,
         "select_n": _where,
         "sign": lax.sign,
@@ -149,6 +164,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "convert_element_type": _convert,
     "integer_pow": lambda params, x: _power(x, params["y"]),
     "pow": _pow,
+    "reduce_precision": _reduce_precision,
 }
 
 
