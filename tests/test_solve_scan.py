@@ -73,6 +73,34 @@ def test_a_sequence_in_pieces_is_the_sequence():
 # Rows of a batch ----------------------------------------------------------------------
 
 
+def test_what_rounding_keeps_open_is_not_walked_and_costs_no_accuracy():
+    cell = jp.cells.lstm(16, 16, scale=1.0, time_constants=(1.0, 64.0))
+    params = cell.init(jax.random.key(0))
+    xs = 2 * normal(np.random.default_rng(1), 512, 2, 16)
+
+    @functools.partial(jax.jit, static_argnames=("tol", "max_iters"), compiler_options=QUICK)
+    def solved(params, xs, tol=None, max_iters=8):
+        solver = jp.shooting(tol=tol, max_iters=max_iters)
+        gates, start = cell.project(params, xs), cell.start(params, (2,))
+        step = functools.partial(cell.step, params)
+        return jp.solve_scan(step, start, gates, solver=solver), lax.scan(step, start, gates)[1]
+
+    ((_, found), info), stepwise = solved(params, xs)
+    assert info.converged and info.fallback_steps == 0
+    # Whoever asks for less than eight ulp gets it, step by step.
+    ((_, strict), exact), _ = solved(params, xs, tol=4e-7)
+    assert not exact.converged and exact.fallback_steps > 0
+    # A first iteration within the bound is not enough: two in a row must be.
+    (_, early), _ = solved(params, xs, max_iters=int(info.iterations) - 1)
+    assert not early.converged
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, xs))
+        wanted = np.asarray(solved(*double)[1])
+    errors = [np.abs(np.asarray(a) - wanted).max() for a in (stepwise, found, strict)]
+    # Rounding itself costs lax.scan as much, in one order of its sums or another.
+    assert max(errors) < 2 * errors[0] < 1e-6
+
+
 def test_each_row_of_a_vmap_iterates_and_falls_back_by_itself():
     """Mild, very hard, and with a NaN: the rows do not disturb one another."""
 

@@ -103,13 +103,13 @@ def _iterate(system: System, settings: Settings, guess, correct, finish=complete
     def attempt(states: Leaves) -> Attempt:
         before = timeaxis.preceding(axis, init, states)
         after = apply(before)
-        ok, worst = residuals(after, states, init, settings.tol, 8, jnp.inf)
-        done = jnp.all(ok)
+        excess, worst = residuals(after, states, init, settings.tol, 8, jnp.inf)
+        opening, most = leading(excess <= 1), jnp.max(excess, initial=0.0)
         if axis is not None:
-            done = jnp.all(axis.gather(done))
+            most = jnp.max(axis.gather(most))
             worst = jnp.max(axis.gather(worst))
         new = after if correct is None else correct(system, before, after, states, system.xs)
-        return Attempt(done, leading(ok), worst, new)
+        return Attempt(most, opening, worst, new)
 
     if guess is None:
         # One application of the step saves about one iteration over a constant guess.

@@ -25,7 +25,15 @@ from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.complete import complete
 from jaxpara.recurrence.iterate import Attempt, iterate, leading
 from jaxpara.recurrence.lanes import select, vary_like
-from jaxpara.recurrence.system import Leaves, Settings, Solution, System, magnitude, residuals
+from jaxpara.recurrence.system import (
+    Leaves,
+    Settings,
+    Solution,
+    System,
+    magnitude,
+    residuals,
+    stall,
+)
 
 # Corrections beyond this multiple of the largest state are dropped. States that
 # really grow along the sequence (counters) still gain this factor an iteration.
@@ -96,15 +104,15 @@ def shoot(
 
     def attempt(starts: Leaves) -> Attempt:
         ends, matrices = _rollout_with_product(system, starts, xs, valid)
-        ok, worst = residuals([e[:-1] for e in ends], [s[1:] for s in starts], init, settings.tol)
+        over, worst = residuals([e[:-1] for e in ends], [s[1:] for s in starts], init, settings.tol)
         cap = [_CAP * m for m in magnitude(ends)]
         shift = [jnp.zeros_like(e[0]) for e in ends]
-        done, opening, first = jnp.all(ok), leading(ok), init
+        excess, opening, first = jnp.max(over, initial=0.0), leading(over <= 1), init
         if axis is not None:
             local = _chain(system.groups, ends, matrices, starts, opening, shift, cap)
             leaving = _leave(system.groups, ends, matrices, local, starts, cap)
             product = _product(matrices)
-            first, done, worst = timeaxis.across(
+            first, excess, worst = timeaxis.across(
                 axis,
                 system.groups,
                 init,
@@ -115,15 +123,16 @@ def shoot(
                 leaving=leaving,
                 product=product,
                 firsts=[s[0] for s in starts],
-                done=done,
+                excess=excess,
                 worst=worst,
             )
             shift = [f - s[0] for f, s in zip(first, starts, strict=True)]
         rest = _chain(system.groups, ends, matrices, starts, opening, shift, cap)
         corrected = [jnp.concatenate([f[None], r]) for f, r in zip(first, rest, strict=True)]
-        return Attempt(done, opening, worst, corrected)
+        return Attempt(excess, opening, worst, corrected)
 
-    end = iterate(attempt, starts, settings.max_iters, init)
+    stalled = stall(init, settings.tol)
+    end = iterate(attempt, starts, settings.max_iters, init, stalled=stalled)
     starts = end.values
     rows = _rollout(system, starts, xs, valid)
     rows, fallback = finish(

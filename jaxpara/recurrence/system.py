@@ -106,6 +106,26 @@ def tolerance(dtype: Any, tol: float | None) -> float:
     return (8 if jnp.finfo(dtype).bits >= 32 else 2) * eps
 
 
+def stall(leaves: Leaves, tol: float | None) -> float:
+    """Excess up to which two Newton iterations in a row are taken for the work of rounding.
+
+    Where Newton still gained, a relative residual of 1e-5 would be squared by the next iteration.
+    What stays there is rounding inside the chunks: an element that passes zero at their ends
+    carries that of the larger values that it had between them. A tolerance below eight ulp asks
+    for more than that and gets it.
+
+    Args:
+      leaves: of the state.
+      tol: see `tolerance`.
+
+    Returns:
+      In units of the tolerance; 1 is the ordinary test.
+    """
+    coarse = max((jnp.finfo(leaf.dtype) for leaf in leaves), key=lambda info: float(info.eps))
+    own, eps = tolerance(coarse.dtype, tol), float(coarse.eps)
+    return max(1.0, 80 * eps / own) if coarse.bits >= 32 and own >= 8 * eps else 1.0
+
+
 def _wide(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
@@ -125,13 +145,14 @@ def residuals(
     than `tol * slack` times that of this row and the one before: a fixed
     absolute tolerance would accept anything for small states, a purely relative one
     would reject rounding at zero crossings, and with the whole past in the window one
-    early spike would let everything after it pass. NaN never passes.
+    early spike would let everything after it pass.
 
     Returns:
-      `ok[n]` and the largest residual (a NaN counts as infinite).
+      `excess[n]`, the largest difference of each row in units of what is allowed: up to 1 it
+      passes; and the largest residual. A NaN counts as infinite in both.
     """
     rows = ends[0].shape[0]
-    ok = jnp.ones(rows, bool)
+    excess = jnp.zeros(rows, jnp.float32)
     worst = jnp.zeros((), jnp.float32)
     for end, start, before in zip(ends, starts, first, strict=True):
         allowed = tolerance(end.dtype, tol)
@@ -145,11 +166,13 @@ def residuals(
             scale, shift = jnp.maximum(scale, earlier), 2 * shift
         scale = jnp.minimum(scale[1:], near)
         # The clause on `end` matters: max may drop a NaN on CPU.
-        good = (difference <= allowed * scale) & jnp.isfinite(end)
-        ok = vary_like(ok, good) & jnp.all(good, axis=tuple(range(1, good.ndim)))
         finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)
+        units = jnp.where(finite == 0, 0, finite / (allowed * scale))
+        units = jnp.where(jnp.isfinite(end) & ~jnp.isnan(units), units, jnp.inf)
+        largest = jnp.max(units, axis=tuple(range(1, units.ndim)), initial=0.0)
+        excess = jnp.maximum(vary_like(excess, units), largest.astype(jnp.float32))
         worst = jnp.maximum(worst, jnp.max(finite, initial=0.0).astype(jnp.float32))
-    return ok, worst
+    return excess, worst
 
 
 def magnitude(leaves: Leaves) -> list[jax.Array]:

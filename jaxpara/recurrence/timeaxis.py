@@ -87,7 +87,7 @@ def across(
     leaving,
     product,
     firsts,
-    done,
+    excess,
     worst,
 ):
     """Tests the boundaries between devices and corrects each device's first state.
@@ -98,19 +98,20 @@ def across(
       ends: the state after the last local step; `leaving`: the same, corrected as if
         the device's first state were exact; `product`: its Jacobian.
       firsts: the state before the first local step.
-      done, worst: the local test.
+      excess, worst: of the local boundaries.
 
     Returns:
-      `(first, done, worst)`: this device's corrected first state; whether every
-      boundary of every device holds; the largest residual of all.
+      `(first, excess, worst)`: this device's corrected first state; excess and residual,
+      the largest of all boundaries of all devices.
     """
-    ends, leaving, product, firsts, done, worst = axis.gather(
-        (ends, leaving, product, firsts, done, worst)
+    ends, leaving, product, firsts, excess, worst = axis.gather(
+        (ends, leaving, product, firsts, excess, worst)
     )
-    ok, between = residuals([e[:-1] for e in ends], [f[1:] for f in firsts], init, tol)
-    holds = jnp.cumprod((ok & done[:-1]).astype(jnp.int32))
+    over, between = residuals([e[:-1] for e in ends], [f[1:] for f in firsts], init, tol)
+    holds = jnp.cumprod((jnp.maximum(over, excess[:-1]) <= 1).astype(jnp.int32))
     still = [jnp.zeros_like(i) for i in init]
     corrected = chain(groups, leaving, product, firsts, jnp.sum(holds), still, cap)
     rows = [jnp.concatenate([i[None], c]) for i, c in zip(init, corrected, strict=True)]
     first = [lax.dynamic_index_in_dim(r, axis.rank(), keepdims=False) for r in rows]
-    return first, jnp.all(ok) & jnp.all(done), jnp.maximum(between, jnp.max(worst))
+    most = jnp.maximum(jnp.max(over, initial=0.0), jnp.max(excess))
+    return first, most, jnp.maximum(between, jnp.max(worst))
