@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import compat, mosaic, shapes
-from pallas_kernels.nonlinear_recurrence import gpu, gpu_window, windows
+from pallas_kernels.nonlinear_recurrence import gpu, rounding, windows
 
 simulated = pytest.mark.skipif(
     compat.version() < (0, 12), reason="the simulator of JAX 0.12 runs these kernels"
@@ -146,7 +146,7 @@ def test_a_window_that_does_not_settle_is_walked_step_by_step(reverse):
 @pytest.mark.slow
 def test_two_passes_in_a_row_near_the_limit_of_rounding_are_the_end(monkeypatch):
     # As if rounding could be blamed for anything below one: then a pass ends it that cannot.
-    monkeypatch.setattr(gpu_window, "_ROUNDED", 1.0)
+    monkeypatch.setattr(rounding, "ROUNDED", 1.0)
     operands = cells.draw(cells.GRU, 30, 1, 16, scale=4.0)
     settings = {"chunks": 8, "window": 16, "max_iters": 8}
     _, passes, residual, walked = run(cells.GRU, operands, tol=1e-6, **settings)

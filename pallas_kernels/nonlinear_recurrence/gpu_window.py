@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.cell import Arrays
 from pallas_kernels.compat import mosaic_gpu
+from pallas_kernels.nonlinear_recurrence import rounding
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
     channels,
@@ -47,10 +48,9 @@ _TOGETHER = {1: (8, 4)}
 
 # Of a boundary: it is closed; it may be as nearly closed as rounding allows; one more pass is
 # likely to close it; or not. Newton's residuals fall from r to about 0.2 r^2 here: from _NEAR times
-# the root of the tolerance to below it. Rounding within its chunks keeps an LSTM at up to _ROUNDED:
-# two passes in a row below that are the end, unless the tolerance is below eight units of float32.
+# the root of the tolerance to below it. Two passes in a row that may be rounding's are the end.
 CLOSED, ROUNDED, NEAR, FAR = 0.0, 1.0, 2.0, 3.0
-_NEAR, _ROUNDED, _FINEST = 2.0, 1e-5, 8 * float(jnp.finfo(jnp.float32).eps)
+_NEAR = 2.0
 
 
 class Outcome(NamedTuple):
@@ -182,8 +182,8 @@ def _judge(block: Block, old: Any) -> tuple[Any, jax.Array]:
     own, worst = own_rows(block), zeros_tile(block)
     verdict = worst + CLOSED
     limits = [(_NEAR * math.sqrt(block.tol), NEAR), (block.tol, CLOSED)]
-    if _FINEST <= block.tol < _ROUNDED:
-        limits.insert(1, (_ROUNDED, ROUNDED))
+    if rounding.stall(block.tol) > block.tol:
+        limits.insert(1, (rounding.stall(block.tol), ROUNDED))
     for k in range(block.cell.states):
         before, *recent = [load_tile(block, own_ends(block, k, back)) for back in (1, 2, 3, 4)]
         difference = jnp.abs(before - load_tile(block, block.starts.at[old, k, own]))

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import tiles
 from pallas_kernels.cell import ElementwiseCell
+from pallas_kernels.nonlinear_recurrence.rounding import stall
 from pallas_kernels.nonlinear_recurrence.tpu_backward import backward
 
 __all__ = ["backward", "forward"]
@@ -51,7 +52,8 @@ def forward(
       init: K arrays `[B, D]`, float32 or bfloat16; the states come back in their dtypes.
       xs: arrays `[T, B, D]`, float32 or bfloat16.
       params: arrays `[1, D]` or `[B, D]`.
-      tol: largest accepted residual relative to the state's recent magnitude.
+      tol: largest accepted residual relative to the state's recent magnitude; for two passes in a
+        row see `rounding`.
       max_iters: passes over a window before it is completed step by step.
       reverse: from the last step to the first.
       affine: the step is affine in the state: one correction, no test.
@@ -95,8 +97,8 @@ def forward(
         + [plan.over_lanes(p.shape[0]) for p in params],
         out_specs=[plan.over_time()] * size + [lanes] * 3,
         out_shape=[out(xs[0].shape, i.dtype) for i in init] + counts,
-        # carry; then done, residual, and of all chunks: starts, ends, products
-        scratch_shapes=tiles.scratch(plan, size + 2, (2 * size + size * size) * shooting),
+        # carry; then done, close, residual, and of all chunks: starts, ends, products
+        scratch_shapes=tiles.scratch(plan, size + 3, (2 * size + size * size) * shooting),
         compiler_params=tiles.compiler_params(),
         interpret=interpret,
         name="nonlinear_recurrence",
@@ -107,7 +109,7 @@ def forward(
 
 def _kernel(cell, plan, tol, budget, affine, refs):
     size, shooting = cell.states, plan.chunks > 1
-    init, xs, params, states, counts, carry, (done, residual), starts, ends, products = tiles.split(
+    init, xs, params, states, counts, carry, flags, starts, ends, products = tiles.split(
         refs,
         size,
         cell.inputs,
@@ -115,11 +117,12 @@ def _kernel(cell, plan, tol, budget, affine, refs):
         size,
         3,
         size,
-        2,
+        3,
         size * shooting,
         size * shooting,
         size * size * shooting,
     )
+    done, close, residual = flags
     passes, worst, completed = counts
     begin, inside = plan.start(), plan.inside()
 
@@ -189,7 +192,7 @@ def _kernel(cell, plan, tol, budget, affine, refs):
     else:
         for s, c in zip(starts, carry, strict=True):
             s[...] = jnp.broadcast_to(c[...][None], plan.tile)
-        done[...] = jnp.zeros(plan.row, jnp.float32)
+        done[...] = close[...] = jnp.zeros(plan.row, jnp.float32)
 
         def attempt(loop):
             number, _ = loop
@@ -197,8 +200,9 @@ def _kernel(cell, plan, tol, budget, affine, refs):
             count = number + 1
             passes[...] = jnp.where(done[...] > 0, passes[...], jnp.maximum(passes[...], count))
             roll_with_product(keep=True)
-            passed, largest = _link(plan, tol, starts, ends, products, carry)
-            done[...], residual[...] = passed, largest
+            passed, near, largest = _link(plan, tol, starts, ends, products, carry)
+            done[...] = jnp.maximum(passed, near * close[...])
+            close[...], residual[...] = near, largest
             return count, tiles.any_open(inside, done)
 
         lax.while_loop(lambda loop: (loop[1] > 0) & (loop[0] < budget), attempt, (0, 1.0))
@@ -232,7 +236,8 @@ def _link(plan, tol, starts, ends, products, before):
     """Tests the boundaries and corrects the starts behind the first that is open, lane by lane.
 
     Returns:
-      1.0 where every boundary holds, and the largest residual (infinite for a NaN).
+      1.0 where every boundary holds; 1.0 where what is open may be rounding's, see `rounding`; and
+      the largest residual (infinite for a NaN).
     """
     size, rows = len(starts), range(len(starts))
     caps = []
@@ -242,7 +247,7 @@ def _link(plan, tol, starts, ends, products, before):
         caps.append(_CAP * jnp.max(value, axis=0))
 
     def link(index, loop):
-        leading, largest, delta, recent = loop
+        leading, nearly, largest, delta, recent = loop
         here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
         end, start = [e[here] for e in ends], [s[there] for s in starts]
         holds = leading
@@ -250,9 +255,9 @@ def _link(plan, tol, starts, ends, products, before):
             difference, size_now = jnp.abs(end[i] - start[i]), jnp.abs(end[i])
             near = jnp.maximum(size_now, recent[i][0])
             scale = jnp.maximum(near, jnp.maximum(recent[i][1], recent[i][2]))
-            allowed = tol * jnp.minimum(scale, _SLACK * near)
-            good = (difference <= allowed) & tiles.finite(end[i])
-            holds = jnp.where(good, holds, 0.0)
+            scale, finite = jnp.minimum(scale, _SLACK * near), tiles.finite(end[i])
+            holds = jnp.where((difference <= tol * scale) & finite, holds, 0.0)
+            nearly = jnp.where((difference <= stall(tol) * scale) & finite, nearly, 0.0)
             # NaN compares false: it counts as infinite.
             difference = jnp.where(difference <= jnp.inf, difference, jnp.inf)
             largest = jnp.maximum(largest, difference)
@@ -263,9 +268,9 @@ def _link(plan, tol, starts, ends, products, before):
             starts[i][there] = new[i]
         delta = [new[i] - start[i] for i in rows]
         recent = [(jnp.abs(end[i]), *recent[i][:2]) for i in rows]
-        return holds, largest, delta, recent
+        return holds, nearly, largest, delta, recent
 
     zero = jnp.zeros(plan.row, jnp.float32)
     first = [jnp.abs(b[...]) for b in before]
-    loop = (zero + 1.0, zero, [zero] * size, [(f, f, f) for f in first])
-    return lax.fori_loop(0, plan.chunks - 1, link, loop)[:2]
+    loop = (zero + 1.0, zero + 1.0, zero, [zero] * size, [(f, f, f) for f in first])
+    return lax.fori_loop(0, plan.chunks - 1, link, loop)[:3]
