@@ -98,7 +98,7 @@ def test_what_rounding_keeps_open_is_not_walked_and_costs_no_accuracy():
         wanted = np.asarray(solved(*double)[1])
     errors = [np.abs(np.asarray(a) - wanted).max() for a in (stepwise, found, strict)]
     # Rounding itself costs lax.scan as much, in one order of its sums or another.
-    assert max(errors) < 2 * errors[0] < 1e-6
+    assert max(errors) < 3 * errors[0] and max(errors) < 1e-6, errors
 
 
 def test_each_row_of_a_vmap_iterates_and_falls_back_by_itself():
