@@ -146,13 +146,20 @@ def assert_iterated(info, solver):
         assert info.iterations == 0
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize(
+    "column",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if "grad_of" in name or "reset" in name else name
+        for name in COLUMNS
+    ],
+)
 @pytest.mark.parametrize("structure", CASES)
 @pytest.mark.parametrize("solver", solver_rows(TABLE))
 def test_every_solver_gives_what_lax_scan_gives(solver, structure, column):
     assert_equals_the_oracle(structure, column, TABLE[solver])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", ["grad_vmap_checkpoint", "reset_reverse"])
 @pytest.mark.parametrize("structure", CASES)
 @pytest.mark.parametrize("solver", ["shooting", "sequential"])

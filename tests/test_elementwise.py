@@ -149,6 +149,7 @@ def rows_of(names):
     return [pytest.param(name, marks=() if name in EVERYDAY else slow) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", rows_of(ZOO))
 def test_a_prepared_step_has_the_values_and_derivatives_of_the_step(name):
     count = 3 if name == "three_states" else 1

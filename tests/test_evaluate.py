@@ -49,6 +49,7 @@ def test_a_list_of_runs_is_judged_on_the_same_windows_beside_compressors(place, 
     assert bits["lm/a"] > 4 and bits["lm/a"] != bits["lm/b"]
 
 
+@pytest.mark.slow
 def test_runs_on_different_text_get_a_table_each(place, capsys):
     assert call(evaluate, place, "run=lm/*", "windows=3") is None
     shown = capsys.readouterr().out

@@ -82,6 +82,7 @@ def test_every_experiment_builds(name, text):
     assert build(cfg).task.about and cfg.name == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", members("sweep"))
 def test_every_value_of_every_sweep_composes(name, text):
     swept = yaml.safe_load((CONF / "sweep" / f"{name}.yaml").read_text())["hydra"]

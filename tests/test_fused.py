@@ -256,6 +256,7 @@ def test_a_measured_map_decides_between_kernel_and_other_paths(monkeypatch):
     assert rule.pick("gpu", kernel=False, **sizes)[0] == rule.PATHS["shooting"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "wide"),
     [

@@ -155,6 +155,7 @@ def assert_is_lax_scan(cell, solver, time):
 QUICK_LONG = {("gru", "shooting"), ("elman", "newton")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "solver", "time"),
     [

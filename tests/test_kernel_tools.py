@@ -266,6 +266,7 @@ def suite(tmp_path, seconds=60.0, about=ABOUT):
     return session, gpu_tests.outcomes(path, about["code"], about["device"])
 
 
+@pytest.mark.slow
 def test_the_device_tests_go_on_where_they_stopped_and_the_file_says_what_failed(
     tmp_path, monkeypatch
 ):
@@ -286,6 +287,7 @@ def test_the_device_tests_go_on_where_they_stopped_and_the_file_says_what_failed
     assert len(suite(tmp_path, about=changed)[1]) == 3
 
 
+@pytest.mark.slow
 def test_a_device_test_in_which_the_process_died_is_passed_over_and_counts_as_failed(tmp_path):
     name = "test_suite.py::test_good[1]"
     killed = gpu_tests.Session(lambda: (tmp_path / "tests.csv", ABOUT), 9.0)

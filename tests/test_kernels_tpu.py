@@ -82,6 +82,7 @@ def assert_equals_float64(case, operands, solved, pulled, *, reverse=False):
     assert np.all(completed == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_the_hand_written_derivatives_are_those_of_the_oracles_step(case):
     cell, rng = case.cell, np.random.default_rng(0)

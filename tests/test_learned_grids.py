@@ -44,6 +44,7 @@ LSQ = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", LSQ, ids=str)
 def test_lsq_gradients_are_the_finite_differences_of_the_surrogate(settings, double):
     # In the surrogate the rounding error of each entry is frozen: round(v) becomes v + error.

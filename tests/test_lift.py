@@ -106,6 +106,7 @@ def test_bfloat16_casts_round_the_parts_instead_of_the_sum():
     )
 
 
+@pytest.mark.slow
 def test_jvp_vmap_and_second_derivatives():
     t = jp.lora(rank=2)
     state = attached(t, {"w": STACK})

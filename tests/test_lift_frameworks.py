@@ -83,6 +83,7 @@ CASES = {"linen": linen_case, "nnx": nnx_case, "equinox": equinox_case, "haiku":
 QUICK = "equinox"  # the others take seconds, most of them Flax's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "library",
     [pytest.param(name, marks=[] if name == QUICK else [pytest.mark.slow]) for name in CASES],

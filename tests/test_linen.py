@@ -67,6 +67,7 @@ def test_rnn_runs_a_convolutional_cell():
     assert_close(out, nn.RNN(cell).apply(variables, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keywords",
     [
@@ -143,6 +144,7 @@ class Stack(nn.Module):
         return nn.Dense(2)(lifted(nn.SimpleCell(3))(jnp.stack([x, -x])))
 
 
+@pytest.mark.slow
 def test_rnn_takes_the_place_of_flax_inside_a_model():
     variables = Stack().init(jax.random.key(1), X)
     shapes = functools.partial(jax.tree.map, jnp.shape)

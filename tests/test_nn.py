@@ -97,6 +97,7 @@ def test_apply_equals_run_whole_in_uneven_pieces_and_token_by_token(name):
             assert_close(leaf, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_of_apply_equals_gradient_of_run_in_pieces(name):
     model, params = make(name)

@@ -85,6 +85,7 @@ def mixed(request):
     return sampler, params, rerun(model, params, 2 * PLAIN, half_by_half)
 
 
+@pytest.mark.slow
 def test_decoding_in_blocks_and_batches_equals_rerunning_the_prefix(mixed):
     sampler, params, expected = mixed
     requests = [Request(prompt) for prompt in 2 * PLAIN]

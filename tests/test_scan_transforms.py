@@ -22,6 +22,7 @@ from scan_checks import (
 import jaxpara as jp
 
 
+@pytest.mark.slow
 def test_gradients_reach_what_the_step_closes_over():
     def loss(w, scan):
         shift = jnp.sin(w)

@@ -80,6 +80,7 @@ def small():
     return step, loss, init_state(model, optimiser, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_measured_step_is_the_step_and_is_compiled_once(small):
     step, loss, state = small
     reports, batch = [], jnp.zeros((2, 9), jnp.int32)

@@ -116,6 +116,7 @@ def test_training_a_decoder_lowers_its_loss_and_compiles_once(model):
     np.testing.assert_allclose(losses[0], totals["nats"] / totals["tokens"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulated_step_equals_the_step_on_the_whole_batch(model, parts):
     # SGD: one step of Adam hides a wrong factor of the gradient.
