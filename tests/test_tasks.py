@@ -130,6 +130,14 @@ def test_no_sequence_is_in_both_splits_even_where_every_one_turns_up():
     assert 15 < len(seen[True]) < 50, "about an eighth of 256"
 
 
+@pytest.mark.parametrize(("length", "share"), [(32, 0.44), (128, 0.36), (256, 0.35)])
+def test_repeating_the_token_is_right_for_two_hops_as_often_as_the_documents_say(length, share):
+    examples = drawn(induction(), length=length, batch_size=512)
+    asked = np.asarray(examples.mask)
+    right = np.asarray(examples.tokens == examples.targets)[asked]
+    assert np.mean(right) == pytest.approx(share, abs=0.01)
+
+
 @pytest.mark.parametrize("name, order", [("S3", 6), ("S4", 24), ("S5", 120), ("A5", 60)])
 def test_group_tables_are_groups_that_do_not_commute(name, order):
     group = groups.named(name)

@@ -36,8 +36,6 @@ from pallas_kernels.nonlinear_recurrence.gpu_window import correct_once, iterate
 
 # Steps of a rollout that are unrolled: their addresses become constants.
 _UNROLL = 4
-# What the second axis of a CUDA grid holds; the first goes over channels, neighbours in memory.
-_MOST_SEQUENCES = 65535
 
 
 def forward(
@@ -86,8 +84,7 @@ def forward(
     gpu = mosaic_gpu()
     _check(init, xs, params, max_iters)
     steps, batch, width = xs[0].shape
-    if batch > _MOST_SEQUENCES:
-        raise NotImplementedError(f"{batch} sequences; a launch takes {_MOST_SEQUENCES}")
+    windows.check_batch(batch)
     itemsizes = tuple(x.dtype.itemsize for x in xs)
     problem = windows.Problem(steps, batch, width, cell.states, itemsizes, affine)
     plan = windows.choose(problem, chunks=chunks, window=window)

@@ -41,8 +41,6 @@ _BLOCKS_WANTED = 132
 _UNIT, _LONGEST = 4, 16
 _MOST_CHUNKS, _MOST_WARPGROUPS = 32, 4
 _SLOTS = 2
-# What the second axis of a CUDA grid holds; the first goes over channels, neighbours in memory.
-_MOST_SEQUENCES = 65535
 
 
 def choose(
@@ -161,8 +159,7 @@ def backward(
                 f"the kernel stores float32, bfloat16 or float16, not {array.dtype}"
             )
     steps, batch, width = states[0].shape
-    if batch > _MOST_SEQUENCES:
-        raise NotImplementedError(f"{batch} sequences; a launch takes {_MOST_SEQUENCES}")
+    windows.check_batch(batch)
     plan = choose(
         (steps, batch, width),
         sum(a.dtype.itemsize for a in (*xs, *states, *cotangents)),

@@ -25,8 +25,23 @@ _MOST_WARPGROUPS = 4
 _PAIRED_THREADS = 256
 _PAIRED_MEMORY = 113 * 1024 - (227 * 1024 - SHARED_MEMORY)
 _PAIRED_STATES = 2  # more take more registers than two blocks have
+# What the second axis of a CUDA grid holds; the first goes over channels, neighbours in memory.
+_MOST_SEQUENCES = 65535
 # Rows before the ends of a window's chunks: a residual is judged by the last four ends.
 MARGIN = 4
+
+
+def check_batch(batch: int) -> None:
+    """Refuses more sequences than one launch takes.
+
+    Args:
+      batch: their number.
+
+    Raises:
+      NotImplementedError: too many; another implementation takes them.
+    """
+    if batch > _MOST_SEQUENCES:
+        raise NotImplementedError(f"{batch} sequences; a launch takes {_MOST_SEQUENCES}")
 
 
 class Plan(NamedTuple):
