@@ -54,6 +54,7 @@ class Problem(NamedTuple):
     Attributes:
       step: `(consts, state, x) -> (state, outputs)`, lists of leaves.
       groups: proved structure of its Jacobian.
+      certain: as for `System`.
       solver: the solver.
       vjp_only: the step contains a `custom_vjp`, so it must not be pushed forward.
       reverse: scan order runs against the mesh axis.
@@ -62,6 +63,7 @@ class Problem(NamedTuple):
 
     step: Callable[..., Any]
     groups: Groups
+    certain: bool
     solver: Solver
     vjp_only: bool
     reverse: bool
@@ -137,7 +139,17 @@ def _system(problem: Problem, consts, init, xs) -> System:
         return new, jacobian.spread_columns(problem.groups, product, new)
 
     length = jax.tree.leaves(xs)[0].shape[0]
-    return System(step, push, init, xs, length, problem.groups, problem.reverse, problem.unroll)
+    return System(
+        step,
+        push,
+        init,
+        xs,
+        length,
+        problem.groups,
+        problem.certain,
+        problem.reverse,
+        problem.unroll,
+    )
 
 
 def _operator(problem: Problem, consts, before: Leaves, xs) -> Operator:

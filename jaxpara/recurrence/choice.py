@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence import fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence.certain import certain
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.structure import Structure, structure_of
 from jaxpara.recurrence.system import Solver
@@ -38,6 +39,7 @@ class Choice(NamedTuple):
       derivative: "general" or "reverse".
       structure: the proved (or given) structure of the Jacobian.
       groups: the same, resolved for the shapes of the carry.
+      certain: a Newton correction bounds the error of a state, see `certain.certain`.
       vjp_only: the step holds a `custom_vjp`.
       length: number of (local) steps.
       reason: one sentence for `explain_choice`.
@@ -47,6 +49,7 @@ class Choice(NamedTuple):
     derivative: str
     structure: Structure | None
     groups: Groups
+    certain: bool
     vjp_only: bool
     length: int
     reason: str
@@ -103,7 +106,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
                 f"time is sharded over {axis!r}, but this step can only run sequentially: "
                 f"{traced.obstacle}; gather the sequence first"
             )
-        return Choice(None, "general", None, (), False, traced.length, traced.obstacle)
+        return Choice(None, "general", None, (), False, False, traced.length, traced.obstacle)
     if axis is not None and traced.body.others:
         raise ValueError(
             f"time is sharded over {axis!r}, but the carry has leaves that are not floating; "
@@ -117,6 +120,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     avals = [compat.open_jaxpr(body.jaxpr).invars[p].aval for p in positions]
     shapes = [tuple(a.shape) for a in avals]
     groups = structure.resolve(shapes)
+    sure = not vjp_only and certain(body.jaxpr, positions, body.floats)
     size = max(block_size(group, shapes) for group in groups)
     reason = "asked for"
     mode = derivative or "general"
@@ -138,7 +142,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
             kernel=why_not is None,
         )
         reason += f"; no kernel: {why_not}" if why_not else ""
-    return Choice(solver, mode, structure, groups, vjp_only, traced.length, reason)
+    return Choice(solver, mode, structure, groups, sure, vjp_only, traced.length, reason)
 
 
 @functools.lru_cache(maxsize=512)

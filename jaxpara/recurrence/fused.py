@@ -17,8 +17,8 @@ from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.leaves import floating
 from jaxpara.recurrence.linear_kernel import KERNELS, say
 from jaxpara.recurrence.shooting import shoot
-from jaxpara.recurrence.system import Leaves, Settings, Solution, System, tolerance
-from pallas_kernels import nonlinear_recurrence
+from jaxpara.recurrence.system import Leaves, Settings, Solution, System
+from pallas_kernels import certificate, nonlinear_recurrence
 
 
 def fused(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
@@ -54,7 +54,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         first,
         inputs,
         params,
-        tol=tolerance(init[0].dtype, settings.tol),
+        tol=certificate.limits(init[0].dtype, settings.tol)[0],
         max_iters=settings.max_iters,
         reverse=system.reverse,
         affine=prepared.affine,  # then one correction is exact, and no pass is made to confirm it

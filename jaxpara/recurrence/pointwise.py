@@ -8,7 +8,9 @@ and updates the whole trajectory:
     Jacobi (Picard):         h'_t = F_t
 
 After k iterations the first k states are exact. Non-finite updates fall back to
-`F_t`, which keeps that guarantee when Newton overshoots. [deer] [elk] [pararnn]
+`F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
+within rounding, the other two when all states agree with the step bit for bit: their updates
+understate the error. [deer] [elk] [pararnn]
 """
 
 import math
@@ -22,9 +24,9 @@ from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.affine import block_operator, forward
 from jaxpara.recurrence.blocks import Group, Groups
 from jaxpara.recurrence.complete import complete
-from jaxpara.recurrence.iterate import Attempt, iterate, leading
+from jaxpara.recurrence.iterate import Attempt, iterate
 from jaxpara.recurrence.lanes import vary_like
-from jaxpara.recurrence.system import Leaves, Settings, Solution, System, residuals
+from jaxpara.recurrence.system import Leaves, Settings, Solution, System, excess, residuals
 
 
 def newton(
@@ -44,7 +46,7 @@ def newton(
         return jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
 
     correct = _newton_correction(groups, settings, blocks)
-    return _iterate(system, settings, guess, correct, finish)
+    return _iterate(system, settings, guess, correct, finish, bounding=system.certain)
 
 
 def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
@@ -74,7 +76,10 @@ def _own_element(groups: Groups, tangents: jax.Array, leaf: int, like: Leaves) -
 
 
 def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
-    """`blocks` makes Jacobians `[time, K, K, N]` of tangents `[time, Kmax, *leaf]`."""
+    """What updates the states; and the updates, infinite where one was dropped.
+
+    `blocks` makes Jacobians `[time, K, K, N]` of tangents `[time, Kmax, *leaf]`.
+    """
 
     def correct(system, before, after, states, xs):
         unit = jacobian.basis(system.groups, [b[0] for b in before])
@@ -87,12 +92,17 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
         linear = settings._replace(chunks=None)
         delta = forward(operator, gap, still, linear, system.reverse)
         new = [s + d for s, d in zip(states, delta, strict=True)]
-        return [jnp.where(jnp.isfinite(n), n, a) for n, a in zip(new, after, strict=True)]
+        fits = [jnp.isfinite(n) for n in new]
+        bound = [jnp.where(f, d, jnp.inf) for f, d in zip(fits, delta, strict=True)]
+        return [jnp.where(f, n, a) for f, n, a in zip(fits, new, after, strict=True)], bound
 
     return correct
 
 
-def _iterate(system: System, settings: Settings, guess, correct, finish=complete) -> Solution:
+def _iterate(
+    system: System, settings: Settings, guess, correct, finish=complete, bounding: bool = False
+) -> Solution:
+    """`bounding`: whether an update bounds the error of the states that it corrects."""
     axis = timeaxis.along(settings.axis, system.reverse)
     init = vary_like(list(system.init), system.xs)
     steps = system.length
@@ -100,16 +110,18 @@ def _iterate(system: System, settings: Settings, guess, correct, finish=complete
     def apply(before):
         return list(jax.vmap(lambda s, x: system.step(s, x)[0])(list(before), system.xs))
 
+    def everywhere(number: jax.Array) -> jax.Array:
+        return number if axis is None else jnp.max(axis.gather(number))
+
     def attempt(states: Leaves) -> Attempt:
         before = timeaxis.preceding(axis, init, states)
         after = apply(before)
-        excess, worst = residuals(after, states, init, settings.tol, 8, jnp.inf)
-        opening, most = leading(excess <= 1), jnp.max(excess, initial=0.0)
-        if axis is not None:
-            most = jnp.max(axis.gather(most))
-            worst = jnp.max(axis.gather(worst))
-        new = after if correct is None else correct(system, before, after, states, system.xs)
-        return Attempt(most, opening, worst, new)
+        exact, worst = residuals(after, states)
+        new, units = after, None
+        if correct is not None:
+            new, bound = correct(system, before, after, states, system.xs)
+            units = excess(bound, after, init, settings.tol, 8, jnp.inf) if bounding else None
+        return Attempt(exact, units, everywhere(worst), new)
 
     if guess is None:
         # One application of the step saves about one iteration over a constant guess.
@@ -119,7 +131,9 @@ def _iterate(system: System, settings: Settings, guess, correct, finish=complete
         last = [g[-1] for g in guess]
         end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
-    end = iterate(attempt, states, settings.max_iters, init)
+    end = iterate(
+        attempt, states, settings.max_iters, init, tol=settings.tol, everywhere=everywhere
+    )
     before = timeaxis.preceding(axis, init, end.values)
     ys = jax.vmap(lambda s, x: system.step(s, x)[1])(before, system.xs)
     rows = jax.tree.map(lambda r: r[:, None], (list(end.values), ys))

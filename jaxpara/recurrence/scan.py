@@ -23,7 +23,8 @@ class SolveInfo(NamedTuple):
     """How a recurrence was solved; scalars per call, and `vmap` adds its axis.
 
     Attributes:
-      converged: every residual passed within the budget of iterations.
+      converged: the states are certified within the budget of iterations: by the next Newton
+        correction where the step's derivative is proved, by bitwise agreement otherwise.
       iterations: evaluations of all steps, the confirming one included; 0 if the
         recurrence ran sequentially from the beginning.
       residual: largest residual of the returned iterate before any completion.
@@ -172,7 +173,15 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
     def step(consts, state, x):
         return body.on_floats(consts, state, x[: len(inputs)])
 
-    problem = Problem(step, choice.groups, spec.solver, choice.vjp_only, spec.reverse, spec.unroll)
+    problem = Problem(
+        step,
+        choice.groups,
+        choice.certain,
+        spec.solver,
+        choice.vjp_only,
+        spec.reverse,
+        spec.unroll,
+    )
     aliased = tuple(sorted({alias for alias in body.aliases if alias is not None}))
     last, states, outputs, *info, starts = solve(
         problem, choice.derivative, aliased, consts, floats, counted, guess

@@ -6,11 +6,13 @@ starts are then corrected in delta form,
 
     s'[c+1] = e[c] + P[c] (s'[c] - s[c]),
 
-a scan over C summaries, until every end `e[c]` meets the next start `s[c+1]`.
-Starts before the first open boundary are frozen, so each iteration makes at least
-one more chunk exact and C iterations always suffice. Oversized or non-finite
-corrections are dropped. The iterate returned is the one that passed the test; what
-a budget leaves open is completed sequentially. [shooting] [pararnn]
+a scan over C summaries, until the next corrections are within rounding or every end
+`e[c]` meets the next start `s[c+1]` bit for bit (see `pallas_kernels.certificate`).
+An exact start with an exact predecessor stays as it is, so each iteration makes at
+least one more chunk exact and C iterations always suffice. Oversized or non-finite
+corrections are dropped. The iterate returned is the one that passed the test; its
+trajectory is certified in turn, and what is left open is completed sequentially.
+[shooting] [pararnn]
 """
 
 import math
@@ -23,21 +25,18 @@ from jax import lax
 
 from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.complete import complete
-from jaxpara.recurrence.iterate import Attempt, iterate, leading
+from jaxpara.recurrence.iterate import Attempt, iterate, leading, stall
 from jaxpara.recurrence.lanes import select, vary_like
 from jaxpara.recurrence.system import (
     Leaves,
     Settings,
     Solution,
     System,
+    excess,
     magnitude,
     residuals,
-    stall,
 )
-
-# Corrections beyond this multiple of the largest state are dropped. States that
-# really grow along the sequence (counters) still gain this factor an iteration.
-_CAP = 4.0
+from pallas_kernels import certificate
 
 
 def plan(steps: int, requested: int | None) -> tuple[int, int]:
@@ -102,46 +101,46 @@ def shoot(
     init = vary_like(list(system.init), system.xs)
     starts: Leaves = first_guess(init, guess, count, axis)
 
+    def before(ends: Leaves) -> Leaves:
+        """What the starts should be."""
+        return timeaxis.preceding(axis, init, ends)
+
+    def everywhere(number: jax.Array) -> jax.Array:
+        return number if axis is None else jnp.max(axis.gather(number))
+
     def attempt(starts: Leaves) -> Attempt:
         ends, matrices = _rollout_with_product(system, starts, xs, valid)
-        over, worst = residuals([e[:-1] for e in ends], [s[1:] for s in starts], init, settings.tol)
-        cap = [_CAP * m for m in magnitude(ends)]
-        shift = [jnp.zeros_like(e[0]) for e in ends]
-        excess, opening, first = jnp.max(over, initial=0.0), leading(over <= 1), init
+        cap = [certificate.CAP * everywhere(m) for m in magnitude(ends)]
+        first, lost = init, jnp.zeros((), bool)
         if axis is not None:
-            local = _chain(system.groups, ends, matrices, starts, opening, shift, cap)
-            leaving = _leave(system.groups, ends, matrices, local, starts, cap)
-            product = _product(matrices)
-            first, excess, worst = timeaxis.across(
-                axis,
-                system.groups,
-                init,
-                settings.tol,
-                cap,
-                _chain,
-                ends=[e[-1] for e in ends],
-                leaving=leaving,
-                product=product,
-                firsts=[s[0] for s in starts],
-                excess=excess,
-                worst=worst,
-            )
-            shift = [f - s[0] for f, s in zip(first, starts, strict=True)]
-        rest = _chain(system.groups, ends, matrices, starts, opening, shift, cap)
-        corrected = [jnp.concatenate([f[None], r]) for f, r in zip(first, rest, strict=True)]
-        return Attempt(excess, opening, worst, corrected)
+            device = _leaving(system.groups, ends, matrices, starts, cap)
+            first, lost = timeaxis.first(axis, system.groups, init, cap, _chain, *device, starts)
+        deltas, corrected = _chain(system.groups, ends, matrices, starts, first, cap)
+        deltas = [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas]
+        exact, worst = residuals(before(ends), starts)
+        units = excess(deltas, before(ends), init, settings.tol) if system.certain else None
+        return Attempt(exact, units, everywhere(worst), corrected, deltas)
 
-    stalled = stall(init, settings.tol)
-    end = iterate(attempt, starts, settings.max_iters, init, stalled=stalled)
-    starts = end.values
-    rows = _rollout(system, starts, xs, valid)
-    rows, fallback = finish(
-        system, rows, xs, valid, starts, end.done, end.opening, axis, (count, length)
+    end = iterate(
+        attempt, starts, settings.max_iters, init, tol=settings.tol, everywhere=everywhere
     )
+    starts = end.values
+    rows, last, sound = _rollout(system, starts, end.deltas, xs, valid, settings.tol)
+    # The program that returns the states may round in another way than the one that was tested.
+    meets, _ = residuals(before(last), starts)
+    if system.certain:
+        gaps = [b - s for b, s in zip(before(last), starts, strict=True)]
+        meets |= excess(gaps, before(last), init, settings.tol) <= stall(init, settings.tol)
+    holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
+    done = end.done & (everywhere(1.0 - (jnp.all(holds) & meets[0])) == 0)
+    # An open start is the end of the chunk before it, which is redone.
+    opening = jnp.where(end.done, count, jnp.maximum(end.opening - 1, 0))
+    opening = jnp.minimum(opening, leading(holds))
+    rows, fallback = finish(system, rows, xs, valid, starts, done, opening, axis, (count, length))
     states, ys = jax.tree.map(
         lambda r: r.reshape(count * length, *r.shape[2:])[: system.length], rows
     )
-    return Solution(states, ys, end.done, end.used, end.residual, fallback, starts)
+    return Solution(states, ys, done, end.used, end.residual, fallback, starts)
 
 
 def first_guess(init, guess, count, axis) -> list[jax.Array]:
@@ -187,54 +186,101 @@ def _rollout_with_product(system: System, starts: Leaves, xs: Any, valid):
     return ends, matrices
 
 
-def _rollout(system: System, starts: Leaves, xs: Any, valid):
-    """Trajectory and outputs of all chunks, `[count, length, ...]`."""
+def _rollout(system: System, starts: Leaves, deltas: Leaves, xs: Any, valid, tol):
+    """Trajectory and outputs of all chunks, `[count, length, ...]`; ends; whether each is sound.
 
-    def step(states, inputs):
+    A chunk is sound if its start's error `deltas` stays below what rounding may leave on the way:
+    transient growth can lift it above what it is at both ends. [count]
+    """
+    if not system.certain:
+        deltas = []
+
+    def step(carry, inputs):
+        states, errors, peaks, fine = carry
         x, present = inputs
         new, ys = jax.vmap(system.step)(states, x)
         new = _hold(present, new, states)
-        return new, (new, ys)
+        if errors:
+            moved = jax.vmap(lambda s, x, *e: system.push(s, x, [e_[None] for e_ in e])[1])(
+                states, x, *errors
+            )
+            errors = _hold(present, [m[:, 0] for m in moved], errors)
+            peaks = [jnp.maximum(p, jnp.abs(n)) for p, n in zip(peaks, new, strict=True)]
+            fine = [
+                f & (jnp.abs(e) <= limit(e) * p)
+                for f, e, p in zip(fine, errors, peaks, strict=True)
+            ]
+        return (new, errors, peaks, fine), (new, ys)
 
-    _, rows = lax.scan(step, list(starts), (xs, valid))
-    return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows)
+    def limit(error):
+        return certificate.limits(error.dtype, tol)[1]
+
+    peaks = [jnp.abs(s) for s, _ in zip(starts, deltas)]
+    # Nothing grows from an error of zero, whatever the Jacobian.
+    quiet = jax.vmap(lambda *d: _quiet(system.groups, d))(*deltas) if deltas else []
+    carry = (list(starts), list(deltas), peaks, [jnp.isfinite(d) for d in deltas])
+    (last, _, _, fine), rows = lax.scan(step, vary_like(carry, starts, xs), (xs, valid))
+    sound = jnp.ones(starts[0].shape[0], bool)
+    for f, q in zip(fine, quiet, strict=True):
+        sound &= jnp.all((f | q).reshape(f.shape[0], -1), axis=1)
+    return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, sound
 
 
-def _chain(groups, ends, matrices, starts, opening, shift, cap) -> list[jax.Array]:
-    """Corrected starts of chunks 1 to C-1, given the `shift` of chunk 0's start."""
-    rows = ends[0].shape[0]
-    frozen = jnp.arange(rows - 1) < opening
+def _chain(groups, ends, matrices, starts, first, cap) -> tuple[Leaves, Leaves]:
+    """Corrections `[C, *leaf]` of the starts and the corrected starts, of which `first` is known.
+
+    A correction that builds on one that was dropped is infinite: it bounds nothing.
+    """
 
     def link(delta, inputs):
-        end, matrix, start, hold = inputs
-        moved = _move(groups, matrix, delta, end, cap)
-        base = select(hold, start, end)
-        new = [b + m for b, m in zip(base, moved, strict=True)]
-        return [n - s for n, s in zip(new, start, strict=True)], new
+        end, matrix, start = inputs
+        moved, fits = _move(groups, matrix, delta, end, cap)
+        new = [e + m for e, m in zip(end, moved, strict=True)]
+        delta = [n - s for n, s in zip(new, start, strict=True)]
+        bound = [jnp.where(f, d, jnp.inf) for f, d in zip(fits, delta, strict=True)]
+        return delta, (bound, new)
 
-    inputs = ([e[:-1] for e in ends], [m[:-1] for m in matrices], [s[1:] for s in starts], frozen)
-    shift = vary_like(list(shift), ends, starts)
-    return lax.scan(link, shift, inputs)[1]
-
-
-def _move(groups, matrix, delta, like, cap) -> list[jax.Array]:
-    """`P delta`, with what is not finite or exceeds `cap` dropped (a Picard update)."""
-    moved = jacobian.from_lanes(
-        groups, jacobian.apply(matrix, jacobian.to_lanes(groups, delta)), like
-    )
-    return [
-        jnp.where(jnp.abs(m) <= c, m, jnp.zeros_like(m)) for m, c in zip(moved, cap, strict=True)
+    inputs = ([e[:-1] for e in ends], [m[:-1] for m in matrices], [s[1:] for s in starts])
+    first = vary_like(list(first), ends, starts)
+    shift = [f - s[0] for f, s in zip(first, starts, strict=True)]
+    _, (deltas, new) = lax.scan(link, shift, inputs)
+    join = lambda head, rest: [  # noqa: E731
+        jnp.concatenate([h[None], r]) for h, r in zip(head, rest, strict=True)
     ]
+    return join(shift, deltas), join(first, new)
 
 
-def _leave(groups, ends, matrices, corrected, starts, cap) -> list[jax.Array]:
-    """The corrected end of the last chunk, which the next device starts from."""
-    if starts[0].shape[0] == 1:
-        return [e[-1] for e in ends]
+def _move(groups, matrix, delta, like, cap) -> tuple[Leaves, Leaves]:
+    """`P delta`, with what is not finite or exceeds `cap` dropped (a Picard update).
+
+    Returns the update and where nothing was dropped.
+    """
+    lanes = jacobian.to_lanes(groups, delta)
+    moved = jacobian.from_lanes(groups, jacobian.apply(matrix, lanes), like)
+    quiet = _quiet(groups, delta)
+    fits = [q | (jnp.abs(m) <= c) for q, m, c in zip(quiet, moved, cap, strict=True)]
+    none = [q | ~f for q, f in zip(quiet, fits, strict=True)]
+    return [jnp.where(n, jnp.zeros_like(m), m) for n, m in zip(none, moved, strict=True)], fits
+
+
+def _quiet(groups, delta: Leaves) -> list[jax.Array]:
+    """Where no element of a block moves, so that its Jacobian, even an infinite one, is idle."""
+    lanes = jacobian.to_lanes(groups, list(delta))
+    still = [jnp.broadcast_to(jnp.all(v == 0, axis=0), v.shape) for v in lanes]
+    like = [jax.ShapeDtypeStruct(d.shape, jnp.bool_) for d in delta]
+    return jacobian.from_lanes(groups, still, like)
+
+
+def _leaving(groups, ends, matrices, starts, cap) -> tuple[Leaves, Leaves]:
+    """The last end as if the first start were exact, and the Jacobian of all chunks.
+
+    They make the whole device one chunk for the devices that follow.
+    """
+    _, corrected = _chain(groups, ends, matrices, starts, [s[0] for s in starts], cap)
     delta = [c[-1] - s[-1] for c, s in zip(corrected, starts, strict=True)]
     end = [e[-1] for e in ends]
-    moved = _move(groups, [m[-1] for m in matrices], delta, end, cap)
-    return [e + m for e, m in zip(end, moved, strict=True)]
+    moved, _ = _move(groups, [m[-1] for m in matrices], delta, end, cap)
+    return [e + m for e, m in zip(end, moved, strict=True)], _product(matrices)
 
 
 def _product(matrices: Leaves) -> list[jax.Array]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxpara.recurrence.blocks import Groups
 from jaxpara.recurrence.lanes import vary_like
+from pallas_kernels import certificate
 
 Leaves = Sequence[jax.Array]
 
@@ -22,8 +23,8 @@ class Settings(NamedTuple):
 
     Attributes:
       chunks: number of time chunks; None picks about the square root of the length.
-      tol: largest accepted residual, relative to the largest magnitude that the same
-        element of the state has had lately (see `residuals`); None picks a few ulp of its dtype.
+      tol: largest accepted error of a state, as the next Newton correction bounds it, relative
+        to the magnitude that the element has had lately (see `excess`); None is a few ulp.
       max_iters: iterations before the rest is completed sequentially.
       linear: how pointwise solvers solve their linear recurrence, and how the
         adjoint is solved: "sequential", "associative", "chunked" or "kernel".
@@ -57,6 +58,8 @@ class System(NamedTuple):
       xs: inputs with leading (local) time.
       length: number of (local) steps.
       groups: proved structure of the Jacobian.
+      certain: the Jacobian is proved to be the derivative of the step, and the state is float32
+        or wider: a correction bounds the error. Otherwise only bitwise agreement counts.
       reverse: whether scan order runs against the order of the mesh axis.
       unroll: as for `lax.scan`; only a sequential solve unrolls.
     """
@@ -67,6 +70,7 @@ class System(NamedTuple):
     xs: Any
     length: int
     groups: Groups
+    certain: bool = False
     reverse: bool = False
     unroll: int | bool = 1
 
@@ -95,69 +99,33 @@ class Solver(NamedTuple):
     settings: Settings = Settings()
 
 
-def tolerance(dtype: Any, tol: float | None) -> float:
-    """Relative residual at which a state counts as `lax.scan`'s.
-
-    Eight ulp from float32 on; two below, where one ulp is already 1e-3 to 1e-2.
-    """
-    if tol is not None:
-        return tol
-    eps = float(jnp.finfo(dtype).eps)
-    return (8 if jnp.finfo(dtype).bits >= 32 else 2) * eps
-
-
-def stall(leaves: Leaves, tol: float | None) -> float:
-    """Excess up to which two Newton iterations in a row are taken for the work of rounding.
-
-    Where Newton still gained, a relative residual of 1e-5 would be squared by the next iteration.
-    What stays there is rounding inside the chunks: an element that passes zero at their ends
-    carries that of the larger values that it had between them. A tolerance below eight ulp asks
-    for more than that and gets it.
-
-    Args:
-      leaves: of the state.
-      tol: see `tolerance`.
-
-    Returns:
-      In units of the tolerance; 1 is the ordinary test.
-    """
-    coarse = max((jnp.finfo(leaf.dtype) for leaf in leaves), key=lambda info: float(info.eps))
-    own, eps = tolerance(coarse.dtype, tol), float(coarse.eps)
-    return max(1.0, 80 * eps / own) if coarse.bits >= 32 and own >= 8 * eps else 1.0
-
-
 def _wide(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-def residuals(
+def excess(
+    deltas: Leaves,
     ends: Leaves,
-    starts: Leaves,
     first: Leaves,
     tol: float | None,
-    window: int = 4,
-    slack: float = 256.0,
-) -> tuple[jax.Array, jax.Array]:
-    """Compares `ends[n, *leaf]` with the `starts[n, *leaf]` that they should equal.
+    window: int = certificate.WINDOW,
+    slack: float = certificate.SLACK,
+) -> jax.Array:
+    """How far the corrections `deltas[n, *leaf]` of the values `ends[n, *leaf]` exceed the limit.
 
-    The allowed difference of an element is `tol` times the largest magnitude that it
-    has had in the last `window` rows (`first` is the state before row 0), and no more
-    than `tol * slack` times that of this row and the one before: a fixed
-    absolute tolerance would accept anything for small states, a purely relative one
-    would reject rounding at zero crossings, and with the whole past in the window one
-    early spike would let everything after it pass.
+    The limit of an element is relative to the largest magnitude that it has had in the last
+    `window` rows (`first` is the state before row 0), and to no more than `slack` times that of
+    this row and the one before: see `pallas_kernels.certificate`.
 
     Returns:
-      `excess[n]`, the largest difference of each row in units of what is allowed: up to 1 it
-      passes; and the largest residual. A NaN counts as infinite in both.
+      `[n]`, the largest of each row in units of what is allowed in one pass: up to 1 it passes.
+      A NaN counts as infinite.
     """
     rows = ends[0].shape[0]
-    excess = jnp.zeros(rows, jnp.float32)
-    worst = jnp.zeros((), jnp.float32)
-    for end, start, before in zip(ends, starts, first, strict=True):
-        allowed = tolerance(end.dtype, tol)
-        end, start, before = _wide(end), _wide(start), _wide(before)
-        difference = jnp.abs(end - start)
+    total = jnp.zeros(rows, jnp.float32)
+    for delta, end, before in zip(deltas, ends, first, strict=True):
+        accept, _ = certificate.limits(end.dtype, tol)
+        delta, end, before = jnp.abs(_wide(delta)), _wide(end), _wide(before)
         scale = jnp.concatenate([jnp.abs(before)[None], jnp.abs(end)])
         near = slack * jnp.maximum(scale[1:], scale[:-1])
         shift = 1
@@ -165,14 +133,30 @@ def residuals(
             earlier = jnp.concatenate([scale[:1]] * shift + [scale[:-shift]])
             scale, shift = jnp.maximum(scale, earlier), 2 * shift
         scale = jnp.minimum(scale[1:], near)
+        units = jnp.where(delta == 0, 0, delta / (accept * scale))
         # The clause on `end` matters: max may drop a NaN on CPU.
-        finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)
-        units = jnp.where(finite == 0, 0, finite / (allowed * scale))
         units = jnp.where(jnp.isfinite(end) & ~jnp.isnan(units), units, jnp.inf)
         largest = jnp.max(units, axis=tuple(range(1, units.ndim)), initial=0.0)
-        excess = jnp.maximum(vary_like(excess, units), largest.astype(jnp.float32))
+        total = jnp.maximum(vary_like(total, units), largest.astype(jnp.float32))
+    return total
+
+
+def residuals(ends: Leaves, starts: Leaves) -> tuple[jax.Array, jax.Array]:
+    """Compares `ends[n, *leaf]` with the `starts[n, *leaf]` that they should equal.
+
+    Returns:
+      `exact[n]`, whether a row agrees bit for bit (a NaN agrees with nothing), and the largest
+      residual, infinite where there is a NaN.
+    """
+    exact = jnp.ones(ends[0].shape[0], bool)
+    worst = jnp.zeros((), jnp.float32)
+    for end, start in zip(ends, starts, strict=True):
+        same = jnp.all(end == start, axis=tuple(range(1, end.ndim)))
+        exact = vary_like(exact, same) & same
+        difference = jnp.abs(_wide(end) - _wide(start))
+        finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)
         worst = jnp.maximum(worst, jnp.max(finite, initial=0.0).astype(jnp.float32))
-    return excess, worst
+    return exact, worst
 
 
 def magnitude(leaves: Leaves) -> list[jax.Array]:

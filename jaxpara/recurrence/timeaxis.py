@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.blocks import Groups
-from jaxpara.recurrence.system import Leaves, residuals
+from jaxpara.recurrence.system import Leaves
 
 
 class Along(NamedTuple):
@@ -75,43 +75,26 @@ def preceding(axis: Along | None, first: Leaves, states: Leaves) -> list[jax.Arr
     return [jnp.concatenate([f[None], s[:-1]]) for f, s in zip(first, states, strict=True)]
 
 
-def across(
-    axis: Along,
-    groups: Groups,
-    init,
-    tol,
-    cap,
-    chain,
-    *,
-    ends,
-    leaving,
-    product,
-    firsts,
-    excess,
-    worst,
-):
-    """Tests the boundaries between devices and corrects each device's first state.
+def first(
+    axis: Along, groups: Groups, init: Leaves, cap, chain, left: Leaves, product: Leaves, starts
+) -> tuple[list[jax.Array], jax.Array]:
+    """The corrected first state of this device, each device taken for one chunk.
 
     Args:
       axis: the mesh axis.
-      chain: the correction of one level, applied here to devices instead of chunks.
-      ends: the state after the last local step; `leaving`: the same, corrected as if
-        the device's first state were exact; `product`: its Jacobian.
-      firsts: the state before the first local step.
-      excess, worst: of the local boundaries.
+      groups: structure of the Jacobians.
+      init: the state before the first step of the first device.
+      cap: corrections beyond it are dropped.
+      chain: corrects the starts of chunks, see `shooting`.
+      left: the state after the last local step, corrected as if the first local one were exact.
+      product: the Jacobian of all local steps.
+      starts: of the local chunks.
 
     Returns:
-      `(first, excess, worst)`: this device's corrected first state; excess and residual,
-      the largest of all boundaries of all devices.
+      The state, and whether a correction on the way to it was dropped.
     """
-    ends, leaving, product, firsts, excess, worst = axis.gather(
-        (ends, leaving, product, firsts, excess, worst)
-    )
-    over, between = residuals([e[:-1] for e in ends], [f[1:] for f in firsts], init, tol)
-    holds = jnp.cumprod((jnp.maximum(over, excess[:-1]) <= 1).astype(jnp.int32))
-    still = [jnp.zeros_like(i) for i in init]
-    corrected = chain(groups, leaving, product, firsts, jnp.sum(holds), still, cap)
-    rows = [jnp.concatenate([i[None], c]) for i, c in zip(init, corrected, strict=True)]
-    first = [lax.dynamic_index_in_dim(r, axis.rank(), keepdims=False) for r in rows]
-    most = jnp.maximum(jnp.max(over, initial=0.0), jnp.max(excess))
-    return first, most, jnp.maximum(between, jnp.max(worst))
+    left, product, firsts = axis.gather((left, product, [s[0] for s in starts]))
+    deltas, corrected = chain(groups, left, product, firsts, init, cap)
+    here = lambda r: lax.dynamic_index_in_dim(r, axis.rank(), keepdims=False)  # noqa: E731
+    lost = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(here(d))) for d in deltas]))
+    return [here(c) for c in corrected], lost

@@ -1,0 +1,168 @@
+"""Whether the derivative of a step tells how its value moves.
+
+A Newton correction bounds the error of a solve only where the step's Jacobian is the derivative
+of what the step computes. A `stop_gradient`, a custom rule, a rounding, a cast to fewer bits, an
+integer or a comparison on the way from the carry to the carry breaks that link; inputs and outputs
+may hold any of them. Kinks (`max`, `abs`) keep it: both sides have their own true derivative.
+"""
+
+import functools
+from collections.abc import Collection, Sequence
+from enum import IntEnum
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxpara import compat, jaxprs
+
+
+class Link(IntEnum):
+    """How a value depends on the carry; the larger wins where two meet."""
+
+    NONE = 0
+    TRUE = 1
+    BROKEN = 2
+
+
+# Continuous, and with JAX's derivative equal to the true one wherever that exists. What is not
+# listed breaks the link: a primitive that nobody here has heard of proves nothing.
+_CONTINUOUS = frozenset(
+    """
+    abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp copy copy_p cos cosh cumlogsumexp
+    cummax cummin cumprod cumsum cholesky digamma div dot_general erf erf_inv erfc exp exp2 expm1
+    conv_general_dilated lgamma log log1p logistic max min mul neg pow integer_pow
+    reduce_max reduce_min reduce_prod reduce_sum reduce_window_max reduce_window_min
+    reduce_window_sum rsqrt sin sinh sqrt square sub tan tanh triangular_solve
+    broadcast_in_dim concatenate expand_dims fft gather optimization_barrier pad reshape
+    rev select_n slice split squeeze stack unstack tile transpose dynamic_slice
+    dynamic_update_slice scatter scatter-add scatter_add imag real complex conj pvary pcast
+    sharding_constraint mesh_cast reshard layout_constraint
+    """.split()
+)
+
+# Operands that choose instead of entering: predicates and indices. They must not depend on the
+# carry, or a small move jumps.
+_CHOOSING = {
+    "select_n": lambda n: range(1),
+    "gather": lambda n: range(1, n),
+    "dynamic_slice": lambda n: range(1, n),
+    "dynamic_update_slice": lambda n: range(2, n),
+    "scatter": lambda n: range(1, 2),
+    "scatter-add": lambda n: range(1, 2),
+    "scatter_add": lambda n: range(1, 2),
+}
+
+
+@functools.lru_cache(maxsize=512)
+def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> bool:
+    """Whether the carry reaches the new carry by true derivatives alone, in float32 or wider.
+
+    Args:
+      jaxpr: of the step, open or closed.
+      carry_in, carry_out: positions of the floating carry leaves among inputs and outputs.
+
+    Returns:
+      False where that is not proved.
+    """
+    opened = compat.open_jaxpr(jaxpr)
+    if any(jnp.finfo(opened.invars[i].aval.dtype).bits < 32 for i in carry_in):
+        return False
+    ins = [Link.TRUE if i in carry_in else Link.NONE for i in range(len(opened.invars))]
+    outs = _flow(jaxpr, ins)
+    return all(outs[i] is not Link.BROKEN for i in carry_out)
+
+
+def _worst(links: Collection[Link]) -> Link:
+    return max(links, default=Link.NONE)
+
+
+def _fixpoint(step: Any, carry: list[Link]) -> list[Link]:
+    while True:
+        grown = [max(a, b) for a, b in zip(carry, step(carry), strict=True)]
+        if grown == carry:
+            return carry
+        carry = grown
+
+
+def _scan(eqn: Any, ins: list[Link]) -> list[Link]:
+    body, consts, carries = compat.scan_parts(eqn)
+    fixed, xs = ins[:consts], ins[consts + carries :]
+    carry = _fixpoint(
+        lambda c: _flow(body, fixed + c + xs)[:carries], ins[consts : consts + carries]
+    )
+    return carry + _flow(body, fixed + carry + xs)[carries:]
+
+
+def _while(eqn: Any, ins: list[Link]) -> list[Link]:
+    asks, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    body = eqn.params["body_jaxpr"]
+    carry = _fixpoint(
+        lambda c: _flow(body, ins[asks : asks + consts] + c), ins[asks + consts :]
+    )
+    if _flow(eqn.params["cond_jaxpr"], ins[:asks] + carry)[0] is not Link.NONE:
+        return [Link.BROKEN] * len(carry)
+    return carry
+
+
+def _cond(eqn: Any, ins: list[Link]) -> list[Link]:
+    if ins[0] is not Link.NONE:
+        return [Link.BROKEN] * len(eqn.outvars)
+    branches = [_flow(branch, ins[1:]) for branch in eqn.params["branches"]]
+    return [_worst(outs) for outs in zip(*branches, strict=True)]
+
+
+def _linear_solve(eqn: Any, ins: list[Link]) -> list[Link]:
+    # Its derivative is that of the equation, whatever solves it.
+    return [_worst(ins)] * len(eqn.outvars)
+
+
+_CONTROL = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "custom_linear_solve": _linear_solve,
+}
+
+
+def _cast(eqn: Any, link: Link) -> Link:
+    old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+    if not (jnp.issubdtype(old, jnp.inexact) and jnp.issubdtype(new, jnp.inexact)):
+        return Link.BROKEN
+    wide = jnp.finfo(new).nmant >= jnp.finfo(old).nmant
+    return link if wide and jnp.finfo(new).maxexp >= jnp.finfo(old).maxexp else Link.BROKEN
+
+
+def _primitive(eqn: Any, operands: list[Link]) -> Link:
+    name, link = eqn.primitive.name, _worst(operands)
+    if name == "convert_element_type":
+        return _cast(eqn, link)
+    if name not in _CONTINUOUS:
+        return Link.BROKEN
+    choosing = _CHOOSING.get(name, lambda n: ())(len(operands))
+    return Link.BROKEN if any(operands[i] is not Link.NONE for i in choosing) else link
+
+
+def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
+    jaxpr = compat.open_jaxpr(jaxpr)
+    links = dict(zip(jaxpr.invars, ins, strict=True))
+
+    def read(atom: Any) -> Link:
+        return Link.NONE if isinstance(atom, core.Literal) else links.get(atom, Link.NONE)
+
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        worst = _worst(operands)
+        if worst is not Link.TRUE:
+            outs = [worst] * len(eqn.outvars)
+        elif eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+            outs = [Link.BROKEN] * len(eqn.outvars)
+        elif (inner := jaxprs.called(eqn)) is not None:
+            outs = _flow(inner, operands)
+        elif eqn.primitive.name in _CONTROL:
+            outs = _CONTROL[eqn.primitive.name](eqn, operands)
+        else:
+            outs = [_primitive(eqn, operands)] * len(eqn.outvars)
+        links.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
