@@ -3,6 +3,7 @@
 Everything that needs a name which moved, or a private one, takes it from here.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,28 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def is_tracer(value: Any) -> bool:
     """Whether a value stands for one that a surrounding transform will know."""
     return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def jax_rule(eqn: Any) -> bool:
+    """Whether a `custom_jvp_call` is a function of JAX's own with the rule that JAX gave it.
+
+    Those rules are true derivatives (`logaddexp`, `relu`, ...); of others nothing is known.
+    Told by where function and rule are defined: JAX keeps no name for them.
+    """
+    home = os.path.join(os.path.dirname(jax.__file__), "_src", "")
+    function, rule = (
+        getattr(getattr(f, "debug_info", None), "func_src_info", None) or ""
+        for f in (open_jaxpr(eqn.params["call_jaxpr"]), eqn.params.get("jvp_jaxpr_fun"))
+    )
+    if f" at {home}" not in function or f" at {home}" not in rule:
+        return False
+    # `defjvps` wraps whatever it is given in a function of its own, which says nothing.
+    wrapped = "custom_derivatives" in rule
+    inner = open_jaxpr(eqn.params["call_jaxpr"]).eqns
+    return not wrapped or (
+        function.split(" at ")[0] in ("relu", "relu6")
+        and not any(e.primitive.name == "custom_jvp_call" for e in inner)
+    )
 
 
 def varying_axes(array: Any) -> frozenset[str]:

@@ -67,11 +67,6 @@ SOLVERS = {
 }
 
 
-def wide(step):
-    """The step in float64, constants and all: they are float32 numbers either way."""
-    return lambda h, x: step(h, x)
-
-
 @functools.cache
 def wanted(row):
     """`(lax.scan, float64)` states."""
@@ -96,7 +91,9 @@ def test_slow_states_arrive_where_lax_scan_does(row, solver):
     plain, exact = wanted(row)
     lost = np.abs(plain - exact).max(axis=-1) if plain.ndim > 1 else np.abs(plain - exact)
     error = np.abs(np.asarray(states, np.float64) - plain)
-    print(f"{row:22} {solver:14} iters {int(info.iterations):3} walked {int(info.fallback_steps):6}"
-          f" conv {bool(info.converged)} err {error.max():.2e} scan's {lost.max():.2e}"
-          f" end {np.ravel(end)[0]:.6f} scan {np.ravel(plain[-1])[0]:.6f}")
+    print(
+        f"{row:22} {solver:14} iters {int(info.iterations):3} walked {int(info.fallback_steps):6}"
+        f" conv {bool(info.converged)} err {error.max():.2e} scan's {lost.max():.2e}"
+        f" end {np.ravel(end)[0]:.6f} scan {np.ravel(plain[-1])[0]:.6f}"
+    )
     assert error.max() <= 1e-5 * np.abs(plain).max() + 2 * lost.max()

@@ -1,9 +1,10 @@
 """Whether the derivative of a step tells how its value moves.
 
 A Newton correction bounds the error of a solve only where the step's Jacobian is the derivative
-of what the step computes. A `stop_gradient`, a custom rule, a rounding, a cast to fewer bits, an
-integer or a comparison on the way from the carry to the carry breaks that link; inputs and outputs
-may hold any of them. Kinks (`max`, `abs`) keep it: both sides have their own true derivative.
+of what the step computes. A `stop_gradient`, a custom rule that is not JAX's own, a rounding, a
+cast to fewer bits, an integer or a comparison on the way from the carry to the carry breaks that
+link; inputs and outputs may hold any of them. Kinks (`max`, `abs`) keep it: both sides have their
+own true derivative.
 """
 
 import functools
@@ -29,15 +30,14 @@ class Link(IntEnum):
 # listed breaks the link: a primitive that nobody here has heard of proves nothing.
 _CONTINUOUS = frozenset(
     """
-    abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp copy copy_p cos cosh cumlogsumexp
-    cummax cummin cumprod cumsum cholesky digamma div dot_general erf erf_inv erfc exp exp2 expm1
-    conv_general_dilated lgamma log log1p logistic max min mul neg pow integer_pow
-    reduce_max reduce_min reduce_prod reduce_sum reduce_window_max reduce_window_min
-    reduce_window_sum rsqrt sin sinh sqrt square sub tan tanh triangular_solve
-    broadcast_in_dim concatenate expand_dims fft gather optimization_barrier pad reshape
-    rev select_n slice split squeeze stack unstack tile transpose dynamic_slice
-    dynamic_update_slice scatter scatter-add scatter_add imag real complex conj pvary pcast
-    sharding_constraint mesh_cast reshard layout_constraint
+    abs acos acosh add add_any asin asinh atan atan2 atanh broadcast_in_dim cbrt cholesky clamp
+    complex concatenate conj conv_general_dilated copy copy_p cos cosh cumlogsumexp cummax cummin
+    cumprod cumsum digamma div dot_general dynamic_slice dynamic_update_slice erf erf_inv erfc exp
+    exp2 expand_dims expm1 fft gather imag integer_pow layout_constraint lgamma log log1p logistic
+    max mesh_cast min mul neg optimization_barrier pad pcast pow pvary real reduce_max reduce_min
+    reduce_prod reduce_sum reduce_window_max reduce_window_min reduce_window_sum reshape reshard
+    rev rsqrt scatter scatter-add scatter_add select_n sharding_constraint sin sinh slice split
+    sqrt square squeeze stack sub tan tanh tile transpose triangular_solve unstack
     """.split()
 )
 
@@ -97,9 +97,7 @@ def _scan(eqn: Any, ins: list[Link]) -> list[Link]:
 def _while(eqn: Any, ins: list[Link]) -> list[Link]:
     asks, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     body = eqn.params["body_jaxpr"]
-    carry = _fixpoint(
-        lambda c: _flow(body, ins[asks : asks + consts] + c), ins[asks + consts :]
-    )
+    carry = _fixpoint(lambda c: _flow(body, ins[asks : asks + consts] + c), ins[asks + consts :])
     if _flow(eqn.params["cond_jaxpr"], ins[:asks] + carry)[0] is not Link.NONE:
         return [Link.BROKEN] * len(carry)
     return carry
@@ -156,7 +154,8 @@ def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
         if worst is not Link.TRUE:
             outs = [worst] * len(eqn.outvars)
         elif eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-            outs = [Link.BROKEN] * len(eqn.outvars)
+            kept = eqn.primitive.name == "custom_jvp_call" and compat.jax_rule(eqn)
+            outs = [Link.TRUE if kept else Link.BROKEN] * len(eqn.outvars)
         elif (inner := jaxprs.called(eqn)) is not None:
             outs = _flow(inner, operands)
         elif eqn.primitive.name in _CONTROL:
@@ -165,4 +164,3 @@ def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
             outs = [_primitive(eqn, operands)] * len(eqn.outvars)
         links.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
-

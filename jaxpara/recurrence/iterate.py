@@ -15,7 +15,6 @@ from jax import lax
 
 from jaxpara.recurrence.lanes import any_lane, select, vary_like
 from jaxpara.recurrence.system import Leaves
-from pallas_kernels import certificate
 
 
 class Attempt(NamedTuple):
@@ -41,18 +40,16 @@ class Outcome(NamedTuple):
     """How the loop ended.
 
     Attributes:
-      values: the ones that were tested last.
-      done: whether the values passed.
+      values: the ones that counted, corrected; or, without success, the ones tested last.
+      done: whether they counted.
       used: attempts until then.
-      excess: of that attempt, the largest on all devices; infinite for the first one.
-      opening: how many of the values hold before the first that does not.
-      residual, deltas: of that attempt.
+      opening: how many of the tested values hold before the first that does not.
+      residual, deltas: of the last attempt.
     """
 
     values: Leaves
     done: jax.Array
     used: jax.Array
-    excess: jax.Array
     opening: jax.Array
     residual: jax.Array
     deltas: Leaves
@@ -64,40 +61,37 @@ def iterate(
     max_iters: int,
     like: Any,
     *,
-    tol: float | None = None,
-    everywhere: Callable[[jax.Array], jax.Array] = lambda flag: flag,
+    everywhere: Callable[[jax.Array], jax.Array],
+    guessed: bool = True,
 ) -> Outcome:
     """Repeats `attempt` until it is done or the budget is used up.
 
+    What counts is corrected once more by the correction that proved it, so that its error is of
+    second order. That correction is within rounding: it can spoil nothing, as products of Jacobians
+    of 1e4 would do with an untested one.
+
     Args:
       attempt: tests values and corrects them.
-      values: to begin with: a guess, which counts as solved by bitwise agreement alone.
+      values: to begin with.
       max_iters: the budget; at least one attempt is made.
       like: arrays that vary over the same mesh axes as the values.
-      tol: as in `Settings`.
       everywhere: the largest of a number on all devices that share the solve.
+      guessed: the values hold no correction yet: they count by bitwise agreement alone.
     """
     budget = max(1, max_iters)
-    stalled = stall(values, tol)
 
     def body(carry):
         number, now = carry
         exact, units, residual, corrected, deltas = attempt(now.values)
-        open_ = everywhere(jnp.any(~exact).astype(jnp.float32))
-        excess, holds = jnp.where(open_ > 0, jnp.inf, 0.0), exact
+        holds = exact
         if units is not None:
-            near = everywhere(jnp.max(units, initial=0.0))
-            excess = jnp.where((number > 0) & (open_ > 0), near, excess)
-            holds = exact | ((number > 0) & (units <= 1))
-        done = (excess <= 1) | (jnp.maximum(excess, now.excess) <= stalled)
-        # The values that are returned must be the ones that were tested: products of
-        # Jacobians of 1e4 would turn a passing correction into a visible error.
-        keep = now.done | done | (number + 1 >= budget)
+            holds = exact | ((units <= 1) & ((number > 0) | (not guessed)))
+        done = everywhere(jnp.any(~holds).astype(jnp.float32)) == 0
+        keep = now.done | (~done & (number + 1 >= budget))
         return number + 1, Outcome(
             select(keep, now.values, corrected),
             now.done | done,
             jnp.where(now.done, now.used, now.used + 1),
-            jnp.where(now.done, now.excess, excess),
             jnp.where(now.done, now.opening, leading(holds)),
             jnp.where(now.done, now.residual, residual),
             select(now.done, now.deltas, deltas),
@@ -106,22 +100,13 @@ def iterate(
     zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     values = list(values)
     deltas = [jnp.zeros_like(v) for v in jax.eval_shape(attempt, values).deltas]
-    fresh = Outcome(
-        values, jnp.zeros((), bool), zero, nothing + jnp.inf, zero, nothing, deltas
-    )
+    fresh = Outcome(values, jnp.zeros((), bool), zero, zero, nothing, deltas)
     _, end = lax.while_loop(
         lambda carry: any_lane(~carry[1].done) & (carry[0] < budget),
         body,
         (zero, vary_like(fresh, like)),
     )
     return end
-
-
-def stall(leaves: Leaves, tol: float | None) -> float:
-    """Excess up to which two corrections in a row are taken for the work of rounding."""
-    coarse = max((leaf.dtype for leaf in leaves), key=lambda dtype: float(jnp.finfo(dtype).eps))
-    accept, stalled = certificate.limits(coarse, tol)
-    return stalled / accept if accept else 0.0
 
 
 def leading(ok: jax.Array) -> jax.Array:

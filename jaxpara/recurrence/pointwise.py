@@ -13,6 +13,7 @@ within rounding, the other two when all states agree with the step bit for bit: 
 understate the error. [deer] [elk] [pararnn]
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +23,24 @@ import jax.numpy as jnp
 
 from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.affine import block_operator, forward
-from jaxpara.recurrence.blocks import Group, Groups
+from jaxpara.recurrence.blocks import Group, Groups, block_size
 from jaxpara.recurrence.complete import complete
 from jaxpara.recurrence.iterate import Attempt, iterate
-from jaxpara.recurrence.lanes import vary_like
-from jaxpara.recurrence.system import Leaves, Settings, Solution, System, excess, residuals
+from jaxpara.recurrence.lanes import select, vary_like
+from jaxpara.recurrence.system import (
+    Leaves,
+    Settings,
+    Solution,
+    System,
+    excess,
+    residuals,
+    scales,
+)
+from pallas_kernels import certificate
+
+# Iterations of Newton's own that may follow those of a solver whose updates bound nothing, for
+# blocks up to this size; behind larger ones its states must agree bit for bit.
+_CLOSING, _SMALL = 3, 8
 
 
 def newton(
@@ -40,18 +54,14 @@ def newton(
 
     `finish` does what the budget left open, see `shooting.shoot`.
     """
-    groups = system.groups
-
-    def blocks(pushed):
-        return jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
-
-    correct = _newton_correction(groups, settings, blocks)
-    return _iterate(system, settings, guess, correct, finish, bounding=system.certain)
+    return _solve(system, settings, guess, _exact(system, settings), True, finish)
 
 
 def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
     """Pointwise Newton with the diagonal of the Jacobian."""
     shapes = [leaf.shape for leaf in system.init]
+    if all(block_size(group, shapes) == 1 for group in system.groups):
+        return newton(system, settings, guess)
     diagonal = tuple(Group((i,), (tuple(range(len(s))),)) for i, s in enumerate(shapes))
 
     def own(*tangents):
@@ -61,12 +71,25 @@ def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None
         rows = jax.vmap(own)(*pushed)
         return [r.reshape(r.shape[0], 1, 1, math.prod(r.shape[1:])) for r in rows]
 
-    return _iterate(system, settings, guess, _newton_correction(diagonal, settings, blocks))
+    return _solve(system, settings, guess, _newton_correction(diagonal, settings, blocks), False)
 
 
 def jacobi(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
     """Jacobi (Picard) iteration: the step applied to the previous trajectory."""
-    return _iterate(system, settings, guess, None)
+
+    def correct(system, before, after, states, xs):
+        return after, [a - s for a, s in zip(after, states, strict=True)]
+
+    return _solve(system, settings, guess, correct, False)
+
+
+def _exact(system: System, settings: Settings) -> Callable:
+    groups = system.groups
+
+    def blocks(pushed):
+        return jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
+
+    return _newton_correction(groups, settings, blocks)
 
 
 def _own_element(groups: Groups, tangents: jax.Array, leaf: int, like: Leaves) -> jax.Array:
@@ -99,10 +122,10 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
     return correct
 
 
-def _iterate(
-    system: System, settings: Settings, guess, correct, finish=complete, bounding: bool = False
+def _solve(
+    system: System, settings: Settings, guess, correct, exactly: bool, finish=complete
 ) -> Solution:
-    """`bounding`: whether an update bounds the error of the states that it corrects."""
+    """Iterates `correct`; `exactly`: it is Newton's own, and bounds the error of the states."""
     axis = timeaxis.along(settings.axis, system.reverse)
     init = vary_like(list(system.init), system.xs)
     steps = system.length
@@ -113,15 +136,27 @@ def _iterate(
     def everywhere(number: jax.Array) -> jax.Array:
         return number if axis is None else jnp.max(axis.gather(number))
 
-    def attempt(states: Leaves) -> Attempt:
+    def attempt(correct: Callable, bounding: bool, states: Leaves) -> Attempt:
         before = timeaxis.preceding(axis, init, states)
         after = apply(before)
         exact, worst = residuals(after, states)
-        new, units = after, None
-        if correct is not None:
-            new, bound = correct(system, before, after, states, system.xs)
-            units = excess(bound, after, init, settings.tol, 8, jnp.inf) if bounding else None
+        new, bound = correct(system, before, after, states, system.xs)
+        units = None
+        if bounding:
+            # Steps as far back as shooting looks in its chunks.
+            window = certificate.WINDOW * math.isqrt(steps)
+            units = excess(bound, scales(after, after, init, window), settings.tol)
         return Attempt(exact, units, everywhere(worst), new)
+
+    def run(states: Leaves, correct: Callable, bounding: bool, budget: int, guessed: bool):
+        return iterate(
+            functools.partial(attempt, correct, bounding),
+            states,
+            budget,
+            init,
+            everywhere=everywhere,
+            guessed=guessed,
+        )
 
     if guess is None:
         # One application of the step saves about one iteration over a constant guess.
@@ -131,9 +166,18 @@ def _iterate(
         last = [g[-1] for g in guess]
         end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
-    end = iterate(
-        attempt, states, settings.max_iters, init, tol=settings.tol, everywhere=everywhere
-    )
+    small = all(block_size(g, [i.shape for i in init]) <= _SMALL for g in system.groups)
+    closing = system.certain and not exactly and small
+    end = run(states, correct, system.certain and (exactly or small), settings.max_iters, True)
+    if closing:
+        # Their own updates understate the error; Newton's tells it, and is small by now.
+        last = run(end.values, _exact(system, settings), True, _CLOSING, False)
+        end = end._replace(
+            values=select(end.done, last.values, end.values),
+            done=end.done & last.done,
+            used=jnp.where(end.done, end.used + last.used, end.used),
+            opening=jnp.where(end.done, last.opening, end.opening),
+        )
     before = timeaxis.preceding(axis, init, end.values)
     ys = jax.vmap(lambda s, x: system.step(s, x)[1])(before, system.xs)
     rows = jax.tree.map(lambda r: r[:, None], (list(end.values), ys))

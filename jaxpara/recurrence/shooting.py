@@ -25,7 +25,7 @@ from jax import lax
 
 from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.complete import complete
-from jaxpara.recurrence.iterate import Attempt, iterate, leading, stall
+from jaxpara.recurrence.iterate import Attempt, iterate, leading
 from jaxpara.recurrence.lanes import select, vary_like
 from jaxpara.recurrence.system import (
     Leaves,
@@ -33,10 +33,15 @@ from jaxpara.recurrence.system import (
     Solution,
     System,
     excess,
+    limit,
     magnitude,
     residuals,
+    scales,
 )
 from pallas_kernels import certificate
+
+# In limits: corrections of 1e-3 leave 1e-6.
+_LINEAR = 100
 
 
 def plan(steps: int, requested: int | None) -> tuple[int, int]:
@@ -109,7 +114,7 @@ def shoot(
         return number if axis is None else jnp.max(axis.gather(number))
 
     def attempt(starts: Leaves) -> Attempt:
-        ends, matrices = _rollout_with_product(system, starts, xs, valid)
+        ends, peaks, matrices = _rollout_with_product(system, starts, xs, valid)
         cap = [certificate.CAP * everywhere(m) for m in magnitude(ends)]
         first, lost = init, jnp.zeros((), bool)
         if axis is not None:
@@ -118,19 +123,19 @@ def shoot(
         deltas, corrected = _chain(system.groups, ends, matrices, starts, first, cap)
         deltas = [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas]
         exact, worst = residuals(before(ends), starts)
-        units = excess(deltas, before(ends), init, settings.tol) if system.certain else None
-        return Attempt(exact, units, everywhere(worst), corrected, deltas)
+        scale = scales(before(peaks), before(ends), init)
+        units = excess(deltas, scale, settings.tol) if system.certain else None
+        return Attempt(exact, units, everywhere(worst), corrected, [*deltas, *scale])
 
-    end = iterate(
-        attempt, starts, settings.max_iters, init, tol=settings.tol, everywhere=everywhere
-    )
+    end = iterate(attempt, starts, settings.max_iters, init, everywhere=everywhere)
     starts = end.values
-    rows, last, sound = _rollout(system, starts, end.deltas, xs, valid, settings.tol)
+    errors, peaks = end.deltas[: len(init)], end.deltas[len(init) :]
+    rows, last, peaks, sound = _rollout(system, starts, errors, peaks, xs, valid, settings.tol)
     # The program that returns the states may round in another way than the one that was tested.
-    meets, _ = residuals(before(last), starts)
+    meets, worst = residuals(before(last), starts)
     if system.certain:
         gaps = [b - s for b, s in zip(before(last), starts, strict=True)]
-        meets |= excess(gaps, before(last), init, settings.tol) <= stall(init, settings.tol)
+        meets |= excess(gaps, scales(before(peaks), before(last), init), settings.tol) <= 1
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
     done = end.done & (everywhere(1.0 - (jnp.all(holds) & meets[0])) == 0)
     # An open start is the end of the chunk before it, which is redone.
@@ -140,7 +145,7 @@ def shoot(
     states, ys = jax.tree.map(
         lambda r: r.reshape(count * length, *r.shape[2:])[: system.length], rows
     )
-    return Solution(states, ys, done, end.used, end.residual, fallback, starts)
+    return Solution(states, ys, done, end.used, everywhere(worst), fallback, starts)
 
 
 def first_guess(init, guess, count, axis) -> list[jax.Array]:
@@ -169,61 +174,65 @@ def _hold(valid, new, old):
 
 
 def _rollout_with_product(system: System, starts: Leaves, xs: Any, valid):
-    """Ends `[count, *leaf]` and Jacobian products `[count, K, K, N]` of all chunks."""
+    """Ends and peaks `[count, *leaf]` and Jacobian products `[count, K, K, N]` of all chunks."""
     count = starts[0].shape[0]
     unit = jacobian.basis(system.groups, [s[0] for s in starts])
     unit = [jnp.broadcast_to(u, (count, *u.shape)) for u in unit]
 
     def step(carry, inputs):
-        states, products = carry
+        states, peaks, products = carry
         x, present = inputs
         new, pushed = jax.vmap(system.push)(states, x, products)
-        return (_hold(present, new, states), _hold(present, pushed, products)), None
+        new = _hold(present, new, states)
+        return (new, _higher(peaks, new), _hold(present, pushed, products)), None
 
-    carry = (list(starts), vary_like(unit, starts))
-    (ends, products), _ = lax.scan(step, carry, (xs, valid))
+    carry = (list(starts), [jnp.abs(s) for s in starts], vary_like(unit, starts))
+    (ends, peaks, products), _ = lax.scan(step, carry, (xs, valid))
     matrices = jax.vmap(lambda *p: jacobian.gather_columns(system.groups, p))(*products)
-    return ends, matrices
+    return ends, peaks, matrices
 
 
-def _rollout(system: System, starts: Leaves, deltas: Leaves, xs: Any, valid, tol):
-    """Trajectory and outputs of all chunks, `[count, length, ...]`; ends; whether each is sound.
+def _higher(peaks: Leaves, states: Leaves) -> list[jax.Array]:
+    return [jnp.maximum(p, jnp.abs(s)) for p, s in zip(peaks, states, strict=True)]
 
-    A chunk is sound if its start's error `deltas` stays below what rounding may leave on the way:
-    transient growth can lift it above what it is at both ends. [count]
+
+def _rollout(system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: Any, valid, tol):
+    """Rows, ends, peaks, and which chunks are sound.
+
+    Rows are trajectory and outputs, `[count, length, ...]`. A chunk is sound if `errors`, the
+    corrections that its start has just had, stay within `_LINEAR` limits all the way: transient
+    growth can lift them above what they are at both ends, and what is left of them is of second
+    order only where the step is as good as linear. `peaks` are the magnitudes that they are
+    relative to, and grow with the states.
     """
-    if not system.certain:
-        deltas = []
+    errors = list(errors) if system.certain else []
 
     def step(carry, inputs):
-        states, errors, peaks, fine = carry
+        states, peaks, errors, fine = carry
         x, present = inputs
         new, ys = jax.vmap(system.step)(states, x)
         new = _hold(present, new, states)
+        peaks = _higher(peaks, new)
         if errors:
-            moved = jax.vmap(lambda s, x, *e: system.push(s, x, [e_[None] for e_ in e])[1])(
-                states, x, *errors
-            )
-            errors = _hold(present, [m[:, 0] for m in moved], errors)
-            peaks = [jnp.maximum(p, jnp.abs(n)) for p, n in zip(peaks, new, strict=True)]
-            fine = [
-                f & (jnp.abs(e) <= limit(e) * p)
-                for f, e, p in zip(fine, errors, peaks, strict=True)
-            ]
-        return (new, errors, peaks, fine), (new, ys)
+            columns = [e[:, None] for e in errors]
+            moved = [m[:, 0] for m in jax.vmap(system.push)(states, x, columns)[1]]
+            errors = _hold(present, moved, errors)
+            fine = [f & _within(e, p, tol) for f, e, p in zip(fine, errors, peaks, strict=True)]
+        return (new, peaks, errors, fine), (new, ys)
 
-    def limit(error):
-        return certificate.limits(error.dtype, tol)[1]
+    fine = [jnp.isfinite(e) for e in errors]
+    carry = vary_like((list(starts), list(peaks), errors, fine), starts, xs)
+    (last, peaks, _, fine), rows = lax.scan(step, carry, (xs, valid))
+    sound = vary_like(jnp.ones(starts[0].shape[0], bool), starts, xs)
+    if errors:  # nothing grows from zero, whatever the Jacobian
+        quiet = jax.vmap(lambda *e: _quiet(system.groups, e))(*errors)
+        for f, q in zip(fine, quiet, strict=True):
+            sound &= jnp.all((f | q).reshape(f.shape[0], -1), axis=1)
+    return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, peaks, sound
 
-    peaks = [jnp.abs(s) for s, _ in zip(starts, deltas)]
-    # Nothing grows from an error of zero, whatever the Jacobian.
-    quiet = jax.vmap(lambda *d: _quiet(system.groups, d))(*deltas) if deltas else []
-    carry = (list(starts), list(deltas), peaks, [jnp.isfinite(d) for d in deltas])
-    (last, _, _, fine), rows = lax.scan(step, vary_like(carry, starts, xs), (xs, valid))
-    sound = jnp.ones(starts[0].shape[0], bool)
-    for f, q in zip(fine, quiet, strict=True):
-        sound &= jnp.all((f | q).reshape(f.shape[0], -1), axis=1)
-    return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, sound
+
+def _within(error: jax.Array, peak: jax.Array, tol: float | None) -> jax.Array:
+    return jnp.abs(error) <= _LINEAR * limit(error.dtype, tol) * peak
 
 
 def _chain(groups, ends, matrices, starts, first, cap) -> tuple[Leaves, Leaves]:

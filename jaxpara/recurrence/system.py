@@ -103,42 +103,60 @@ def _wide(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-def excess(
-    deltas: Leaves,
-    ends: Leaves,
-    first: Leaves,
-    tol: float | None,
-    window: int = certificate.WINDOW,
-    slack: float = certificate.SLACK,
-) -> jax.Array:
-    """How far the corrections `deltas[n, *leaf]` of the values `ends[n, *leaf]` exceed the limit.
+def scales(
+    peaks: Leaves, ends: Leaves, first: Leaves, window: int = certificate.WINDOW
+) -> list[jax.Array]:
+    """The magnitude that every element has had lately, `[n, *leaf]`.
 
-    The limit of an element is relative to the largest magnitude that it has had in the last
-    `window` rows (`first` is the state before row 0), and to no more than `slack` times that of
-    this row and the one before: see `pallas_kernels.certificate`.
+    Its peak over the last `window` rows, and no more than `SLACK` times its larger magnitude at the
+    last two ends.
 
-    Returns:
-      `[n]`, the largest of each row in units of what is allowed in one pass: up to 1 it passes.
-      A NaN counts as infinite.
+    Args:
+      peaks: the largest magnitude of every element on its way to each row, `[n, *leaf]`.
+      ends: where it arrives, `[n, *leaf]`.
+      first: the state before row 0.
+      window: rows to look back on.
     """
-    rows = ends[0].shape[0]
-    total = jnp.zeros(rows, jnp.float32)
-    for delta, end, before in zip(deltas, ends, first, strict=True):
-        accept, _ = certificate.limits(end.dtype, tol)
-        delta, end, before = jnp.abs(_wide(delta)), _wide(end), _wide(before)
-        scale = jnp.concatenate([jnp.abs(before)[None], jnp.abs(end)])
-        near = slack * jnp.maximum(scale[1:], scale[:-1])
+
+    def one(peak, end, before):
+        peak, end, before = (jnp.abs(_wide(v)) for v in (peak, end, before))
+        arrived = jnp.concatenate([before[None], end])
+        scale = jnp.concatenate([before[None], jnp.maximum(peak, end)])
         shift = 1
-        while shift < min(window, rows + 1):
+        while shift < min(window, end.shape[0] + 1):
             earlier = jnp.concatenate([scale[:1]] * shift + [scale[:-shift]])
             scale, shift = jnp.maximum(scale, earlier), 2 * shift
-        scale = jnp.minimum(scale[1:], near)
-        units = jnp.where(delta == 0, 0, delta / (accept * scale))
-        # The clause on `end` matters: max may drop a NaN on CPU.
-        units = jnp.where(jnp.isfinite(end) & ~jnp.isnan(units), units, jnp.inf)
+        return jnp.minimum(scale[1:], certificate.SLACK * jnp.maximum(arrived[1:], arrived[:-1]))
+
+    return [one(*leaves) for leaves in zip(peaks, ends, first, strict=True)]
+
+
+def excess(deltas: Leaves, scale: Leaves, tol: float | None) -> jax.Array:
+    """How far corrections exceed what counts as solved, see `pallas_kernels.certificate`.
+
+    Args:
+      deltas: corrections `[n, *leaf]`; infinite where one was dropped.
+      scale: magnitudes `[n, *leaf]`, see `scales`.
+      tol: as in `Settings`.
+
+    Returns:
+      `[n]`, the largest of each row in units of what is allowed: up to 1 it passes. A NaN counts as
+      infinite.
+    """
+    total = jnp.zeros(deltas[0].shape[0], jnp.float32)
+    for delta, size in zip(deltas, scale, strict=True):
+        delta = jnp.abs(_wide(delta))
+        units = jnp.where(delta == 0, 0, delta / (limit(delta.dtype, tol) * size))
+        # The clause on `size` matters: max may drop a NaN on CPU.
+        units = jnp.where(jnp.isfinite(size) & ~jnp.isnan(units), units, jnp.inf)
         largest = jnp.max(units, axis=tuple(range(1, units.ndim)), initial=0.0)
         total = jnp.maximum(vary_like(total, units), largest.astype(jnp.float32))
     return total
+
+
+def limit(dtype: Any, tol: float | None) -> float:
+    """Relative size of a correction that counts: what it leaves is corrected by it once more."""
+    return certificate.limits(dtype, tol)[1]
 
 
 def residuals(ends: Leaves, starts: Leaves) -> tuple[jax.Array, jax.Array]:

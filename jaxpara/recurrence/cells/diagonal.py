@@ -208,8 +208,10 @@ def slstm(
         g = jnp.tanh(x_g + a["candidate"] * h)
         log_input = x_i + a["input"] * h
         # n = 0 marks the empty start, where m is log 0 and not 0: else exp(i - m') underflows
-        # for i < -87 and h is 0 / 0. From then on n >= 1.
-        log_keep = jnp.where(n > 0, jax.nn.log_sigmoid(x_f + a["forget"] * h) + m, -jnp.inf)
+        # for i < -87 and h is 0 / 0. From then on n >= 1. A branch on n would jump, and a solver
+        # could not tell the error of a state from its next correction.
+        empty = jnp.maximum(1 - 2 * n, 0) * float(jnp.finfo(n.dtype).max / 4)
+        log_keep = jax.nn.log_sigmoid(x_f + a["forget"] * h) + m - empty
         o = jax.nn.sigmoid(x_o + a["output"] * h)
         m = jnp.maximum(log_keep, log_input)
         keep, write = jnp.exp(log_keep - m), jnp.exp(log_input - m)
