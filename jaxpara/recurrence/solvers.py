@@ -50,10 +50,11 @@ def shooting(
 
     Args:
       chunks: time chunks (per device); default about the square root of the length.
-      tol: accepted residual of an element, relative to the largest magnitude that it has
-        had over the last few chunks or steps; there is no absolute part. Default 8
-        ulp of its dtype, 2 below float32. From 8 ulp on, two iterations in a row within
-        80 ulp count as well: what stays is rounding inside the chunks.
+      tol: size of the next Newton correction at which a solve counts, relative to what the
+        element has been over the last few chunks or steps; there is no absolute part. The
+        states are then corrected by it once more. Default 80 ulp of float32 or float64.
+        Narrower states, and steps whose derivative is not proved, count by bitwise
+        agreement alone, whatever `tol`.
       max_iters: iterations before the rest is completed sequentially.
       axis: mesh axis over which time is sharded, inside `shard_map`: `xs` and `ys` are
         local shards, the initial and the final carry are replicated.
