@@ -1,0 +1,57 @@
+"""When a solve by multiple shooting counts as solved: the rule and its constants.
+
+Chunks are rolled out by the true step from starts `s_c` to ends `e_c`, with products `P_c` of its
+Jacobians. Boundaries leave residuals `r_{c+1} = e_c - s_{c+1}`, and the next Newton correction is
+
+    d_0 = 0,    d_{c+1} = P_c d_c + r_{c+1}.
+
+To first order `d` *is* the error of the starts; `r` is not: over neutral steps a drift of one ulp
+a boundary adds up, and a guess that is constant in time has the residual of one step's drift.
+
+1. The step's Jacobian is proved to be its derivative and the state is float32 or wider: the solve
+   counts when `|d_c| <= FINE` ulp of scale at every boundary, or in two passes in a row `<= COARSE`
+   ulp, where rounding inside the chunks keeps it. A `d` that is not finite, or beyond what a
+   correction may be (`CAP`), never counts.
+2. Otherwise the solve counts when every `r_c` is 0, bit for bit: narrower states round by as much
+   as they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.
+3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
+   counts by 2 alone.
+4. What does not count within the budget is completed step by step.
+
+The scale of an element is its largest magnitude over the last `WINDOW` ends, and at most `SLACK`
+times that over the last two: a fixed absolute limit would take anything for a small state, one
+relative to the instant would refuse rounding at a zero crossing.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+# Units in the last place, relative to the scale.
+FINE = 8
+COARSE = 80
+# A correction beyond this multiple of the largest state is dropped.
+CAP = 4.0
+# Ends that the scale looks back on, and what it may exceed the last two by.
+WINDOW = 4
+SLACK = 256.0
+
+
+def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
+    """Relative limits of `|d|`, for a step with a proved Jacobian.
+
+    Args:
+      dtype: of the state; of several leaves, the coarsest.
+      tol: the user's own in the place of `FINE` ulp, or None.
+
+    Returns:
+      `(accept, stalled)`: what counts in one pass, and what counts in two passes in a row. A `tol`
+      below `FINE` ulp asks for more than rounding may leave, and is taken at its word for both.
+      Zeros below float32, where only bitwise agreement counts.
+    """
+    info = jnp.finfo(dtype)
+    if info.bits < 32:
+        return 0.0, 0.0
+    eps = float(info.eps)
+    accept = FINE * eps if tol is None else float(tol)
+    return accept, max(accept, COARSE * eps) if accept >= FINE * eps else accept
