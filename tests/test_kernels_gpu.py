@@ -249,7 +249,6 @@ def test_a_window_larger_than_shared_memory_is_refused():
         ({"xs": []}, NotImplementedError, "without inputs"),
         ({"init": [jnp.zeros((1, 2), jnp.int32)]}, NotImplementedError, "not int32"),
         ({"xs": [jnp.zeros((1, 70_000, 1))]}, NotImplementedError, "70000 sequences"),
-        ({"xs": [jnp.zeros((0, 1, 2))]}, NotImplementedError, "nothing to do"),
         ({"max_iters": 0}, ValueError, "max_iters=0; expected at least one"),
     ],
 )

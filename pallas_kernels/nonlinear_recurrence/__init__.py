@@ -137,16 +137,21 @@ FILES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def _kernel(which: str, name: str, interpreted: bool) -> Callable[..., Any]:
-    """A kernel, imported when it is called: its module may need a newer JAX than this one."""
+def _kernel(which: str, name: str, interpreted: bool, plain: Any) -> Callable[..., Any]:
+    """A kernel, imported when it is called: its module may need a newer JAX than this one.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    Without lanes there is nothing to launch: `plain` gives empty arrays of the right shapes.
+    """
+
+    def call(cell: ElementwiseCell, init: Arrays, xs: Arrays, *args: Any, **kwargs: Any) -> Any:
+        if any(0 in array.shape for array in init):  # of a batch that vmap made, too
+            return plain(cell, init, xs, *args, **kwargs)
         file, function = FILES[f"{which}_{name}"]
         module = importlib.import_module(f"{__name__}.{file}")
         if interpreted:
             kwargs["interpret"] = _simulator() if name == "mosaic_gpu" else True
         with jax.enable_x64(False):  # where the user has it on, indices would be 64 bits wide
-            return getattr(module, function)(*args, **kwargs)
+            return getattr(module, function)(cell, init, xs, *args, **kwargs)
 
     return call
 
@@ -160,7 +165,7 @@ def _simulator() -> Any:
 
 def _dispatched(which: str, plain: Any, implementation: Any) -> Callable[..., Any]:
     names = ("mosaic_gpu", "mosaic_tpu")
-    offered = {name: _kernel(which, name, False) for name in names} | {"xla": plain}
+    offered = {name: _kernel(which, name, False, plain) for name in names} | {"xla": plain}
     if implementation is not None:  # interpretation is for those who ask for it by name
-        offered |= {f"{name}_interpret": _kernel(which, name, True) for name in names}
+        offered |= {f"{name}_interpret": _kernel(which, name, True, plain) for name in names}
     return first_that_works(offered, implementation, platform=jax.default_backend())
