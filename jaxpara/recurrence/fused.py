@@ -17,7 +17,7 @@ from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.leaves import floating
 from jaxpara.recurrence.linear_kernel import KERNELS, say
 from jaxpara.recurrence.shooting import shoot
-from jaxpara.recurrence.system import Leaves, Settings, Solution, System, tolerance
+from jaxpara.recurrence.system import Leaves, Settings, Solution, System
 from pallas_kernels import nonlinear_recurrence
 
 
@@ -54,8 +54,9 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         first,
         inputs,
         params,
-        tol=tolerance(init[0].dtype, settings.tol),
+        tol=settings.tol,
         max_iters=settings.max_iters,
+        certain=getattr(system, "certain", False),
         reverse=system.reverse,
         affine=prepared.affine,  # then one correction is exact, and no pass is made to confirm it
         chunks=settings.chunks,
