@@ -10,7 +10,9 @@ a boundary adds up, and a guess that is constant in time has the residual of one
 
 1. The step's Jacobian is proved to be its derivative and the state is float32 or wider: the solve
    counts when `|d_c| <= FINE` ulp of scale at every boundary, or in two passes in a row `<= COARSE`
-   ulp, where rounding inside the chunks keeps it. A `d` that is not finite, or beyond what a
+   ulp, where rounding inside the chunks keeps it. Where the starts are corrected by `d` once more
+   before they are rolled out, what remains is of second order, and `COARSE` ulp count at once. A
+   `d` that is not finite, or beyond what a
    correction may be (`CAP`), never counts.
 2. Otherwise the solve counts when every `r_c` is 0, bit for bit: narrower states round by as much
    as they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.

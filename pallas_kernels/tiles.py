@@ -18,9 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# Bytes of VMEM that the double-buffered blocks of a kernel may take, and what is asked of the
-# compiler in all: v5e and v6e have 128 MiB, of which 16 and 32 are given without asking.
-BLOCK_BYTES = 20 * 2**20
+# Most VMEM that is asked of the compiler: v5e and v6e have 128 MiB, of which 16 and 32 are given
+# without asking. Double-buffered blocks take five parts of twelve: 20 MiB.
 VMEM_BYTES = 48 * 2**20
 
 # Up to this many lanes (eight sublanes a row at least) a step mostly waits for its own latency,
@@ -28,6 +27,19 @@ VMEM_BYTES = 48 * 2**20
 # paid in full, and a sequential kernel is quicker. Estimated from latencies and operation counts
 # of a GRU; nothing here has been timed on a TPU.
 IDLE_LANES = 2048
+
+
+def vmem() -> int:
+    """Bytes of VMEM that a kernel may ask for: three quarters of what a core of the device has.
+
+    JAX's own table says how much that is: 16 MiB up to v4, 64 in v5p and v7, 128 in v5e and v6e.
+    Without a TPU, where kernels are only lowered or interpreted, it is taken to be the last.
+    """
+    try:
+        has = pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        has = 128 * 2**20
+    return min(VMEM_BYTES, 3 * has // 4)
 
 
 class Plan(NamedTuple):
@@ -151,16 +163,20 @@ def make_plan(
     lanes = min(width, 512 if chunks == 1 else 128)
     # Two buffers a block; few rows lie in VMEM as a power of two (at least two for bfloat16).
     tile_bytes = 2 * step_bytes * max(2, 1 << (rows - 1).bit_length()) * (-(-lanes // 128) * 128)
-    steps = min(window or max(chunks, BLOCK_BYTES // tile_bytes), time)
+    room = vmem()
+    steps = min(window or max(chunks, 5 * room // 12 // tile_bytes), time)
     # Windows of about equal length, each a whole number of chunks.
     steps = -(-time // -(-time // steps))
     length = -(-steps // min(chunks, steps))
     plan = Plan(time, batch, width, rows, lanes, -(-steps // length), length, reverse)
-    needed = plan.window * tile_bytes
-    if needed > 0.8 * VMEM_BYTES:
+    row_bytes = tile_bytes // (2 * step_bytes) * 4
+    # Starts, ends and products of the chunks come on top of the blocks.
+    summaries = (2 * leaves + leaves**2) * plan.chunks * row_bytes if plan.chunks > 1 else 0
+    needed = plan.window * tile_bytes + summaries
+    if needed > 0.8 * room:
         raise NotImplementedError(
             f"a window of {plan.window} steps takes {needed / 2**20:.0f} MiB of VMEM; expected at "
-            f"most {0.8 * VMEM_BYTES / 2**20:.0f}: pass a smaller window, or None."
+            f"most {0.8 * room / 2**20:.0f}: pass a smaller window, or None."
         )
     return plan
 
@@ -222,7 +238,7 @@ def widest(arrays: Sequence[jax.Array]) -> Any:
 
 def compiler_params() -> Any:
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem()
     )
 
 

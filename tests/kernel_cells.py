@@ -2,9 +2,11 @@
 
 A `Case` holds the same recurrence twice: as an `ElementwiseCell` with its partial derivatives
 written out (elementwise primitives that every kernel backend lowers, and no autodiff), and as a
-plain step of `jax.numpy` that the oracle scans and differentiates in float64.
+plain step of `jax.numpy` that the oracle scans and differentiates in float64. As users' cells do,
+it takes a backend's own logistic and tanh, the rough ones of first guesses too.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,11 +54,29 @@ class Truth(NamedTuple):
     d_params: list[np.ndarray]
 
 
-def from_partials(states: int, inputs: int, params: int, step, partials) -> ElementwiseCell:
-    """A cell from `partials(states, inputs, params) -> (new, d_states, d_inputs, d_params)`.
+# What a backend may replace, see `ElementwiseCell.using`.
+FUNCTIONS = {
+    "logistic": lambda x: 1.0 / (1.0 + jnp.exp(-x)),
+    "tanh": jnp.tanh,
+    "one_minus_square": lambda x: (1.0 - x) * (1.0 + x),
+}
 
-    Each derivative is a matrix `[state leaf][operand]`; an entry that is always zero is None.
+
+def from_partials(
+    states: int, inputs: int, params: int, written, functions=FUNCTIONS
+) -> ElementwiseCell:
+    """A cell from `written(f, states, inputs, params) -> (new, d_states, d_inputs, d_params)`.
+
+    Each derivative is a matrix `[state leaf][operand]`; an entry that is always zero is None. `f`
+    are the functions.
     """
+    partials = functools.partial(written, functions)
+
+    def using(others):
+        return from_partials(states, inputs, params, written, functions | dict(others))
+
+    def step(h, x, p):
+        return partials(h, x, p)[0]
 
     def dot(pairs, like):
         terms = [a * b for a, b in pairs if a is not None]
@@ -85,7 +105,7 @@ def from_partials(states: int, inputs: int, params: int, step, partials) -> Elem
     def pull_state(h, x, p, g):
         return transposed(partials(h, x, p)[1], states, g)
 
-    return ElementwiseCell(states, inputs, params, step, push, pull, pull_state)
+    return ElementwiseCell(states, inputs, params, step, push, pull, pull_state, using)
 
 
 def rounded(cell: ElementwiseCell, dtype=jnp.bfloat16) -> ElementwiseCell:
@@ -99,22 +119,19 @@ def rounded(cell: ElementwiseCell, dtype=jnp.bfloat16) -> ElementwiseCell:
         return narrow(new), pushed
 
     step = lambda h, x, p: narrow(cell.step(h, x, p))  # noqa: E731
-    return cell._replace(step=step, push=push, rounds=True)
-
-
-def _sigmoid(x):
-    return 1.0 / (1.0 + jnp.exp(-x))
+    using = lambda functions: rounded(cell.using(functions), dtype)  # noqa: E731
+    return cell._replace(step=step, push=push, using=using, rounds=True)
 
 
 # GRU with diagonal recurrences: inputs are the projected gates, parameters the three diagonals.
 
 
-def _gru_partials(h, x, p):
+def _gru_partials(f, h, x, p):
     (h,), (xz, xr, xc), (wz, wr, wc) = h, x, p
-    z, r = _sigmoid(xz + wz * h), _sigmoid(xr + wr * h)
-    c = jnp.tanh(xc + wc * (r * h))
+    z, r = f["logistic"](xz + wz * h), f["logistic"](xr + wr * h)
+    c = f["tanh"](xc + wc * (r * h))
     new = (1.0 - z) * h + z * c
-    dz, dr, dc = z * (1.0 - z) * (c - h), r * (1.0 - r) * h, z * (1.0 - c * c)
+    dz, dr, dc = z * (1.0 - z) * (c - h), r * (1.0 - r) * h, z * f["one_minus_square"](c)
     dcr = dc * wc * dr
     by_state = 1.0 - z + dz * wz + dc * wc * r + dcr * wr
     return [new], [[by_state]], [[dz, dcr, dc]], [[dz * h, dcr * h, dc * r * h]]
@@ -128,15 +145,16 @@ def _gru_truth(h, x, p):
 # LSTM with diagonal recurrences; the states are (c, h), the gates f, i, o, g.
 
 
-def _lstm_partials(s, x, p):
+def _lstm_partials(functions, s, x, p):
     c, h = s
-    f, i, o = (_sigmoid(x[k] + p[k] * h) for k in range(3))
-    g = jnp.tanh(x[3] + p[3] * h)
+    tanh, one_minus_square = functions["tanh"], functions["one_minus_square"]
+    f, i, o = (functions["logistic"](x[k] + p[k] * h) for k in range(3))
+    g = tanh(x[3] + p[3] * h)
     new = f * c + i * g
-    t = jnp.tanh(new)
-    gates = [f * (1.0 - f) * c, i * (1.0 - i) * g, None, i * (1.0 - g * g)]
+    t = tanh(new)
+    gates = [f * (1.0 - f) * c, i * (1.0 - i) * g, None, i * one_minus_square(g)]
     c_by_h = gates[0] * p[0] + gates[1] * p[1] + gates[3] * p[3]
-    through = o * (1.0 - t * t)
+    through = o * one_minus_square(t)
     out = o * (1.0 - o) * t
     h_gates = [through * gates[0], through * gates[1], out, through * gates[3]]
     return (
@@ -157,8 +175,8 @@ def _lstm_truth(s, x, p):
 
 
 def _affine_partials(size):
-    def partials(h, x, p):
-        del p
+    def partials(f, h, x, p):
+        del f, p
         a, b = x[: size * size], x[size * size :]
         rows = [a[size * i : size * (i + 1)] for i in range(size)]
         new = [
@@ -185,18 +203,18 @@ def _affine_truth(size):
 # Three states, with where, clip and max: continuous, piecewise smooth, and like nothing else.
 
 
-def _strange_partials(s, x, p):
+def _strange_partials(f, s, x, p):
     u, v, w = s
-    t = jnp.tanh(p[0] * v + x[0])
+    t = f["tanh"](p[0] * v + x[0])
     shifted = u + x[1]
-    n = jnp.tanh(w)
+    n = f["tanh"](w)
     new = [
         0.6 * u + 0.3 * t,
         jnp.where(w > 0.0, 0.5, 0.2) * w + 0.4 * jnp.minimum(jnp.maximum(shifted, -1.0), 1.0),
         p[1] * jnp.maximum(0.5 * v, -0.5) - 0.3 * u * n,
     ]
     zero = u * 0.0
-    dt = 0.3 * (1.0 - t * t)
+    dt = 0.3 * f["one_minus_square"](t)
     slope = jnp.where(w > 0.0, 0.5 + zero, 0.2 + zero)
     inside = jnp.where(jnp.abs(shifted) < 1.0, 0.4 + zero, zero)
     leak = jnp.where(v > -1.0, 0.5 + zero, zero)
@@ -205,7 +223,7 @@ def _strange_partials(s, x, p):
         [
             [zero + 0.6, dt * p[0], None],
             [inside, None, slope],
-            [-0.3 * n, p[1] * leak, -0.3 * u * (1.0 - n * n)],
+            [-0.3 * n, p[1] * leak, -0.3 * u * f["one_minus_square"](n)],
         ],
         [[dt, None], [None, inside], [None, None]],
         [[dt * v, None], [None, None], [None, jnp.maximum(0.5 * v, -0.5)]],
@@ -236,7 +254,7 @@ def _affine_draw(size):
 
 
 def _case(name, sizes, partials, truth, draw=_normal, affine=False) -> Case:
-    cell = from_partials(*sizes, lambda h, x, p: partials(h, x, p)[0], partials)
+    cell = from_partials(*sizes, partials)
     return Case(name, cell, truth, draw, affine)
 
 

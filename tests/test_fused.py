@@ -363,6 +363,27 @@ def test_vmap_of_the_op_makes_one_call_with_more_rows(implementation):
             np.testing.assert_allclose(found.states[0][i, j], alone.states[0], rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_tpu_interpret", "mosaic_gpu_interpret", "xla"])
+def test_an_empty_batch_is_solved_and_has_empty_gradients(implementation):
+    solver = jp.fused(implementation=implementation)
+
+    def loss(scan, p, x):
+        def step(h, x):
+            h = jnp.tanh(p * h + x)
+            return h, h
+
+        return jnp.sum(scan(step, jnp.zeros(x.shape[1:]), x)[1])
+
+    ours = functools.partial(jp.newton_scan, solver=solver, derivative="reverse")
+    x = jnp.zeros((20, 0, 3))
+    found = jax.grad(functools.partial(loss, ours), argnums=(0, 1))(jnp.ones(3), x)
+    expected = jax.grad(functools.partial(loss, lax.scan), argnums=(0, 1))(jnp.ones(3), x)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[1].shape == x.shape
+    no_lanes = jax.vmap(jax.grad(functools.partial(loss, ours), argnums=1), (None, 0))
+    assert no_lanes(jnp.ones(3), jnp.zeros((0, 20, 3))).shape == (0, 20, 3)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="window is 0"):
         jp.fused(window=0)

@@ -41,6 +41,7 @@ from jaxpara.recurrence.leaves import (
 )
 from jaxpara.recurrence.sequential import only_kept, sequential
 from jaxpara.recurrence.system import Leaves, Settings, Solver, System
+from jaxpara.recurrence.wide import narrow, widened
 
 # Jacobians are materialised up to these block sizes: a batched evaluation over all
 # steps and a tight recurrence beat re-evaluating the step inside it, until the
@@ -219,6 +220,7 @@ def _tangents(problem: Problem, consts, d_consts, d_init, rows):
     axis = timeaxis.along(settings.axis, problem.reverse)
     before, xs, d_xs = rows
 
+    @widened
     def steps(consts, before, xs):
         new, ys = jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)
         return new, [y for y in ys if differentiable(y)]
@@ -255,9 +257,13 @@ def _blocked_tangents(problem: Problem, consts, d_consts, d_init, rows):
     size = min(steps, _block_steps(sum(math.prod(b.shape[1:]) for b in before)))
     count = steps // size
 
+    # The transposed scan sums the cotangents of these over the blocks, in their dtype.
+    wide = [t.astype(jnp.float32) if t is not None and narrow(t.dtype) else t for t in d_consts]
+
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(d, rows):
-        delta, dy, end = _tangents(problem, consts, d_consts, d, rows)
+        own = [t if t is None else t.astype(c.dtype) for t, c in zip(wide, consts, strict=True)]
+        delta, dy, end = _tangents(problem, consts, own, d, rows)
         return end, (delta, dy)
 
     head = jax.tree.map(lambda r: r[: count * size].reshape(count, size, *r.shape[1:]), rows)
@@ -339,6 +345,7 @@ def _reverse(problem: Problem, full, light, wanted):
         before = timeaxis.preceding(axis, init, states)
         (c, x), fill = floating((consts, xs))
 
+        @widened
         def steps(before, *inputs):
             consts, xs = fill(inputs)
             new, ys = jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)

@@ -30,6 +30,7 @@ from jaxpara.recurrence.replay import (
     rounding,
 )
 from jaxpara.recurrence.system import Leaves
+from jaxpara.recurrence.wide import widened
 from pallas_kernels.cell import ElementwiseCell
 
 # What a value depends on; the kind of a result is the largest kind of its operands.
@@ -138,6 +139,7 @@ def _taken_apart(flat: Flat, n_consts: int, n_state: int, shape: tuple[int, ...]
     read = [s for n in over_time for s in slots(n.operands) if kinds[s] < TIMED]
     before = needed(flat.nodes, [*read, *(source for source, _ in views)])
 
+    @widened
     def operands(consts: Leaves, xs: Leaves) -> tuple[list[jax.Array], list[jax.Array]]:
         values = run(before, flat.consts | dict(zip(const_in, consts, strict=True)))
 
@@ -146,7 +148,8 @@ def _taken_apart(flat: Flat, n_consts: int, n_state: int, shape: tuple[int, ...]
             return [_travelling(jnp.broadcast_to(now[s], shape)) for s in timed]
 
         inputs = jax.vmap(at)(list(xs))
-        params = [_travelling(values[source].reshape(view)) for source, view in views]
+        # Few, so in float32: their cotangents are summed over lanes as they arrive here.
+        params = [values[source].reshape(view).astype(jnp.float32) for source, view in views]
         return [rows(i, shape, lead) for i in inputs], [channels(p, shape, lead) for p in params]
 
     cell = _cell(once, like, (n_state, len(timed), len(fixed)), _holds_vjp(core))

@@ -18,7 +18,7 @@ from jaxpara.recurrence.leaves import floating
 from jaxpara.recurrence.linear_kernel import KERNELS, say
 from jaxpara.recurrence.shooting import shoot
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System
-from pallas_kernels import certificate, nonlinear_recurrence
+from pallas_kernels import nonlinear_recurrence
 
 
 def fused(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
@@ -54,8 +54,9 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         first,
         inputs,
         params,
-        tol=certificate.limits(init[0].dtype, settings.tol)[0],
+        tol=settings.tol,
         max_iters=settings.max_iters,
+        certain=system.certain,
         reverse=system.reverse,
         affine=prepared.affine,  # then one correction is exact, and no pass is made to confirm it
         chunks=settings.chunks,

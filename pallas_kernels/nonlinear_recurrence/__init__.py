@@ -25,7 +25,8 @@ class Solved(NamedTuple):
     Attributes:
       states: `[T, B, D]` each.
       iterations: int32 `[B]`, the most that a window of time took; 0 from `"xla"`.
-      residual: float32 `[B]`, the largest that was accepted.
+      residual: float32 `[B]`, the largest difference of a chunk's end and the next one's start in
+        a window's last pass.
       fallback_steps: int32 `[B]`, steps that the kernel finished one by one.
     """
 
@@ -55,8 +56,9 @@ def forward(
     xs: Arrays,
     params: Arrays,
     *,
-    tol: float = 1e-6,
+    tol: float | None = None,
     max_iters: int = 8,
+    certain: bool = False,
     reverse: bool = False,
     affine: bool = False,
     chunks: int | None = None,
@@ -68,8 +70,12 @@ def forward(
     Args:
       cell: its functions.
       init, xs, params: see the module.
-      tol: accepted residual of an element, relative to its own recent magnitude.
+      tol: the largest correction that counts as rounding, relative to an element's recent
+        magnitude; None for a few units in the last place, see `certificate`.
       max_iters: passes over a window before it is finished step by step.
+      certain: the cell's Jacobian is proved to be the derivative of its step: then a correction
+        bounds the error. Otherwise, and where the step rounds its states, a window counts as
+        solved when its chunks meet bit for bit.
       reverse: from the last step to the first.
       affine: the step is affine in the state: one correction is exact, nothing is tested.
       chunks: of a window, rolled out side by side; None lets the kernel choose.
@@ -88,7 +94,8 @@ def forward(
 
     def run(init: Arrays, xs: Arrays, params: Arrays) -> Any:
         options = {"chunks": chunks, "window": window, "reverse": reverse, "affine": affine}
-        return tuple(call(cell, init, xs, params, tol=tol, max_iters=max_iters, **options))
+        options |= {"tol": tol, "max_iters": max_iters, "certain": certain}
+        return tuple(call(cell, init, xs, params, **options))
 
     return Solved(*folded(run)(list(init), list(xs), list(params)))
 
@@ -137,16 +144,21 @@ FILES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def _kernel(which: str, name: str, interpreted: bool) -> Callable[..., Any]:
-    """A kernel, imported when it is called: its module may need a newer JAX than this one."""
+def _kernel(which: str, name: str, interpreted: bool, plain: Any) -> Callable[..., Any]:
+    """A kernel, imported when it is called: its module may need a newer JAX than this one.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    Without lanes there is nothing to launch: `plain` gives empty arrays of the right shapes.
+    """
+
+    def call(cell: ElementwiseCell, init: Arrays, xs: Arrays, *args: Any, **kwargs: Any) -> Any:
+        if any(0 in array.shape for array in init):  # of a batch that vmap made, too
+            return plain(cell, init, xs, *args, **kwargs)
         file, function = FILES[f"{which}_{name}"]
         module = importlib.import_module(f"{__name__}.{file}")
         if interpreted:
             kwargs["interpret"] = _simulator() if name == "mosaic_gpu" else True
         with jax.enable_x64(False):  # where the user has it on, indices would be 64 bits wide
-            return getattr(module, function)(*args, **kwargs)
+            return getattr(module, function)(cell, init, xs, *args, **kwargs)
 
     return call
 
@@ -160,7 +172,7 @@ def _simulator() -> Any:
 
 def _dispatched(which: str, plain: Any, implementation: Any) -> Callable[..., Any]:
     names = ("mosaic_gpu", "mosaic_tpu")
-    offered = {name: _kernel(which, name, False) for name in names} | {"xla": plain}
+    offered = {name: _kernel(which, name, False, plain) for name in names} | {"xla": plain}
     if implementation is not None:  # interpretation is for those who ask for it by name
-        offered |= {f"{name}_interpret": _kernel(which, name, True) for name in names}
+        offered |= {f"{name}_interpret": _kernel(which, name, True, plain) for name in names}
     return first_that_works(offered, implementation, platform=jax.default_backend())

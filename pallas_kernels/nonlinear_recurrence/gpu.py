@@ -7,8 +7,9 @@ of their Jacobians along; then every end `e[c]` is compared with the next start,
 
     s'[c+1] = e[c] + P[c] (s'[c] - s[c])
 
-corrects the starts, over C rows in shared memory. The rollout that passed the test is what lies in
-device memory; a window that `max_iters` passes leave open is walked step by step. Inputs come into
+corrects the starts, over C rows in shared memory, until the next correction would be rounding (see
+`certificate`). The rollout that passed is what lies in device memory; a window that `max_iters`
+passes leave open is walked step by step. Inputs come into
 shared memory once, by the copy engine, the next window's while this one is solved.
 """
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import mosaic, mosaic_functions
+from pallas_kernels import certificate, mosaic, mosaic_functions
 from pallas_kernels.cell import ElementwiseCell
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence import windows
@@ -30,9 +31,9 @@ from pallas_kernels.nonlinear_recurrence.gpu_block import (
     last_end,
     load_row,
     stage,
-    zeros_tile,
 )
-from pallas_kernels.nonlinear_recurrence.gpu_window import correct_once, iterate, largest, walk
+from pallas_kernels.nonlinear_recurrence.gpu_link import FLAGS
+from pallas_kernels.nonlinear_recurrence.gpu_window import correct_once, iterate, walk
 
 # Steps of a rollout that are unrolled: their addresses become constants.
 _UNROLL = 4
@@ -44,8 +45,9 @@ def forward(
     xs: Sequence[jax.Array],
     params: Sequence[jax.Array],
     *,
-    tol: float,
+    tol: float | None,
     max_iters: int,
+    certain: bool = False,
     reverse: bool = False,
     affine: bool = False,
     chunks: int | None = None,
@@ -59,9 +61,8 @@ def forward(
       init: state before the first step, K x [B, D]; its dtype is that of the states.
       xs: inputs, time-major, each [T, B, D].
       params: each [1, D] or [B, D].
-      tol: relative residual at which a chunk's end counts as the next one's start. From 8 units of
-        float32 on, a window also counts as solved that two passes in a row leave within 1e-5:
-        rounding inside its chunks keeps it there.
+      tol, certain: as for `certificate.limits`, and whether the Jacobian is proved: without it,
+        or where the step rounds its states, only bitwise agreement counts.
       max_iters: passes over a window before it is walked step by step.
       reverse: from the last step to the first.
       affine: the step is affine in the state: one correction is exact and nothing is tested, but
@@ -94,13 +95,16 @@ def forward(
     inputs = (len(xs), len(params), len(init))
     rough = None
     if cell.using is not None:
-        rough = cell.using(mosaic_functions.rough(interpret))
+        if max_iters > 2:  # a rough pass, one that corrects, one that counts
+            rough = cell.using(mosaic_functions.rough(interpret))
         cell = cell.using(mosaic_functions.exact(interpret))
+    bounded = certain and not cell.rounds
+    limits = certificate.limits(jnp.float32, tol) if bounded else (0.0, 0.0)
     unroll = _UNROLL if interpret is None else 1
 
     def solve(*refs):
         rest = iter(refs)
-        settings = (cell, rough, plan, float(tol), max_iters, reverse, unroll)
+        settings = (cell, rough, plan, limits, max_iters, reverse, unroll)
         missing = steps if steps < plan.windows * plan.window else None
         groups = [[next(rest) for _ in range(n)] for n in (*inputs, len(init), 3, len(xs))]
         _solve(Block(*settings, missing, [h.dtype for h in init], *groups, *rest), affine)
@@ -116,11 +120,11 @@ def forward(
         ],
         scratch=[
             *[gpu.SMEM((plan.slots, plan.chunks, plan.length, plan.block), x.dtype) for x in xs],
-            gpu.SMEM((cell.states, windows.MARGIN + plan.chunks, plan.block), jnp.float32),
+            gpu.SMEM((cell.states, *tile), jnp.float32),
             gpu.SMEM((cell.states**2, *tile), jnp.float32),
             gpu.SMEM((2, cell.states, *tile), jnp.float32),
             gpu.SMEM((cell.states, plan.block), jnp.float32),
-            gpu.SMEM(tile, jnp.float32),
+            gpu.SMEM((FLAGS, plan.block), jnp.float32),
             gpu.Barrier(num_arrivals=plan.warpgroups),
             gpu.Barrier(num_arrivals=len(xs), num_barriers=plan.slots),
         ],
@@ -143,8 +147,6 @@ def _check(init, xs, params, max_iters) -> None:
         raise ValueError(f"max_iters={max_iters}; expected at least one pass.")
     if not xs:
         raise NotImplementedError("a cell without inputs leaves the kernel nothing to stage")
-    if 0 in xs[0].shape:
-        raise NotImplementedError(f"inputs of shape {xs[0].shape} leave it nothing to do")
     for array in (*init, *xs, *params):
         if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise NotImplementedError(
@@ -207,9 +209,8 @@ def _solve(block: Block, affine: bool) -> None:
             walked + jnp.where(outcome.still > 0.0, count, 0),
         )
 
-    nothing = (jnp.int32(0), zeros_tile(block), jnp.int32(0))
+    nothing = (jnp.int32(0), jnp.float32(0.0), jnp.int32(0))
     iterations, residual, walked = lax.fori_loop(0, plan.windows, window, nothing)
-    residual = largest(block, residual)
 
     @pl.when(wg == 0)
     def _():

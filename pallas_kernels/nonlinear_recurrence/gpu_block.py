@@ -10,32 +10,32 @@ from jax.experimental import pallas as pl
 from pallas_kernels import mosaic
 from pallas_kernels.cell import ElementwiseCell
 from pallas_kernels.compat import mosaic_gpu
-from pallas_kernels.nonlinear_recurrence.windows import MARGIN, Plan
+from pallas_kernels.nonlinear_recurrence.windows import Plan
 
 
 class Block(NamedTuple):
     """What one block of threads works on: static settings, then refs.
 
     Attributes:
-      cell, plan, tol, max_iters, reverse: as the op was given them.
+      cell, plan, max_iters, reverse: as the op was given them.
+      limits: of a correction in one pass, and in two in a row; zeros for bitwise agreement alone.
       rough: the cell to about 1e-3, for first guesses; None where there is none.
       unroll: steps of a rollout that are unrolled where it divides the chunk's length.
       steps: T where the last window is padded, else None.
       dtypes: of the states.
       xs, params, init, states, report: device memory.
       staged: inputs of windows, `[slots, C, L, block]` each.
-      ends, products, starts: summaries of the chunks, `[K, MARGIN + C, block]`, `[K * K, C, block]`
-        and two of `[K, C, block]`. Before the first chunk's end, in scan order, the carry stands
-        MARGIN times.
+      ends, products, starts: summaries of the chunks, `[K, C, block]`, `[K * K, C, block]` and two
+        of `[K, C, block]`.
       carry: the exact state before the window, `[K, block]`.
-      flags: of the boundary before each chunk, `[C, block]`.
+      flags: what `gpu_link` finds, `[3, block]`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
     """
 
     cell: ElementwiseCell
     rough: ElementwiseCell | None
     plan: Plan
-    tol: float
+    limits: tuple[float, float]
     max_iters: int
     reverse: bool
     unroll: int
@@ -87,27 +87,9 @@ def zeros(block: Block) -> jax.Array:
     return mosaic.full((block.plan.block,), 0.0, mosaic.row_layout(block.plan.block))
 
 
-def zeros_tile(block: Block) -> jax.Array:
-    """A tile of zeros."""
-    shape = (own_rows(block).size, block.plan.block)
-    return mosaic.full(shape, 0.0, mosaic.tile_layout(block.plan.block))
-
-
-def end_row(block: Block, state: int, chunk: Any) -> Any:
-    """Where a state leaf stands after a chunk, given by its place in memory."""
-    return block.ends.at[state, chunk if block.reverse else chunk + MARGIN]
-
-
-def own_ends(block: Block, state: int, before: int = 0) -> Any:
-    """Ends of this warpgroup's chunks, or of the chunks so many places before them."""
-    own = own_rows(block)
-    shift = before if block.reverse else MARGIN - before
-    return block.ends.at[state, pl.ds(own.start + shift, own.size)]
-
-
 def last_end(block: Block, state: int) -> Any:
     """Where a state leaf stands after the window's last chunk."""
-    return end_row(block, state, in_memory(block, block.plan.chunks - 1, block.plan.chunks))
+    return block.ends.at[state, in_memory(block, block.plan.chunks - 1, block.plan.chunks)]
 
 
 def stage(block: Block, w: Any) -> None:

@@ -43,7 +43,7 @@ def forward(
         # A cell with a narrow carry rounds in its step, so storing narrow loses nothing.
         return new, [n.astype(d) for n, d in zip(new, dtypes, strict=True)]
 
-    rows = max([*init, *params], key=lambda a: a.shape[0]).shape
+    rows = jnp.broadcast_shapes(*[a.shape for a in (*init, *params)])
     first = [jnp.broadcast_to(i, rows) for i in _wide(init)]
     states = lax.scan(step, first, list(xs), reverse=reverse)[1]
     zeros = jnp.zeros(rows[0], jnp.int32)

@@ -9,6 +9,7 @@ which is confirmed is the answer; what a budget leaves open is completed step by
 completed by itself, so that its states never depend on its neighbours. [shooting] [pararnn]
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,18 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import tiles
+from pallas_kernels import certificate, tiles
 from pallas_kernels.cell import ElementwiseCell
-from pallas_kernels.nonlinear_recurrence.rounding import stall
 from pallas_kernels.nonlinear_recurrence.tpu_backward import backward
 
 __all__ = ["backward", "forward"]
-
-# Corrections beyond this multiple of the largest end of the lane are dropped.
-_CAP = 4.0
-# How `tol` scales: by the largest magnitude of the last four ends, and by no more than this
-# multiple of the last two (as jaxpara.recurrence.system.residuals).
-_SLACK = 256.0
 
 
 def forward(
@@ -37,8 +31,9 @@ def forward(
     xs: Sequence[jax.Array],
     params: Sequence[jax.Array],
     *,
-    tol: float,
+    tol: float | None,
     max_iters: int,
+    certain: bool = False,
     reverse: bool = False,
     affine: bool = False,
     chunks: int | None = None,
@@ -52,8 +47,8 @@ def forward(
       init: K arrays `[B, D]`, float32 or bfloat16; the states come back in their dtypes.
       xs: arrays `[T, B, D]`, float32 or bfloat16.
       params: arrays `[1, D]` or `[B, D]`.
-      tol: largest accepted residual relative to the state's recent magnitude; for two passes in a
-        row see `rounding`.
+      tol, certain: as for `certificate.limits`, and whether the Jacobian is proved: without it,
+        or where the step rounds its states, only bitwise agreement counts.
       max_iters: passes over a window before it is completed step by step.
       reverse: from the last step to the first.
       affine: the step is affine in the state: one correction, no test.
@@ -80,6 +75,8 @@ def forward(
         window=window,
         reverse=reverse,
     )
+    bounded = certain and not cell.rounds
+    limits = certificate.limits(jnp.float32, tol) if bounded else (0.0, 0.0)
     kind = tiles.widest([*init, *xs, *params])
     lanes = plan.over_lanes()
 
@@ -90,7 +87,7 @@ def forward(
     shooting = plan.chunks > 1
     size = cell.states
     *states, passes, residual, completed = pl.pallas_call(
-        lambda *refs: _kernel(cell, plan, tol, max(1, max_iters), affine, refs),
+        lambda *refs: _kernel(cell, plan, limits, max(1, max_iters), affine, refs),
         grid=plan.grid,
         in_specs=[lanes] * size
         + [plan.over_time()] * cell.inputs
@@ -107,7 +104,7 @@ def forward(
     return list(states), worst[0], worst[1], worst[2]
 
 
-def _kernel(cell, plan, tol, budget, affine, refs):
+def _kernel(cell, plan, limits, budget, affine, refs):
     size, shooting = cell.states, plan.chunks > 1
     init, xs, params, states, counts, carry, flags, starts, ends, products = tiles.split(
         refs,
@@ -200,9 +197,15 @@ def _kernel(cell, plan, tol, budget, affine, refs):
             count = number + 1
             passes[...] = jnp.where(done[...] > 0, passes[...], jnp.maximum(passes[...], count))
             roll_with_product(keep=True)
-            passed, near, largest = _link(plan, tol, starts, ends, products, carry)
-            done[...] = jnp.maximum(passed, near * close[...])
-            close[...], residual[...] = near, largest
+            # Starts that are all the carry hold no correction yet: only their exactness counts.
+            corrected = jnp.where(number > 0, 1.0, 0.0)
+            found = _link(plan, limits, starts, ends, products, carry)
+            exact, fine, coarse, residual[...] = found
+            passed = jnp.maximum(exact, jnp.maximum(fine, coarse * close[...]) * corrected)
+            done[...] = jnp.maximum(done[...], passed)
+            close[...] = coarse * corrected
+            dtypes = [i.dtype if cell.rounds else jnp.float32 for i in init]
+            _correct(plan, starts, ends, done[...], dtypes)
             return count, tiles.any_open(inside, done)
 
         lax.while_loop(lambda loop: (loop[1] > 0) & (loop[0] < budget), attempt, (0, 1.0))
@@ -232,45 +235,72 @@ def _kernel(cell, plan, tol, budget, affine, refs):
         completed[...] = completed[...] + jnp.where(passed, 0, count)
 
 
-def _link(plan, tol, starts, ends, products, before):
-    """Tests the boundaries and corrects the starts behind the first that is open, lane by lane.
+def _link(plan, limits, starts, ends, products, before):
+    """Tests the boundaries, and leaves each chunk's corrected successor in the place of its end.
 
     Returns:
-      1.0 where every boundary holds; 1.0 where what is open may be rounding's, see `rounding`; and
-      the largest residual (infinite for a NaN).
+      Four rows: 1.0 where every end is the next start; where every correction is within the first
+      limit, and within the second; and the largest residual (infinite for a NaN).
     """
     size, rows = len(starts), range(len(starts))
     caps = []
     for end in ends:
         value = jnp.abs(end[...])
         value = jnp.where(value < jnp.inf, value, 0.0)
-        caps.append(_CAP * jnp.max(value, axis=0))
+        caps.append(certificate.CAP * jnp.max(value, axis=0))
 
     def link(index, loop):
-        leading, nearly, largest, delta, recent = loop
+        exact, within, largest, delta, recent = loop
         here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
         end, start = [e[here] for e in ends], [s[there] for s in starts]
-        holds = leading
-        for i in rows:
-            difference, size_now = jnp.abs(end[i] - start[i]), jnp.abs(end[i])
-            near = jnp.maximum(size_now, recent[i][0])
-            scale = jnp.maximum(near, jnp.maximum(recent[i][1], recent[i][2]))
-            scale, finite = jnp.minimum(scale, _SLACK * near), tiles.finite(end[i])
-            holds = jnp.where((difference <= tol * scale) & finite, holds, 0.0)
-            nearly = jnp.where((difference <= stall(tol) * scale) & finite, nearly, 0.0)
-            # NaN compares false: it counts as infinite.
-            difference = jnp.where(difference <= jnp.inf, difference, jnp.inf)
-            largest = jnp.maximum(largest, difference)
         moved = tiles.moved(size, products, here, delta)
-        moved = [jnp.where(jnp.abs(m) <= caps[i], m, 0.0) for i, m in enumerate(moved)]
-        new = [jnp.where(holds > 0, start[i], end[i] + moved[i]) for i in rows]
+        kept = [jnp.abs(m) <= cap for m, cap in zip(moved, caps, strict=True)]  # not a NaN
+        moved = [jnp.where(keep, m, 0.0) for keep, m in zip(kept, moved, strict=True)]
+        delta = [m + (e - s) for m, e, s in zip(moved, end, start, strict=True)]
         for i in rows:
-            starts[i][there] = new[i]
-        delta = [new[i] - start[i] for i in rows]
-        recent = [(jnp.abs(end[i]), *recent[i][:2]) for i in rows]
-        return holds, nearly, largest, delta, recent
+            exact = jnp.where(end[i] == start[i], exact, 0.0)
+            now = jnp.abs(end[i])
+            near = jnp.maximum(now, recent[i][0])
+            scale = functools.reduce(jnp.maximum, recent[i], now)
+            scale = jnp.minimum(scale, certificate.SLACK * near)
+            sound = kept[i] & tiles.finite(end[i])
+            within = [
+                jnp.where(sound & (jnp.abs(delta[i]) <= limit * scale), w, 0.0)
+                for w, limit in zip(within, limits, strict=True)
+            ]
+            residual = jnp.abs(end[i] - start[i])
+            # NaN compares false: it counts as infinite.
+            residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
+            largest = jnp.maximum(largest, jnp.where(end[i] == start[i], 0.0, residual))
+        for i in rows:  # where nothing moves it, the end itself, with the sign of its zero
+            ends[i][here] = jnp.where(moved[i] == 0.0, end[i], end[i] + moved[i])
+        recent = [(jnp.abs(end[i]), *recent[i][:-1]) for i in rows]
+        return exact, within, largest, delta, recent
 
     zero = jnp.zeros(plan.row, jnp.float32)
     first = [jnp.abs(b[...]) for b in before]
-    loop = (zero + 1.0, zero + 1.0, zero, [zero] * size, [(f, f, f) for f in first])
-    return lax.fori_loop(0, plan.chunks - 1, link, loop)[:3]
+    loop = (
+        zero + 1.0,
+        [zero + 1.0] * 2,
+        zero,
+        [zero] * size,
+        [(f,) * (certificate.WINDOW - 1) for f in first],
+    )
+    exact, (fine, coarse), largest, _, _ = lax.fori_loop(0, plan.chunks - 1, link, loop)
+    return exact, fine, coarse, largest
+
+
+def _correct(plan, starts, ends, done, dtypes):
+    """Moves what `_link` left to the starts, but for the lanes that are done.
+
+    A start is rounded to the dtype that the step rounds to: no other can equal an end.
+    """
+
+    def move(index, nothing):
+        here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
+        for start, end, dtype in zip(starts, ends, dtypes, strict=True):
+            new = end[here].astype(dtype).astype(jnp.float32)
+            start[there] = jnp.where(done > 0, start[there], new)
+        return nothing
+
+    lax.fori_loop(0, plan.chunks - 1, move, jnp.int32(0))

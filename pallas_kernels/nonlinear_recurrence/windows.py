@@ -27,8 +27,6 @@ _PAIRED_MEMORY = 113 * 1024 - (227 * 1024 - SHARED_MEMORY)
 _PAIRED_STATES = 2  # more take more registers than two blocks have
 # What the second axis of a CUDA grid holds; the first goes over channels, neighbours in memory.
 _MOST_SEQUENCES = 65535
-# Rows before the ends of a window's chunks: a residual is judged by the last four ends.
-MARGIN = 4
 
 
 def check_batch(batch: int) -> None:
@@ -80,7 +78,7 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     tile, k = 4 * block * chunks, problem.states
     inputs = [slots * chunks * length * block * size for size in problem.itemsizes]
     # Ends, products, two sets of starts; carry and flags.
-    summaries = [k * (tile + 4 * MARGIN * block), k * k * tile, 2 * k * tile, 4 * k * block, tile]
+    summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, 12 * block]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 

@@ -1,0 +1,171 @@
+"""From chunk to chunk of a window on Mosaic GPU: the starts corrected, and the window judged.
+
+The chunks' order is sequential work on rows, done by warpgroup 0 alone, whose four warps all do the
+same: they write the same values, and no warp reads a row that another one might not have written
+yet, because the corrected starts go into a second buffer.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import certificate, mosaic
+from pallas_kernels.nonlinear_recurrence.gpu_block import Block, in_memory, load_row, zeros
+
+# Rows whose loads are issued together in a pass over the chunks' summaries: the best that divides
+# C, while there are registers for it. Four divides every C.
+_TOGETHER = {1: (8, 4)}
+_FINFO = jnp.finfo(jnp.float32)
+_FINITE = float(_FINFO.max)
+
+# Of a window: it is solved; it is as nearly solved as rounding allows; one more pass is likely to
+# solve it; or not. Newton's corrections fall from d to about 0.2 d^2 here: from _NEAR times the
+# root of the limit to below it. Bitwise agreement comes one pass after corrections of rounding.
+CLOSED, ROUNDED, NEAR, FAR = 0.0, 1.0, 2.0, 3.0
+_NEAR = 2.0
+# What `link` finds, in the rows of the block's flags.
+VERDICT, OPEN, RESIDUAL = range(3)
+FLAGS = 3
+
+
+def link(block: Block, old: Any, new: Any) -> None:
+    """Corrects the starts of a pass, and writes what it finds to the flags.
+
+    The boundary before a chunk compares the end of the chunk before (the carry, before the first)
+    with its start. For each channel: the worst verdict by the corrections; whether an end differs
+    from the next start (1.0) or all agree bit for bit; and the largest difference. What is NaN, or
+    larger than `certificate.CAP` times the largest state of its channel so far, is dropped.
+
+    Args:
+      block: what to work on; the limits of a correction among it.
+      old: which of the two sets of starts the chunks were rolled out from.
+      new: which set takes the corrected ones.
+    """
+    count = block.cell.states
+    zero = zeros(block)
+    accept, stalled = block.limits
+    near = _NEAR * math.sqrt(accept) if accept else certificate.COARSE * float(_FINFO.eps)
+    kinds = [(near, NEAR), (stalled, ROUNDED), (accept, CLOSED)]
+
+    def finite(row: jax.Array) -> jax.Array:
+        return jnp.where(jnp.abs(row) <= _FINITE, jnp.abs(row), zero)
+
+    def visit(place: Any, rows: list[jax.Array], state: Any) -> Any:
+        ends, starts, products = rows[:count], rows[count : 2 * count], rows[2 * count :]
+        arriving, tops, recent, found = state
+        deltas = []
+        for k, ((end, moved, kept), start) in enumerate(zip(arriving, starts, strict=True)):
+            # Where nothing moves it, the end itself, with the sign of its zero.
+            value = jnp.where(moved == 0.0, end, end + moved)
+            if block.cell.rounds:  # ends are rounded: no other start can meet them
+                value = value.astype(block.dtypes[k]).astype(jnp.float32)
+            mosaic.store(block.starts.at[new, k, place], value)
+            deltas.append(moved + (end - start))
+            found = judge(found, end, start, deltas[k], kept, recent[k])
+        tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
+        arriving = []
+        for i in range(count):
+            moved = products[i] * deltas[0]
+            for j in range(1, count):
+                moved = moved + products[j * count + i] * deltas[j]
+            keep = jnp.abs(moved) <= certificate.CAP * tops[i]
+            kept = jnp.where(keep, zero + 1.0, zero)
+            arriving.append((ends[i], jnp.where(keep, moved, zero), kept))
+        recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
+        return arriving, tops, recent, found
+
+    def judge(found, end, start, delta, kept, recent):
+        verdict, unequal, worst = found
+        scale = functools.reduce(jnp.maximum, recent)
+        scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
+        here = zero + FAR
+        for limit, kind in kinds:
+            # A NaN fails the first comparison, an infinite end the second.
+            within = (jnp.abs(delta) <= limit * scale) & (recent[0] <= _FINITE) & (kept > 0.0)
+            here = jnp.where(within, kind, here)
+        gap = jnp.abs(end - start)
+        gap = jnp.where(gap <= _FINITE, gap, jnp.inf)
+        same = end == start
+        return (
+            jnp.maximum(verdict, here),
+            jnp.where(same, unequal, zero + 1.0),
+            jnp.maximum(worst, jnp.where(same, zero, gap)),
+        )
+
+    carry = [load_row(block, block.carry.at[k]) for k in range(count)]
+    begin = (
+        [(c, zero, zero + 1.0) for c in carry],
+        [finite(c) for c in carry],
+        [(jnp.abs(c),) * certificate.WINDOW for c in carry],
+        (zero + CLOSED, zero, zero),
+    )
+    verdict, unequal, worst = _over_chunks(block, _summaries(block, old), visit, begin)[-1]
+    verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
+    for row, value in ((VERDICT, verdict), (OPEN, unequal), (RESIDUAL, worst)):
+        mosaic.store(block.flags.at[row], value)
+
+
+def link_affine(block: Block, old: Any, new: Any) -> None:
+    """Exact starts of an affine step; in the flags, `OPEN` where a product or one is not finite."""
+    count = block.cell.states
+    zero = zeros(block)
+
+    def visit(place: Any, rows: list[jax.Array], state: Any) -> Any:
+        ends, starts, products = rows[:count], rows[count : 2 * count], rows[2 * count :]
+        exact, bad = state
+        for k in range(count):
+            mosaic.store(block.starts.at[new, k, place], exact[k])
+        shift = [e - s for e, s in zip(exact, starts, strict=True)]
+        after = []
+        for i in range(count):
+            value = ends[i]
+            for j in range(count):
+                value = value + products[j * count + i] * shift[j]
+            bad = jnp.maximum(bad, jnp.where(jnp.abs(value) <= _FINITE, zero, zero + 1.0))
+            after.append(value)
+        return after, bad
+
+    carry = [load_row(block, block.carry.at[k]) for k in range(count)]
+    _, bad = _over_chunks(block, _summaries(block, old), visit, (carry, zero))
+    mosaic.store(block.flags.at[OPEN], bad)
+
+
+def flag(block: Block, row: int) -> Any:
+    """The largest entry of a row of the flags: a scalar that every thread agrees on."""
+    return jnp.max(load_row(block, block.flags.at[row]))
+
+
+def _summaries(block: Block, old: Any) -> list[Callable[[Any], Any]]:
+    """Rows of a chunk, given by its place in memory: ends, starts, products."""
+    count = range(block.cell.states)
+
+    def row_of(ref: Any, *index: Any) -> Any:
+        return lambda place: ref.at[*index, place]
+
+    refs = [row_of(block.ends, k) for k in count]
+    refs += [row_of(block.starts, old, k) for k in count]
+    return refs + [row_of(block.products, k) for k in range(len(count) ** 2)]
+
+
+def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:
+    """Folds `visit(chunk, rows, state)` over the chunks in scan order.
+
+    The rows are loaded from `ref(chunk)` for each of the refs; a chunk is its place in memory.
+    """
+    choices = _TOGETHER.get(block.cell.states, (4,))
+    together = next(n for n in choices if block.plan.chunks % n == 0)
+
+    def group(g, state):
+        chunks = [g * together + j for j in range(together)]
+        places = [in_memory(block, c, block.plan.chunks) for c in chunks]
+        rows = [[load_row(block, ref(r)) for ref in refs] for r in places]
+        for place, row in zip(places, rows, strict=True):
+            state = visit(place, row, state)
+        return state
+
+    return lax.fori_loop(0, block.plan.chunks // together, group, state)
