@@ -26,6 +26,7 @@ from jaxpara.recurrence.structure import Dense as Dense
 from jaxpara.recurrence.structure import Diagonal as Diagonal
 from jaxpara.recurrence.structure import Structure as Structure
 from jaxpara.recurrence.structure import jacobian_structure as jacobian_structure
+from jaxpara.recurrence.structure import unchecked as unchecked
 from jaxpara.recurrence.system import Solver as Solver
 from jaxpara.tree import combine as combine
 from jaxpara.tree import marked as marked

@@ -232,3 +232,70 @@ def test_data_sharded_over_a_mesh_axis():
                 strict=True,
             ):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
+W10 = jnp.eye(10) * 0.5 + 0.05
+
+
+def by_cond(h, x):
+    return lax.cond(jnp.sum(h) > 0, jnp.sin, jnp.cos, W10 @ h + x), None
+
+
+def by_switch_in_a_loop(h, x):
+    def turn(i, h):
+        return lax.switch(i % 3, [jnp.sin, jnp.cos, jnp.tanh], W10 @ h + x)
+
+    return lax.fori_loop(0, 2, turn, h), None
+
+
+def by_a_loop_of_unknown_length(h, x):
+    return lax.while_loop(lambda v: jnp.sum(v) > 1.0, lambda v: 0.6 * (W10 @ v), jnp.sin(h) + x), h
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("f", [by_cond, by_switch_in_a_loop])
+@pytest.mark.parametrize("name", ["newton", "shooting"])
+def test_second_order_through_a_step_that_branches(f, name):
+    h, xs = 0.3 * jnp.ones(10), jnp.linspace(-1, 1, 6)
+
+    def second(scan):
+        loss = lambda h: jnp.sum(scan(f, h, xs)[0] ** 2)  # noqa: E731
+        along = jnp.linspace(0.5, 1.5, 10)
+        slope = lambda h: jnp.vdot(jax.grad(loss)(h), along)  # noqa: E731
+        pushed = lambda h: jax.jvp(loss, (h,), (along,))[1]  # noqa: E731
+        return jax.jit(
+            lambda h: (
+                jax.grad(slope)(h),
+                jax.grad(pushed)(h),
+                jax.jvp(pushed, (h,), (along,))[1],
+                jax.jvp(jax.grad(loss), (h,), (along,))[1],
+            )
+        )(h)
+
+    solver = {"newton": jp.newton(), "shooting": jp.shooting()}[name]
+    found = second(functools.partial(jp.newton_scan, solver=solver))
+    for a, b in zip(found, second(lax.scan), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_the_gradient_of_a_tangent_through_a_step_that_branches():
+    def pushed(scan):
+        loss = lambda h: jnp.sum(scan(by_cond, h, jnp.linspace(-1, 1, 3))[0] ** 2)  # noqa: E731
+        return jax.grad(lambda h: jax.jvp(loss, (h,), (jnp.ones(10),))[1])(0.3 * jnp.ones(10))
+
+    found = jax.jit(lambda: pushed(functools.partial(jp.newton_scan, solver=jp.newton())))()
+    np.testing.assert_allclose(found, pushed(lax.scan), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_loop_of_unknown_length_has_tangents_as_in_lax_scan():
+    h, xs = 0.3 * jnp.ones(10), jnp.linspace(0, 1, 6)
+
+    def pushed(scan):
+        loss = lambda h: jnp.sum(scan(by_a_loop_of_unknown_length, h, xs)[0] ** 2)  # noqa: E731
+        first = lambda h: jax.jvp(loss, (h,), (jnp.ones(10),))[1]  # noqa: E731
+        return jax.jit(lambda h: (first(h), jax.jvp(first, (h,), (h,))[1]))(h)
+
+    found = pushed(functools.partial(jp.newton_scan, solver=jp.newton()))
+    for a, b in zip(found, pushed(lax.scan), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)

@@ -211,7 +211,7 @@ def test_explain_choice_says_what_and_why():
 def test_a_wrong_structure_is_caught_by_debug():
     weights = 0.3 * np.ones((WIDTH, WIDTH), np.float32)
     f = lambda h, x: (jnp.tanh(h @ weights + x), h)  # noqa: E731
-    solver = jp.shooting(structure=jp.Diagonal(), debug=True)
+    solver = jp.shooting(structure=jp.unchecked(jp.Diagonal()), debug=True)
     with pytest.raises(Exception, match="(?i)structure|diagonal"):
         out = jp.newton_scan(f, jnp.ones(WIDTH), np.ones((8, WIDTH), np.float32), solver=solver)
         jax.block_until_ready(out)

@@ -1,5 +1,6 @@
 """Structures in use: any carry, any tracing context, overrides, checks, other people's cells."""
 
+import functools
 import time
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax import lax
 from jax.extend import core
 
+import jaxpara as jp
 from jaxpara.recurrence import jacobian
 from jaxpara.recurrence.blocks import Group
 from jaxpara.recurrence.structure import (
@@ -17,6 +19,7 @@ from jaxpara.recurrence.structure import (
     Diagonal,
     check_structure,
     jacobian_structure,
+    require,
     structure_of,
 )
 
@@ -166,6 +169,59 @@ def test_overrides_resolve_as_documented():
 def test_an_override_that_cannot_be_says_why(structure, message):
     with pytest.raises(ValueError, match=message):
         structure.resolve([(2, 3), (2, 5)])
+
+
+def mixed(h, x):
+    return jnp.tanh(h @ jnp.ones((3, 3)) * 0.2 + x), None
+
+
+@pytest.mark.parametrize("structure", [Diagonal(), Block(coupled=0), Dense(batch=2)])
+def test_a_sparser_structure_than_the_proved_one_is_refused_in_every_context(structure):
+    solver = jp.shooting(structure=structure)
+    run = lambda h, x: jp.newton_scan(mixed, h, x, solver=solver)[0].sum()  # noqa: E731
+    message = r"structure=\w+\(.*is sparser than Dense.*leaf 0[^\n]*\n.*jp\.unchecked"
+    h, xs = jnp.ones((2, 3)), jnp.ones((4, 2, 3))
+    for f in (run, jax.jit(run), jax.grad(run), lambda h, x: jax.vmap(run)(h[None], x[None])):
+        with pytest.raises(ValueError, match=message):
+            f(h, xs)
+
+
+def test_a_denser_structure_is_taken_and_an_unchecked_one_trusted():
+    h, xs = jnp.ones((2, 3)), jnp.linspace(-1, 1, 24).reshape(4, 2, 3)
+
+    def gradient(structure):
+        solver = jp.sequential(structure=structure)
+        return jax.grad(lambda h: jp.newton_scan(mixed, h, xs, solver=solver)[0].sum())(h)
+
+    proved = gradient(None)
+    np.testing.assert_allclose(gradient(Dense()), proved, rtol=1e-5)
+    # It is the user's word that counts: a wrong one shows in the gradient.
+    assert np.abs(gradient(jp.unchecked(Diagonal())) - proved).max() > 0.05 * proved.max()
+
+
+def test_what_is_required_of_a_structure_is_what_the_jacobian_has():
+    def step(s, x):
+        return [jnp.tanh(s[0] + s[1].T), s[1] * x, s[2] + s[2].sum()], None
+
+    shapes = [spec(2, 3), spec(3, 2), spec(1, 4)]
+    closed = jax.make_jaxpr(lambda a, b, c, x: step([a, b, c], x)[0])(*shapes, spec(3, 2))
+    together = Group((0, 1), ((0, 1), (1, 0)))
+    check = functools.partial(require, closed=closed, carry_in=[0, 1, 2], carry_out=[0, 1, 2])
+    check(Block(groups=(together, Group((2,), ((),)))))
+    check(Block(groups=(together, Group((2,), ((0,),)))))  # an axis of size one is shared by all
+    check(Block(groups=(Group((0, 1), ((0,), (1,))), Group((2,), ((),)))))
+    for wrong in (
+        Block(groups=(Group((0, 1), ((0,), (0,))), Group((2,), ((),)))).groups,
+        (Group((0,), ((0, 1),)), Group((1,), ((0, 1),)), Group((2,), ((),))),
+        (together, Group((2,), ((1,),))),
+    ):
+        with pytest.raises(ValueError, match=r"is sparser than|shared axes must agree"):
+            check(Block(groups=wrong))
+
+
+def test_a_structure_that_is_none_says_what_to_type():
+    with pytest.raises(TypeError, match=r"structure is 'diagonal'; expected jp\.Diagonal"):
+        jp.newton(structure="diagonal")
 
 
 # Layout ------------------------------------------------------------------------------------------

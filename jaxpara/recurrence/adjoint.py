@@ -6,69 +6,35 @@ At the solution the tangents obey one linear recurrence,
 
 whatever solver found it. The general rule is a `custom_jvp` that poses it through
 `lax.custom_linear_solve`, so that every transform and every order follows. The
-"reverse" rule is a `custom_vjp`: one reversed linear recurrence over recomputed
-Jacobians and one batched vjp of the step; memory O(T). [deer] [pararnn]
+"reverse" rule is a `custom_vjp`, see `backward`. [deer] [pararnn]
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence import fused, jacobian, timeaxis
-from jaxpara.recurrence.affine import (
-    Operator,
-    block_operator,
-    column_operator,
-    elementwise,
-    forward,
-    transposed,
-)
-from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence import timeaxis
+from jaxpara.recurrence.affine import Operator, forward, transposed
+from jaxpara.recurrence.backward import reverse_rule
+from jaxpara.recurrence.flow import merged
 from jaxpara.recurrence.leaves import (
     as_before,
     as_float,
     differentiable,
-    floating,
     jvp,
+    known,
+    only,
     shapes_of,
-    unfill,
     without_zeros,
 )
+from jaxpara.recurrence.problem import Problem, operator_of, steps_of, system_of
 from jaxpara.recurrence.sequential import only_kept, sequential
-from jaxpara.recurrence.system import Leaves, Settings, Solver, System
-from jaxpara.recurrence.wide import narrow, widened
-
-# Jacobians are materialised up to these block sizes: a batched evaluation over all
-# steps and a tight recurrence beat re-evaluating the step inside it, until the
-# blocks outgrow the states that they come from.
-_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8, "kernel": 8}
-
-
-class Problem(NamedTuple):
-    """A traced recurrence in scan order, ready to be solved and differentiated.
-
-    Attributes:
-      step: `(consts, state, x) -> (state, outputs)`, lists of leaves.
-      groups: proved structure of its Jacobian.
-      certain: as for `System`.
-      solver: the solver.
-      vjp_only: the step contains a `custom_vjp`, so it must not be pushed forward.
-      reverse: scan order runs against the mesh axis.
-      unroll: as for `lax.scan`.
-    """
-
-    step: Callable[..., Any]
-    groups: Groups
-    certain: bool
-    solver: Solver
-    vjp_only: bool
-    reverse: bool
-    unroll: int | bool
+from jaxpara.recurrence.system import Leaves, Settings
+from jaxpara.recurrence.wide import narrow
 
 
 def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init, xs, guess):
@@ -96,7 +62,7 @@ def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init
         return states, smooth, (rest, jax.tree.map(as_float, diagnostics))
 
     def full(*operands):
-        system = _system(problem, *operands[:3])
+        system = system_of(problem, *operands[:3])
         solution = problem.solver.solve(system, settings, operands[3])
         return packed(list(solution.states), list(solution.ys), solution[2:])
 
@@ -107,15 +73,17 @@ def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init
     def light(*operands):
         if problem.solver.solve is not sequential:
             return wanted(full(*operands))
-        states, ys, diagnostics = only_kept(_system(problem, *operands[:3]), keep)
+        states, ys, diagnostics = only_kept(system_of(problem, *operands[:3]), keep)
         return packed(states, ys, diagnostics)
 
     inert = {}
     # Behind a sequential solve the blocked general rule is also the fastest reverse one.
     if settings.linear == "sequential" and not problem.vjp_only:
         derivative = "general"
-    rule = {"general": _general, "reverse": _reverse}[derivative]
-    run = rule(problem, full, light, wanted)
+    if derivative == "general":
+        run = _general(problem, full, light, wanted)
+    else:
+        run = reverse_rule(problem, full, light, wanted, keep)
     (end, states), smooth, rest = run(list(consts), list(init), list(xs), guess)
     rest, diagnostics = jax.tree.map(lax.stop_gradient, rest)
     smooth, rest = iter(smooth), iter(rest)
@@ -124,62 +92,6 @@ def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init
         for like in inert["outputs"]
     ]
     return (end, states, ys, *jax.tree.map(as_before, diagnostics, inert["diagnostics"]))
-
-
-def _system(problem: Problem, consts, init, xs) -> System:
-    def step(state, x):
-        return problem.step(consts, state, x)
-
-    def push(state, x, columns):
-        if not problem.vjp_only:
-            new, linear = jax.linearize(lambda *s: list(step(list(s), x)[0]), *state)
-            return new, jax.vmap(lambda *c: linear(*c))(*columns)
-        new = step(state, x)[0]
-        matrices = jacobian.blocks_of(lambda s: step(s, x)[0], state, problem.groups, True)
-        product = jacobian.multiply(matrices, jacobian.gather_columns(problem.groups, columns))
-        return new, jacobian.spread_columns(problem.groups, product, new)
-
-    length = jax.tree.leaves(xs)[0].shape[0]
-    return System(
-        step,
-        push,
-        init,
-        xs,
-        length,
-        problem.groups,
-        problem.certain,
-        problem.reverse,
-        problem.unroll,
-    )
-
-
-def _operator(problem: Problem, consts, before: Leaves, xs) -> Operator:
-    """`J_t` at the solution: blocks where they are small, else the step's own jvp, vjp."""
-    shapes = [b.shape[1:] for b in before]
-    size = max(block_size(group, shapes) for group in problem.groups)
-    like = [jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in before]
-
-    def at(x):
-        return lambda state: list(problem.step(consts, list(state), x)[0])
-
-    if size <= 8 and elementwise(problem.groups, like) and not problem.vjp_only:
-        columns = jax.vmap(lambda s, x: jacobian.columns_of(at(x), s, problem.groups))
-        return column_operator(problem.groups, columns(list(before), xs))
-    if size <= _MATERIALISED[problem.solver.settings.linear]:
-        matrices = jax.vmap(
-            lambda s, x: jacobian.blocks_of(at(x), s, problem.groups, problem.vjp_only)
-        )(list(before), xs)
-        return block_operator(problem.groups, matrices, like)
-
-    def push(data, v):
-        state, x = data
-        return jax.jvp(at(x), (list(state),), (list(v),))[1]
-
-    def pull(data, w):
-        state, x = data
-        return jax.vjp(at(x), list(state))[1](list(w))[0]
-
-    return Operator((list(before), xs), push, pull, problem.groups, False)
 
 
 def _general(problem: Problem, full, light, wanted):
@@ -199,10 +111,15 @@ def _general(problem: Problem, full, light, wanted):
         out = run_full(consts, init, xs, guess)
         states, _, rest = out
         d_consts, d_init, d_xs = [without_zeros(t) for t in tangents[:3]]
-        d_init = [jnp.zeros_like(i) if d is None else d for d, i in zip(d_init, init, strict=True)]
+        moving = problem.flow().moving(*map(known, (d_consts, d_init, d_xs)))
+        d_init = [
+            jnp.zeros_like(leaf) if d is None and i in moving else d
+            for i, (d, leaf) in enumerate(zip(d_init, init, strict=True))
+        ]
         before = timeaxis.preceding(axis, init, states)
         along = _tangents if settings.linear != "sequential" else _blocked_tangents
         delta, dy, _ = along(problem, consts, d_consts, d_init, (before, xs, d_xs))
+        delta = [jnp.zeros_like(s) if d is None else d for d, s in zip(delta, states, strict=True)]
         return out, (delta, dy, jax.tree.map(jnp.zeros_like, rest))
 
     def rule_wanted(primals, tangents):
@@ -215,35 +132,55 @@ def _general(problem: Problem, full, light, wanted):
 
 
 def _tangents(problem: Problem, consts, d_consts, d_init, rows):
-    """Tangents of states and outputs over `rows = (before, xs, d_xs)`, and of the end."""
-    settings = problem.solver.settings
+    """Tangents of states and outputs over `rows = (before, xs, d_xs)`, and of the end.
+
+    Part by part, see `flow`: each is a linear recurrence of its own, driven by those before it.
+    A leaf whose `d_init` is None never moves.
+    """
+    flow, settings = problem.flow(), problem.solver.settings
     axis = timeaxis.along(settings.axis, problem.reverse)
     before, xs, d_xs = rows
+    delta, end, moved = ([None] * len(before) for _ in range(3))
 
-    @widened
-    def steps(consts, before, xs):
-        new, ys = jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)
-        return new, [y for y in ys if differentiable(y)]
+    def slopes(f, fed):
+        tangents = [only(d, f) for d, f in zip((d_consts, moved, d_xs), fed, strict=True)]
+        return jvp(f, (consts, list(before), xs), tangents)
 
-    b, dy = jvp(lambda c, x: steps(c, before, x), (consts, xs), (d_consts, d_xs))
-    operator = _operator(problem, consts, before, xs)
-    if settings.linear == "sequential":
-
-        def forward_step(v, inputs):
-            data, b_t = inputs
-            v = [m + b for m, b in zip(operator.push(data, v), b_t, strict=True)]
-            return v, v
-
-        # A plain scan over a linear step: JAX transposes it into the reversed one.
-        end, delta = lax.scan(forward_step, list(d_init), (operator.data, b))
-    else:
-        delta = linear_solve(operator, b, d_init, settings, problem.reverse)
-        end = [d[-1] for d in delta]
-    if dy:
-        moved = timeaxis.preceding(axis, d_init, delta)
-        _, through = jvp(lambda s: steps(consts, s, xs), (before,), (moved,))
-        dy = [a + b for a, b in zip(dy, through, strict=True)]
+    for part in flow.parts:
+        first = [d_init[i] for i in part]
+        if first[0] is None:
+            continue
+        b = slopes(steps_of(problem, part, ()), merged(flow.leaves[i] for i in part))[0]
+        solution, last = _solved(problem, part, b, first, (consts, before, xs))
+        ahead = timeaxis.preceding(axis, first, solution)
+        for i, d, e, m in zip(part, solution, last, ahead, strict=True):
+            delta[i], end[i], moved[i] = d, e, m
+    ys = range(len(flow.ys))
+    dy = slopes(steps_of(problem, (), ys), merged(flow.ys))[1] if flow.ys else []
     return delta, dy, end
+
+
+def _solved(problem: Problem, part: Sequence[int], b, first, at):
+    """`v_t = J_t v_{t-1} + b_t` from `v_0 = first`, for the leaves of a part: all, and the last."""
+    settings = problem.solver.settings
+    if not problem.flow().loops(part):
+        return b, [b_[-1] for b_ in b]
+    operator = operator_of(problem, part, *at)
+    if settings.linear != "sequential":
+        # JAX does not transpose a branch that is taken at some of many steps side by side.
+        branches = problem.flow().branches and not operator.materialised
+        over_time = _one_by_one if branches else jax.vmap
+        solution = linear_solve(operator, b, first, settings, problem.reverse, over_time=over_time)
+        return solution, [s[-1] for s in solution]
+
+    def forward_step(v, inputs):
+        data, b_t = inputs
+        v = [m + b for m, b in zip(operator.push(data, v), b_t, strict=True)]
+        return v, v
+
+    # A plain scan over a linear step: JAX transposes it into the reversed one.
+    last, solution = lax.scan(forward_step, list(first), (operator.data, b))
+    return solution, last
 
 
 def _blocked_tangents(problem: Problem, consts, d_consts, d_init, rows):
@@ -285,12 +222,19 @@ def _block_steps(elements: int) -> int:
 
 
 def linear_solve(
-    operator: Operator, b: Leaves, init: Leaves, settings: Settings, reverse: bool = False
+    operator: Operator,
+    b: Leaves,
+    init: Leaves,
+    settings: Settings,
+    reverse: bool = False,
+    *,
+    over_time: Callable[[Callable], Callable] = jax.vmap,
 ) -> list[jax.Array]:
     """All `v_t` of `v_t = J_t v_{t-1} + b_t` from `v_0 = init`, differentiable.
 
     Posed as a linear solve whose transpose is the reversed recurrence, so that linear
-    maps in it keep their derivatives of every order.
+    maps in it keep their derivatives of every order. `over_time` applies the operator to
+    all steps where those are taken.
     """
     axis = timeaxis.along(settings.axis, reverse)
     still = [jnp.zeros_like(i) for i in init]
@@ -300,7 +244,7 @@ def linear_solve(
     b = _together([b_.at[0].add(f) for b_, f in zip(b, first, strict=True)])
 
     def matvec(v):
-        moved = jax.vmap(operator.push)(operator.data, timeaxis.preceding(axis, still, v))
+        moved = over_time(operator.push)(operator.data, timeaxis.preceding(axis, still, v))
         return [a - m for a, m in zip(v, moved, strict=True)]
 
     return lax.custom_linear_solve(
@@ -309,6 +253,10 @@ def linear_solve(
         solve=lambda _, b: forward(operator, b, still, settings, reverse),
         transpose_solve=lambda _, g: transposed(operator, g, settings, reverse)[0],
     )
+
+
+def _one_by_one(f: Callable) -> Callable:
+    return lambda *rows: lax.map(lambda row: f(*row), rows)
 
 
 def _together(b: list[jax.Array]) -> list[jax.Array]:
@@ -322,77 +270,3 @@ def _together(b: list[jax.Array]) -> list[jax.Array]:
     token = sum(jnp.sum(b_).astype(jnp.float32) for b_ in b)
     # Selects on a constant, which XLA folds away: no value changes, not even that of a NaN.
     return [jnp.where(False, jnp.asarray(token).astype(b_.dtype), b_) for b_ in b]
-
-
-def _reverse(problem: Problem, full, light, wanted):
-    settings = problem.solver.settings
-    axis = timeaxis.along(settings.axis, problem.reverse)
-
-    @jax.custom_vjp
-    def run(consts, init, xs, guess):
-        return light(consts, init, xs, guess)
-
-    def run_forward(consts, init, xs, guess):
-        out = full(consts, init, xs, guess)
-        return wanted(out), (consts, init, xs, out[0])
-
-    def run_backward(residuals, cotangents):
-        consts, init, xs, states = residuals
-        seen_by, g_ys, rest = cotangents
-        # `wanted` is linear in the states: its transpose spreads their cotangents.
-        spread = jax.linear_transpose(lambda s: wanted((s, g_ys, rest))[0], states)
-        (g,) = spread(seen_by)
-        before = timeaxis.preceding(axis, init, states)
-        (c, x), fill = floating((consts, xs))
-
-        @widened
-        def steps(before, *inputs):
-            consts, xs = fill(inputs)
-            new, ys = jax.vmap(lambda s, x: problem.step(consts, s, x))(list(before), xs)
-            return new, [y for y in ys if differentiable(y)]
-
-        inputs = [*c, *x]
-        from_outputs = [jnp.zeros_like(i) for i in init]
-        if g_ys:
-            still = [jnp.zeros_like(s) for s in g]
-            (_, ys), pull_state = jax.vjp(lambda b: steps(b, *inputs), before)
-            seen = pull_state((still, g_ys))[0]
-            g, from_outputs = _following(problem, g, seen)
-        found = None
-        if problem.solver.solve is fused.fused:
-            found = fused.gradients(
-                problem.step, settings, consts, init, xs, states, g, problem.reverse
-            )
-        if found is None:
-            operator = _operator(problem, consts, before, xs)
-            w, into_init = transposed(operator, g, settings, problem.reverse)
-            _, pull = jax.vjp(lambda *i: steps(before, *i), *inputs)
-            grads = pull((w, g_ys))
-        else:
-            into_init, grads = found
-            if g_ys:
-                _, pull = jax.vjp(lambda *i: steps(before, *i)[1], *inputs)
-                grads = [a + b for a, b in zip(grads, pull(g_ys), strict=True)]
-        g_consts, g_xs = unfill((consts, xs), grads)
-        g_init = [a + b for a, b in zip(into_init, from_outputs, strict=True)]
-        return g_consts, g_init, g_xs, None
-
-    run.defvjp(run_forward, run_backward)
-    return run
-
-
-def _following(problem: Problem, g: Leaves, seen: Leaves):
-    """Moves cotangents of the state *before* each step to the step that made it.
-
-    Returns `(g, cotangent of the initial state)`.
-    """
-    axis = timeaxis.along(problem.solver.settings.axis, problem.reverse)
-    first = [s[0] for s in seen]
-    last = [jnp.zeros_like(f) for f in first]
-    if axis is not None:
-        backwards = timeaxis.Along(axis.name, not problem.reverse)
-        last = backwards.previous(first, last)
-        mine = axis.rank() == 0
-        first = [jnp.where(mine, f, jnp.zeros_like(f)) for f in first]
-    moved = [jnp.concatenate([s[1:], e[None]]) for s, e in zip(seen, last, strict=True)]
-    return [a + b for a, b in zip(g, moved, strict=True)], first

@@ -28,6 +28,16 @@ class Group(NamedTuple):
 Groups = tuple[Group, ...]
 
 
+def restricted(groups: Groups, leaves: Sequence[int]) -> Groups:
+    """The groups of some of the leaves, which are numbered in this order."""
+    found = []
+    for group in groups:
+        kept = [(leaves.index(i), s) for i, s in zip(*group, strict=True) if i in leaves]
+        if kept:
+            found.append(Group(*(tuple(column) for column in zip(*sorted(kept), strict=True))))
+    return tuple(found)
+
+
 def coupled_axes(shape: Shape, shared: Sequence[int]) -> tuple[int, ...]:
     """The axes of a leaf that are not shared, in order."""
     return tuple(axis for axis in range(len(shape)) if axis not in shared)

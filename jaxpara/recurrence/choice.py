@@ -13,7 +13,7 @@ from jaxpara.recurrence import fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size
 from jaxpara.recurrence.certain import certain
 from jaxpara.recurrence.lanes import shaped
-from jaxpara.recurrence.structure import Structure, structure_of
+from jaxpara.recurrence.structure import Structure, Unchecked, require, structure_of
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import Body, Traced, trace
 from pallas_kernels import unfit
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
     Attributes:
       solver: the solver, or None for plain `lax.scan` with JAX's own derivative.
       derivative: "general" or "reverse".
-      structure: the proved (or given) structure of the Jacobian.
+      structure: the structure of the Jacobian, proved or trusted.
       groups: the same, resolved for the shapes of the carry.
       certain: a Newton correction bounds the error of a state, see `certain.certain`.
       vjp_only: the step holds a `custom_vjp`.
@@ -116,7 +116,13 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     vjp_only = jaxprs.contains(body.jaxpr, "custom_vjp_call")
     given = None if isinstance(solver, Auto) else solver.settings.structure
     positions = tuple(body.consts + i for i in body.floats)
-    structure = given if given is not None else _structure(body.jaxpr, positions, body.floats)
+    if given is None:
+        structure = _structure(body.jaxpr, positions, body.floats)
+    elif isinstance(given, Unchecked):
+        structure = given.structure
+    else:
+        structure = given
+        _require(given, body.jaxpr, positions, body.floats)
     avals = [compat.open_jaxpr(body.jaxpr).invars[p].aval for p in positions]
     shapes = [tuple(a.shape) for a in avals]
     groups = structure.resolve(shapes)
@@ -162,3 +168,10 @@ def _refusal(body: Body) -> str | None:
 @functools.lru_cache(maxsize=512)
 def _structure(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> Structure:
     return structure_of(jaxpr, carry_in, carry_out)
+
+
+@functools.lru_cache(maxsize=512)
+def _require(
+    given: Structure, jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]
+) -> None:
+    require(given, jaxpr, carry_in, carry_out)

@@ -99,6 +99,28 @@ class Dense(NamedTuple):
 Structure = Diagonal | Block | Dense
 
 
+class Unchecked(NamedTuple):
+    """A structure that is trusted, see `unchecked`."""
+
+    structure: Structure
+
+
+def unchecked(structure: Structure) -> Unchecked:
+    """A structure for a solver that holds although it cannot be proved from the step.
+
+    Solvers refuse a `structure` with fewer entries than the proved one, unless it comes from
+    here. Where it is wrong, values are right and gradients are not, and nothing says so:
+    try it with `debug=True`, which compares it with one random vjp of the step.
+
+    Args:
+      structure: what is claimed.
+
+    Returns:
+      What `structure=` of every solver takes.
+    """
+    return Unchecked(structure)
+
+
 def largest(groups: Groups, shapes: Sequence[Shape]) -> int:
     """The largest K over the groups."""
     return max((block_size(group, shapes) for group in groups), default=0)

@@ -1,5 +1,6 @@
 """Leaves that have tangents and leaves that have none, side by side in one list."""
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +50,16 @@ def without_zeros(tangents):
         return None if zero else tangent
 
     return [one(t) for t in tangents]
+
+
+def known(leaves: Sequence[Any]) -> list[int]:
+    """Positions of what is not None, which stands for zero."""
+    return [i for i, leaf in enumerate(leaves) if leaf is not None]
+
+
+def only(leaves: Sequence[Any], chosen: Collection[int]) -> list[Any]:
+    """The chosen leaves, and None in the place of all others."""
+    return [leaf if i in chosen else None for i, leaf in enumerate(leaves)]
 
 
 def jvp(f, primals, tangents):

@@ -113,7 +113,7 @@ def _linear_solve(eqn, ins, domain, known):
     return propagate(inner.solve, consts + rhs, domain, known)
 
 
-_CONTROL = {
+CONTROL = {
     "while": _while,
     "scan": _scan,
     "cond": _cond,
@@ -160,8 +160,8 @@ def propagate(jaxpr: Any, ins: Sequence[Any], domain: Domain, known: Rules | Non
             outs = rule(eqn, operands, domain)
         elif (inner := jaxprs.called(eqn)) is not None:
             outs = propagate(inner, operands, domain, known)
-        elif name in _CONTROL:
-            outs = _CONTROL[name](eqn, operands, domain, known)
+        elif name in CONTROL:
+            outs = CONTROL[name](eqn, operands, domain, known)
         else:
             outs = domain.apply(eqn, operands)
         for var, value in zip(eqn.outvars, outs, strict=True):

@@ -16,7 +16,7 @@ from jaxpara.recurrence.choice import Auto, Choice, decide
 from jaxpara.recurrence.lanes import vary_over
 from jaxpara.recurrence.structure import check_structure
 from jaxpara.recurrence.system import Solver
-from jaxpara.recurrence.traced import SOLVE_NAME, Body, Traced, trace
+from jaxpara.recurrence.traced import SOLVE_NAME, Body, Traced, flow_of, trace
 
 
 class SolveInfo(NamedTuple):
@@ -181,6 +181,7 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
         choice.vjp_only,
         spec.reverse,
         spec.unroll,
+        functools.partial(flow_of, body),
     )
     aliased = tuple(sorted({alias for alias in body.aliases if alias is not None}))
     last, states, outputs, *info, starts = solve(

@@ -6,7 +6,7 @@ from jaxpara.recurrence.choice import Auto
 from jaxpara.recurrence.fused import fused as run_fused
 from jaxpara.recurrence.sequential import sequential as run_sequential
 from jaxpara.recurrence.shooting import shoot
-from jaxpara.recurrence.structure import Structure
+from jaxpara.recurrence.structure import Block, Dense, Diagonal, Structure, Unchecked
 from jaxpara.recurrence.system import Settings, Solver
 
 IMPLEMENTATIONS = (
@@ -26,6 +26,11 @@ def _settings(**given) -> Settings:
             raise ValueError(f"{name} is {value!r}; expected a positive integer")
     if settings.tol is not None and not settings.tol > 0:
         raise ValueError(f"tol is {settings.tol!r}; expected a positive number, such as 1e-6")
+    if not isinstance(settings.structure, Diagonal | Block | Dense | Unchecked | None):
+        raise TypeError(
+            f"structure is {settings.structure!r}; expected jp.Diagonal(), jp.Block(...), "
+            "jp.Dense(...), one of them in jp.unchecked(...), or None to have it proved"
+        )
     if settings.implementation not in (None, *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation is {settings.implementation!r}; expected one of {known}")
@@ -40,7 +45,7 @@ def shooting(
     tol: float | None = None,
     max_iters: int = 8,
     axis: str | None = None,
-    structure: Structure | None = None,
+    structure: Structure | Unchecked | None = None,
     debug: bool = False,
 ) -> Solver:
     """Multiple shooting: Newton on the states at chunk starts, chunks rolled out exactly.
@@ -58,7 +63,8 @@ def shooting(
       max_iters: iterations before the rest is completed sequentially.
       axis: mesh axis over which time is sharded, inside `shard_map`: `xs` and `ys` are
         local shards, the initial and the final carry are replicated.
-      structure: overrides the proved Jacobian structure, e.g. `jp.Diagonal()`.
+      structure: of the Jacobian, in the place of the proved one. A sparser one, which may
+        be wrong, is refused unless it is written `jp.unchecked(jp.Diagonal())`.
       debug: check the structure against one random vjp of the step, at the state that
         the solve ended in, and raise if it is too sparse.
 
@@ -90,7 +96,7 @@ def fused(
     tol: float | None = None,
     max_iters: int = 8,
     implementation: str | None = None,
-    structure: Structure | None = None,
+    structure: Structure | Unchecked | None = None,
     debug: bool = False,
 ) -> Solver:
     """Multiple shooting in one kernel that is generated from the step, for GPU and TPU.
@@ -136,7 +142,7 @@ def newton(
     max_iters: int = 16,
     linear: str = "chunked",
     axis: str | None = None,
-    structure: Structure | None = None,
+    structure: Structure | Unchecked | None = None,
     debug: bool = False,
 ) -> Solver:
     """Pointwise Newton over all states (DEER, ParaRNN), with the proved Jacobian.
@@ -166,7 +172,7 @@ def quasi_newton(
     max_iters: int = 32,
     linear: str = "chunked",
     axis: str | None = None,
-    structure: Structure | None = None,
+    structure: Structure | Unchecked | None = None,
     debug: bool = False,
 ) -> Solver:
     """Pointwise Newton with only the diagonal of the Jacobian.
@@ -198,7 +204,7 @@ def jacobi(
     max_iters: int = 64,
     linear: str = "chunked",
     axis: str | None = None,
-    structure: Structure | None = None,
+    structure: Structure | Unchecked | None = None,
     debug: bool = False,
 ) -> Solver:
     """Jacobi (Picard) iteration: the step applied to all times at once.
@@ -224,7 +230,7 @@ def jacobi(
     return Solver(pointwise.jacobi, settings)
 
 
-def sequential(*, structure: Structure | None = None, debug: bool = False) -> Solver:
+def sequential(*, structure: Structure | Unchecked | None = None, debug: bool = False) -> Solver:
     """`lax.scan` forward, implicit adjoint backward.
 
     Often the fastest on a CPU: the backward pass evaluates all Jacobians side by side

@@ -20,12 +20,21 @@ from jaxtyping import Array, Key, PyTree
 from jaxpara import compat
 from jaxpara.recurrence import jacobian
 from jaxpara.recurrence.blocks import Group, Groups, Shape, block_size, coupled_axes, coupled_size
-from jaxpara.recurrence.kinds import Block, Dense, Diagonal, Structure, largest
+from jaxpara.recurrence.kinds import (
+    Block,
+    Dense,
+    Diagonal,
+    Structure,
+    Unchecked,
+    largest,
+    unchecked,
+)
 from jaxpara.recurrence.patterns import TooLarge, axis_patterns, element_sets
 from jaxpara.recurrence.propagate import NotAnalysable, Rules, propagate
 
-__all__ = ["Block", "Dense", "Diagonal", "Structure"]  # made in kinds.py, found here
-__all__ += ["check_structure", "jacobian_structure", "structure_of"]
+# Made in kinds.py, found here.
+__all__ = ["Block", "Dense", "Diagonal", "Structure", "Unchecked", "unchecked"]
+__all__ += ["check_structure", "jacobian_structure", "require", "structure_of"]
 
 SMALL = 128
 """Carries of up to this many elements are analysed element by element as well."""
@@ -81,8 +90,60 @@ def structure_of(
     Returns:
       As `jacobian_structure`.
     """
+    shapes = _shapes(closed, carry_in)
+    edges, heads = _edges(closed, carry_in, carry_out, known)
+    if edges is None:
+        return Dense()
+    return _classify(_group(edges, shapes), shapes, heads)
+
+
+def require(
+    given: Structure, closed: Any, carry_in: Sequence[int], carry_out: Sequence[int]
+) -> None:
+    """Refuse a structure that leaves out what the proof cannot.
+
+    Args:
+      given: what is claimed of the step.
+      closed, carry_in, carry_out: as for `structure_of`.
+
+    Raises:
+      ValueError: an entry that may be non-zero is not in `given`; names both structures.
+    """
+    shapes = _shapes(closed, carry_in)
+    place = {}  # leaf -> its group, and its axis for each shared index
+    for number, group in enumerate(given.resolve(shapes)):
+        place |= {i: (number, s) for i, s in zip(group.leaves, group.shared, strict=True)}
+    edges = _edges(closed, carry_in, carry_out, None)[0]
+    if edges is None:
+        edges = {(i, j): set() for i in place for j in place}
+
+    def allowed(i, j):
+        same = (*edges[i, j], *((p, q) for p in _ones(shapes[i]) for q in _ones(shapes[j])))
+        (group, axes), (other, partners) = place[i], place[j]
+        return group == other and set(zip(axes, partners, strict=True)) <= set(same)
+
+    for i, j in edges:
+        if not allowed(i, j) and math.prod(shapes[i]) and math.prod(shapes[j]):
+            raise ValueError(
+                f"structure={given} is sparser than {structure_of(closed, carry_in, carry_out)}, "
+                f"which is proved: leaf {i} of the new carry may depend on other entries of leaf "
+                f"{j}\nleave structure= out, or, if you know better, pass structure="
+                f"jp.unchecked({type(given).__name__}(...)) and try it once with debug=True"
+            )
+
+
+def _ones(shape: Shape) -> list[int]:
+    return [axis for axis, size in enumerate(shape) if size == 1]
+
+
+def _shapes(closed, carry_in) -> list[Shape]:
     invars = compat.open_jaxpr(closed).invars
-    shapes = [tuple(invars[i].aval.shape) for i in carry_in]
+    return [tuple(invars[i].aval.shape) for i in carry_in]
+
+
+def _edges(closed, carry_in, carry_out, known):
+    """What may depend on what, or None where nothing is known; and the axes that are heads."""
+    shapes = _shapes(closed, carry_in)
     heads: set[tuple[int, int]] = set()
     try:
         linear, into, back = _tangents(closed, carry_in, carry_out)
@@ -91,8 +152,8 @@ def structure_of(
         if sum(map(math.prod, shapes)) <= SMALL and largest(_group(edges, shapes), shapes) > 1:
             edges = _sharpen(edges, _element_edges(linear, into, back, shapes, known))
     except (NotAnalysable, NotImplementedError):  # no rule, or no jvp: nothing is known
-        return Dense()
-    return _classify(_group(edges, shapes), shapes, heads)
+        return None, heads
+    return edges, heads
 
 
 def _tangents(closed, carry_in, carry_out):

@@ -4,6 +4,7 @@
 `None` outputs and hoisted constants (outer tracers too) are the user's own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat, jaxprs
+from jaxpara.recurrence.flow import Flow, flow
 
 # The name under which our own solve appears in a jaxpr. Its inside is known to be
 # pure and is not searched for effects, collectives or custom rules of the user.
@@ -56,6 +58,19 @@ class Body(NamedTuple):
         new, ys = self(consts, carry, x[len(self.others) :])
         kept = [y for y, alias in zip(ys, self.aliases, strict=True) if alias is None]
         return [new[i] for i in self.floats], kept
+
+
+@functools.lru_cache(maxsize=512)
+def flow_of(body: Body) -> Flow:
+    """How tangents flow through `body.on_floats`, inputs and outputs numbered as it has them."""
+    outvars = compat.open_jaxpr(body.jaxpr).outvars[body.carries :]
+    ys = [
+        body.carries + i
+        for i, (var, alias) in enumerate(zip(outvars, body.aliases, strict=True))
+        if alias is None and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+    ]
+    state = [body.consts + i for i in body.floats]
+    return flow(body.jaxpr, body.consts, state, body.floats, ys, (SOLVE_NAME,))
 
 
 class Traced(NamedTuple):

@@ -1,0 +1,133 @@
+"""A traced recurrence, and the linear algebra of its step that every derivative uses."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpara.recurrence import jacobian
+from jaxpara.recurrence.affine import Operator, block_operator, column_operator, elementwise
+from jaxpara.recurrence.blocks import Groups, block_size, restricted
+from jaxpara.recurrence.flow import Flow
+from jaxpara.recurrence.leaves import differentiable
+from jaxpara.recurrence.system import Leaves, Solver, System
+from jaxpara.recurrence.wide import widened
+
+# Jacobians are materialised up to these block sizes: a batched evaluation over all
+# steps and a tight recurrence beat re-evaluating the step inside it, until the
+# blocks outgrow the states that they come from.
+_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8, "kernel": 8}
+
+
+class Problem(NamedTuple):
+    """A traced recurrence in scan order, ready to be solved and differentiated.
+
+    Attributes:
+      step: `(consts, state, x) -> (state, outputs)`, lists of leaves.
+      groups: proved structure of its Jacobian.
+      certain: as for `System`.
+      solver: the solver.
+      vjp_only: the step contains a `custom_vjp`, so it must not be pushed forward.
+      reverse: scan order runs against the mesh axis.
+      unroll: as for `lax.scan`.
+      flow: how tangents flow through the step; analysed when it is asked for.
+    """
+
+    step: Callable[..., Any]
+    groups: Groups
+    certain: bool
+    solver: Solver
+    vjp_only: bool
+    reverse: bool
+    unroll: int | bool
+    flow: Callable[[], Flow]
+
+
+def system_of(problem: Problem, consts, init, xs) -> System:
+    """What a solver is given."""
+
+    def step(state, x):
+        return problem.step(consts, state, x)
+
+    def push(state, x, columns):
+        if not problem.vjp_only:
+            new, linear = jax.linearize(lambda *s: list(step(list(s), x)[0]), *state)
+            return new, jax.vmap(lambda *c: linear(*c))(*columns)
+        new = step(state, x)[0]
+        matrices = jacobian.blocks_of(lambda s: step(s, x)[0], state, problem.groups, True)
+        product = jacobian.multiply(matrices, jacobian.gather_columns(problem.groups, columns))
+        return new, jacobian.spread_columns(problem.groups, product, new)
+
+    length = jax.tree.leaves(xs)[0].shape[0]
+    return System(
+        step,
+        push,
+        init,
+        xs,
+        length,
+        problem.groups,
+        problem.certain,
+        problem.reverse,
+        problem.unroll,
+    )
+
+
+def steps_of(problem: Problem, leaves: Sequence[int], ys: Sequence[int]):
+    """`(consts, before, xs) -> (some new leaves, some floating outputs)` of all steps."""
+
+    @widened
+    def steps(consts, before, xs):
+        def at(state, x):
+            new, out = problem.step(consts, list(state), x)
+            smooth = [y for y in out if differentiable(y)]
+            return [new[i] for i in leaves], [smooth[i] for i in ys]
+
+        return jax.vmap(at)(list(before), xs)
+
+    return steps
+
+
+def operator_of(problem: Problem, part: Sequence[int], consts, before: Leaves, xs) -> Operator:
+    """`J_t` of some leaves at the solution: blocks where small, else the step's own products."""
+    groups = restricted(problem.groups, part)
+    shapes = [before[i].shape[1:] for i in part]
+    size = max(block_size(group, shapes) for group in groups)
+    like = [jax.ShapeDtypeStruct(before[i].shape[1:], before[i].dtype) for i in part]
+
+    def at(whole, x):
+        def function(*state):
+            leaves = list(whole)
+            for i, leaf in zip(part, state, strict=True):
+                leaves[i] = leaf
+            new = problem.step(consts, leaves, x)[0]
+            return [new[i] for i in part]
+
+        return function, [whole[i] for i in part]
+
+    if size <= 8 and elementwise(groups, like) and not problem.vjp_only:
+
+        def columns(whole, x):
+            function, state = at(whole, x)
+            return jacobian.columns_of(lambda s: function(*s), state, groups)
+
+        return column_operator(groups, jax.vmap(columns)(list(before), xs))
+    most = _MATERIALISED[problem.solver.settings.linear]
+    # A loop of unknown length can be pushed through and not pulled through.
+    if size <= most or problem.flow().circles:
+
+        def blocks(whole, x):
+            function, state = at(whole, x)
+            return jacobian.blocks_of(lambda s: function(*s), state, groups, problem.vjp_only)
+
+        return block_operator(groups, jax.vmap(blocks)(list(before), xs), like)
+
+    def push(data, v):
+        function, state = at(*data)
+        # Not by a jvp: its transpose would be asked of the step itself, too.
+        return jax.linearize(function, *state)[1](*v)
+
+    def pull(data, w):
+        function, state = at(*data)
+        return list(jax.vjp(function, *state)[1](list(w)))
+
+    return Operator((list(before), xs), push, pull, groups, False)

@@ -1,0 +1,143 @@
+"""Zero tangents and cotangents meet no infinite derivative that `lax.scan` would not meet.
+
+The oracle is `lax.scan` itself, NaNs included: what is infinite there is infinite here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxpara as jp
+from jaxpara.recurrence.flow import flow
+
+SOLVERS = {
+    "shooting": jp.shooting(),
+    "newton": jp.newton(),
+    "associative": jp.newton(linear="associative"),
+    "jacobi": jp.jacobi(),
+    "sequential": jp.sequential(),
+    "fused": jp.fused(implementation="xla"),
+}
+WAYS = [(name, mode) for name in SOLVERS for mode in (None, "reverse")]
+QUICK = [("shooting", None), ("shooting", "reverse"), ("sequential", None)]
+SLOW = [pytest.param(*way, marks=pytest.mark.slow) for way in WAYS if way not in QUICK]
+
+
+def root(v):
+    """Zero, with an infinite derivative."""
+    return jnp.sqrt(v * 0.0)
+
+
+def unread(c, x):
+    return [0.9 * c[0] + x, root(c[0])], None
+
+
+def unread_by_itself(c, x):
+    return [0.9 * c[0] + x, root(c[1])], None
+
+
+def unread_chain(c, x):
+    return [0.9 * c[0] + x, root(c[0]) + c[1], c[1] + c[2]], None
+
+
+def unread_output(c, x):
+    return [jnp.sin(c[0]) + x, 0.5 * c[1]], root(c[0] + c[1])
+
+
+def upstream(c, x):
+    return [0.9 * c[0] + c[1] + x, root(c[1])], None
+
+
+def not_taken(c, x):
+    safe = lax.cond(c[0] < 9, lambda v: 0.9 * v, root, c[0])
+    return [safe + x, lax.switch(1, [root, jnp.sin], c[1] * x)], None
+
+
+STEPS = [unread, unread_by_itself, unread_chain, unread_output, upstream, not_taken]
+
+
+def with_scan(f, scan, used):
+    """First results only, of inputs that enter each leaf and every step."""
+
+    def run(a, b, x):
+        init = [a, b, b][: 3 if f is unread_chain else 2]
+        carry, _ = scan(f, init, x * jnp.linspace(0.5, 1.0, 5))
+        return sum(carry[i] ** 2 for i in used)
+
+    return run
+
+
+def same(found, wanted):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "mode"), QUICK + SLOW)
+def test_the_gradient_of_an_unread_root_is_that_of_the_leaf_beside_it(name, mode):
+    scan = functools.partial(jp.newton_scan, solver=SOLVERS[name], derivative=mode)
+
+    def loss(x):
+        step = lambda c, _: ([c[0] * 0.9, jnp.sqrt(c[0] * 0.0)], None)  # noqa: E731
+        return scan(step, [x, x], None, 5)[0][0]
+
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(1.0), 0.9**5, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("f", STEPS)
+@pytest.mark.parametrize(("name", "mode"), WAYS)
+def test_gradients_are_finite_where_those_of_lax_scan_are(f, name, mode):
+    scan = functools.partial(jp.newton_scan, solver=SOLVERS[name], derivative=mode)
+    every = (0, 1, 2)
+    for used in ((0,), (0, 1)):
+        gradient = lambda s, u=used: jax.jit(jax.grad(with_scan(f, s, u), every))  # noqa: E731
+        wanted = gradient(lax.scan)(0.7, 0.3, 1.0)
+        same(gradient(scan)(0.7, 0.3, 1.0), wanted)
+        if used == (0,):
+            assert np.isfinite(wanted[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("f", STEPS)
+@pytest.mark.parametrize("name", ["shooting", "associative", "sequential"])
+def test_tangents_are_finite_where_those_of_lax_scan_are(f, name):
+    scan = functools.partial(jp.newton_scan, solver=SOLVERS[name])
+
+    xs, n = jnp.linspace(0.5, 1.0, 5), 3 if f is unread_chain else 2
+
+    def pushed(s):
+        def run(at):
+            every = jax.jvp(lambda *a: s(f, [a[0], a[1], 0.2][:n], xs * a[2]), at, (1.0,) * 3)[1]
+            # A symbolic zero: the second leaf has no tangent of its own.
+            one = jax.jvp(lambda a: s(f, [a, 0.3, 0.2][:n], xs), at[:1], (1.0,))[1]
+            return every, one
+
+        return jax.jit(run)((0.7, 0.3, 1.0))
+
+    same(pushed(scan), pushed(lax.scan))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shooting", "sequential"])
+def test_hessians_are_finite_where_those_of_lax_scan_are(name):
+    scan = functools.partial(jp.newton_scan, solver=SOLVERS[name])
+    for f in STEPS:
+        second = lambda s, f=f: jax.jit(jax.hessian(with_scan(f, s, (0,)), (0, 2)))  # noqa: E731
+        same(second(scan)(0.7, 0.3, 1.0), second(lax.scan)(0.7, 0.3, 1.0))
+
+
+def test_parts_come_in_the_order_in_which_they_feed_one_another():
+    def step(w, a, b, c, d, x):
+        return b + d, jnp.sin(c), b * w + x, lax.stop_gradient(a) + d, a * x
+
+    closed = jax.make_jaxpr(step)(*[1.0] * 6)
+    found = flow(closed, 1, [1, 2, 3, 4], [0, 1, 2, 3], [4])
+    assert found.parts == ((3,), (1, 2), (0,))
+    assert [found.loops(part) for part in found.parts] == [True, True, False]
+    assert found.leaves[2].consts == {0} and found.leaves[2].xs == {0}
+    assert found.moving((), {3}, ()) == {0, 3} and found.moving({0}, (), ()) == {0, 1, 2}
+    assert found.live({1}, ()) == {1, 2} and found.live((), {0}) == {0, 1, 2, 3}
