@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxpara.recurrence import fused, jacobian, timeaxis
 from jaxpara.recurrence.affine import (
+    MATERIALISED,
     Operator,
     block_operator,
     column_operator,
@@ -41,11 +42,6 @@ from jaxpara.recurrence.leaves import (
 )
 from jaxpara.recurrence.sequential import only_kept, sequential
 from jaxpara.recurrence.system import Leaves, Settings, Solver, System
-
-# Jacobians are materialised up to these block sizes: a batched evaluation over all
-# steps and a tight recurrence beat re-evaluating the step inside it, until the
-# blocks outgrow the states that they come from.
-_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8, "kernel": 8}
 
 
 class Problem(NamedTuple):
@@ -152,7 +148,7 @@ def _operator(problem: Problem, consts, before: Leaves, xs) -> Operator:
     if size <= 8 and elementwise(problem.groups, like) and not problem.vjp_only:
         columns = jax.vmap(lambda s, x: jacobian.columns_of(at(x), s, problem.groups))
         return column_operator(problem.groups, columns(list(before), xs))
-    if size <= _MATERIALISED[problem.solver.settings.linear]:
+    if size <= MATERIALISED[problem.solver.settings.linear]:
         matrices = jax.vmap(
             lambda s, x: jacobian.blocks_of(at(x), s, problem.groups, problem.vjp_only)
         )(list(before), xs)
