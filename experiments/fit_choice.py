@@ -15,7 +15,6 @@ from typing import Any
 
 import hydra
 import jax
-import jax.numpy as jnp
 from hydra.utils import instantiate
 from jax import lax
 from omegaconf import DictConfig
@@ -23,32 +22,8 @@ from rich.console import Console
 
 import jaxpara as jp
 from experiments.commandline import guarded
-from experiments.recurrence_problem import Problem, make_problem
+from experiments.recurrence_problem import make_problem
 from experiments.timing import measure, prepare
-
-
-def dense_problem(time: int, batch: int, state: int, seed: int = 0) -> Problem:
-    """A dense tanh recurrence, whose Jacobian is one block a sequence."""
-    k_weight, k_gates, k_cotangent = jax.random.split(jax.random.key(seed), 3)
-
-    def step(params, h, gates):
-        h = jnp.tanh(h @ params["recurrent"] + gates[0])
-        return h, h
-
-    return Problem(
-        step=step,
-        params={"recurrent": jax.random.normal(k_weight, (state, state)) / (2 * state**0.5)},
-        init=jnp.zeros((batch, state)),
-        gates=(jax.random.normal(k_gates, (time, batch, state)),),
-        cotangent=jax.random.normal(k_cotangent, (time, batch, state)),
-    )
-
-
-def make(cell: str, time: int, batch: int, state: int) -> Problem:
-    """The problem of one grid point; `dense` is the tanh recurrence above."""
-    if cell == "dense":
-        return dense_problem(time, batch, state)
-    return make_problem(cell, time, batch, state)
 
 
 def forward_backward(scan: Callable[..., Any], step: Any) -> Callable[..., Any]:
@@ -68,7 +43,7 @@ def measure_point(
     cell: str, shape: tuple[int, int, int], paths: dict[str, Any], rounds: int, budget_s: float
 ) -> dict[str, Any]:
     """One point of the map: speed-ups of every path over `lax.scan`."""
-    problem = make(cell, *shape)
+    problem = make_problem(cell, *shape)
     data = (problem.params, problem.init, problem.gates, problem.cotangent)
 
     def through(solver):

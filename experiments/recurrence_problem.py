@@ -37,10 +37,10 @@ class Problem(NamedTuple):
 def make_problem(
     cell: str, time: int, batch: int, state: int, *, scale: float = 0.5, seed: int = 0
 ) -> Problem:
-    """A cell of `jaxpara.cells` with unit-normal gates.
+    """A cell of `jaxpara.cells` with unit-normal gates, or the dense tanh recurrence.
 
     Args:
-      cell: its name.
+      cell: its name, or "dense", whose weights have a scale of their own.
       time: steps.
       batch: sequences.
       state: width.
@@ -53,9 +53,11 @@ def make_problem(
     Raises:
       ValueError: `jaxpara.cells` has no such cell.
     """
+    if cell == "dense":
+        return dense_problem(time, batch, state, seed=seed)
     make = getattr(jp.cells, cell, None)
     if make is None:
-        known = [n for n in vars(jp.cells) if not n.startswith("_")]
+        known = ["dense", *(n for n in vars(jp.cells) if not n.startswith("_"))]
         raise ValueError(f"suite.cell={cell!r} is not a cell; expected one of {known}")
     built = make(1, state, scale=scale)
     k_params, k_gates, k_cotangent = jax.random.split(jax.random.key(seed), 3)
@@ -71,6 +73,23 @@ def make_problem(
         params={"recurrent": params["recurrent"]},
         init=built.start(params, (batch,)),
         gates=gates,
+        cotangent=jax.random.normal(k_cotangent, (time, batch, state)),
+    )
+
+
+def dense_problem(time: int, batch: int, state: int, seed: int = 0) -> Problem:
+    """A dense tanh recurrence, whose Jacobian is one block a sequence."""
+    k_weight, k_gates, k_cotangent = jax.random.split(jax.random.key(seed), 3)
+
+    def step(params, h, gates):
+        h = jnp.tanh(h @ params["recurrent"] + gates[0])
+        return h, h
+
+    return Problem(
+        step=step,
+        params={"recurrent": jax.random.normal(k_weight, (state, state)) / (2 * state**0.5)},
+        init=jnp.zeros((batch, state)),
+        gates=(jax.random.normal(k_gates, (time, batch, state)),),
         cotangent=jax.random.normal(k_cotangent, (time, batch, state)),
     )
 

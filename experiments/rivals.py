@@ -5,6 +5,7 @@ and gradients can be checked before its time is believed. A rival that is not in
 cannot express the cell, says so.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxpara as jp
+from experiments import published
 from experiments.recurrence_problem import Problem, both_passes
 from experiments.timing import Prepared, prepare
 
@@ -104,6 +107,34 @@ def deer(problem: Problem, which: str) -> Rival:
             return seq1d(lambda y, x_t, p: problem.step(p, y, x_t)[0], y0, x, params).value
 
         return jax.vmap(one, in_axes=(0, 1), out_axes=1)(init, gates)  # this cell's output is y
+
+    return Rival(prepare(both_passes(solve)[which], *problem[1:]), lambda out: out)
+
+
+def published_method(name: str, problem: Problem, which: str) -> Rival:
+    """A method of the literature by our own hand, see `published`, one sequence a vmap lane.
+
+    Its tolerance is on the change of a state of order 1, about the one of our own solvers.
+    """
+    if not isinstance(problem.init, jax.Array):
+        raise CannotRun("it solves for one array, and this cell's carry is a tuple")
+    first = jax.tree.map(lambda x: x[0, 0], problem.gates)
+    structure = jp.jacobian_structure(
+        lambda h, x: problem.step(problem.params, h, x), problem.init[0], first
+    )
+    if name == "deer" or not isinstance(structure, jp.Diagonal):
+        gigabytes = 5 * problem.cotangent.size * problem.init.shape[-1] * 4 / 1e9
+        if gigabytes > 16:
+            raise CannotRun(f"its dense Jacobians would take {gigabytes:.0f} GB")
+    options = (name, isinstance(structure, jp.Diagonal), 1e-6, 1e-8, 100)
+
+    def solve(params, init, gates):
+        def one(h0, x):
+            return published.solve(
+                lambda p, h, x_t: problem.step(p, h, x_t)[0], options, params, h0, x
+            )
+
+        return jax.vmap(one, in_axes=(0, 1), out_axes=1)(init, gates)  # this cell's output is h
 
     return Rival(prepare(both_passes(solve)[which], *problem[1:]), lambda out: out)
 
@@ -222,5 +253,8 @@ RIVALS: dict[str, Callable[[Problem, str], Rival]] = {
     "flax nn.RNN": flax_rnn,
     "torch nn.GRU": torch_gru,
     "deer": deer,
+    "deer's method": functools.partial(published_method, "deer"),
+    "quasi-deer's method": functools.partial(published_method, "quasi_deer"),
+    "elk's method": functools.partial(published_method, "elk"),
     "pararnn-torch": pararnn_torch,
 }

@@ -98,7 +98,8 @@ def test_the_explanation_names_the_reason(step, init, xs, says):
 
 def test_the_explanation_is_of_what_runs():
     choice = jp.explain_choice(gru_step, jnp.zeros((2, 4)), gates(64, 2, 4), solver=jp.newton())
-    assert choice.solver == jp.newton() and isinstance(choice.structure, jp.Diagonal)
+    assert choice.solver == jp.newton(linear="sequential")  # what is best on a CPU
+    assert isinstance(choice.structure, jp.Diagonal) and not choice.refused
     assert "newton" in str(choice) and "asked for" in str(choice)
 
 

@@ -20,11 +20,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence import jacobian, linear_kernel, timeaxis
-from jaxpara.recurrence.blocks import Groups
+from jaxpara.recurrence.blocks import Groups, block_size
 from jaxpara.recurrence.shooting import shoot
 from jaxpara.recurrence.system import Leaves, Settings, System
 
 METHODS = ("sequential", "associative", "chunked", "kernel")
+
+# Jacobians are materialised up to these block sizes: a batched evaluation over all
+# steps and a tight recurrence beat re-evaluating the step inside it, until the
+# blocks outgrow the states that they come from.
+MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8, "kernel": 8}
 
 
 class Operator(NamedTuple):
@@ -90,6 +95,31 @@ def column_operator(groups: Groups, columns: Leaves) -> Operator:
         ]
 
     return Operator(list(columns), push, pull, groups, False, True)
+
+
+def step_operator(system: System, before: Leaves) -> Operator:
+    """The operator of a system's step at the states `before`, by the step's own tangents.
+
+    Nothing of size `K x K` is held: what large blocks want.
+    """
+
+    def push(data: Any, v: Leaves) -> list[jax.Array]:
+        state, x = data
+        return [leaf[0] for leaf in system.push(state, x, [leaf[None] for leaf in v])[1]]
+
+    def pull(data: Any, w: Leaves) -> list[jax.Array]:
+        state, x = data
+        return jax.vjp(lambda s: list(system.step(s, x)[0]), list(state))[1](list(w))[0]
+
+    return Operator((list(before), system.xs), push, pull, system.groups, False)
+
+
+def held(groups: Groups, like: Sequence[Any], settings: Settings) -> bool:
+    """Whether Jacobians of this structure are materialised; `like` are leaf shapes."""
+    shapes = [leaf.shape for leaf in like]
+    method = "chunked" if settings.axis is not None else settings.linear
+    size = max((block_size(group, shapes) for group in groups), default=0)
+    return size <= MATERIALISED.get(method, MATERIALISED["chunked"])
 
 
 def _total(terms: Iterable[jax.Array]) -> jax.Array:
@@ -176,8 +206,8 @@ def transposed(
 def _method(operator: Operator, settings: Settings) -> str:
     if settings.axis is not None:
         return "chunked"
-    if settings.linear == "kernel":
-        return "chunked"  # what a kernel refuses
+    if settings.linear in ("kernel", "auto"):
+        return "chunked"  # what a kernel refuses, and a solve outside of a call of ours
     if settings.linear == "associative" and not operator.materialised:
         return "chunked"
     return settings.linear

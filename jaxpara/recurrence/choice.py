@@ -1,6 +1,7 @@
 """Which solver runs a call, and why."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ import jax
 from jaxtyping import PyTree
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence import fused, rule
+from jaxpara.recurrence import cost, fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size
 from jaxpara.recurrence.certain import certain
 from jaxpara.recurrence.lanes import shaped
+from jaxpara.recurrence.sequential import sequential
 from jaxpara.recurrence.structure import Structure, Unchecked, require, structure_of
-from jaxpara.recurrence.system import Solver
+from jaxpara.recurrence.system import Settings, Solver
 from jaxpara.recurrence.traced import Body, Traced, trace
 from pallas_kernels import unfit
 
@@ -43,6 +45,7 @@ class Choice(NamedTuple):
       vjp_only: the step holds a `custom_vjp`.
       length: number of (local) steps.
       reason: one sentence for `explain_choice`.
+      refused: whether this is not the solver that was asked for, which would take too much.
     """
 
     solver: Solver | None
@@ -53,6 +56,7 @@ class Choice(NamedTuple):
     vjp_only: bool
     length: int
     reason: str
+    refused: bool = False
 
     def __str__(self) -> str:
         if self.solver is None:
@@ -126,14 +130,18 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     avals = [compat.open_jaxpr(body.jaxpr).invars[p].aval for p in positions]
     shapes = [tuple(a.shape) for a in avals]
     groups = structure.resolve(shapes)
-    sure = not vjp_only and certain(body.jaxpr, positions, body.floats)
+    trusted = isinstance(given, Unchecked)
+    sure = not (vjp_only or trusted) and certain(body.jaxpr, positions, body.floats)
     size = max(block_size(group, shapes) for group in groups)
-    reason = "asked for"
+    refused = None
     mode = derivative or "general"
     if vjp_only and mode == "general":
         # As lax.scan: what holds a custom_vjp has no forward-mode derivative.
         mode = "reverse"
-    if isinstance(solver, Auto):
+    if isinstance(solver, Solver):
+        solver, refused = _within_limits(solver, traced, positions, size, shapes)
+        reason = refused or "asked for"
+    else:
         platform = solver.platform or jax.default_backend()
         elements = sum(math.prod(shape) for shape in shapes)
         # On a CPU there is no kernel to ask for; of another platform's devices nothing is known.
@@ -148,7 +156,34 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
             kernel=why_not is None,
         )
         reason += f"; no kernel: {why_not}" if why_not else ""
-    return Choice(solver, mode, structure, groups, sure, vjp_only, traced.length, reason)
+    refused = refused is not None
+    return Choice(solver, mode, structure, groups, sure, vjp_only, traced.length, reason, refused)
+
+
+@functools.cache
+def say(choice: Choice) -> None:
+    """Logs once that something else runs than what was asked for."""
+    logging.getLogger("jaxpara").warning("%s", choice)
+
+
+def _within_limits(solver: Solver, traced: Traced, positions, size, shapes):
+    """`(solver, None)`, its `linear` chosen; or the sequential path and what speaks for it."""
+    platform = jax.default_backend()
+    settings = solver.settings
+    if settings.linear == "auto":
+        linear = "chunked" if settings.axis is not None else cost.linear_method(platform, size)
+        solver = solver._replace(settings=settings._replace(linear=linear))
+    too_dear = cost.refusal(
+        solver, traced.body.jaxpr, positions, platform=platform, steps=traced.length, block=size
+    )
+    if too_dear is None:
+        return solver, None
+    elements = sum(math.prod(shape) for shape in shapes)
+    instead, _ = rule.pick(platform, steps=traced.length, elements=elements, block=size)
+    if instead is None and not settings.debug:
+        return None, too_dear
+    own = Settings(linear="sequential", structure=settings.structure, debug=settings.debug)
+    return Solver(sequential, own), too_dear
 
 
 @functools.lru_cache(maxsize=512)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.recurrence import jacobian, timeaxis
-from jaxpara.recurrence.affine import block_operator, forward
+from jaxpara.recurrence.affine import block_operator, forward, held, step_operator
 from jaxpara.recurrence.blocks import Group, Groups, block_size
 from jaxpara.recurrence.complete import complete
 from jaxpara.recurrence.iterate import Attempt, iterate
@@ -105,11 +105,13 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
     """
 
     def correct(system, before, after, states, xs):
-        unit = jacobian.basis(system.groups, [b[0] for b in before])
-        unit = vary_like(unit, before)
-        pushed = jax.vmap(lambda s, x: system.push(s, x, unit)[1])(list(before), xs)
         like = [b[0] for b in before]
-        operator = block_operator(groups, blocks(pushed), like)
+        if groups == system.groups and not held(groups, like, settings):
+            operator = step_operator(system, before)
+        else:
+            unit = vary_like(jacobian.basis(system.groups, like), before)
+            pushed = jax.vmap(lambda s, x: system.push(s, x, unit)[1])(list(before), xs)
+            operator = block_operator(groups, blocks(pushed), like)
         gap = [a - s for a, s in zip(after, states, strict=True)]
         still = [jnp.zeros_like(leaf) for leaf in like]
         linear = settings._replace(chunks=None)

@@ -6,18 +6,18 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpara.recurrence import jacobian
-from jaxpara.recurrence.affine import Operator, block_operator, column_operator, elementwise
+from jaxpara.recurrence.affine import (
+    MATERIALISED,
+    Operator,
+    block_operator,
+    column_operator,
+    elementwise,
+)
 from jaxpara.recurrence.blocks import Groups, block_size, restricted
 from jaxpara.recurrence.flow import Flow
 from jaxpara.recurrence.leaves import differentiable
 from jaxpara.recurrence.system import Leaves, Solver, System
 from jaxpara.recurrence.wide import widened
-
-# Jacobians are materialised up to these block sizes: a batched evaluation over all
-# steps and a tight recurrence beat re-evaluating the step inside it, until the
-# blocks outgrow the states that they come from.
-_MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8, "kernel": 8}
-
 
 class Problem(NamedTuple):
     """A traced recurrence in scan order, ready to be solved and differentiated.
@@ -111,7 +111,7 @@ def operator_of(problem: Problem, part: Sequence[int], consts, before: Leaves, x
             return jacobian.columns_of(lambda s: function(*s), state, groups)
 
         return column_operator(groups, jax.vmap(columns)(list(before), xs))
-    most = _MATERIALISED[problem.solver.settings.linear]
+    most = MATERIALISED[problem.solver.settings.linear]
     # A loop of unknown length can be pushed through and not pulled through.
     if size <= most or problem.flow().circles:
 

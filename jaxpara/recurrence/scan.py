@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxpara import compat
 from jaxpara.recurrence import timeaxis
 from jaxpara.recurrence.adjoint import Problem, solve
-from jaxpara.recurrence.choice import Auto, Choice, decide
+from jaxpara.recurrence.choice import Auto, Choice, decide, say
 from jaxpara.recurrence.lanes import vary_over
 from jaxpara.recurrence.structure import check_structure
 from jaxpara.recurrence.system import Solver
@@ -123,6 +123,8 @@ def solve_scan(
         init = vary_over(init, solver.settings.axis)
     traced = trace(f, init, xs, length, reverse, unroll)
     choice = decide(traced, solver, derivative)
+    if choice.refused:
+        say(choice)
     if choice.solver is None:
         carry, ys = lax.scan(f, init, xs, length, reverse, unroll)
         return (carry, ys), _sequential_info(init)

@@ -34,8 +34,14 @@ def _settings(**given) -> Settings:
     if settings.implementation not in (None, *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation is {settings.implementation!r}; expected one of {known}")
-    if settings.linear not in METHODS:
-        raise ValueError(f"linear is {settings.linear!r}; expected one of {', '.join(METHODS)}")
+    if settings.linear not in (*METHODS, "auto"):
+        known = ", ".join(METHODS)
+        raise ValueError(f"linear is {settings.linear!r}; expected None or one of {known}")
+    if settings.limit is not None and not settings.limit > 0:
+        raise ValueError(
+            f"limit is {settings.limit!r}; expected how many times the cost of lax.scan a solve "
+            "may have, such as 4.0, math.inf for no limit, or None for the default"
+        )
     return settings
 
 
@@ -47,6 +53,7 @@ def shooting(
     axis: str | None = None,
     structure: Structure | Unchecked | None = None,
     debug: bool = False,
+    limit: float | None = None,
 ) -> Solver:
     """Multiple shooting: Newton on the states at chunk starts, chunks rolled out exactly.
 
@@ -67,6 +74,10 @@ def shooting(
         be wrong, is refused unless it is written `jp.unchecked(jp.Diagonal())`.
       debug: check the structure against one random vjp of the step, at the state that
         the solve ended in, and raise if it is too sparse.
+      limit: where a block is larger than 8 x 8, how many times the estimated time and bytes of
+        `lax.scan` the solve may take; beyond it the call runs step by step, and one line in the
+        log says so. Default 4; what takes less than 10 ms and 1 GiB always runs, and with
+        `math.inf` everything does.
 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
@@ -85,6 +96,7 @@ def shooting(
             axis=axis,
             structure=structure,
             debug=debug,
+            limit=limit,
         ),
     )
 
@@ -98,6 +110,7 @@ def fused(
     implementation: str | None = None,
     structure: Structure | Unchecked | None = None,
     debug: bool = False,
+    limit: float | None = None,
 ) -> Solver:
     """Multiple shooting in one kernel that is generated from the step, for GPU and TPU.
 
@@ -113,7 +126,7 @@ def fused(
       implementation: "mosaic_gpu", "mosaic_tpu", "xla" (the same functions by `lax.scan`), or
         None for the kernel of the platform; "mosaic_tpu_interpret" and "mosaic_gpu_interpret"
         run a kernel's body slowly on any platform.
-      structure, debug: as for `shooting`.
+      structure, debug, limit: as for `shooting`.
 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
@@ -132,6 +145,7 @@ def fused(
         implementation=implementation,
         structure=structure,
         debug=debug,
+        limit=limit,
     )
     return Solver(run_fused, settings)
 
@@ -140,17 +154,19 @@ def newton(
     *,
     tol: float | None = None,
     max_iters: int = 16,
-    linear: str = "chunked",
+    linear: str | None = None,
     axis: str | None = None,
     structure: Structure | Unchecked | None = None,
     debug: bool = False,
+    limit: float | None = None,
 ) -> Solver:
     """Pointwise Newton over all states (DEER, ParaRNN), with the proved Jacobian.
 
     Args:
-      tol, max_iters, axis, structure, debug: as for `shooting`.
-      linear: how the linear recurrence of an iteration is solved: "sequential",
-        "associative", "chunked" or "kernel".
+      tol, max_iters, axis, structure, debug, limit: as for `shooting`.
+      linear: how the linear recurrence of an iteration, and of the adjoint, is solved:
+        "sequential" (`lax.scan`), "associative", "chunked" or "kernel"; None for the one that
+        measured best on a CPU, and a guess on accelerators, see `jp.linear_recurrence`.
 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
@@ -161,7 +177,13 @@ def newton(
     References: [deer] [pararnn]
     """
     settings = _settings(
-        tol=tol, max_iters=max_iters, linear=linear, axis=axis, structure=structure, debug=debug
+        tol=tol,
+        max_iters=max_iters,
+        linear=linear or "auto",
+        axis=axis,
+        structure=structure,
+        debug=debug,
+        limit=limit,
     )
     return Solver(pointwise.newton, settings)
 
@@ -170,10 +192,11 @@ def quasi_newton(
     *,
     tol: float | None = None,
     max_iters: int = 32,
-    linear: str = "chunked",
+    linear: str | None = None,
     axis: str | None = None,
     structure: Structure | Unchecked | None = None,
     debug: bool = False,
+    limit: float | None = None,
 ) -> Solver:
     """Pointwise Newton with only the diagonal of the Jacobian.
 
@@ -182,7 +205,7 @@ def quasi_newton(
     The same as `newton` for diagonal cells. The adjoint always uses the full Jacobian.
 
     Args:
-      tol, max_iters, linear, axis, structure, debug: as for `newton`.
+      tol, max_iters, linear, axis, structure, debug, limit: as for `newton`.
 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
@@ -193,7 +216,13 @@ def quasi_newton(
     References: [elk]
     """
     settings = _settings(
-        tol=tol, max_iters=max_iters, linear=linear, axis=axis, structure=structure, debug=debug
+        tol=tol,
+        max_iters=max_iters,
+        linear=linear or "auto",
+        axis=axis,
+        structure=structure,
+        debug=debug,
+        limit=limit,
     )
     return Solver(pointwise.quasi_newton, settings)
 
@@ -202,7 +231,7 @@ def jacobi(
     *,
     tol: float | None = None,
     max_iters: int = 64,
-    linear: str = "chunked",
+    linear: str | None = None,
     axis: str | None = None,
     structure: Structure | Unchecked | None = None,
     debug: bool = False,
@@ -225,7 +254,12 @@ def jacobi(
     References: [deer]
     """
     settings = _settings(
-        tol=tol, max_iters=max_iters, linear=linear, axis=axis, structure=structure, debug=debug
+        tol=tol,
+        max_iters=max_iters,
+        linear=linear or "auto",
+        axis=axis,
+        structure=structure,
+        debug=debug,
     )
     return Solver(pointwise.jacobi, settings)
 

@@ -27,13 +27,15 @@ class Settings(NamedTuple):
         to the magnitude that the element has had lately (see `excess`); None is a few ulp.
       max_iters: iterations before the rest is completed sequentially.
       linear: how pointwise solvers solve their linear recurrence, and how the
-        adjoint is solved: "sequential", "associative", "chunked" or "kernel".
+        adjoint is solved: "sequential", "associative", "chunked" or "kernel"; "auto" until the
+        call is known, see `cost.linear_method`.
       axis: mesh axis over which time is sharded, inside `shard_map`.
       structure: overrides the proved structure of the Jacobian.
       debug: compare one random vjp of the step with the structure and raise.
       window: steps that a kernel solves together; None lets it choose.
       implementation: of the kernels, as for `pallas_kernels.nonlinear_recurrence.forward`;
         None is the kernel of the platform.
+      limit: times and bytes of the sequential path that the solver may take, see `cost`.
     """
 
     chunks: int | None = None
@@ -45,6 +47,7 @@ class Settings(NamedTuple):
     debug: bool = False
     window: int | None = None
     implementation: str | None = None
+    limit: float | None = None
 
 
 class System(NamedTuple):

@@ -1,0 +1,261 @@
+"""What a solver takes beside the sequential path, estimated before anything compiles.
+
+A parallel solver pushes K tangents through every step, K being the size of a block. For the small
+blocks that it is made for that is little; for a large dense block it is K times the work and the
+memory of `lax.scan`. So a solver that was asked for by name runs within the bounds of this file,
+and beyond them the call runs step by step, unless the solver's own `limit` says otherwise.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpara import compat, jaxprs
+from jaxpara.recurrence import pointwise
+from jaxpara.recurrence.affine import MATERIALISED
+from jaxpara.recurrence.fused import fused
+from jaxpara.recurrence.shooting import plan, shoot
+from jaxpara.recurrence.system import Settings, Solver
+from pallas_kernels import linear_recurrence
+
+# Beyond this multiple of the sequential path's time or bytes a solver does not run.
+LIMIT = 4.0
+# What takes no more seconds and bytes than this runs in any case.
+SECONDS, BYTES = 10e-3, 2**30
+# Blocks up to this size are what parallel solvers are for, and run in any case.
+SMALL_BLOCK = 8
+
+# Iterations on a mild cell; what one of them costs decides, not how many there are.
+_ITERATIONS = {shoot: 3, fused: 3, pointwise.newton: 5, pointwise.quasi_newton: 8}
+
+
+class Machine(NamedTuple):
+    """What a time is estimated from: orders of magnitude, the CPU's measured.
+
+    Attributes:
+      launch: seconds of one step of a loop without the arithmetic.
+      alone: operations a second of a step by itself, a product of a matrix and a few vectors.
+      together: operations a second of many steps or tangents side by side.
+    """
+
+    launch: float
+    alone: float
+    together: float
+
+
+MACHINES = {
+    "cpu": Machine(1.5e-7, 2e10, 5e10),
+    "gpu": Machine(1e-5, 1e12, 1e13),
+    "tpu": Machine(3e-6, 1e13, 1e14),
+}
+
+
+class Work(NamedTuple):
+    """One step, counted in its jaxpr.
+
+    Attributes:
+      whole: operations.
+      moved: those that depend on the carry, which every tangent repeats.
+      largest: elements of the largest value that depends on the carry.
+    """
+
+    whole: float
+    moved: float
+    largest: float
+
+
+class Cost(NamedTuple):
+    """Seconds and bytes of a forward solve, estimated."""
+
+    seconds: float
+    bytes: float
+
+
+def linear_method(platform: str, block: int) -> str:
+    """How the linear recurrence of a pointwise solver, and its adjoint, is solved best.
+
+    On a CPU `lax.scan` beats every parallel form: T {256, 2048, 16384} x D {8, 16, 64} x B {1, 4},
+    dense and diagonal, both passes, by `python -m experiments.bench suite=pointwise`. For an
+    accelerator, where a step costs a launch, this is a guess: a kernel for the blocks that one
+    takes, the associative scan where the Jacobians are materialised, else `lax.scan`.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      block: the largest block of the Jacobian.
+
+    Returns:
+      One of `affine.METHODS`.
+    """
+    if platform == "cpu":
+        return "sequential"
+    if block <= linear_recurrence.LARGEST:
+        return "kernel"
+    return "associative" if block <= MATERIALISED["associative"] else "sequential"
+
+
+def count(jaxpr: Any, moving: Sequence[bool]) -> Work:
+    """Operations of a jaxpr: two for each multiply-add, one for each other element computed.
+
+    Args:
+      jaxpr: open or closed.
+      moving: for each of its inputs whether it is part of the carry.
+
+    Returns:
+      The work of one evaluation.
+    """
+    return _count(compat.open_jaxpr(jaxpr), moving)[0]
+
+
+def _count(jaxpr: Any, moving: Sequence[bool]) -> tuple[Work, list[bool]]:
+    touched = {var for var, moves in zip(jaxpr.invars, moving, strict=True) if moves}
+
+    def moves(atom):
+        return not hasattr(atom, "val") and atom in touched
+
+    total = Work(0.0, 0.0, 0.0)
+    for eqn in jaxpr.eqns:
+        into = [moves(atom) for atom in eqn.invars]
+        inner = [compat.open_jaxpr(sub) for sub in jaxprs.subjaxprs(eqn)]
+        if inner:
+            works = []
+            for sub in inner:
+                same = len(sub.invars) == len(into)
+                works.append(_count(sub, into if same else [any(into)] * len(sub.invars))[0])
+            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+            # Of the branches of a `cond`, the dearest.
+            work = Work(*(max(column) for column in zip(*works, strict=True)))
+            work = Work(times * work.whole, times * work.moved, work.largest)
+        else:
+            size = float(sum(math.prod(var.aval.shape) for var in eqn.outvars))
+            operations = size * _each(eqn)
+            work = Work(operations, operations, size)
+        touched |= set(eqn.outvars) if any(into) else set()
+        total = Work(
+            total.whole + work.whole,
+            total.moved + (work.moved if any(into) else 0.0),
+            max(total.largest, work.largest if any(into) else 0.0),
+        )
+    return total, [moves(atom) for atom in jaxpr.outvars]
+
+
+def _each(eqn: Any) -> float:
+    """Operations for one element that an equation computes."""
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2.0 * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        outputs = eqn.params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * math.prod(kernel) / kernel[outputs]
+    return 1.0
+
+
+def stepwise(work: Work, steps: int, elements: int, itemsize: int, machine: Machine) -> Cost:
+    """Of the sequential path: one step after another, every state stored."""
+    seconds = steps * (machine.launch + work.whole / machine.alone)
+    return Cost(seconds, itemsize * (steps * elements + work.largest))
+
+
+def solve(
+    solver: Solver,
+    work: Work,
+    *,
+    steps: int,
+    elements: int,
+    block: int,
+    itemsize: int,
+    machine: Machine,
+) -> Cost | None:
+    """Of a parallel solver, on a mild cell; None for one that pushes no tangents.
+
+    Args:
+      solver: one of ours, its `linear` chosen.
+      work: of one step.
+      steps: length of the recurrence.
+      elements: floating elements of the carry.
+      block: K.
+      itemsize: bytes of an element.
+      machine: what the time is estimated from.
+
+    Returns:
+      The cost.
+    """
+    kind, settings = solver.solve, solver.settings
+    if kind not in _ITERATIONS:
+        return None
+    iterations = _ITERATIONS[kind]
+    side_by_side = steps * work.whole / machine.together
+    pushed = block * steps * work.moved / machine.together
+    column = 3.0 * elements + 2.0 * work.largest  # old, new, and what comes between
+    if kind in (shoot, fused):
+        chunks, length = plan(steps, settings.chunks)
+        seconds = iterations * (side_by_side + pushed + (length + chunks) * machine.launch)
+        return Cost(seconds + side_by_side, itemsize * chunks * block * column)
+    linear, bytes_ = settings.linear, itemsize * steps * block * column
+    if kind is pointwise.quasi_newton:
+        after = steps * machine.launch if linear == "sequential" else 0.0
+        return Cost(iterations * (side_by_side + pushed + after), bytes_)
+    if block > MATERIALISED[linear]:  # the step's own tangents, one a step or K a chunk
+        if linear == "sequential":
+            after = steps * (machine.launch + 2 * work.moved / machine.alone)
+            return Cost(iterations * (2 * side_by_side + after), itemsize * steps * column)
+        chunks = plan(steps, None)[0]
+        seconds = iterations * (side_by_side + 2 * pushed + 2 * steps / chunks * machine.launch)
+        return Cost(seconds, itemsize * (chunks * block * column + steps * elements))
+    products = 2.0 * 2 * steps * elements * block**2 / machine.together
+    after = {"sequential": steps * machine.launch, "associative": products}.get(linear, products)
+    return Cost(iterations * (side_by_side + pushed + after), 2 * bytes_)
+
+
+def refusal(
+    solver: Solver,
+    jaxpr: Any,
+    carry: Sequence[int],
+    *,
+    platform: str,
+    steps: int,
+    block: int,
+) -> str | None:
+    """Why a solver is not worth running, in words and numbers, or None.
+
+    Args:
+      solver: one of ours, its `linear` chosen.
+      jaxpr: of the step.
+      carry: positions of the floating leaves of the carry among its inputs.
+      platform: "cpu", "gpu" or "tpu".
+      steps: length of the recurrence.
+      block: the largest block of the Jacobian.
+
+    Returns:
+      A sentence, with the numbers, the limits and what overrides them.
+    """
+    settings: Settings = solver.settings
+    limit = LIMIT if settings.limit is None else settings.limit
+    # A sequence that is cut over devices has no sequential path to go back to.
+    if settings.axis is not None or limit == math.inf:
+        return None
+    invars = compat.open_jaxpr(jaxpr).invars
+    avals = [invars[position].aval for position in carry]
+    sizes = (steps, *(n for var in invars for n in var.aval.shape))
+    if not all(isinstance(n, int) for n in sizes) or block <= SMALL_BLOCK:
+        return None  # of symbolic sizes nothing can be estimated
+    elements = sum(math.prod(aval.shape) for aval in avals)
+    itemsize = max(np.dtype(aval.dtype).itemsize for aval in avals)
+    work = count(jaxpr, [position in set(carry) for position in range(len(invars))])
+    machine = MACHINES.get(platform, MACHINES["gpu"])
+    sizes = {"steps": steps, "elements": elements, "itemsize": itemsize, "machine": machine}
+    own, base = solve(solver, work, block=block, **sizes), stepwise(work, **sizes)
+    if own is None:
+        return None
+    allowed = Cost(max(SECONDS, limit * base.seconds), max(BYTES, limit * base.bytes))
+    if own.seconds <= allowed.seconds and own.bytes <= allowed.bytes:
+        return None
+    name = "shooting" if solver.solve is shoot else solver.solve.__name__
+    return (
+        f"{name} was asked for, but with blocks of {block} x {block} it would take "
+        f"about {own.seconds / base.seconds:.3g} times the time of lax.scan and "
+        f"{own.bytes / 1e9:.2g} GB; the limits are {allowed.seconds / base.seconds:.3g} times and "
+        f"{allowed.bytes / 1e9:.2g} GB (limit=math.inf on the solver runs it all the same)"
+    )
