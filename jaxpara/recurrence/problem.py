@@ -19,6 +19,7 @@ from jaxpara.recurrence.leaves import differentiable
 from jaxpara.recurrence.system import Leaves, Solver, System
 from jaxpara.recurrence.wide import widened
 
+
 class Problem(NamedTuple):
     """A traced recurrence in scan order, ready to be solved and differentiated.
 
