@@ -5,7 +5,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from experiments.checkpoints import quiet
+from experiments import seals
+from experiments.disk import by_plain_name, quiet
 from experiments.runs import RunError
 from jaxpara import weights
 
@@ -26,8 +27,9 @@ def save(folder: Path, state: Any) -> bool:
         saved = weights.adapters(state)
     except ValueError:
         return False
-    with quiet(), ocp.StandardCheckpointer() as writer:
-        writer.save((folder / FOLDER).absolute(), saved, force=True)
+    with quiet(), by_plain_name(folder) as place, ocp.StandardCheckpointer() as writer:
+        writer.save(place / FOLDER, saved, force=True)
+    seals.seal(folder / FOLDER)
     return True
 
 
@@ -41,13 +43,14 @@ def load(folder: Path) -> dict[str, Any]:
       What `jp.weights.with_adapters` takes.
 
     Raises:
-      RunError: the run has none.
+      RunError: the run has none, or they are damaged.
     """
-    path = (folder / FOLDER).absolute()
+    path = folder / FOLDER
     if not path.is_dir():
         raise RunError(
             f"{folder} holds no {FOLDER}: it is no finetuned run, it is not finished, or its "
             "transforms train the weights themselves"
         )
-    with quiet(), ocp.StandardCheckpointer() as reader:
-        return reader.restore(path)
+    seals.check(path)
+    with quiet(), by_plain_name(path) as place, ocp.StandardCheckpointer() as reader:
+        return reader.restore(place)

@@ -4,15 +4,18 @@
 in the data, what the loop remembers, and the figures of that step if it was evaluated). A
 step's folder gets its name once it is whole, so what a killed run left half written is
 never taken for a checkpoint. Parameters that are not trained are written once, to
-`folder/frozen/`, and are in no checkpoint.
+`folder/frozen/`, and are in no checkpoint. Digests of all arrays and files are checked on reading.
 """
 
-import logging
+import contextlib
+import functools
+import json
 import math
 import os
-import re
 import shlex
-from collections.abc import Callable, Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +25,21 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args as items
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from experiments import frozen as frozen_part
+from experiments import seals, trust
+from experiments.disk import by_plain_name, quiet, read_items, reason, remedy, target
 from experiments.runs import RunError
-from jaxpara import combine, split
+from experiments.seals import Damaged
+from jaxpara import split
 from jaxpara.types import Params, TrainState
 
-FOLDER, FROZEN = "checkpoints", "frozen"
+FOLDER, DAMAGED = "checkpoints", "damaged"
 
 Save = Callable[[TrainState, dict[str, Any], dict[str, float] | None], None]
 
 
 def resume_command(folder: Path) -> str:
-    """The command that continues a run.
+    """The command that continues a run; it trusts the paths that the run read before.
 
     Args:
       folder: the run's folder.
@@ -41,7 +48,9 @@ def resume_command(folder: Path) -> str:
       One line for a shell.
     """
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    return shlex.join(["python", "-m", "experiments.train", f"resume={shown}"])
+    command = shlex.join(["python", "-m", "experiments.train", f"resume={shown}"])
+    others = trust.outside(folder, but=("base",) if steps(folder) else ())
+    return f"{command} {trust.argument(others)}" if others else command
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -60,61 +69,12 @@ def _score(run: dict[str, Any]) -> float:
     return value * (1 if mode == "max" else -1) if math.isfinite(value) else -math.inf
 
 
-def _read(path: Path, **what: Any) -> Any:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        return reader.restore(path.absolute(), items.Composite(**what))
-
-
-def _write_frozen(folder: Path, frozen: Params) -> None:
-    paths = [jax.tree_util.keystr(keys) for keys, _ in jax.tree.leaves_with_path(frozen)]
-    if paths:
-        what = items.Composite(
-            params=items.StandardSave(frozen), leaves=items.JsonSave({"paths": paths})
-        )
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-            writer.save((folder / FROZEN).absolute(), what, force=True)
-
-
-def _apart(folder: Path, like: Params) -> tuple[Params, Params | None]:
-    """What of some parameters is in the checkpoints, and what in `frozen/`, if there is one."""
-    if not (folder / FROZEN).is_dir():
-        return like, None
-    known = set(_read(folder / FROZEN, leaves=items.JsonRestore())["leaves"]["paths"])
-    paths = jax.tree_util.tree_map_with_path(lambda keys, _: jax.tree_util.keystr(keys), like)
-    if missing := known - set(jax.tree.leaves(paths)):
-        raise ValueError(f"{folder / FROZEN} has {sorted(missing)[0]}, and the model has not")
-    return split(like, jax.tree.map(lambda path: path not in known, paths))
-
-
-def _together(folder: Path, trained: Params, frozen: Params | None) -> Params:
-    """Undoes `_apart`, for shapes of what is frozen."""
-    if frozen is None:
-        return trained
-    return combine(
-        trained,
-        _read(folder / FROZEN, params=items.StandardRestore(_target(frozen)))["params"],
-    )
-
-
-def _reason(error: Exception) -> str:
-    """What the operating system said, where a library has wrapped it in paths."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
-        return os.strerror(int(code[1]))
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Orbax logs a failure from each of its threads; what matters is raised, and said once.
-
-    Those threads may speak long after the error was raised: after one, it stays quiet.
-    """
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    yield
-    logger.setLevel(before)
+def _read_run(path: Path) -> dict[str, Any]:
+    """What a step was saved with besides arrays; of files that were checked."""
+    run = read_items(path, run=items.JsonRestore())["run"]
+    if not isinstance(run, dict) or run.pop("digest", None) != seals.of_text(run):
+        raise Damaged(f"{path / 'run'} is damaged: it is not what was saved")
+    return run
 
 
 @contextmanager
@@ -125,15 +85,18 @@ def saver(
     keep_best: int,
     best: tuple[str, Literal["min", "max"]],
     trainable: Callable[[Params], Any] | None = None,
+    begin: int | None = None,
 ) -> Iterator[Save]:
     """Opens a run's checkpoints for writing; on leaving, all that was begun is on disk.
 
     Args:
-      folder: the run's folder. What was half written there is removed.
+      folder: the run's folder. What was half written there is removed, damaged checkpoints are
+        set aside.
       keep_last: checkpoints kept, counted from the last.
       keep_best: checkpoints kept besides, those with the best figures.
       best: the figure that decides, and whether "min" or "max" is best.
       trainable: `params -> booleans`, where not all of them are trained.
+      begin: the step from which the run continues; later checkpoints are set aside too.
 
     Yields:
       `save(state, run, figures)`: returns as soon as the state is copied and writes in the
@@ -143,65 +106,114 @@ def saver(
       RunError: a checkpoint could not be written; said at the next one or on leaving.
     """
     begun = 0
+    folder.mkdir(parents=True, exist_ok=True)
+    set_aside(folder, after=begin)
 
     def failed(error: Exception) -> RunError:
         whole = steps(folder)
         kept = f"that of step {whole[-1]} is whole" if whole else "there is no earlier one"
+        said = reason(error)
         return RunError(
             f"the checkpoint of step {begun} could not be written to {folder / FOLDER}: "
-            f"{_reason(error)}; {kept}. Make room there, then go on with\n"
+            f"{said}; {kept}. {remedy(said)}, then go on with\n"
             f"  {resume_command(folder)}"
         )
 
-    manager = ocp.CheckpointManager(
-        (folder / FOLDER).absolute(),
-        options=ocp.CheckpointManagerOptions(
-            save_root_metadata=False,
-            cleanup_tmp_directories=True,
-            best_fn=_score,  # or Orbax would not keep the metrics that the policy reads
-            preservation_policy=AnyPreservationPolicy(
-                [LatestN(keep_last), BestN(get_metric_fn=_score, n=keep_best)]
-            ),
+    def seal_before_it_gets_its_name() -> None:
+        for path in (folder / FOLDER).iterdir():
+            if path.name.startswith(f"{begun}.") and path.is_dir():
+                seals.seal(path, late=False)
+
+    def seal_what_came_late() -> None:
+        for path in map(functools.partial(path_of, folder), steps(folder)):
+            if not seals.is_sealed(path):
+                with contextlib.suppress(OSError):  # it is whole without
+                    seals.seal(path)
+
+    options = ocp.CheckpointManagerOptions(
+        save_root_metadata=False,
+        cleanup_tmp_directories=True,
+        best_fn=_score,  # or Orbax would not keep the metrics that the policy reads
+        preservation_policy=AnyPreservationPolicy(
+            [LatestN(keep_last), BestN(get_metric_fn=_score, n=keep_best)]
         ),
+        async_options=ocp.AsyncOptions(post_finalization_callback=seal_before_it_gets_its_name),
     )
 
     def save(state: TrainState, run: dict[str, Any], figures: dict[str, float] | None) -> None:
         nonlocal begun
         kind = str(jax.random.key_impl(state.key))
         record = {**run, "key_impl": kind, "best": list(best), "figures": figures}
-        params = state.params
+        params, rest = state.params, _rest(state)
         try:
             manager.wait_until_finished()
+            seal_what_came_late()
             begun = int(state.step)
             if trainable is not None:
                 params, frozen = split(params, trainable(params))
-                if not steps(folder) or not (folder / FROZEN).is_dir():
-                    _write_frozen(folder, frozen)
+                if not steps(folder) or not (folder / frozen_part.FOLDER).is_dir():
+                    frozen_part.write(folder, frozen)
+            record["digests"] = {
+                "params": seals.of_arrays(params),
+                "rest": seals.of_arrays(rest),
+            }
+            record = json.loads(json.dumps(record))
             manager.save(
                 begun,
                 args=items.Composite(
                     params=items.StandardSave(params),
-                    rest=items.StandardSave(_rest(state)),
-                    run=items.JsonSave(record),
+                    rest=items.StandardSave(rest),
+                    run=items.JsonSave({**record, "digest": seals.of_text(record)}),
                 ),
                 metrics={"best": record["best"], "figures": figures},
             )
         except Exception as error:
             raise failed(error) from error
 
-    with quiet():
+    with quiet(), by_plain_name(folder) as place:
+        manager = ocp.CheckpointManager(place / FOLDER, options=options)
         try:
             yield save
-        except BaseException:
+        except BaseException as first:
             try:
                 manager.close()
             except Exception as error:
-                print(f"while stopping: {failed(error)}")
+                if not isinstance(first, RunError):  # which has said it already
+                    print(f"while stopping: {failed(error)}")
             raise
         try:
             manager.close()  # waits
         except Exception as error:
             raise failed(error) from error
+        seal_what_came_late()
+
+
+def set_aside(folder: Path, *, after: int | None = None) -> None:
+    """Moves checkpoints that cannot be continued from to `damaged/`, and says so.
+
+    Args:
+      folder: the run's folder.
+      after: a step; later ones are moved too, whether they are whole or not.
+    """
+    for step in steps(folder):
+        path = path_of(folder, step)
+        try:
+            seals.check(path)
+            if after is None or step <= after:
+                continue
+            why = f"{path} is later than step {after}, from which the run continues"
+        except Damaged as error:
+            why = str(error)
+        aside = folder / DAMAGED / str(step)
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+        _say(f"{why}; checkpoint {step} is moved to {aside}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def steps(folder: Path) -> list[int]:
@@ -231,7 +243,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def best_step(folder: Path) -> int | None:
-    """The checkpoint with the best figure among those that are there.
+    """The checkpoint with the best figure among those that are there and can be read.
 
     Args:
       folder: the run's folder.
@@ -239,23 +251,14 @@ def best_step(folder: Path) -> int | None:
     Returns:
       Its step; None where none was evaluated.
     """
-    scores = {
-        step: _score(_read(path_of(folder, step), run=items.JsonRestore())["run"])
-        for step in steps(folder)
-    }
+    scores = {}
+    for step in steps(folder):
+        path = path_of(folder, step)
+        with contextlib.suppress(Damaged):
+            seals.check(path, ["run"])
+            scores[step] = _score(_read_run(path))
     best = max(scores, key=lambda step: scores[step], default=None)
     return None if best is None or scores[best] == -math.inf else best
-
-
-def _target(like: Any) -> Any:
-    """Shapes, dtypes and places to restore to; what has no place goes to the first device."""
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(leaf, "sharding", None) or first
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, like)
 
 
 def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -271,21 +274,74 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
       The state, and what `save` was given as `run`.
 
     Raises:
+      Damaged: something in it is not what was saved.
       ValueError: what is on disk has another structure or other shapes.
     """
     rest = jax.eval_shape(_rest, like)
     placed = rest | {"opt_state": like.opt_state, "step": like.step}
-    trained, frozen = _apart(folder, like.params)
-    read = _read(
-        path_of(folder, step),
-        params=items.StandardRestore(_target(trained)),
-        rest=items.StandardRestore(_target(placed)),
-        run=items.JsonRestore(),
+    trained, frozen = frozen_part.apart(folder, like.params)
+    path = path_of(folder, step)
+    seals.check(path)
+    run = _read_run(path)
+    read = read_items(
+        path,
+        params=items.StandardRestore(target(trained)),
+        rest=items.StandardRestore(target(placed)),
     )
-    rest, run = read["rest"], read["run"]
+    digests = run.pop("digests")
+    for part in ("params", "rest"):
+        seals.check_arrays(read[part], digests[part], str(path / part))
+    rest = read["rest"]
     key = jax.random.wrap_key_data(rest["key"], impl=run.pop("key_impl"))
-    params = _together(folder, read["params"], frozen)
+    params = frozen_part.together(folder, read["params"], frozen)
     return TrainState(params, rest["opt_state"], rest["step"], key), run
+
+
+def first_whole(folder: Path, order: Sequence[int], read: Callable[[int], Any]) -> Any:
+    """Reads the first of some checkpoints that is not damaged; says which were.
+
+    Args:
+      folder: the run's folder.
+      order: steps, the one that is wanted first.
+      read: takes a step; raises `Damaged`.
+
+    Returns:
+      What `read` returns.
+
+    Raises:
+      Damaged: none is whole; names what is damaged in the first.
+    """
+    damage: list[Damaged] = []
+    for step in order:
+        try:
+            found = read(step)
+        except Damaged as error:
+            damage.append(error)
+            continue
+        if damage:
+            _say(f"{damage[0]}; the checkpoint of step {step} is read instead")
+        return found
+    raise Damaged(
+        f"{damage[0]}; no other checkpoint in {folder / FOLDER} is whole. "
+        "Take that folder from a copy of the run, or begin a new run"
+    ) from damage[0]
+
+
+def restore_newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Reads the newest whole checkpoint back; says so where newer ones are damaged.
+
+    Args:
+      folder: the run's folder; it has a checkpoint.
+      like: as for `restore`.
+
+    Returns:
+      As `restore`.
+
+    Raises:
+      Damaged: none is whole.
+      ValueError: what is on disk has another structure or other shapes.
+    """
+    return first_whole(folder, steps(folder)[::-1], lambda step: restore(folder, step, like))
 
 
 def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = "best") -> Params:
@@ -295,23 +351,31 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
       folder: the run's folder.
       like: shapes and dtypes, for example `jax.eval_shape(model.init, key)`; leaves without a
         sharding go to the first device.
-      which: "best" by the run's own figure, else the last; or "last".
+      which: "best" by the run's own figure, else the last; or "last". Where that checkpoint is
+        damaged, the newest whole one is read, and that is said.
 
     Returns:
       The parameters.
 
     Raises:
-      RunError: the run has no checkpoint.
+      RunError: the run has no checkpoint, or none that is whole.
       ValueError: what is on disk has another structure or other shapes.
     """
-    whole = steps(folder)
-    if not whole:
+    order = steps(folder)[::-1]
+    if not order:
         raise RunError(
             f"{folder} holds no checkpoint: the run did not come to its first one, or is not a "
             "training run. Give run=FOLDER of another, or a smaller checkpoint.every"
         )
+
+    def read(step: int) -> Params:
+        path = path_of(folder, step)
+        seals.check(path, ["run", "params"])
+        known = _read_run(path)["digests"]["params"]
+        trained, frozen = frozen_part.apart(folder, like)
+        found = read_items(path, params=items.StandardRestore(target(trained)))["params"]
+        seals.check_arrays(found, known, str(path / "params"))
+        return frozen_part.together(folder, found, frozen)
+
     best = best_step(folder) if which == "best" else None
-    step = whole[-1] if best is None else best
-    trained, frozen = _apart(folder, like)
-    read = _read(path_of(folder, step), params=items.StandardRestore(_target(trained)))["params"]
-    return _together(folder, read, frozen)
+    return first_whole(folder, order if best is None else [best, *order], read)

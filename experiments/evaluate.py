@@ -2,16 +2,18 @@
 
 import glob
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from experiments import run_sets, runs, tables
+from experiments import run_sets, runs, tables, trust
 from experiments.build import build_data
 from experiments.commandline import guarded
 from experiments.data.baselines import baselines
+from experiments.folder_arguments import quote_folders
 from experiments.judging import bits_per_byte
 from experiments.trained import open_model
 
@@ -30,21 +32,27 @@ def find_runs(given: Any) -> list[Path]:
     """
     if isinstance(given, ListConfig):
         return run_sets.expand(map(str, given))
-    if given and glob.has_magic(given):
+    if given and glob.has_magic(given) and not Path(given).is_dir():
         return run_sets.expand(given)
     return [runs.find_run(given)]
 
 
-def judged_on(cfg: DictConfig, trained: DictConfig) -> dict[str, Any]:
+def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """What a run is judged on: as it was itself, where nothing else is asked for.
 
     Args:
       cfg: see conf/evaluate.yaml.
-      trained: config of the run.
+      folder: of the run.
 
     Returns:
       `data`, the config of a source; `windows`, `length` and `batch_size`.
+
+    Raises:
+      RunError: its config asks for what is not trusted.
     """
+    trained = trust.open_config(folder)
+    if "data" not in cfg:
+        trust.check_paths(trained.data, folder, key="data")
     own = OmegaConf.to_container(trained.data, resolve=True)
     data = own if "data" not in cfg else OmegaConf.to_container(cfg.data, resolve=True)
     assert isinstance(own, dict) and isinstance(data, dict)
@@ -104,7 +112,7 @@ def job(cfg: DictConfig) -> dict[str, float]:
     """
     together: dict[str, list[Path]] = {}
     for folder in find_runs(cfg.run):
-        where = judged_on(cfg, runs.load_config(folder))
+        where = judged_on(cfg, folder)
         together.setdefault(json.dumps(where), []).append(folder)
     scored = {}
     for where, folders in together.items():
@@ -115,8 +123,14 @@ def job(cfg: DictConfig) -> dict[str, float]:
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    guarded(lambda: job(cfg))
+
+    def program() -> None:
+        with trust.from_command_line(cfg):
+            job(cfg)
+
+    guarded(program)
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("run", trust.TRUST))
     main()

@@ -1,14 +1,16 @@
 """LoRA of a finetuned run for Hugging Face PEFT: `python -m experiments.export_adapters run=F`."""
 
+import sys
 from pathlib import Path
 
 import hydra
 import jax
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import checkpoints, peft_files, runs
+from experiments import checkpoints, peft_files, runs, trust
 from experiments.build import build_model
 from experiments.commandline import guarded
+from experiments.folder_arguments import quote_folders
 
 
 def export(cfg: DictConfig) -> None:
@@ -21,7 +23,7 @@ def export(cfg: DictConfig) -> None:
       RunError: no such run, or its transforms are not LoRA alone.
     """
     folder = runs.find_run(cfg.run)
-    like = jax.eval_shape(build_model(runs.load_config(folder)).init, jax.random.key(0))
+    like = jax.eval_shape(build_model(trust.open_config(folder)).init, jax.random.key(0))
     state = checkpoints.load_params(folder, like, which="last")
     output = Path(cfg.output) if cfg.output else folder / "peft"
     names = OmegaConf.to_container(cfg.names) if cfg.names else {}
@@ -33,8 +35,14 @@ def export(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="export_adapters")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    guarded(lambda: export(cfg))
+
+    def program() -> None:
+        with trust.from_command_line(cfg):
+            export(cfg)
+
+    guarded(program)
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("run", "output", trust.TRUST))
     main()

@@ -15,8 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from experiments import runs
+from experiments import runs, trust
 from experiments.commandline import guarded
+from experiments.folder_arguments import quote_folders
 from experiments.resuming import resume_arguments
 from experiments.run_sets import METRICS
 from experiments.sweep_folders import plain_config
@@ -24,6 +25,7 @@ from experiments.sweeps import once, start
 from experiments.train import job as train_job
 
 NUMBERS = ("bits", "rank")
+FOLDERS = ("from", "data.path", "data.root", "data.tokenizer", trust.TRUST)
 BASE = f"{runs.MAKE} data=stdlib_base name=base hydra.run.dir=runs/base"
 TRANSFORMS = runs.REPOSITORY / "experiments" / "conf" / "transform"
 OF_THE_BASE = ("model", "mixer", "cell", "solver", "contender", "data.tokenizer")
@@ -67,13 +69,15 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
       overrides: of the command line, `KEY=VALUE`.
 
     Raises:
-      RunError: no such run, or one without a model; or an override of what is taken from it.
+      RunError: no such run, or one without a model or that asks for what is not trusted; or an
+        override of what is taken from it.
     """
     if OmegaConf.is_missing(cfg, "from"):
         runs.find_run(None, key="from", make=BASE)
     if cfg["from"] is None:
         return
-    trained = runs.load_config(runs.find_run(cfg["from"], key="from", make=BASE))
+    base = runs.find_run(cfg["from"], key="from", make=BASE)
+    trained = trust.open_config(base)
     if "model" not in trained:
         raise runs.RunError(
             f"from={cfg['from']!r} is not of a language model: give a run of\n  {BASE}"
@@ -88,6 +92,8 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     with open_dict(cfg):
         cfg.model = trained.model
         cfg.data.tokenizer = OmegaConf.select(trained, "data.tokenizer")
+    if cfg.data.tokenizer is not None:
+        trust.check_path(cfg.data.tokenizer, base, key="data.tokenizer")
 
 
 def unused(cfg: DictConfig) -> set[str]:
@@ -159,7 +165,12 @@ def job(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="finetune")
 def compose(cfg: DictConfig) -> float | None:
     """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
-    return guarded(lambda: once(cfg, job))
+
+    def trusted(cfg: DictConfig) -> None:
+        with trust.from_command_line(cfg):
+            job(cfg)
+
+    return guarded(lambda: once(cfg, trusted))
 
 
 def main() -> None:
@@ -167,7 +178,7 @@ def main() -> None:
 
     def prepare(arguments: list[str]) -> list[str]:
         check_transforms(arguments)
-        return resume_arguments(arguments)
+        return quote_folders(resume_arguments(arguments), keys=FOLDERS)
 
     start(compose, prepare)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import adapter_files, runs, tables
+from experiments import adapter_files, runs, tables, trust
 from experiments.build import chain_of
 from experiments.checkpoints import load_params
 from experiments.data.baselines import baselines
@@ -69,7 +69,7 @@ def started_from(model: Model, run: str | None) -> Model:
     if run is None:
         return model
     folder = runs.find_run(run, key="from")
-    trained = runs.load_config(folder)
+    trained = trust.open_config(folder)
     before = chain_of(trained.get("transform"), trained.get("where"))
     adapted = model if before is None else before(model)
     try:

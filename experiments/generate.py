@@ -8,8 +8,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from experiments import runs
+from experiments import runs, trust
 from experiments.commandline import guarded, quote_text
+from experiments.folder_arguments import quote_folders
 from experiments.prompts import check_output, read_prompts, stop_strings
 from experiments.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
 from experiments.trained import open_model
@@ -17,6 +18,7 @@ from jaxpara.types import Params
 
 DEFAULT_PROMPT = "def "
 FREE_TEXT = ("prompt", "prompts", "stop", "output")
+FOLDERS = ("run", trust.TRUST)
 
 
 def read_requests(cfg: DictConfig) -> list[Request]:
@@ -97,9 +99,14 @@ def job(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    guarded(lambda: job(cfg))
+
+    def program() -> None:
+        with trust.from_command_line(cfg):
+            job(cfg)
+
+    guarded(program)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_text(sys.argv[1:], keys=FREE_TEXT)
+    sys.argv[1:] = quote_text(quote_folders(sys.argv[1:], keys=FOLDERS), keys=FREE_TEXT)
     main()

@@ -84,11 +84,8 @@ def csv(columns: Sequence[str], *, file: str = "metrics.csv") -> Open:
     return open_
 
 
-def tensorboard(*, folder: str = "tensorboard") -> Open:
+def tensorboard() -> Open:
     """TensorBoard's event files, for `tensorboard --logdir RUN`; needs no TensorFlow.
-
-    Args:
-      folder: inside the run's.
 
     Returns:
       What opens it. Steps after the checkpoint that a run resumes from are purged.
@@ -100,7 +97,7 @@ def tensorboard(*, folder: str = "tensorboard") -> Open:
 
     def open_(place: Place) -> Logger:
         purge = place.step + 1 if place.step else None
-        events = writer(logdir=str(place.folder / folder), purge_step=purge)
+        events = writer(logdir=str(place.folder / "tensorboard"), purge_step=purge)
 
         def write(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():

@@ -17,12 +17,12 @@ import optax
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import curves
+from experiments import curves, trust
 from experiments.build import build_model
 from experiments.commandline import guarded
 from experiments.decoding import decoder
 from experiments.run_sets import Run, read_all
-from experiments.runs import RunError, load_config
+from experiments.runs import RunError
 from experiments.tables import show
 from experiments.trained import open_model
 from jaxpara.train import init_state, make_step, next_token_loss
@@ -183,7 +183,7 @@ def measure(choice: Choice, *, optimizer_of, decoding: Mapping[str, int]) -> dic
       Cells by column.
     """
     first = choice.runs[0]
-    cfg = load_config(first.folder)
+    cfg = trust.open_config(first.folder)
     model, params, _ = open_model(first.folder)
     held = step_memory(
         build_model(cfg), optimizer_of(cfg), batch_size=cfg.batch_size, window=cfg.window
@@ -267,13 +267,14 @@ def main(cfg: DictConfig) -> None:
         runs, left_out = read_all(cfg.runs)
         for line in left_out:
             print(f"left out: {line}")
-        compare(
-            runs,
-            y=cfg.y,
-            output=Path(cfg.output),
-            optimizer_of=lambda trained: instantiate(trained.optim),
-            decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
-        )
+        with trust.from_command_line(cfg):
+            compare(
+                runs,
+                y=cfg.y,
+                output=Path(cfg.output),
+                optimizer_of=lambda trained: instantiate(trained.optim),
+                decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
+            )
 
     guarded(program)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.folder_arguments import TRUST, quote_value
 from experiments.runs import RunError, find_run
 
-# What may differ: whether to go on, and where.
-FREE = ("resume", "hydra")
+# What may differ: whether to go on, where, and with what trust.
+FREE = ("resume", "hydra", TRUST)
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
@@ -32,9 +33,9 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "resume" and value.lower() not in ("true", "false", ""):
-            folder = str(find_run(value.strip("'\""), key="resume"))
-            quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
-            changed += ["resume=true", f"hydra.run.dir='{quoted}'", "hydra.output_subdir=null"]
+            name = value if Path(value).is_dir() else value.strip("'\"")
+            folder = quote_value(str(find_run(name, key="resume")))
+            changed += ["resume=true", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
         else:
             changed.append(argument)
     return changed
@@ -83,9 +84,11 @@ def _choices(folder: Path) -> dict[str, Any]:
     record = folder / ".hydra" / "hydra.yaml"
     if not record.is_file():
         return {}
-    known = OmegaConf.to_container(OmegaConf.load(record).hydra.runtime.choices, resolve=False)
-    assert isinstance(known, dict)
-    return {str(key): value for key, value in known.items()}
+    # Read as plain values: nothing that stands in a folder is evaluated.
+    node = OmegaConf.to_container(OmegaConf.load(record), resolve=False)
+    for key in ("hydra", "runtime", "choices"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return {str(key): value for key, value in node.items()} if isinstance(node, dict) else {}
 
 
 def cut_table(path: Path, *, last: int) -> None:

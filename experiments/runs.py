@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +14,12 @@ from typing import Any
 import jax
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.folder_arguments import TRUST
+
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
+TOKENIZER = "tokenizer.json"
 MAKE = "python -m experiments.train experiment=lm"
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
@@ -85,14 +89,16 @@ def environment() -> dict[str, Any]:
 
 
 def open_run(folder: Path, cfg: DictConfig) -> None:
-    """Writes what is known before a run begins: the resolved config and the environment.
+    """Writes what is known before a run begins: config, tokenizer and environment.
+
+    What the command line trusts is not written: a folder grants nothing.
 
     Args:
       folder: made if missing.
       cfg: the composed config.
 
     Raises:
-      RunError: the folder holds a run already.
+      RunError: the folder holds a run already, or the config could not be read back.
     """
     if (folder / CONFIG).exists():
         raise RunError(
@@ -100,8 +106,13 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
             "leave hydra.run.dir alone or give a folder that does not exist; "
             f"`python -m experiments.train resume={folder}` goes on with it"
         )
+    kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key != TRUST])
+    check_inert(OmegaConf.to_container(kept, resolve=True), "the config")
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / CONFIG, resolve=True)
+    tokenizer = OmegaConf.select(cfg, "data.tokenizer")
+    if tokenizer is not None and Path(tokenizer).is_file():
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    OmegaConf.save(kept, folder / CONFIG, resolve=True)
     write_json(folder / ENVIRONMENT, environment())
 
 
@@ -180,14 +191,43 @@ def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
 
 
 def load_config(folder: Path) -> DictConfig:
-    """Reads the resolved config of a run.
+    """Reads the resolved config of a run, to look at; `trust.open_config` reads it to build from.
 
     Args:
       folder: from `find_run`.
 
     Returns:
-      The config that `open_run` wrote.
+      The config that `open_run` wrote: values alone, no interpolations.
+
+    Raises:
+      RunError: it holds an interpolation, which `open_run` never writes.
     """
     cfg = OmegaConf.load(folder / CONFIG)
     assert isinstance(cfg, DictConfig)
+    check_inert(OmegaConf.to_container(cfg, resolve=False), str(folder / CONFIG))
     return cfg
+
+
+def check_inert(node: Any, where: str, key: str = "") -> None:
+    """Refuses texts that OmegaConf would evaluate; in a file they could read the environment.
+
+    Args:
+      node: plain values.
+      where: names them in the message.
+      key: of the node.
+
+    Raises:
+      RunError: names the key.
+    """
+    if isinstance(node, str) and "${" in node:
+        raise RunError(
+            f"{where}: {key} holds {node!r}, and ${{ begins something to be evaluated, which the "
+            "config of a run must not hold: write it without the brace"
+        )
+    if isinstance(node, dict):
+        for name, child in node.items():
+            check_inert(name, where, f"the name {name!r}")
+            check_inert(child, where, f"{key}.{name}" if key else str(name))
+    if isinstance(node, list):
+        for number, child in enumerate(node):
+            check_inert(child, where, f"{key}[{number}]")

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 LONGEST = 100  # characters of a readable name; file systems allow 255 bytes
 GIVEN_BY_THE_PATH = ("experiment", "sweep")  # NAME and SWEEP say these
-NOT_OF_THE_RESULT = ("resume",)  # keys that do not make a config another one
+NOT_OF_THE_RESULT = ("resume", "trust")  # keys that do not make a config another one
 
 
 def short(key: str) -> str:

@@ -1,19 +1,24 @@
 """Trains a task: `python -m experiments.train experiment=lm`."""
 
+import contextlib
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import checkpoints, runs
+from experiments import checkpoints, runs, trust
 from experiments.build import build
+from experiments.claim import claimed
 from experiments.commandline import guarded, quote_text
+from experiments.folder_arguments import quote_folders
 from experiments.resuming import check_overrides, resume_arguments
 from experiments.settings import make_settings
 from experiments.stopping import pass_on
 from experiments.sweeps import once, start
 from experiments.trainer import train
+
+FOLDERS = ("data.path", "data.root", "data.tokenizer", trust.TRUST)
 
 
 def job(cfg: DictConfig) -> None:
@@ -26,16 +31,25 @@ def job(cfg: DictConfig) -> None:
       RunError: something to put right at the keyboard.
       SystemExit: 128 plus the signal's number after a signal to stop, with everything saved.
     """
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    with contextlib.ExitStack() as held:
+        _job(cfg, Path(HydraConfig.get().runtime.output_dir), held)
+
+
+def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
+    """`job` in a folder, which it holds as soon as it writes there."""
     resume = bool(cfg.resume) and (folder / runs.CONFIG).is_file()
     if resume:
+        held.enter_context(claimed(folder))
         stored = runs.load_config(folder)
         overrides = list(HydraConfig.get().overrides.task)
         check_overrides(overrides, cfg=cfg, stored=stored, folder=folder)
         if runs.status(folder) == "finished":
             print(f"the run is finished, nothing is left to do: {folder}")
             return
-        cfg = stored
+        cfg = trust.open_config(folder)
+        if checkpoints.steps(folder) and OmegaConf.select(cfg, "task.base") is not None:
+            cfg.task.base = None  # its parameters are in the checkpoint, and it may be gone
+        trust.check_paths(cfg, folder)
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     settings = make_settings(values)
@@ -43,6 +57,8 @@ def job(cfg: DictConfig) -> None:
     if resume:
         runs.reopen_run(folder)
     else:
+        runs.check_inert(values, "the config")
+        held.enter_context(claimed(folder))
         runs.open_run(folder, cfg)
     result = train(
         parts.task,
@@ -69,14 +85,20 @@ def job(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def compose(cfg: DictConfig) -> float | None:
     """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
-    return guarded(lambda: once(cfg, job))
+
+    def trusted(cfg: DictConfig) -> None:
+        with trust.from_command_line(cfg):
+            job(cfg)
+
+    return guarded(lambda: once(cfg, trusted))
 
 
 def main() -> None:
     """The command line: prompts as typed, `resume=FOLDER` as a folder, sweeps in theirs."""
 
     def prepare(arguments: list[str]) -> list[str]:
-        return quote_text(resume_arguments(arguments), keys=("sample.prompt",))
+        arguments = quote_folders(resume_arguments(arguments), keys=FOLDERS)
+        return quote_text(arguments, keys=("sample.prompt",))
 
     start(compose, prepare)
 

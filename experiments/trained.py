@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from omegaconf import OmegaConf
 
-from experiments import checkpoints, runs
+from experiments import checkpoints, runs, trust
 from experiments.build import build_model
 from experiments.data.tokens import Tokenizer, open_tokenizer
 from jaxpara.types import Model, Params
@@ -22,13 +22,17 @@ def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
       The model, its parameters and its tokenizer.
 
     Raises:
-      RunError: the run has no parameters, or is not of a language model.
+      RunError: the run has no parameters, is not of a language model, or asks for what is not
+        trusted.
     """
-    trained = runs.load_config(folder)
+    trained = trust.open_config(folder)
     model = build_model(trained)
     like = jax.eval_shape(model.init, jax.random.key(0))
+    path = OmegaConf.select(trained, "data.tokenizer")
+    if path is not None:
+        trust.check_path(str(path), folder, key="data.tokenizer")
     try:
-        tokenizer = open_tokenizer(OmegaConf.select(trained, "data.tokenizer"))
+        tokenizer = open_tokenizer(path)
     except (ValueError, OSError) as error:
         raise runs.RunError(str(error)) from error
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -1,7 +1,6 @@
 """One training run of any task: from objects and numbers to a full folder."""
 
 import contextlib
-import errno
 import functools
 import math
 import time
@@ -12,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from experiments import checkpoints, figures, loggers, metrics, profiling, runs, step_cost
+from experiments import checkpoints, disk, figures, loggers, metrics, profiling, runs, step_cost
 from experiments.loop import Diverged, Ending, Memory, Row, run_loop
 from experiments.progress import Progress, progress
 from experiments.resuming import cut_table
@@ -23,7 +22,6 @@ from jaxpara.train import init_state, make_step
 from jaxpara.types import Params, Step, TrainState
 
 COST_COLUMNS = ("memory_bytes", "model_flops_per_second")
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Result(NamedTuple):
@@ -82,7 +80,7 @@ def train(
 
     Raises:
       Diverged: the loss became NaN or infinite; what was measured is in the folder.
-      RunError: the disk is full.
+      RunError: the disk is full, or the folder cannot be written to.
     """
     began = time.perf_counter()
 
@@ -93,9 +91,10 @@ def train(
     initial = jax.jit(lambda key: init_state(task.model, optimizer, key, **some))
     key = jax.random.key(settings.seed)
     whole = checkpoints.steps(folder) if resume else []
-    begin = whole[-1] if whole else 0
+    begin = 0
     if whole:
-        state, run = checkpoints.restore(folder, begin, jax.eval_shape(initial, key))
+        state, run = checkpoints.restore_newest(folder, jax.eval_shape(initial, key))
+        begin = int(state.step)
         task.batches.set_state(run["data"])
         memory = Memory(**run["memory"])
         began -= memory.seconds
@@ -131,6 +130,7 @@ def train(
                 keep_best=settings.checkpoint.keep_best,
                 best=task.best,
                 trainable=task.trainable,
+                begin=begin,
             ) as save,
             _profiled(settings, step, task, folder, costs, line.say) as (step, batches),
         ):
@@ -195,10 +195,10 @@ def train(
         )
         raise
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in disk.UNWRITABLE:
             raise
         raise runs.RunError(
-            f"{error}. {_last_checkpoint(folder)}; make room, then go on with\n"
+            f"{error}. {_last_checkpoint(folder)}. {disk.remedy(str(error))}, then go on with\n"
             f"  {checkpoints.resume_command(folder)}"
         ) from error
     finally:

@@ -294,5 +294,5 @@ def test_a_position_is_refused_where_the_text_has_changed(folder, tmp_path):
     same.batches(**SHAPE).set_state(state)
     (tmp_path / "one_more.txt").write_text("of another file\n" * 9)
     more = text.load(path=str(tmp_path), prefetch=0)
-    with pytest.raises(RunError, match=r"saved for other data: text was '\w+' and is '\w+'"):
+    with pytest.raises(RunError, match=r"training text was '\w+' and is '\w+'"):
         more.batches(**SHAPE).set_state(state)

@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, anywhere; which ones stay; which one is the best."""
 
+import shutil
 import time
 
 import jax
@@ -9,8 +10,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import checkpoints
+import jaxpara as jp
+from experiments import adapter_files, checkpoints, seals
+from experiments.faults import flip
 from experiments.runs import RunError
+from experiments.seals import Damaged
 from jaxpara.train import init_state, make_step
 from jaxpara.types import Model
 
@@ -229,3 +233,152 @@ def test_what_is_not_trained_is_written_once_and_comes_back_with_every_checkpoin
     other = {name: leaf for name, leaf in shapes.params.items() if name != "codes"}
     with pytest.raises(ValueError, match=r"frozen has \['codes'\], and the model has not"):
         checkpoints.load_params(tmp_path, other)
+
+
+def largest(folder):
+    """Of the files in it: where the numbers are."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def copied(saved, tmp_path, name="run"):
+    shutil.copytree(saved[0], tmp_path / name)
+    return tmp_path / name
+
+
+def test_one_flipped_bit_anywhere_is_refused_by_the_name_of_what_is_damaged(tmp_path, saved):
+    folder = copied(saved, tmp_path)
+    checkpoints.restore(folder, 3, like())
+    step = checkpoints.path_of(folder, 3)
+    files = [path for path in sorted(step.rglob("*")) if path.is_file() and path.stat().st_size]
+    assert len(files) > 10 and {"run", "params", "rest", "metrics"} < {
+        p.name for p in step.iterdir()
+    }
+    rng = np.random.default_rng(0)
+    for file in files:
+        whole = file.read_bytes()
+        flip(file, rng)
+        assert file.read_bytes() != whole
+        with pytest.raises(Damaged) as caught:
+            checkpoints.restore(folder, 3, like())
+        assert str(file) in str(caught.value)
+        with pytest.raises(Damaged, match=f"{file.name} is .*no other checkpoint in .* is whole"):
+            checkpoints.restore_newest(folder, like())
+        file.write_bytes(whole)
+    checkpoints.restore(folder, 3, like())
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "more", "unsealed"])
+def test_a_step_that_is_not_whole_is_refused(tmp_path, saved, harm):
+    folder = copied(saved, tmp_path)
+    step = checkpoints.path_of(folder, 3)
+    file = next(path for path in sorted((step / "params").rglob("*")) if path.stat().st_size > 50)
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    if harm == "gone":
+        file.unlink()
+    if harm == "more":
+        file = step / "params" / "of another"
+        file.write_text("")
+    if harm == "unsealed":
+        file = step / seals.SEAL
+        file.unlink()
+    said = {"cut": "is damaged", "gone": "is missing", "more": "not written with the rest"}
+    with pytest.raises(Damaged, match=f"{file.name} .*{said.get(harm, 'is missing')}"):
+        checkpoints.restore(folder, 3, like())
+
+
+def test_an_array_that_is_not_the_saved_one_is_named_though_all_files_are_sealed(tmp_path):
+    write(tmp_path, [1.0, 2.0])
+    one, two = (checkpoints.path_of(tmp_path, step) for step in (1, 2))
+    shutil.rmtree(one / "params")
+    shutil.copytree(two / "params", one / "params")
+    seals.seal(one)
+    with pytest.raises(Damaged, match=r"1/params: the array \['layers'\]\[.*\] is damaged"):
+        checkpoints.restore(tmp_path, 1, like())
+    with pytest.raises(Damaged, match=r"1/params: the array"):
+        checkpoints.load_params(tmp_path, like().params)  # the best one; 2 is read instead
+        checkpoints.restore(tmp_path, 1, like())
+    checkpoints.restore(tmp_path, 2, like())
+
+
+def test_digests_of_arrays_see_every_bit_and_dtype_and_shape():
+    arrays = [np.zeros(4, np.float32), np.zeros(4, np.int32), np.zeros((2, 2), np.float32)]
+    arrays += [np.array([0, 0, 0, -0.0], np.float32), np.zeros(8, jnp.bfloat16), np.float32(0)]
+    found = [seals.of_arrays({"a": array})["['a']"] for array in arrays]
+    assert len(set(found)) == len(arrays)
+    assert seals.of_arrays(jnp.zeros(4)) == seals.of_arrays(np.zeros(4, np.float32))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one_in_one_line(tmp_path, capsys):
+    write(tmp_path, [3.0, 1.0, 2.0])
+    rng = np.random.default_rng(1)
+
+    def damage(step):
+        path = checkpoints.path_of(tmp_path, step) / "params"
+        flip(largest(path), rng)
+
+    def first(params):
+        return float(params["layers"][0]["w"][0, 0])
+
+    assert first(checkpoints.load_params(tmp_path, like().params)) == 2, "the best"
+    assert capsys.readouterr().err == ""
+    damage(2)
+    assert first(checkpoints.load_params(tmp_path, like().params)) == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "2/params" in said
+    assert said.endswith("is not what was written; the checkpoint of step 3 is read instead\n")
+    damage(3)
+    state, _ = checkpoints.restore_newest(tmp_path, like())
+    assert int(state.step) == 1 and "step 1 is read instead" in capsys.readouterr().err
+    with checkpoints.saver(tmp_path, keep_last=9, keep_best=0, best=BEST, begin=1) as save:
+        said = capsys.readouterr().err
+        assert "checkpoint 2 is moved to" in said and "checkpoint 3 is moved to" in said
+        save(state._replace(step=jnp.int32(2)), {}, None)
+    assert checkpoints.steps(tmp_path) == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "3"]
+    damage(1), damage(2)
+    with pytest.raises(Damaged, match="Take that folder from a copy of the run, or begin a new"):
+        checkpoints.restore_newest(tmp_path, like())
+
+
+def test_later_checkpoints_than_the_one_that_is_continued_make_room(tmp_path, capsys):
+    write(tmp_path, [3.0, 1.0, 2.0])
+    with checkpoints.saver(tmp_path, keep_last=9, keep_best=0, best=BEST, begin=2):
+        assert checkpoints.steps(tmp_path) == [1, 2]
+    assert "is later than step 2, from which the run continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*b?", "back\\slash", "50% of ü", "x=1,y={2}"])
+def test_a_run_under_any_path_is_written_and_read(tmp_path, saved, name):
+    folder, state = tmp_path / name, saved[1]
+    (tmp_path / "a1").mkdir()
+    with checkpoints.saver(folder, keep_last=1, keep_best=0, best=BEST) as save:
+        save(state, {}, None)
+    assert checkpoints.steps(folder) == [3] and list((tmp_path / "a1").iterdir()) == []
+    check_equal(checkpoints.restore(folder, 3, like())[0], state)
+    check_equal(checkpoints.load_params(folder, like().params), state.params)
+
+
+def test_what_is_frozen_and_adapters_are_checked_too(tmp_path):
+    state = state_after(1)._replace(params={"base": jnp.ones((8, 8)), "new": jnp.ones(3)})
+    rule = {"keep_last": 9, "keep_best": 0, "best": BEST}
+    trainable = lambda params: {"base": False, "new": True}  # noqa: E731
+    with checkpoints.saver(tmp_path, **rule, trainable=trainable) as save:
+        save(state, {}, None)
+    shapes = jax.eval_shape(lambda: state)
+    checkpoints.load_params(tmp_path, shapes.params)
+    adapted = jp.lora(rank=2).attach(jax.random.key(0), {"kernel": jnp.ones((8, 8))})
+    assert adapter_files.save(tmp_path, adapted) and adapter_files.load(tmp_path)
+    for place, read in (
+        ("frozen", lambda: checkpoints.load_params(tmp_path, shapes.params)),
+        ("frozen", lambda: checkpoints.restore(tmp_path, 1, shapes)),
+        ("adapters", lambda: adapter_files.load(tmp_path)),
+    ):
+        file = largest(tmp_path / place)
+        whole = file.read_bytes()
+        flip(file, np.random.default_rng(2))
+        with pytest.raises(Damaged, match=f"{place}/.*{file.name} is damaged"):
+            read()
+        file.write_bytes(whole)
+        read()

@@ -41,7 +41,7 @@ def scored(shown):
 
 
 def test_a_list_of_runs_is_judged_on_the_same_windows_beside_compressors(place, capsys):
-    assert call(evaluate, place, "run=[lm/a,lm/b]") is None
+    assert call(evaluate, place, "run=[lm/a,lm/b]", "trust=.") is None
     shown = capsys.readouterr().out
     bits = scored(shown)
     assert set(bits) == {"lm/a", "lm/b", "unigram", "gzip -9", "xz -9e"}
@@ -51,7 +51,7 @@ def test_a_list_of_runs_is_judged_on_the_same_windows_beside_compressors(place, 
 
 @pytest.mark.slow
 def test_runs_on_different_text_get_a_table_each(place, capsys):
-    assert call(evaluate, place, "run=lm/*", "windows=3") is None
+    assert call(evaluate, place, "run=lm/*", "windows=3", "trust=[./one,./two]") is None
     shown = capsys.readouterr().out
     assert shown.count("Bits per byte on 3 windows of 16 bytes") == 2
     assert {"lm/a", "lm/b", "lm/c"} < set(scored(shown))
@@ -62,7 +62,7 @@ def test_other_text_is_read_in_place_of_the_runs_own(place, capsys):
     assert call(evaluate, place, "run=lm/a", *other) is None
     [first] = [bits for name, bits in scored(capsys.readouterr().out).items() if name == "lm/a"]
     # Slowly: the held-out file of the other text, its windows, float64.
-    assert call(evaluate, place, "run=lm/c") is None
+    assert call(evaluate, place, "run=lm/c", "trust=./two") is None
     assert f"{place}/two" in capsys.readouterr().out
 
     text = build_data(OmegaConf.create({"data": source(place / "two")})).validation
@@ -83,7 +83,10 @@ def test_other_text_is_read_in_place_of_the_runs_own(place, capsys):
         (["run=[lm/a,gone]"], "error: runs: 'gone': no such folder"),
         (["run=gone*"], r"error: runs: 'gone\*': no such folder"),
         (["run=lm"], "error: run='lm' holds no config.yaml"),
-        (["run=lm/a", "length=100000"], r"error: a window of 100000 . 1 \w+ does not fit"),
+        (
+            ["run=lm/a", "length=100000", "trust=."],
+            r"error: a window of 100000 . 1 \w+ does not fit",
+        ),
         (["run=lm/a", "data=text", "data.path=gone"], "error: .*data.path='gone' is neither"),
     ],
 )

@@ -202,11 +202,21 @@ def test_going_on_with_a_finetuned_run_equals_not_stopping(place):
     whole = tuned(
         place, "whole", "transform=[fake_quant,lora]", "steps=4", "checkpoint.keep_last=9"
     )
-    part = place / "part"
+    part, base = place / "part", place / "base"
     shutil.copytree(whole, part)
     shutil.rmtree(checkpoints.path_of(part, 4))
     (part / "summary.json").unlink()
-    assert ending(finetune, place, f"resume={part}") is None
+    assert "asks to read" in ending(finetune, place, f"resume={part}")
+    trusted = f"trust={place / 'text'}"
+    base.rename(place / "gone")  # what it began with is in its own folder
+    assert ending(finetune, place, f"resume={part}", trusted) is None
+    shutil.rmtree(part / "checkpoints")
+    (part / "summary.json").unlink()
+    assert "data.root" not in ending(finetune, place, f"resume={part}", trusted)
+    said = ending(finetune, place, f"resume={part}", f"trust=[{place / 'text'},{base}]")
+    assert f"from='{base}': no such folder" in said, "without a checkpoint it begins again"
+    (place / "gone").rename(base)
+    assert ending(finetune, place, f"resume={part}", f"trust=[{place / 'text'},{base}]") is None
     (a, _, first), (b, _, second) = state_of(whole), state_of(part)
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert first["validation_bits_per_byte"] == second["validation_bits_per_byte"]

@@ -129,12 +129,12 @@ def life(tmp_path_factory):
     start = (f"hydra.run.dir={folder}", f"data.root={text}", *ENDLESS)
     happened = {"killed": live(folder, *start, act=kill_while_it_writes(folder))}
     happened["half"] = half_written(folder)
-    goes_on = f"resume={folder}"
-    happened["full"] = live(folder, goes_on, act=lambda process: None, file_limit=4096)
+    goes_on = (f"resume={folder}", f"trust={text}")
+    happened["full"] = live(folder, *goes_on, act=lambda process: None, file_limit=4096)
     for name in ("SIGTERM", "SIGUSR2", "SIGINT"):
         act = send_after_a_checkpoint(folder, signal.Signals[name])
         program = ("-c", LAUNCHER) if name == "SIGUSR2" else ("-m", "experiments.train")
-        happened[name] = live(folder, goes_on, act=act, program=program)
+        happened[name] = live(folder, *goes_on, act=act, program=program)
     return folder, happened
 
 
@@ -157,7 +157,7 @@ def test_a_full_disk_is_said_with_the_way_on_and_the_checkpoint_before_it_surviv
     assert re.search(
         rf"error: the checkpoint of step {last + 1} could not be written to .*checkpoints: "
         rf"File too large; that of step {last} is whole. Make room there, then go on with\n"
-        rf"  python -m experiments.train resume=\S*{folder.name}\n",
+        rf"  python -m experiments.train resume=\S*{folder.name} trust=\S+\n",
         full.said,
     ), full.said
     assert "_SignalingThread" not in full.said, "Orbax's own accounts are not shown"
@@ -176,7 +176,7 @@ def test_a_signal_saves_and_says_how_to_go_on(life, name, code):
     assert f"goes on after step {event.before[-1]} of 1000000" in event.said
     assert re.search(
         rf"interrupted after step {last} of 1000000; everything is saved in \S+{folder.name}\. "
-        rf"Go on with\n  python -m experiments\.train resume=\S+{folder.name}\n"
+        rf"Go on with\n  python -m experiments\.train resume=\S+{folder.name} trust=\S+\n"
         + ("queued again\n$" if name == "SIGUSR2" else "$"),
         event.said,
     ), event.said

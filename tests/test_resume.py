@@ -16,7 +16,7 @@ import pytest
 from interrupted_runs import check_same_files, check_same_state, stopper
 from omegaconf import OmegaConf
 
-from experiments import checkpoints, metrics, runs, trainer
+from experiments import checkpoints, faults, metrics, runs, trainer
 from experiments.loggers import Logger
 from experiments.settings import make_settings
 from experiments.task import Table, Task
@@ -164,6 +164,27 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, whole_t
     check_same_state(folder, whole_toy, LIKE)
 
 
+def test_a_run_whose_last_checkpoint_is_damaged_continues_from_the_one_before(
+    tmp_path, whole_toy, stop_after, capsys
+):
+    folder = tmp_path / "run"
+    stop_after(9)
+    run_toy(folder)
+    assert checkpoints.steps(folder) == [8, 9] or checkpoints.steps(folder) == [4, 9]
+    before, last = checkpoints.steps(folder)
+    params = checkpoints.path_of(folder, last) / "params"
+    file = max((f for f in params.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    faults.flip(file, np.random.default_rng(0))
+    stop_after(None)
+    assert run_toy(folder, resume=True) == ("finished", None, STEPS)
+    said = capsys.readouterr().err
+    assert f"{file} is damaged: it is not what was written; the checkpoint of step {before}" in said
+    assert checkpoints.steps(folder)[-1] == STEPS
+    shutil.rmtree(folder / "damaged")
+    check_same_files(folder, whole_toy)
+    check_same_state(folder, whole_toy, LIKE)
+
+
 def test_a_solved_task_that_was_interrupted_while_finishing_trains_no_further(tmp_path):
     def fail(folder, params, summary):
         raise RuntimeError("killed while finishing")
@@ -204,8 +225,8 @@ def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(tmp_p
     with pytest.raises(runs.RunError) as caught:
         run_toy(folder, sinks=[full])
     assert re.search(
-        rf"No space left on device. The last checkpoint is {folder}/checkpoints/4; make room, then "
-        rf"go on with\n  python -m experiments.train resume={folder}$",
+        rf"No space left on device. The last checkpoint is {folder}/checkpoints/4. Make room "
+        rf"there, then go on with\n  python -m experiments.train resume={folder}$",
         str(caught.value),
     )
     assert runs.status(folder) == "failed"

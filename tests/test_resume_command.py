@@ -1,7 +1,12 @@
 """`resume=` on the command line: the folder's own config is what counts."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,8 +15,9 @@ from interrupted_runs import check_same_files, check_same_state, stopper
 from omegaconf import OmegaConf
 from programs import call
 
-from experiments import runs, train
+from experiments import claim, evaluate, generate, runs, train
 from experiments.build import build
+from experiments.folder_arguments import quote_folders, quote_value
 from experiments.resuming import check_overrides, cut_table, resume_arguments
 from jaxpara.train import init_state
 
@@ -53,9 +59,11 @@ def test_a_language_model_interrupted_and_resumed_equals_one_that_was_not(
     assert call(train, ".", f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 130
     said = capsys.readouterr().out
     assert "interrupted after step 5 of 10" in said
-    command = re.search(r"python -m experiments\.train (resume=\S+)$", said, re.M)
+    command = re.search(r"python -m experiments\.train (resume=\S+) (trust=\S+)$", said, re.M)
     stop_after(None)
-    assert call(train, ".", command[1]) == 0
+    assert call(train, ".", command[1]) == 1, "its text is outside of its folder"
+    assert f"asks to read data.root={text}" in capsys.readouterr().err
+    assert call(train, ".", *command.groups()) == 0
     assert "goes on after step 5 of 10" in capsys.readouterr().out
     parts = build(runs.load_config(folder))
     key = jax.random.key(0)
@@ -116,7 +124,7 @@ def test_only_a_folder_is_turned_into_arguments(whole):
     plain = ["resume=true", "resume=false", "steps=3", "-m"]
     assert resume_arguments(plain) == plain
     changed = resume_arguments([f"resume={whole}"])
-    assert changed == ["resume=true", f"hydra.run.dir='{whole}'", "hydra.output_subdir=null"]
+    assert changed == ["resume=true", f"hydra.run.dir={whole}", "hydra.output_subdir=null"]
 
 
 def test_keys_that_hydra_alone_reads_contradict_nothing():
@@ -139,3 +147,88 @@ def test_rows_after_the_checkpoint_are_cut_and_half_rows_too(tmp_path, rows, las
     assert table.read_text().replace("\r", "") == "step,x\n" + kept
     cut_table(tmp_path / "none.csv", last=3)
     assert not (tmp_path / "none.csv").exists()
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_in_a_folder_is_refused_at_once_and_a_killed_one_leaves_no_lock(
+    whole, capsys
+):
+    lock = whole / claim.LOCK
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        (whole / claim.HOLDER).write_text('{"pid": 7, "host": "there", "since": "noon"}')
+        assert call(train, ".", f"resume={whole}") == 1
+        said = capsys.readouterr().err
+        assert f"error: {whole} is in use by process 7 on there since noon, and one" in said
+        (whole / claim.HOLDER).write_text("{")
+        with pytest.raises(runs.RunError, match="is in use, and one process at a time"):
+            with claim.claimed(whole):
+                pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        assert lock.exists(), "it is not the file that locks"
+    assert call(train, ".", f"resume={whole}") == 0
+    assert "the run is finished" in capsys.readouterr().out
+    assert not (whole / claim.HOLDER).exists()
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_said_to_be_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(runs.RunError, match=f"{folder} cannot be written to: (Not a|File ex)"):
+            with claim.claimed(folder):
+                pass
+
+
+@pytest.mark.slow
+def test_a_run_in_a_folder_with_brackets_is_continued_and_read(tmp_path, text, stop_after, capsys):
+    folder = tmp_path / "a[1],b=50%"
+    given = [f"data.root={text}", f"hydra.run.dir={quote_value(str(folder))}", *TINY]
+    stop_after(5)
+    assert call(train, ".", *given) == 130
+    stop_after(None)
+    assert call(train, ".", f"resume={folder}", f"trust={text}") == 0
+    assert runs.status(folder) == "finished"
+    capsys.readouterr()
+    [run] = quote_folders([f"run={folder}"], keys=["run"])
+    assert call(evaluate, ".", run, f"trust={text}") == 0
+    assert "a[1],b=50%" in capsys.readouterr().out
+    assert call(generate, ".", run, "length=4") == 0
+
+
+def test_what_the_text_was_is_asked_for_when_it_has_changed(tmp_path, whole, text, capsys):
+    """Held out or trained on: `text`, in which files are added, changed, taken away."""
+    folder, other = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(text, other)
+    shutil.copytree(whole, folder)
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace(str(text), str(other)))
+    (folder / "summary.json").unlink()
+    again = (f"resume={folder}", f"trust={other}")
+    held = {name for name in build(runs.load_config(folder)).task.batches.get_state()["in"]}
+    assert {"held-out text", "training text", "tokenizer"} < held
+    before = (other / "f0.py").read_text(), os.listdir(other)
+    changed = set()
+    for file in sorted(before[1]):
+        kept = (other / file).read_text()
+        (other / file).write_text(kept.replace("x", "y"))
+        assert call(train, ".", *again) == 1
+        said = capsys.readouterr().err
+        names = re.findall(r"(\S+) text was '\w+' and is '\w+'", said)
+        assert len(names) == 1 and "saved for other data" in said
+        changed |= set(names)
+        (other / file).write_text(kept)
+        if len(changed) == 2:
+            break
+    assert changed == {"training", "held-out"}
+    assert call(train, ".", *again) == 0

@@ -5,6 +5,7 @@ import json
 import mailbox
 import pathlib
 import re
+import shutil
 import sys
 import types
 
@@ -18,6 +19,7 @@ import experiments.data
 from experiments.commandline import explain
 from experiments.data import files, huggingface, jsonl, parquet, splits, text, tokens
 from experiments.data.corpus import Sampler
+from experiments.runs import RunError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -315,3 +317,51 @@ def test_the_settings_that_the_page_names_exist():
         assert "_target_" in cfg.data
     for path in re.findall(r"experiments\.data\.\w+\.[A-Z]+", PAGE):
         assert isinstance(get_object(path), Sampler)
+
+
+def test_a_stream_is_not_continued_in_other_files(tmp_path):
+    def batches(**more):
+        files = {"path": "json", "data_files": str(tmp_path / "*.jsonl"), "prefetch": 0}
+        data = huggingface.load(**files, validation_fraction=0.3, **more)
+        return data.batches(seed=0, batch_size=1, length=4)
+
+    path = write_lines(tmp_path / "a.jsonl", [{"text": word} for word in WORDS * 2])
+    state = batches().get_state()
+    batches().set_state(state)
+    whole = path.read_text()
+    for content, said in (
+        (whole.replace("t", "T", 1), "files was"),
+        (whole + whole, "files was"),
+    ):
+        path.write_text(content)
+        with pytest.raises(RunError, match=said):
+            batches().set_state(state)
+    path.write_text(whole)
+    batches().set_state(state)
+    write_lines(tmp_path / "b.jsonl", [{"text": "more"}])
+    with pytest.raises(RunError, match=r"files was '\w+' and is '\w+'"):
+        batches().set_state(state)
+    with pytest.raises(RunError, match=r"held-out text was"):
+        batches(seed=1).set_state(state)
+
+
+def test_the_digest_of_files_sees_sizes_and_pieces_and_not_the_folder(tmp_path, monkeypatch):
+    digests = set()
+    for name, content in (("a", b"x" * 99), ("b", b"x" * 98), ("c", b"x" * 98 + b"y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(content)
+        digests.add(huggingface.digest_of_files([tmp_path / name / "file"]))
+    assert len(digests) == 3 and huggingface.digest_of_files([]) is None
+    shutil.move(tmp_path / "c", tmp_path / "d")
+    assert huggingface.digest_of_files([tmp_path / "d" / "file"]) in digests
+    # Beyond `WHOLE`, pieces at both ends and between count.
+    monkeypatch.setattr(huggingface, "WHOLE", 10)
+    monkeypatch.setattr(huggingface, "MIB", 10)
+    monkeypatch.setattr(huggingface, "PIECES", 3)
+    found = set()
+    for at in (0, 50, 98):
+        content = bytearray(b"x" * 99)
+        content[at] = 0
+        (tmp_path / "a" / "file").write_bytes(content)
+        found.add(huggingface.digest_of_files([tmp_path / "a" / "file"]))
+    assert len(found) == 3

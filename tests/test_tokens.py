@@ -1,10 +1,14 @@
 """Tokenizers: bytes come back, figures stay per byte, what cannot be read is named."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from documents import WORDS, config, write_texts
 
 from experiments.data import text, tokens
+from experiments.data.streaming import StreamBatches
 from experiments.runs import RunError
 from experiments.train_tokenizer import job as train_job
 from experiments.train_tokenizer import train as train_tokenizer
@@ -85,3 +89,49 @@ def test_a_tokenizer_learns_from_no_more_than_it_is_given(tmp_path):
     many = (word.encode() for word in WORDS * 100)
     train_tokenizer(many, vocab_size=260, size=100, output=tmp_path / "t.json")
     assert sum(1 for _ in many) == 1200 - 4
+
+
+class Many:
+    """Documents for `StreamBatches`: one, again and again."""
+
+    def __next__(self):
+        return b"x"
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("size, kind", [(256, "uint8"), (65536, "uint16"), (70000, "uint32")])
+def test_no_token_number_wraps(size, kind):
+    ids = np.array([0, size // 2, size - 1], np.int32)
+    t = tokens.Tokenizer(size, lambda text: ids, bytes, (size - 1,))
+    found = tokens.tokenize([b"x"], t)
+    assert found.ids.tolist() == [*ids, size - 1] and found.ids.dtype == kind
+    batch = next(StreamBatches(Many(), t, seed=0, rows=1, length=7, block=1))
+    assert batch["tokens"].tolist() == [[*ids, size - 1] * 2]
+    # A tokenizer that says it has fewer: 4464 = 70000 - 65536 would be another token.
+    for wrong in ([size], [-1], [0, 2**31 - 1]):
+        short = t._replace(encode=lambda text, wrong=wrong: np.array(wrong))
+        with pytest.raises(
+            ValueError, match=rf"the token {wrong[-1]}, and says that it has {size}"
+        ):
+            tokens.tokenize([b"x"], short)
+        with pytest.raises(ValueError, match="numbered below its size"):
+            next(StreamBatches(Many(), short, seed=0, rows=1, length=7, block=1))
+    with pytest.raises(ValueError, match=f"the token {size}, and"):
+        tokens.tokenize([b"x"], t._replace(separator=(size,)))
+
+
+def test_a_tokenizer_whose_numbers_have_gaps_is_as_large_as_the_last_one(tokenizer, tmp_path):
+    values = json.loads(Path(tokenizer).read_text())
+    content = values["added_tokens"][0]["content"]
+    values["model"]["vocab"][content] = values["added_tokens"][0]["id"] = 69999
+    (tmp_path / "gaps.json").write_text(json.dumps(values))
+    t = tokens.open_tokenizer(str(tmp_path / "gaps.json"))
+    assert t.vocab_size == 70000 and t.separator == (69999,)
+    assert t.digest != tokens.open_tokenizer(tokenizer).digest
+    assert tokens.tokenize([b"a"], t).ids.dtype == np.uint32
+    assert tokens.tokenize([b"a"], t).ids[-1] == 69999

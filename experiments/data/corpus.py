@@ -121,9 +121,16 @@ def from_documents(
             lambda step: {name: rows_of_all[rows] for name, rows_of_all in cut(step).items()},
             prefetch=prefetch,
         )
-        # The same position in other text, or in other rows, would be other batches.
-        digest = hashlib.blake2b(train.ids.tobytes(), digest_size=8).hexdigest()
-        about = {"text": digest, "seed": seed, "batch_size": batch_size, "length": length}
+        # The same position in other text, or in other rows, would be other batches; and figures
+        # of other held-out text would not be of the same curve.
+        about = {
+            "tokenizer": encoder.digest,
+            "training text": digest(train.ids, train.starts),
+            "held-out text": digest(validation),
+            "seed": seed,
+            "batch_size": batch_size,
+            "length": length,
+        }
         return only_for(own, about)
 
     return Data(
@@ -136,6 +143,22 @@ def from_documents(
         tokenizer=encoder,
         documents=lambda: (documents[name] for name in sides.train),
     )
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """A few digits that differ where arrays do.
+
+    Args:
+      *arrays: in order.
+
+    Returns:
+      Hexadecimal digits.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        found.update(f"{array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()
 
 
 def judged_by(

@@ -5,16 +5,24 @@ without anybody having read to the end. The library knows the exact position in 
 its own shuffle buffer is not used, since it does not.
 """
 
-from collections.abc import Callable, Iterator
+import glob
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.data.batches import ahead, only_for
-from experiments.data.corpus import Data, judged_by, shard_rows
+from experiments.data.corpus import Data, digest, judged_by, shard_rows
 from experiments.data.files import check_string
 from experiments.data.packing import PACKED
 from experiments.data.splits import check_fraction, share
 from experiments.data.streaming import StreamBatches
 from experiments.data.tokens import open_tokenizer
+
+MIB = 2**20
+WHOLE, PIECES = 2**30, 256
 
 
 class Records:
@@ -155,7 +163,9 @@ def load(
         )
         about = {
             "stream": f"{where}, {split}, {field}",
-            "tokenizer": tokenizer,
+            "files": digest_of_files(local_files(path, data_files)),
+            "held-out text": digest(validation),
+            "tokenizer": encoder.digest,
             "block": block,
             "seed": seed,
             "batch_size": batch_size,
@@ -178,6 +188,56 @@ def load(
         tokenizer=encoder,
         documents=documents,
     )
+
+
+def local_files(path: str, data_files: Any) -> list[Path]:
+    """The files on this machine that a data set is read from.
+
+    Args:
+      path: as for `load`.
+      data_files: as for `load`.
+
+    Returns:
+      The files, sorted; none of what is on the Hub or elsewhere.
+    """
+    root = Path(path).expanduser()
+    if isinstance(data_files, Mapping):
+        data_files = list(data_files.values())
+    if isinstance(data_files, str | Path) or data_files is None:
+        data_files = [data_files]
+    found: set[Path] = set()
+    for name in data_files:
+        if isinstance(name, Sequence) and not isinstance(name, str):
+            found |= set(local_files(path, name))
+        elif name is None:
+            found |= set(root.rglob("*")) if root.is_dir() else set()
+        elif "://" not in str(name):
+            place = str(root / str(name)) if root.is_dir() else str(Path(name).expanduser())
+            found |= {Path(place), *map(Path, glob.glob(place, recursive=True))}
+    return sorted(file for file in found if file.is_file())
+
+
+def digest_of_files(files: Sequence[Path]) -> str | None:
+    """A few digits that differ where files do.
+
+    Args:
+      files: in order. Of one larger than `WHOLE` its size counts and `PIECES` evenly spaced
+        mebibytes.
+
+    Returns:
+      Hexadecimal digits, whatever the folder; None without files.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for file in files:
+        size = file.stat().st_size
+        found.update(f"{file.name} {size} ".encode())
+        last = max(size - MIB, 0)
+        starts = range(0, size, MIB) if size <= WHOLE else np.linspace(0, last, PIECES).astype(int)
+        with file.open("rb") as text:
+            for start in starts:
+                text.seek(start)
+                found.update(text.read(MIB))
+    return found.hexdigest() if files else None
 
 
 def _open(path: str, name: str | None, data_files: Any, split: str, where: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from experiments.data.corpus import Batch
-from experiments.data.tokens import Tokenizer
+from experiments.data.tokens import Tokenizer, as_stored
 
 
 class Documents(Protocol):
@@ -130,6 +130,5 @@ class StreamBatches:
         )
 
     def _encode(self, document: bytes) -> np.ndarray:
-        kind = np.min_scalar_type(self._tokenizer.vocab_size - 1)
-        end = np.asarray(self._tokenizer.separator, kind)
-        return np.concatenate([self._tokenizer.encode(document).astype(kind), end])
+        parts = (self._tokenizer.encode(document), self._tokenizer.separator)
+        return np.concatenate([as_stored(part, self._tokenizer) for part in parts])

@@ -1,5 +1,6 @@
 """Text as numbers: its bytes, or what a file of the `tokenizers` library makes of it."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -19,6 +20,7 @@ class Tokenizer(NamedTuple):
       decode: `numbers -> bytes`.
       separator: the numbers that end a document.
       encode_all: as `encode`, of many texts on all cores; None encodes one after the other.
+      digest: of the file that it was read from.
     """
 
     vocab_size: int
@@ -26,6 +28,7 @@ class Tokenizer(NamedTuple):
     decode: Callable[[Sequence[int]], bytes]
     separator: tuple[int, ...]
     encode_all: Callable[[Iterable[bytes]], Iterable[Integer[np.ndarray, " tokens"]]] | None = None
+    digest: str = "bytes"
 
 
 class Tokens(NamedTuple):
@@ -112,7 +115,10 @@ def open_tokenizer(path: str | None) -> Tokenizer:
 
     end = model.token_to_id(END_OF_TEXT)
     separator = (end,) if end is not None else tuple(encode(b"\n").tolist())
-    return Tokenizer(model.get_vocab_size(), encode, decode, separator, encode_all)
+    # Not how many tokens there are: their numbers may have gaps.
+    size = 1 + max(model.get_vocab().values(), default=-1)
+    digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+    return Tokenizer(size, encode, decode, separator, encode_all, digest)
 
 
 def _byte_level(model: Any) -> Callable[[Sequence[int]], bytes]:
@@ -133,6 +139,31 @@ def _byte_level(model: Any) -> Callable[[Sequence[int]], bytes]:
     return decode
 
 
+def as_stored(
+    ids: Integer[np.ndarray, " tokens"] | Sequence[int], tokenizer: Tokenizer
+) -> Integer[np.ndarray, " tokens"]:
+    """Token numbers in the smallest unsigned type that holds the vocabulary.
+
+    Args:
+      ids: as the tokenizer gives them.
+      tokenizer: says how many there are.
+
+    Returns:
+      The same numbers.
+
+    Raises:
+      ValueError: a number that is not below the size of the vocabulary; it would become another.
+    """
+    found = np.asarray(ids, None if len(ids) else np.int64)
+    wrong = found[(found < 0) | (found >= tokenizer.vocab_size)]
+    if len(wrong):
+        raise ValueError(
+            f"the tokenizer gives the token {wrong[0]}, and says that it has "
+            f"{tokenizer.vocab_size}: give a file whose tokens are numbered below its size"
+        )
+    return found.astype(np.min_scalar_type(tokenizer.vocab_size - 1), copy=False)
+
+
 def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
     """Encodes documents and joins them.
 
@@ -142,14 +173,16 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
 
     Returns:
       The tokens, in the smallest unsigned type that holds the vocabulary.
+
+    Raises:
+      ValueError: the tokenizer gives a number that is not below its size.
     """
-    kind = np.min_scalar_type(tokenizer.vocab_size - 1)
-    end = np.asarray(tokenizer.separator, kind)
+    end = as_stored(tokenizer.separator, tokenizer)
     parts = []
     encode_all = tokenizer.encode_all or partial(map, tokenizer.encode)
     for ids in encode_all(documents):
-        parts += [ids.astype(kind, copy=False), end]
+        parts += [as_stored(ids, tokenizer), end]
     lengths = [len(a) + len(b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    ids = np.concatenate(parts) if parts else np.zeros(0, kind)
+    ids = np.concatenate(parts) if parts else end[:0]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Tokens(ids, starts, max(len(ids) - len(end), 0))

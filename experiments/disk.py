@@ -1,0 +1,130 @@
+"""Orbax on this machine's disks: quietly, and under any path."""
+
+import errno
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import args as items
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+
+
+@contextmanager
+def by_plain_name(path: Path) -> Iterator[Path]:
+    """The path by a name without characters of globs, which Orbax would take for patterns.
+
+    Args:
+      path: of a folder.
+
+    Yields:
+      The path; or that of a link to it.
+    """
+    if not set(str(path.absolute())) & set("*?[]\\"):
+        yield path.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxpara-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(path.absolute(), target_is_directory=True)
+        yield link
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what Orbax and TensorStore say of a failure; what matters is raised, and said once.
+
+    They log it from each of their threads and callbacks, which may speak long after the error was
+    raised: after one, it stays quiet.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.excepthook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+
+    def without_late_callbacks(kind, error, trace) -> None:
+        # TensorStore calls back into the event loop that Orbax has closed after the first failure.
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            hook(kind, error, trace)
+
+    sys.excepthook = without_late_callbacks
+    yield
+    sys.excepthook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def read_items(path: Path, **what: Any) -> Any:
+    """Reads items of a folder that Orbax wrote.
+
+    Args:
+      path: of the folder.
+      **what: how to restore each item.
+
+    Returns:
+      The items by name.
+
+    Raises:
+      ValueError: what is on disk has another structure or other shapes.
+    """
+    with by_plain_name(path) as place, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(place, items.Composite(**what))
+
+
+def target(like: Any) -> Any:
+    """Shapes, dtypes and places to restore to; what has no place goes to the first device.
+
+    Args:
+      like: a tree of arrays or of their shapes.
+
+    Returns:
+      A tree for Orbax.
+    """
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or first
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, like)
+
+
+def reason(error: Exception) -> str:
+    """What the operating system said, where a library has wrapped it in paths.
+
+    Args:
+      error: from Orbax.
+
+    Returns:
+      One line.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    code = re.search(r"\[Errno (\d+)\]", str(error))  # of another thread, as text
+    if code:
+        return os.strerror(int(code[1]))
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def remedy(said: str) -> str:
+    """What to do where nothing could be written.
+
+    Args:
+      said: from `reason`, or of an `OSError`.
+
+    Returns:
+      The beginning of a sentence.
+    """
+    full = any(os.strerror(code) in said for code in NO_ROOM)
+    return "Make room there" if full else "See that it can be written to"

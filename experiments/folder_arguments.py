@@ -1,0 +1,46 @@
+"""Folders and files on the command line, as the shell gave them, in Hydra's grammar."""
+
+import os
+import re
+from collections.abc import Sequence
+
+TRUST = "trust"
+
+
+def quote_value(text: str) -> str:
+    """Quotes a text for Hydra, which would otherwise take its characters for grammar.
+
+    Args:
+      text: such as a path.
+
+    Returns:
+      The text in single quotes; as it is where they change nothing.
+    """
+    if re.fullmatch(r"[A-Za-z/.][\w.-]*/[\w./-]*", text, re.ASCII):
+        return text
+    # A backslash is itself to Hydra, except before a quote, at the end, or before `${`.
+    body = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", text)
+    body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), body)
+    return f"'{body}'"
+
+
+def quote_folders(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
+    """Quotes the values of some keys that are files or folders as they stand.
+
+    `run=runs/a[1],b=2` reaches the program whole; a list, a glob, and what is in quotes already
+    are left alone.
+
+    Args:
+      arguments: of the command line, without the program.
+      keys: the overrides that hold paths.
+
+    Returns:
+      The arguments for Hydra.
+    """
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key.lstrip("+") in keys and os.path.exists(os.path.expanduser(value)):
+            argument = f"{key}={quote_value(value)}"
+        quoted.append(argument)
+    return quoted
