@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments import runs
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.contest import Row, contest
 from experiments.recurrence_problem import PASSES, make_problem
 from experiments.rivals import RIVALS
@@ -216,6 +216,7 @@ def suite_end(suite: dict[str, Any]) -> str:
     return list(suite["rivals"] or suite["solvers"])[-1]
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="bench")
 def main(cfg: DictConfig) -> None:
     def program():
@@ -225,7 +226,7 @@ def main(cfg: DictConfig) -> None:
         runs.open_run(folder, cfg)
         bench(suite, folder, rounds=cfg.rounds, budget_s=cfg.budget_s, seed=cfg.seed)
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments import run_sets, runs, tables
 from experiments.build import build_data
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.data.baselines import baselines
 from experiments.judging import bits_per_byte
 from experiments.trained import open_model
@@ -112,10 +112,11 @@ def job(cfg: DictConfig) -> dict[str, float]:
     return scored
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    guarded(lambda: job(cfg))
+    guarded(lambda: job(cfg), cfg)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import checkpoints, peft_files, runs
 from experiments.build import build_model
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 
 
 def export(cfg: DictConfig) -> None:
@@ -30,10 +30,11 @@ def export(cfg: DictConfig) -> None:
     print(f"{output / peft_files.TENSORS} and {output / peft_files.CONFIG}")
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="export_adapters")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    guarded(lambda: export(cfg))
+    guarded(lambda: export(cfg), cfg)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def job(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="finetune")
 def compose(cfg: DictConfig) -> float | None:
     """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
-    return guarded(lambda: once(cfg, job))
+    return guarded(lambda: once(cfg, job), cfg)
 
 
 def main() -> None:

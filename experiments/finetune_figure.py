@@ -18,7 +18,7 @@ import hydra
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from experiments.commandline import guarded, quote_text
+from experiments.commandline import command, guarded, quote_text
 from experiments.curves import styles
 from experiments.finetune import NUMBERS, unused
 from experiments.language_model import BITS
@@ -304,6 +304,7 @@ def named(runs: Sequence[Run], title: str | None) -> str:
     return f"{first['name']}: {first['steps']} steps of {first['batch_size']} x {first['window']}"
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="finetune_figure")
 def compose(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -314,7 +315,7 @@ def compose(cfg: DictConfig) -> None:
             print(f"left out: {line}")
         write(Path(cfg.output), rows(found), title=named(found, cfg.title), lines=cfg.lines)
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import jaxpara as jp
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.recurrence_problem import Problem, make_problem
 from experiments.timing import measure, prepare
 
@@ -133,7 +133,8 @@ def fit(
     console.print(f"wrote {len(points)} points to {output}")
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="fit_choice")
+@command
+@hydra.main(version_base="1.3", config_path="conf", config_name="fit_choice")
 def main(config: DictConfig) -> None:
     """Entry of `python -m experiments.fit_choice`."""
 
@@ -149,7 +150,7 @@ def main(config: DictConfig) -> None:
             Console(),
         )
 
-    guarded(program)
+    guarded(program, config)
 
 
 if __name__ == "__main__":

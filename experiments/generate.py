@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import runs
-from experiments.commandline import guarded, quote_text
+from experiments.commandline import command, guarded, quote_text
 from experiments.prompts import check_output, read_prompts, stop_strings
 from experiments.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
 from experiments.trained import open_model
@@ -94,10 +94,11 @@ def job(cfg: DictConfig) -> None:
     print(writer.decode.watch.report(), file=sys.stderr)
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    guarded(lambda: job(cfg))
+    guarded(lambda: job(cfg), cfg)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import curves
 from experiments.build import build_model
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.decoding import decoder
 from experiments.run_sets import Run, read_all
 from experiments.runs import RunError, load_config
@@ -259,6 +259,7 @@ def compare(
     print(f"{output}.png, .csv and .md")
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="mixers")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -275,7 +276,7 @@ def main(cfg: DictConfig) -> None:
             decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
         )
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import records
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
+LARGEST_CONFIG = 2_000_000  # characters
 MAKE = "python -m experiments.train experiment=lm"
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
@@ -36,6 +41,64 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of an object.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The object, as plain Python values.
+
+    Raises:
+      RunError: the file is cut, no JSON, nested too deep, or of something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged ({_first_line(error)}): put back a copy of it, or leave it out"
+        ) from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds {type(value).__name__} where an object was expected")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The result of a run; nothing where it has none, or a damaged one.
+
+    A run that goes on writes it anew, so a damaged one is as good as none.
+
+    Args:
+      folder: of a run.
+
+    Returns:
+      The summary, perhaps empty.
+    """
+    path = folder / SUMMARY
+    try:
+        return read_json(path) if path.is_file() else {}
+    except RunError as error:
+        print(f"{error}; it counts as unfinished", flush=True)
+        return {}
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    """What is known of the machine; a damaged file is kept beside the new one."""
+    path = folder / ENVIRONMENT
+    try:
+        return read_json(path) if path.is_file() else {}
+    except RunError as error:
+        aside = path.with_suffix(".damaged.json")
+        os.replace(path, aside)
+        print(f"{error}; it is kept as {aside.name}", flush=True)
+        return {}
 
 
 def _git(*arguments: str) -> str | None:
@@ -102,6 +165,7 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / CONFIG, resolve=True)
+    records.write(folder, cfg)
     write_json(folder / ENVIRONMENT, environment())
 
 
@@ -111,7 +175,7 @@ def reopen_run(folder: Path) -> None:
     Args:
       folder: of a run that `open_run` opened.
     """
-    known = json.loads((folder / ENVIRONMENT).read_text())
+    known = _read_environment(folder)
     again = [*known.get("resumed", []), environment()]
     write_json(folder / ENVIRONMENT, {**known, "resumed": again})
 
@@ -125,8 +189,7 @@ def status(folder: Path) -> str | None:
     Returns:
       "finished", "interrupted", "diverged" or "failed"; None where it did not come to an end.
     """
-    path = folder / SUMMARY
-    return json.loads(path.read_text()).get("status") if path.is_file() else None
+    return read_summary(folder).get("status")
 
 
 def close_run(folder: Path, summary: dict[str, Any]) -> None:
@@ -137,7 +200,7 @@ def close_run(folder: Path, summary: dict[str, Any]) -> None:
       summary: plain Python values, with `seconds`.
     """
     write_json(folder / SUMMARY, summary)
-    known = json.loads((folder / ENVIRONMENT).read_text())
+    known = _read_environment(folder)
     write_json(folder / ENVIRONMENT, {**known, "seconds": summary["seconds"]})
 
 
@@ -187,7 +250,25 @@ def load_config(folder: Path) -> DictConfig:
 
     Returns:
       The config that `open_run` wrote.
+
+    Raises:
+      RunError: the file is missing, cut, or no config.
     """
-    cfg = OmegaConf.load(folder / CONFIG)
-    assert isinstance(cfg, DictConfig)
+    path = folder / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if len(text) > LARGEST_CONFIG:
+            raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
+        # References between nodes could stand for more than memory holds; we write none.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has YAML aliases, which no run writes")
+        cfg = OmegaConf.create(text)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}): give another run") from error
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged ({_first_line(error)}): put back a copy of it, or give another run"
+        ) from error
+    if not isinstance(cfg, DictConfig) or not cfg:
+        raise RunError(f"{path} is empty or no config: put back a copy of it, or give another run")
     return cfg

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.curves import styles
 from experiments.run_sets import Run, differing_keys, group, read_all
 from experiments.runs import RunError
@@ -140,6 +140,7 @@ def write(path: Path, by_method: Mapping[str, Sequence[Run]]) -> None:
                 writer.writerows({**known, **row} for row in final(run))
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="state_tracking_figure")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -157,7 +158,7 @@ def main(cfg: DictConfig) -> None:
         write(target.with_suffix(".csv"), by_method)
         print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import checkpoints, runs
 from experiments.build import build
 from experiments.commandline import guarded, quote_text
+from experiments.limits import check_settings
+from experiments.memory import check_step
 from experiments.resuming import check_overrides, resume_arguments
 from experiments.settings import make_settings
 from experiments.stopping import pass_on
@@ -35,11 +37,13 @@ def job(cfg: DictConfig) -> None:
         if runs.status(folder) == "finished":
             print(f"the run is finished, nothing is left to do: {folder}")
             return
+        check_settings(stored, "train")
         cfg = stored
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     settings = make_settings(values)
     parts = build(cfg)
+    check_step(parts.task, parts.optimizer, accumulate=settings.accumulate)
     if resume:
         runs.reopen_run(folder)
     else:
@@ -69,7 +73,7 @@ def job(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def compose(cfg: DictConfig) -> float | None:
     """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
-    return guarded(lambda: once(cfg, job))
+    return guarded(lambda: once(cfg, job), cfg)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.data.tokens import END_OF_TEXT, open_tokenizer
 from experiments.runs import RunError
 
@@ -93,10 +93,11 @@ def job(cfg: DictConfig) -> None:
     )
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="train_tokenizer")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    guarded(lambda: job(cfg))
+    guarded(lambda: job(cfg), cfg)
 
 
 if __name__ == "__main__":

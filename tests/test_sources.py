@@ -15,9 +15,9 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 import experiments.data
-from experiments.commandline import explain
 from experiments.data import files, huggingface, jsonl, parquet, splits, text, tokens
 from experiments.data.corpus import Sampler
+from experiments.explanations import explain
 
 
 @pytest.fixture(scope="module", autouse=True)
