@@ -49,5 +49,11 @@ def load(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {FOLDER}: it is no finetuned run, it is not finished, or its "
             "transforms train the weights themselves"
         )
-    with quiet(), ocp.StandardCheckpointer() as reader:
-        return reader.restore(path)
+    try:
+        with quiet(), ocp.StandardCheckpointer() as reader:
+            return reader.restore(path)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"{path} is damaged ({told[:200]}): copy it again, or finish the run once more"
+        ) from error

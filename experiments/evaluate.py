@@ -104,7 +104,9 @@ def job(cfg: DictConfig) -> dict[str, float]:
     """
     together: dict[str, list[Path]] = {}
     for folder in find_runs(cfg.run):
-        where = judged_on(cfg, runs.load_config(folder))
+        trained = runs.load_config(folder)
+        runs.need(trained, folder, "model", "data", "evaluation")
+        where = judged_on(cfg, trained)
         together.setdefault(json.dumps(where), []).append(folder)
     scored = {}
     for where, folders in together.items():

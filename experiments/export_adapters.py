@@ -21,7 +21,9 @@ def export(cfg: DictConfig) -> None:
       RunError: no such run, or its transforms are not LoRA alone.
     """
     folder = runs.find_run(cfg.run)
-    like = jax.eval_shape(build_model(runs.load_config(folder)).init, jax.random.key(0))
+    trained = runs.load_config(folder)
+    runs.need(trained, folder, "model")
+    like = jax.eval_shape(build_model(trained).init, jax.random.key(0))
     state = checkpoints.load_params(folder, like, which="last")
     output = Path(cfg.output) if cfg.output else folder / "peft"
     names = OmegaConf.to_container(cfg.names) if cfg.names else {}

@@ -154,8 +154,6 @@ RULES: dict[str, Rule] = {
     "prompt": OPTIONAL_TEXT,
     "prompts": OPTIONAL_TEXT,
     "generate.field": TEXT,
-    "generate.length": whole(0, "tokens"),
-    "sample.length": whole(0, "tokens"),
     "temperature": number(0, FINITE, "a temperature"),
     "top_k": whole(1, "candidates", null=True),
     "top_p": Rule("number", 0, 1, "a share of the probability", null=True),

@@ -21,7 +21,7 @@ from experiments import curves
 from experiments.build import build_model
 from experiments.commandline import command, guarded
 from experiments.decoding import decoder
-from experiments.run_sets import Run, read_all
+from experiments.run_sets import Run, need, read_all
 from experiments.runs import RunError, load_config
 from experiments.tables import show
 from experiments.trained import open_model
@@ -97,11 +97,16 @@ def choose(runs: Sequence[Run]) -> tuple[str, list[Choice]]:
       RunError: runs that cannot be compared; says which.
     """
     by_name: dict[str, dict[float, list[Run]]] = {}
-    judged = {tuple(run.summary.get("judged_by") or ()) for run in runs}
+    judged = {tuple(run.summary.get("judged_by") or ()) for run in runs} - {()}
     if len(judged) > 1:
         raise RunError(f"the runs are not judged alike: {sorted(judged)}; compare one task's runs")
-    [(column, better)] = judged or {("", "")}
+    if not judged:
+        raise RunError("no run is finished: repeat the command of the sweep")
+    [(column, better)] = judged
     for run in runs:
+        finished = run.summary.get("status") == "finished"
+        results = (column, "parameters", "tokens_per_second") if finished else ()
+        need(run, config=(RATE,), summary=results)
         rates = by_name.setdefault(contender_of(run), {})
         rates.setdefault(run.config[RATE], [])
         if run.summary.get("status") == "finished":

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from experiments import records
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
-LARGEST_CONFIG = 2_000_000  # characters
+LARGEST_CONFIG, DEEPEST_CONFIG = 200_000, 100  # characters, nested lists and mappings
 MAKE = "python -m experiments.train experiment=lm"
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
@@ -234,12 +235,39 @@ def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
     )
     if not run:
         raise RunError(f"give {key}=FOLDER, the folder of a training run; {hint}")
-    folder = Path(run)
+    folder = Path(str(run)).expanduser()  # a folder may be called 2024
     if not folder.is_dir():
         raise RunError(f"{key}={run!r}: no such folder (looked in {Path.cwd()}); {hint}")
     if not (folder / CONFIG).is_file():
         raise RunError(f"{key}={run!r} holds no {CONFIG}, so it is not a run's folder; {hint}")
     return folder
+
+
+def need(cfg: DictConfig, folder: Path, *keys: str) -> None:
+    """Refuses a run whose config lacks what is to be built.
+
+    Args:
+      cfg: from `load_config`.
+      folder: of the run.
+      *keys: that the config must have.
+
+    Raises:
+      RunError: with the keys that are missing.
+    """
+    if lacking := [key for key in keys if key not in cfg or cfg._get_node(key) is None]:
+        raise RunError(
+            f"{folder / CONFIG} has no {', '.join(lacking)}: it is not of a language model, or "
+            f"damaged; give a run of `{MAKE}`"
+        )
+
+
+def _depth(text: str) -> int:
+    """How deep brackets or dashes nest at most: YAML's reader takes quadratic time over them."""
+    deepest = depth = 0
+    for mark in re.findall(r"[\[\]{}]", text):
+        depth += 1 if mark in "[{" else -1
+        deepest = max(deepest, depth)
+    return max(deepest, *(len(run) // 2 for run in re.findall(r"(?:[-?] )+", text)), 0)
 
 
 def load_config(folder: Path) -> DictConfig:
@@ -259,13 +287,21 @@ def load_config(folder: Path) -> DictConfig:
         text = path.read_text(encoding="utf-8-sig")
         if len(text) > LARGEST_CONFIG:
             raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
+        if _depth(text) > DEEPEST_CONFIG:
+            raise ValueError(f"it nests more than {DEEPEST_CONFIG} deep")
         # References between nodes could stand for more than memory holds; we write none.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has YAML aliases, which no run writes")
         cfg = OmegaConf.create(text)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}): give another run") from error
-    except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (
+        ValueError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        RecursionError,
+        AssertionError,
+    ) as error:
         raise RunError(
             f"{path} is damaged ({_first_line(error)}): put back a copy of it, or give another run"
         ) from error

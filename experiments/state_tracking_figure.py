@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.commandline import command, guarded
 from experiments.curves import styles
-from experiments.run_sets import Run, differing_keys, group, read_all
+from experiments.run_sets import Run, differing_keys, group, need, read_all
 from experiments.runs import RunError
 
 ACCURACY, LAST = "accuracy_", "last_"
@@ -130,6 +130,7 @@ def write(path: Path, by_method: Mapping[str, Sequence[Run]]) -> None:
         writer.writeheader()
         for label, runs in by_method.items():
             for run in runs:
+                need(run, config=("seed",))
                 known = {
                     "problem": problem_of(run),
                     "method": label,

@@ -25,6 +25,7 @@ def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
       RunError: the run has no parameters, or is not of a language model.
     """
     trained = runs.load_config(folder)
+    runs.need(trained, folder, "model")
     model = build_model(trained)
     like = jax.eval_shape(model.init, jax.random.key(0))
     try:
