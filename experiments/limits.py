@@ -174,7 +174,8 @@ RULES: dict[str, Rule] = {
     "log_y": SWITCH,
     # measurements
     "mixers.prompt": whole(1, "tokens"),
-    "rounds": whole(1, "samples of each"),
+    "rounds": whole(3, "samples of each, for a spread"),
+    "mixers.rounds": whole(1, "counts"),
     "budget_s": Rule("number", unit="seconds", **POSITIVE),
     "fresh": SWITCH,
     "suite.scale": Rule("number", unit="the bound of the weights", **POSITIVE),

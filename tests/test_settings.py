@@ -95,7 +95,7 @@ WRONG = [
     ("generate", "block=0", "block=1"),
     ("evaluate", "windows=1.5", "windows=2"),
     ("evaluate", "batch_size=0", "batch_size=1"),
-    ("bench", "rounds=0", "rounds=1"),
+    ("bench", "rounds=2", "rounds=3"),
     ("bench", "budget_s=-1", "budget_s=1"),
     ("bench", "suite.shapes=[[1,2,0]]", "suite.shapes=[[128,1,32]]"),
     ("plot", "log_x=maybe", "log_x=false"),
@@ -105,7 +105,7 @@ WRONG = [
     ("solver_study", "test_lengths=[]", "test_lengths=[1]"),
     ("solver_study", "tols=[0.0]", "tols=[0.5]"),
     ("train_tokenizer", "vocab_size=256", "vocab_size=257"),
-    ("fit_choice", "rounds=none", "rounds=1"),
+    ("fit_choice", "rounds=none", "rounds=3"),
 ]
 
 
