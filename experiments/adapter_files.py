@@ -52,5 +52,11 @@ def load(folder: Path) -> dict[str, Any]:
             "transforms train the weights themselves"
         )
     seals.check(path)
-    with quiet(), by_plain_name(path) as place, ocp.StandardCheckpointer() as reader:
-        return reader.restore(place)
+    try:
+        with quiet(), by_plain_name(path) as place, ocp.StandardCheckpointer() as reader:
+            return reader.restore(place)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"{path} is damaged ({told[:200]}): copy it again, or finish the run once more"
+        ) from error

@@ -5,11 +5,10 @@ process, in turn, medians and quartiles, compilation apart, beside the floor of 
 implementation whose values or gradients are wrong shows no speed-up.
 """
 
-import csv
-import dataclasses
+import contextlib
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from experiments import runs
-from experiments.commandline import guarded
+from experiments import bench_figure, bench_rows, records, runs
+from experiments.commandline import command, guarded
 from experiments.contest import Row, contest
+from experiments.progress import clock
 from experiments.recurrence_problem import PASSES, make_problem
 from experiments.rivals import RIVALS
 
@@ -91,18 +92,14 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def write(folder: Path, rows: Sequence[Row], machine: str) -> None:
-    """Writes `results.csv` (every number) and `results.md` (the table, the machine named).
+def write_table(folder: Path, rows: Sequence[Row], machine: str) -> None:
+    """Writes `results.md`: the table for a document, the machine named.
 
     Args:
       folder: of the run.
       rows: all of them.
       machine: one line.
     """
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
     lines = [machine, "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
@@ -148,8 +145,46 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@contextlib.contextmanager
+def counted(console: Console, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Shows how far a suite is: a bar on a terminal, a line for each contest elsewhere.
+
+    Args:
+      console: where to.
+      total: contests.
+
+    Yields:
+      `(how many are done, what comes now) -> None`.
+    """
+    began, first = time.perf_counter(), None
+
+    def left(done: int) -> str:
+        nonlocal first
+        first = done if first is None else first
+        if done == first:
+            return ""
+        each = (time.perf_counter() - began) / (done - first)
+        return f", about {clock(each * (total - done))} left"
+
+    if not console.is_terminal:
+        yield lambda done, what: console.print(
+            f"{min(done + 1, total)}/{total}  {what}{left(done)}", highlight=False
+        )
+        return
+    columns = (
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(24),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, what: bar.update(
+            task, completed=done, description=escape(f"{what}{left(done)}")
+        )
+
+
 def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, seed: int) -> None:
-    """Runs a suite; what is finished is on disk after every shape.
+    """Runs what of a suite is not in its folder yet; every contest is on disk once it is timed.
 
     Args:
       suite: as in conf/suite, solvers built.
@@ -162,36 +197,42 @@ def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, 
       RunError: at the end, if one of our own solvers failed or was wrong.
     """
     console, line = Console(), machine()
-    began, rows = time.perf_counter(), []
+    began, table = time.perf_counter(), folder / bench_rows.TABLE
     settings = [(shape, which) for shape in suite["shapes"] for which in suite["passes"]]
-    for n, (shape, which) in enumerate(settings, 1):
-        console.print(f"{n}/{len(settings)}  T, B, D = {tuple(shape)}, {which}", highlight=False)
-        problem = make_problem(suite["cell"], *shape, scale=suite["scale"], seed=seed)
-        rows += contest(
-            problem,
-            which,
-            solvers=suite["solvers"],
-            others=suite["rivals"],
-            rounds=rounds,
-            budget_s=budget_s,
-            values_tol=suite["values_tol"],
-            gradients_tol=suite["gradients_tol"],
-            seed=seed,
-        )
-        write(folder, rows, line)
-    table = Table(*COLUMNS, title=f"{suite['cell']}: {line}")
-    for row in rows:
-        table.add_row(
-            *map(escape, cells(row)), end_section=row is rows[-1] or row.name == suite_end(suite)
-        )
-    # On a terminal rich fits its width; in a file nothing may be cut off.
-    (console if console.is_terminal else Console(width=200)).print(table)
-    console.print(f"{folder}/results.md and results.csv", highlight=False)
+    known = bench_rows.keep_whole(table, bench_rows.names_of(suite))
+    due = [(s, w) for s, w in settings if (*s, w) not in known]
+    if known:
+        console.print(f"{len(settings) - len(due)} of {len(settings)} are in {folder} already")
+    with counted(console, len(settings)) as say:
+        for n, (shape, which) in enumerate(due, len(settings) - len(due)):
+            say(n, f"T, B, D = {tuple(shape)}, {which}")
+            problem = make_problem(suite["cell"], *shape, scale=suite["scale"], seed=seed)
+            rows = contest(
+                problem,
+                which,
+                solvers=suite["solvers"],
+                others=suite["rivals"],
+                rounds=rounds,
+                budget_s=budget_s,
+                values_tol=suite["values_tol"],
+                gradients_tol=suite["gradients_tol"],
+                seed=seed,
+            )
+            bench_rows.append(table, rows)
+    order = {(*shape, which): n for n, (shape, which) in enumerate(settings)}
+    rows = sorted(bench_rows.read(table), key=lambda r: order[(r.time, r.batch, r.state, r.which)])
+    write_table(folder, rows, line)
+    bench_figure.draw(table, title=f"{suite['cell']}: {line}").savefig(
+        folder / "results.png", dpi=120
+    )
+    _show(console, suite, rows, line)
+    console.print(f"{folder}/results.png, .csv and .md", highlight=False, soft_wrap=True)
     bad = [row for row in rows if row.name in suite["solvers"] and row.verdict != "ok"]
     runs.close_run(
         folder,
         {
             "seconds": time.perf_counter() - began,
+            "status": "finished",
             "rows": len(rows),
             "ours_not_ok": len(bad),
             "versions": versions(),
@@ -202,6 +243,16 @@ def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, 
             f"{len(bad)} of our own rows are not ok: "
             + ", ".join(f"{r.name} at {r.time, r.batch, r.state}: {r.verdict}" for r in bad[:5])
         )
+
+
+def _show(console: Console, suite: dict[str, Any], rows: Sequence[Row], line: str) -> None:
+    table = Table(*COLUMNS, title=f"{suite['cell']}: {line}")
+    for row in rows:
+        table.add_row(
+            *map(escape, cells(row)), end_section=row is rows[-1] or row.name == suite_end(suite)
+        )
+    # On a terminal rich fits its width; in a file nothing may be cut off.
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def suite_end(suite: dict[str, Any]) -> str:
@@ -216,16 +267,43 @@ def suite_end(suite: dict[str, Any]) -> str:
     return list(suite["rivals"] or suite["solvers"])[-1]
 
 
+def place(cfg: DictConfig, folder: Path) -> Path:
+    """The folder to work in: one with rows of the same work, or a new one.
+
+    Args:
+      cfg: composed, with `fresh`.
+      folder: Hydra's.
+
+    Returns:
+      A folder that holds an opened run.
+
+    Raises:
+      RunError: the folder holds other work.
+    """
+    found = None if cfg.fresh else bench_rows.find(folder, cfg)
+    if found is None:
+        runs.open_run(folder, cfg)
+        return folder
+    if found != folder:
+        records.discard(folder)
+    print(f"the same suite on this machine: {found}; fresh=true begins anew", flush=True)
+    return found
+
+
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="bench")
 def main(cfg: DictConfig) -> None:
     def program():
         suite = instantiate(cfg.suite, _convert_="all")
         check(suite)
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        runs.open_run(folder, cfg)
-        bench(suite, folder, rounds=cfg.rounds, budget_s=cfg.budget_s, seed=cfg.seed)
+        folder = place(cfg, Path(HydraConfig.get().runtime.output_dir))
+        try:
+            bench(suite, folder, rounds=cfg.rounds, budget_s=cfg.budget_s, seed=cfg.seed)
+        except KeyboardInterrupt:
+            print(f"\nwhat was timed is in {folder / bench_rows.TABLE}; the same command goes on")
+            raise
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

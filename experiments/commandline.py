@@ -1,16 +1,26 @@
-"""What stands between the shell and Hydra: errors as one line, and prompts as typed."""
+"""What stands between the shell and Hydra: settings checked, errors as lines, prompts as typed."""
 
+import contextlib
+import contextvars
+import functools
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
+from omegaconf import DictConfig
 
-from experiments.runs import RunError
+from experiments import records, trust
+from experiments.explanations import FULL_ERROR, explain
+from experiments.limits import check_settings
+from experiments.near_misses import check_additions
+
+_short = contextvars.ContextVar("short", default=False)  # whether errors end as lines
 
 
 def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
@@ -40,54 +50,105 @@ def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
     return quoted
 
 
-def explain(error: BaseException) -> str | None:
-    """The line that says how to put right what a person at the keyboard can put right.
-
-    Args:
-      error: from building or running.
-
-    Returns:
-      The text; None where the traceback is worth its lines.
-    """
-    cause = error.__cause__
-    if isinstance(cause, InstantiationException):  # an object inside another one
-        return explain(cause)
-    if isinstance(error, RunError):
-        return str(error)
-    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
-        missing = re.search(r"[Mm]issing mandatory value: (\S+)", str(error))
-        name = missing[1] if missing else "a setting without a default"
-        # A task reads the data and the model where they stand in groups of their own.
-        name = re.sub(r"^task\.(data|model)\.", r"\1.", name)
-        return f"{name} must be given: {name}=VALUE on the command line"
-    if not isinstance(error, InstantiationException):
-        return None
-    if isinstance(cause, RunError):
-        return str(cause)
-    if not isinstance(cause, (ValueError, OSError)):
-        return None
-    key = re.search(r"full_key: (\S+)", str(error))
-    return f"{key[1] if key else 'config'}: {cause}"
-
-
-def guarded(program: Callable[[], Any]) -> Any:
-    """Runs a program; what the user can put right ends it with one line, not a traceback.
+def guarded(program: Callable[[], Any], cfg: DictConfig | None = None) -> Any:
+    """Runs a program once its settings are checked; a refused one leaves no folder.
 
     Args:
       program: the body of `main`.
+      cfg: its config, whose settings are checked before anything is built; what its command line
+        names is trusted.
 
     Returns:
       What the program returns.
 
     Raises:
-      SystemExit: with the text, exit code 1. In a sweep the error is passed on, so
-        that the launcher can go on with the other jobs.
+      SystemExit: with the text, exit code 1, below `launch`; elsewhere and in a sweep, whose other
+        jobs go on, the error itself.
     """
+    known = HydraConfig.initialized()
+    sweeps = known and HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        return program()
-    except Exception as error:
-        text = explain(error)
-        if text is None or HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        if cfg is not None and not sweeps:  # the jobs of a sweep check theirs, see `once`
+            check(cfg)
+        with contextlib.nullcontext() if cfg is None else trust.from_command_line(cfg):
+            return program()
+    except BaseException as error:
+        if known and not sweeps:
+            records.discard(Path(HydraConfig.get().runtime.output_dir))
+        text = explain(error, cfg) if isinstance(error, Exception) else None
+        if text is None or sweeps or not _short.get():
             raise
         sys.stdout.flush()
         raise SystemExit(f"error: {text}") from None
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses settings that are not what the table of `limits` asks for.
+
+    Args:
+      cfg: composed by Hydra, whose record says of what command and with what overrides.
+
+    Raises:
+      RunError: what was given, what was expected, what to type.
+    """
+    known = HydraConfig.get()
+    check_settings(cfg, str(known.job.config_name))
+    check_additions(list(known.overrides.task), cfg)
+
+
+def launch(main: Callable[[], Any]) -> Any:
+    """Calls a program that Hydra decorates; what Hydra refuses ends it with a few lines as well.
+
+    Args:
+      main: decorated by `hydra.main`.
+
+    Returns:
+      What it returns.
+
+    Raises:
+      SystemExit: with the text, exit code 1.
+    """
+    before = os.environ.get(FULL_ERROR)
+    # With it Hydra lets errors out, and `explain` says them in fewer lines.
+    os.environ[FULL_ERROR] = "1"
+    token = _short.set(before != "1")
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
+    try:
+        return main()
+    except Exception as error:
+        text = explain(error)
+        if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
+            text = str(error)
+        if text is None or before == "1":
+            raise
+        sys.stdout.flush()
+        raise SystemExit(f"error: {text}") from None
+    finally:
+        _short.reset(token)
+        os.environ.pop(FULL_ERROR)
+        if before is not None:
+            os.environ[FULL_ERROR] = before
+
+
+def command(main: Callable[[], Any]) -> Callable[[], Any]:
+    """A command's `main`: Hydra's, without tracebacks for what a person can cause.
+
+    Args:
+      main: decorated by `hydra.main`.
+
+    Returns:
+      A function that ends with the exit codes shells expect: 130 after Ctrl-C.
+    """
+
+    @functools.wraps(main)
+    def run() -> Any:
+        try:
+            return launch(main)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+
+    return run

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.plot import pick_y
 from experiments.run_sets import Run, differing_keys, read_all, short_names
 from experiments.runs import RunError
@@ -265,6 +265,7 @@ def compare(runs: Sequence[Run], *, output: str | None, **settings: Any) -> None
         print(target)
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="compare")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -277,7 +278,7 @@ def main(cfg: DictConfig) -> None:
             print(f"left out: {line}")
         compare(runs, **values)
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments import run_sets, runs, tables, trust
 from experiments.build import build_data
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.data.baselines import baselines
 from experiments.folder_arguments import quote_folders
 from experiments.judging import bits_per_byte
@@ -112,6 +112,7 @@ def job(cfg: DictConfig) -> dict[str, float]:
     """
     together: dict[str, list[Path]] = {}
     for folder in find_runs(cfg.run):
+        runs.need(runs.load_config(folder), folder, "model", "data", "evaluation")
         where = judged_on(cfg, folder)
         together.setdefault(json.dumps(where), []).append(folder)
     scored = {}
@@ -120,15 +121,11 @@ def job(cfg: DictConfig) -> dict[str, float]:
     return scored
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-
-    def program() -> None:
-        with trust.from_command_line(cfg):
-            job(cfg)
-
-    guarded(program)
+    guarded(lambda: job(cfg), cfg)
 
 
 if __name__ == "__main__":

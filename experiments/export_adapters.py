@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import checkpoints, peft_files, runs, trust
 from experiments.build import build_model
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.folder_arguments import quote_folders
 
 
@@ -23,7 +23,9 @@ def export(cfg: DictConfig) -> None:
       RunError: no such run, or its transforms are not LoRA alone.
     """
     folder = runs.find_run(cfg.run)
-    like = jax.eval_shape(build_model(trust.open_config(folder)).init, jax.random.key(0))
+    trained = trust.open_config(folder)
+    runs.need(trained, folder, "model")
+    like = jax.eval_shape(build_model(trained).init, jax.random.key(0))
     state = checkpoints.load_params(folder, like, which="last")
     output = Path(cfg.output) if cfg.output else folder / "peft"
     names = OmegaConf.to_container(cfg.names) if cfg.names else {}
@@ -32,15 +34,11 @@ def export(cfg: DictConfig) -> None:
     print(f"{output / peft_files.TENSORS} and {output / peft_files.CONFIG}")
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="export_adapters")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-
-    def program() -> None:
-        with trust.from_command_line(cfg):
-            export(cfg)
-
-    guarded(program)
+    guarded(lambda: export(cfg), cfg)
 
 
 if __name__ == "__main__":

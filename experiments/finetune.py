@@ -3,7 +3,6 @@
 A run's folder is as of `experiments.train`, which also goes on with one: `resume=FOLDER`.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -136,7 +135,7 @@ def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
     """The run of a twin under this config, marked."""
     runs.open_run(folder, cfg)
     shutil.copy(twin / METRICS, folder)
-    summary = json.loads((twin / runs.SUMMARY).read_text())
+    summary = runs.read_summary(twin)
     runs.close_run(folder, {**summary, "same_as": summary.get("same_as", str(twin))})
     print(f"the transforms have no {' or '.join(sorted(unused(cfg)))}: the same run as {twin}")
 
@@ -165,12 +164,7 @@ def job(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="finetune")
 def compose(cfg: DictConfig) -> float | None:
     """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
-
-    def trusted(cfg: DictConfig) -> None:
-        with trust.from_command_line(cfg):
-            job(cfg)
-
-    return guarded(lambda: once(cfg, trusted))
+    return guarded(lambda: once(cfg, job), cfg)
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ import hydra
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from experiments.commandline import guarded, quote_text
+from experiments.commandline import command, guarded, quote_text
 from experiments.curves import styles
 from experiments.finetune import NUMBERS, unused
 from experiments.language_model import BITS
-from experiments.run_sets import Run, read_all
+from experiments.run_sets import Run, need, read_all
 from experiments.runs import RunError, load_config
 from experiments.tables import show
 
@@ -136,6 +136,9 @@ def rows(runs: Iterable[Run]) -> list[Row]:
             continue
         if "bits_per_weight" not in run.summary:
             raise RunError(f"{run.folder} is not a run of `python -m experiments.finetune`")
+        need(
+            run, config=("learning_rate", "seed", "batch_size", "window", *NUMBERS), summary=(BITS,)
+        )
         known.append((run, load_config(run.folder)))
     names = _names([cfg for _, cfg in known])
     groups: dict[tuple, dict[int, Run]] = {}  # a run of each seed, were there two sweeps of it
@@ -304,6 +307,7 @@ def named(runs: Sequence[Run], title: str | None) -> str:
     return f"{first['name']}: {first['steps']} steps of {first['batch_size']} x {first['window']}"
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="finetune_figure")
 def compose(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -314,7 +318,7 @@ def compose(cfg: DictConfig) -> None:
             print(f"left out: {line}")
         write(Path(cfg.output), rows(found), title=named(found, cfg.title), lines=cfg.lines)
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 def main() -> None:

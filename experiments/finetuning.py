@@ -14,11 +14,13 @@ from experiments.checkpoints import load_params
 from experiments.data.baselines import baselines
 from experiments.data.corpus import Data
 from experiments.judging import bits_per_byte
-from experiments.language_model import BITS, check_vocabulary, cut_held_out, loss_of
+from experiments.language_model import BITS, batch_like, check_vocabulary, cut_held_out, loss_of
 from experiments.storage import bits_per_weight
 from experiments.task import Task
 from jaxpara import Reparam, split
+from jaxpara.tree import path_of
 from jaxpara.types import Model, Params
+from jaxpara.weights.weight import is_weight, shape_of
 
 MERGED = "merged_bits_per_byte"
 
@@ -84,6 +86,30 @@ def started_from(model: Model, run: str | None) -> Model:
     return model._replace(init=lambda key: params)
 
 
+def check_ranks(shapes: Any) -> None:
+    """Refuses a low rank that is above the rank which its matrix can have.
+
+    Args:
+      shapes: of a state of transforms.
+
+    Raises:
+      RunError: with the leaf and its size.
+    """
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes, is_leaf=is_weight):
+        inner = leaf
+        while is_weight(inner):
+            if {"a", "b"} <= set(inner.parts):
+                rank = inner.parts["a"].shape[-1]
+                size = shape_of(inner.base).shape[-2:]
+                if rank > min(size):
+                    raise runs.RunError(
+                        f"rank={rank} is above what {path_of(keys)} can have, whose matrices are "
+                        f"{size[0]} x {size[1]}:\n"
+                        f"give rank={min(size)} or less, or leave that leaf out with where=GLOB"
+                    )
+            inner = inner.base
+
+
 def finetuned(
     *,
     model: Model,
@@ -131,6 +157,7 @@ def finetuned(
         shapes = jax.eval_shape(tuned.init, jax.random.key(0))
     except ValueError as error:
         raise runs.RunError(str(error)) from error
+    check_ranks(shapes)
     judged = cut_held_out(data, count=evaluation["windows"], length=evaluation["length"])
 
     def scorer(of: Model):
@@ -180,6 +207,7 @@ def finetuned(
         loss=loss,
         batches=batches,
         tokens_per_step=batch_size * window,
+        batch_like=batch_like(judged, batch_size, window),
         columns=(BITS,),
         evaluate=lambda step, params: {BITS: score(params)},
         best=(BITS, "min"),

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import jaxpara as jp
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.recurrence_problem import make_problem
 from experiments.timing import measure, prepare
 
@@ -108,7 +108,8 @@ def fit(
     console.print(f"wrote {len(points)} points to {output}")
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="fit_choice")
+@command
+@hydra.main(version_base="1.3", config_path="conf", config_name="fit_choice")
 def main(config: DictConfig) -> None:
     """Entry of `python -m experiments.fit_choice`."""
 
@@ -124,7 +125,7 @@ def main(config: DictConfig) -> None:
             Console(),
         )
 
-    guarded(program)
+    guarded(program, config)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import runs, trust
-from experiments.commandline import guarded, quote_text
+from experiments.commandline import command, guarded, quote_text
 from experiments.folder_arguments import quote_folders
 from experiments.prompts import check_output, read_prompts, stop_strings
 from experiments.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
@@ -96,15 +96,11 @@ def job(cfg: DictConfig) -> None:
     print(writer.decode.watch.report(), file=sys.stderr)
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-
-    def program() -> None:
-        with trust.from_command_line(cfg):
-            job(cfg)
-
-    guarded(program)
+    guarded(lambda: job(cfg), cfg)
 
 
 if __name__ == "__main__":

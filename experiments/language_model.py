@@ -12,6 +12,7 @@ from experiments.build import Solved
 from experiments.data.baselines import baselines
 from experiments.data.corpus import Data
 from experiments.judging import bits_per_byte, reading
+from experiments.memory import check_tokens
 from experiments.sampling import check_generation, encode, sample_text
 from experiments.task import Table, Task
 from jaxpara.train import next_token_loss
@@ -89,6 +90,7 @@ def language_model(
         loss=loss_of(models.model),
         batches=batches,
         tokens_per_step=batch_size * window,
+        batch_like=batch_like(judged, batch_size, window),
         columns=(BITS,),
         evaluate=lambda step, params: {BITS: score(params)},
         best=(BITS, "min"),
@@ -115,10 +117,29 @@ def cut_held_out(data: Data, *, count: int, length: int) -> dict[str, Any]:
     Raises:
       RunError: they do not fit.
     """
+    check_tokens("windows", count, length)
     try:
         return dict(data.held_out(count=count, length=length))
     except ValueError as error:
         raise runs.RunError(f"held-out text: {error}") from error
+
+
+def batch_like(judged: Mapping[str, Any], batch_size: int, window: int) -> dict[str, Any]:
+    """Shapes of a batch to train on.
+
+    Args:
+      judged: held-out windows, which have the same leaves.
+      batch_size: sequences.
+      window: tokens predicted in each.
+
+    Returns:
+      Shapes and dtypes by name.
+    """
+    extra = {name: leaf.shape[1] - judged["tokens"].shape[1] for name, leaf in judged.items()}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, window + 1 + extra[name]), leaf.dtype)
+        for name, leaf in judged.items()
+    }
 
 
 def check_vocabulary(model: Model, data: Data) -> None:

@@ -1,6 +1,7 @@
 """A run's numbers as CSV: written row by row so that a killed run keeps what it measured."""
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,47 @@ def read(path: Path) -> dict[str, list[float | None]]:
       path: the file.
 
     Returns:
-      Columns by name; None where a cell is empty.
+      Columns by name; None where a cell is empty. A last line without its end is what a killed
+      process left of a row: it is not read.
+
+    Raises:
+      ValueError: the line that is no row of numbers.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        columns: dict[str, list[float | None]] = {name: [] for name in reader.fieldnames or ()}
-        for row in reader:
-            for name, cell in row.items():
+    header, *rows = read_rows(path) or [[]]
+    columns: dict[str, list[float | None]] = {name: [] for name in header}
+    if len(columns) < len(header):
+        raise ValueError(f"two columns have one name: {', '.join(header)}")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise ValueError(f"line {number} has {len(row)} cells, the header {len(header)}")
+        for name, cell in zip(header, row, strict=True):
+            try:
                 columns[name].append(float(cell) if cell else None)
+            except ValueError:
+                raise ValueError(f"line {number}, column {name}: {cell[:40]!r}") from None
     return columns
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Reads the cells of a table, its header first.
+
+    Args:
+      path: a CSV file; a mark of the byte order and the line ends of any system are fine.
+
+    Returns:
+      Rows of text, without empty ones and without what a killed process left of the last.
+
+    Raises:
+      ValueError: it is no text, or no CSV.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1} has a NUL byte")
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        return [row for row in csv.reader(io.StringIO(whole, newline="")) if row]
+    except csv.Error as error:
+        raise ValueError(str(error)) from error

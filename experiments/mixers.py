@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import curves, trust
 from experiments.build import build_model
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.decoding import decoder
-from experiments.run_sets import Run, read_all
+from experiments.run_sets import Run, need, read_all
 from experiments.runs import RunError
 from experiments.tables import show
 from experiments.trained import open_model
@@ -97,11 +97,16 @@ def choose(runs: Sequence[Run]) -> tuple[str, list[Choice]]:
       RunError: runs that cannot be compared; says which.
     """
     by_name: dict[str, dict[float, list[Run]]] = {}
-    judged = {tuple(run.summary.get("judged_by") or ()) for run in runs}
+    judged = {tuple(run.summary.get("judged_by") or ()) for run in runs} - {()}
     if len(judged) > 1:
         raise RunError(f"the runs are not judged alike: {sorted(judged)}; compare one task's runs")
-    [(column, better)] = judged or {("", "")}
+    if not judged:
+        raise RunError("no run is finished: repeat the command of the sweep")
+    [(column, better)] = judged
     for run in runs:
+        finished = run.summary.get("status") == "finished"
+        results = (column, "parameters", "tokens_per_second") if finished else ()
+        need(run, config=(RATE,), summary=results)
         rates = by_name.setdefault(contender_of(run), {})
         rates.setdefault(run.config[RATE], [])
         if run.summary.get("status") == "finished":
@@ -259,6 +264,7 @@ def compare(
     print(f"{output}.png, .csv and .md")
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="mixers")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -267,16 +273,15 @@ def main(cfg: DictConfig) -> None:
         runs, left_out = read_all(cfg.runs)
         for line in left_out:
             print(f"left out: {line}")
-        with trust.from_command_line(cfg):
-            compare(
-                runs,
-                y=cfg.y,
-                output=Path(cfg.output),
-                optimizer_of=lambda trained: instantiate(trained.optim),
-                decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
-            )
+        compare(
+            runs,
+            y=cfg.y,
+            output=Path(cfg.output),
+            optimizer_of=lambda trained: instantiate(trained.optim),
+            decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
+        )
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

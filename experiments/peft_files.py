@@ -7,7 +7,6 @@ a module for each of its slices. Needs the extra `safetensors`.
 """
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.runs import RunError, write_json
+from experiments.runs import RunError, read_json, write_json
 from jaxpara import weights
 from jaxpara.tree import matcher, path_of
 from jaxpara.weights.weight import is_weight
@@ -212,7 +211,16 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
             raise RunError(
                 f"{folder} has no {name}: give what model.save_pretrained(..) of PEFT wrote"
             )
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
+    lacking = [name for name in ("peft_type", "r", "lora_alpha") if name not in config]
+    numbers = [config.get("r"), config.get("lora_alpha")]
+    if lacking or not all(isinstance(n, int | float) and n > 0 for n in numbers):
+        raise RunError(
+            f"{folder / CONFIG} has no {' and '.join(lacking)}: give what PEFT wrote"
+            if lacking
+            else f"{folder / CONFIG} has r={numbers[0]!r} and lora_alpha={numbers[1]!r}: both are "
+            "numbers above 0 in what PEFT writes"
+        )
     more = {name: config[name] for name in OTHERWISE if config.get(name)}
     if config.get("bias", "none") != "none":
         more["bias"] = config["bias"]
@@ -222,7 +230,13 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
             f"{folder} is of {config['peft_type']}{settings}, and what is read here is plain LoRA: "
             "merge it with PEFT"
         )
-    tensors = _library().load_file(folder / TENSORS)
+    library = _library()
+    try:
+        tensors = library.load_file(folder / TENSORS)
+    except Exception as error:  # the library's own, which is no ValueError
+        raise RunError(
+            f"{folder / TENSORS} is damaged ({error}): copy it again from where PEFT wrote it"
+        ) from error
     loras = _loras(state)
     rank = config["r"]
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)

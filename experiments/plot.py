@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import curves
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.run_sets import Run, check_keys, differing_keys, group, read_all
 from experiments.runs import RunError
 
@@ -90,6 +90,7 @@ def plot(
     return target
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="plot")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -103,7 +104,7 @@ def main(cfg: DictConfig) -> None:
         target = plot(runs, **values)
         print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

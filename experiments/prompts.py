@@ -24,7 +24,7 @@ def read_prompts(path: str, *, field: str) -> list[str]:
       RunError: no such file, no text, or a line that is no prompt; says which.
     """
     try:
-        text = Path(path).read_bytes().decode()
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise RunError(
             f"prompts={path!r} cannot be read ({error.strerror}): give a file with a prompt on "
@@ -57,7 +57,7 @@ def read_prompts(path: str, *, field: str) -> list[str]:
 def _of_record(line: str, field: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(
             f"{where} is no JSON ({error}): give an object on each line, such as "
             '{"prompt": "def "}, or plain lines in a file that does not end in .jsonl'
@@ -91,7 +91,7 @@ def stop_strings(given: Any) -> tuple[str, ...]:
         strings = json.loads(given)
         if all(isinstance(string, str) for string in strings):
             return tuple(strings)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass
     raise RunError(
         f"stop={given} is not a JSON list of strings: put it in single quotes, so that the shell "

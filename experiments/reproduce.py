@@ -19,7 +19,6 @@ the small trial that begin with `first.` are for it.
 """
 
 import argparse
-import json
 import math
 import re
 import subprocess
@@ -29,7 +28,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from experiments.runs import REPOSITORY, SUMMARY, RunError
+from experiments.explanations import explain
+from experiments.runs import REPOSITORY, RunError, read_summary
 from experiments.tables import show
 
 EXPERIMENTS = REPOSITORY / "experiments" / "conf" / "experiment"
@@ -202,8 +202,7 @@ def run_trial(trial: Trial, folder: Path) -> tuple[dict[str, object], str | None
     command = [sys.executable, "-m", trial.module, *trial.overrides, f"hydra.run.dir={folder}"]
     with log.open("w") as file:
         done = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
-    summary = folder / SUMMARY
-    known = json.loads(summary.read_text()) if summary.is_file() else {}
+    known = read_summary(folder)
     return known, f"exit code {done.returncode}, see {log}" if done.returncode else None
 
 
@@ -265,8 +264,11 @@ def main() -> None:
     folder = REPOSITORY / "runs" / "reproduce" / time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
         good = reproduce(files, size=size, folder=folder)
-    except RunError as error:
-        raise SystemExit(f"error: {error}") from None
+    except (RunError, OSError) as error:
+        raise SystemExit(f"error: {explain(error)}") from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     raise SystemExit(0 if good else 1)
 
 

@@ -6,16 +6,16 @@ it, so that `cell` is "gru" and `mixer.heads` is 4. Runs that differ only in see
 
 import difflib
 import glob
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments import metrics
-from experiments.runs import CONFIG, ENVIRONMENT, SUMMARY, RunError, load_config
+from experiments.runs import CONFIG, ENVIRONMENT, SUMMARY, RunError, load_config, read_json
 
 METRICS = "metrics.csv"
 # What a run leaves and how it is watched does not change what it computes.
@@ -121,7 +121,7 @@ def expand(patterns: str | Iterable[str] | None) -> list[Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def read(folder: Path) -> Run:
@@ -141,12 +141,37 @@ def read(folder: Path) -> Run:
         raise RunError(f"{folder} has no {METRICS}: it is not a training run, or did not begin")
     try:
         columns = metrics.read(table)
-    except (ValueError, KeyError) as error:
+    except (ValueError, OSError) as error:
         raise RunError(f"{table} is not a table of numbers: {error}") from error
     if not any(columns.values()):
         raise RunError(f"{table} is empty: the run measured nothing; leave it out")
-    config = flatten(OmegaConf.to_container(load_config(folder), resolve=True))
-    return Run(folder, config, columns, _json(folder / SUMMARY), _json(folder / ENVIRONMENT))
+    try:
+        config = flatten(OmegaConf.to_container(load_config(folder), resolve=True))
+        summary, environment = _json(folder / SUMMARY), _json(folder / ENVIRONMENT)
+    except (OmegaConfBaseException, OSError, IndexError, RecursionError) as error:
+        raise RunError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
+    judged = summary.get("judged_by", ["", "min"])
+    if not isinstance(judged, list) or len(judged) != 2 or judged[1] not in ("min", "max"):
+        raise RunError(f"{folder / SUMMARY} is damaged: judged_by={judged!r}; leave the run out")
+    return Run(folder, config, columns, summary, environment)
+
+
+def need(run: Run, *, config: Sequence[str] = (), summary: Sequence[str] = ()) -> None:
+    """Refuses a run that lacks what a table is made of.
+
+    Args:
+      run: read.
+      config: keys that its config must have.
+      summary: keys that its summary must have.
+
+    Raises:
+      RunError: with the file and what it lacks.
+    """
+    for name, keys, there in ((CONFIG, config, run.config), (SUMMARY, summary, run.summary)):
+        if lacking := [key for key in keys if key not in there]:
+            raise RunError(
+                f"{run.folder / name} has no {', '.join(lacking)}: leave that run out of runs="
+            )
 
 
 def read_all(patterns: str | Iterable[str] | None) -> tuple[list[Run], list[str]]:

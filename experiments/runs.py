@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -12,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from experiments import records
 from experiments.folder_arguments import TRUST
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
 TOKENIZER = "tokenizer.json"
+LARGEST_CONFIG, DEEPEST_CONFIG = 200_000, 100  # characters, nested lists and mappings
 MAKE = "python -m experiments.train experiment=lm"
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
@@ -40,6 +45,64 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of an object.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The object, as plain Python values.
+
+    Raises:
+      RunError: the file is cut, no JSON, nested too deep, or of something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged ({_first_line(error)}): put back a copy of it, or leave it out"
+        ) from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds {type(value).__name__} where an object was expected")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The result of a run; nothing where it has none, or a damaged one.
+
+    A run that goes on writes it anew, so a damaged one is as good as none.
+
+    Args:
+      folder: of a run.
+
+    Returns:
+      The summary, perhaps empty.
+    """
+    path = folder / SUMMARY
+    try:
+        return read_json(path) if path.is_file() else {}
+    except RunError as error:
+        print(f"{error}; it counts as unfinished", flush=True)
+        return {}
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    """What is known of the machine; a damaged file is kept beside the new one."""
+    path = folder / ENVIRONMENT
+    try:
+        return read_json(path) if path.is_file() else {}
+    except RunError as error:
+        aside = path.with_suffix(".damaged.json")
+        os.replace(path, aside)
+        print(f"{error}; it is kept as {aside.name}", flush=True)
+        return {}
 
 
 def _git(*arguments: str) -> str | None:
@@ -113,6 +176,7 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
     if tokenizer is not None and Path(tokenizer).is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
     OmegaConf.save(kept, folder / CONFIG, resolve=True)
+    records.write(folder, cfg)
     write_json(folder / ENVIRONMENT, environment())
 
 
@@ -122,7 +186,7 @@ def reopen_run(folder: Path) -> None:
     Args:
       folder: of a run that `open_run` opened.
     """
-    known = json.loads((folder / ENVIRONMENT).read_text())
+    known = _read_environment(folder)
     again = [*known.get("resumed", []), environment()]
     write_json(folder / ENVIRONMENT, {**known, "resumed": again})
 
@@ -136,8 +200,7 @@ def status(folder: Path) -> str | None:
     Returns:
       "finished", "interrupted", "diverged" or "failed"; None where it did not come to an end.
     """
-    path = folder / SUMMARY
-    return json.loads(path.read_text()).get("status") if path.is_file() else None
+    return read_summary(folder).get("status")
 
 
 def close_run(folder: Path, summary: dict[str, Any]) -> None:
@@ -148,7 +211,7 @@ def close_run(folder: Path, summary: dict[str, Any]) -> None:
       summary: plain Python values, with `seconds`.
     """
     write_json(folder / SUMMARY, summary)
-    known = json.loads((folder / ENVIRONMENT).read_text())
+    known = _read_environment(folder)
     write_json(folder / ENVIRONMENT, {**known, "seconds": summary["seconds"]})
 
 
@@ -182,12 +245,39 @@ def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
     )
     if not run:
         raise RunError(f"give {key}=FOLDER, the folder of a training run; {hint}")
-    folder = Path(run)
+    folder = Path(str(run)).expanduser()  # a folder may be called 2024
     if not folder.is_dir():
         raise RunError(f"{key}={run!r}: no such folder (looked in {Path.cwd()}); {hint}")
     if not (folder / CONFIG).is_file():
         raise RunError(f"{key}={run!r} holds no {CONFIG}, so it is not a run's folder; {hint}")
     return folder
+
+
+def need(cfg: DictConfig, folder: Path, *keys: str) -> None:
+    """Refuses a run whose config lacks what is to be built.
+
+    Args:
+      cfg: from `load_config`.
+      folder: of the run.
+      *keys: that the config must have.
+
+    Raises:
+      RunError: with the keys that are missing.
+    """
+    if lacking := [key for key in keys if key not in cfg or cfg._get_node(key) is None]:
+        raise RunError(
+            f"{folder / CONFIG} has no {', '.join(lacking)}: it is not of a language model, or "
+            f"damaged; give a run of `{MAKE}`"
+        )
+
+
+def _depth(text: str) -> int:
+    """How deep brackets or dashes nest at most: YAML's reader takes quadratic time over them."""
+    deepest = depth = 0
+    for mark in re.findall(r"[\[\]{}]", text):
+        depth += 1 if mark in "[{" else -1
+        deepest = max(deepest, depth)
+    return max(deepest, *(len(run) // 2 for run in re.findall(r"(?:[-?] )+", text)), 0)
 
 
 def load_config(folder: Path) -> DictConfig:
@@ -200,11 +290,35 @@ def load_config(folder: Path) -> DictConfig:
       The config that `open_run` wrote: values alone, no interpolations.
 
     Raises:
-      RunError: it holds an interpolation, which `open_run` never writes.
+      RunError: the file is missing, cut, or no config, or it holds an interpolation, which
+        `open_run` never writes.
     """
-    cfg = OmegaConf.load(folder / CONFIG)
-    assert isinstance(cfg, DictConfig)
-    check_inert(OmegaConf.to_container(cfg, resolve=False), str(folder / CONFIG))
+    path = folder / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if len(text) > LARGEST_CONFIG:
+            raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
+        if _depth(text) > DEEPEST_CONFIG:
+            raise ValueError(f"it nests more than {DEEPEST_CONFIG} deep")
+        # References between nodes could stand for more than memory holds; we write none.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has YAML aliases, which no run writes")
+        cfg = OmegaConf.create(text)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}): give another run") from error
+    except (
+        ValueError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        RecursionError,
+        AssertionError,
+    ) as error:
+        raise RunError(
+            f"{path} is damaged ({_first_line(error)}): put back a copy of it, or give another run"
+        ) from error
+    if not isinstance(cfg, DictConfig) or not cfg:
+        raise RunError(f"{path} is empty or no config: put back a copy of it, or give another run")
+    check_inert(OmegaConf.to_container(cfg, resolve=False), str(path))
     return cfg
 
 

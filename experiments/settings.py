@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from omegaconf import OmegaConf
+
+from experiments.limits import check_settings
 from experiments.runs import RunError
 
 
@@ -55,22 +58,12 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
             f"the config has no {', '.join(missing)}: another version of this program wrote it, "
             "and that version can go on with it"
         )
+    check_settings(OmegaConf.create({name: values[name] for name in Settings._fields}))
     settings = Settings(**{name: values[name] for name in Settings._fields})
     settings = settings._replace(
         checkpoint=Keep(**values["checkpoint"]), trace=Traced(**values["trace"])
     )
-    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every"):
-        if getattr(settings, name) < 1:
-            raise RunError(f"{name}={getattr(settings, name)}: give at least 1")
-    for name, least in (("every", 1), ("keep_last", 1), ("keep_best", 0)):
-        given = getattr(settings.checkpoint, name)
-        if given < least:
-            raise RunError(f"checkpoint.{name}={given}: give at least {least}")
     if settings.profile:
-        for name, given in settings.trace._asdict().items():
-            if given < 1:
-                text = f"trace.{name}={given}: give at least 1; the first step compiles"
-                raise RunError(text)
         if sum(settings.trace) > settings.steps:
             raise RunError(
                 f"trace.start={settings.trace.start} and trace.steps={settings.trace.steps} do "

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from experiments import runs
 from experiments.answers import answer_loss, correct, last_answers, share
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.study_figure import draw
 from experiments.tasks.problem import Examples, Problem, sample
 from jaxpara.train import init_state, make_step
@@ -204,6 +204,7 @@ def ways(solvers: Sequence[str], budgets: Sequence[int], tols: Sequence[float]) 
     return [Way(), *stopped, *loose]
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="solver_study")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -237,7 +238,7 @@ def main(cfg: DictConfig) -> None:
         runs.close_run(folder, {"seconds": time.perf_counter() - began})
         print(f"{folder / 'study.png'} and study.csv")
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import metrics
 from experiments.answers import answer_loss, first_answers, judge
 from experiments.data.batches import by_step
+from experiments.memory import check_tokens
 from experiments.task import Task
-from experiments.tasks.problem import Problem, sample
+from experiments.tasks.problem import Examples, Problem, sample
 from jaxpara.types import Model, Params
 
 POSITION_COLUMNS = ("length", "position", "accuracy")
@@ -63,13 +65,14 @@ def state_tracking(
             "give at least one length and one sequence"
         )
 
-    def draw(number: int):
-        examples = sample(problem, seed=seed, step=number, batch_size=batch_size, length=length)
+    def draw(number: int, sequences: int = batch_size):
+        examples = sample(problem, seed=seed, step=number, batch_size=sequences, length=length)
         if number >= grow_steps:
             return examples
         return first_answers(examples, grow_from + (length - grow_from) * number // grow_steps)
 
-    draw(0)  # what does not fit is said before anything is compiled
+    one = draw(0, 1)  # what does not fit is said before anything is compiled
+    check_tokens("task.test_sequences", test_sequences, max(test_lengths))
     profile = judge(model, problem, lengths=test_lengths, sequences=test_sequences)
     accuracies = [f"accuracy_{n}" for n in test_lengths]
     last = [f"last_{n}" for n in test_lengths]
@@ -99,6 +102,9 @@ def state_tracking(
         loss=answer_loss(model),
         batches=by_step(draw),
         tokens_per_step=batch_size * length,
+        batch_like=Examples(
+            *(jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for x in one)
+        ),
         columns=(*accuracies, *last),
         evaluate=evaluate,
         best=(f"accuracy_{max(test_lengths)}", "max"),

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.curves import styles
-from experiments.run_sets import Run, differing_keys, group, read_all
+from experiments.run_sets import Run, differing_keys, group, need, read_all
 from experiments.runs import RunError
 
 ACCURACY, LAST = "accuracy_", "last_"
@@ -130,6 +130,7 @@ def write(path: Path, by_method: Mapping[str, Sequence[Run]]) -> None:
         writer.writeheader()
         for label, runs in by_method.items():
             for run in runs:
+                need(run, config=("seed",))
                 known = {
                     "problem": problem_of(run),
                     "method": label,
@@ -140,6 +141,7 @@ def write(path: Path, by_method: Mapping[str, Sequence[Run]]) -> None:
                 writer.writerows({**known, **row} for row in final(run))
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="state_tracking_figure")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
@@ -157,7 +159,7 @@ def main(cfg: DictConfig) -> None:
         write(target.with_suffix(".csv"), by_method)
         print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
 
-    guarded(program)
+    guarded(program, cfg)
 
 
 if __name__ == "__main__":

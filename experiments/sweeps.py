@@ -5,7 +5,6 @@ there goes on with it. So the same command, repeated, does what is left to do.
 """
 
 import importlib.util
-import json
 import re
 import sys
 import time
@@ -19,12 +18,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from experiments import runs
-from experiments.commandline import explain, guarded
+from experiments import records, runs
+from experiments.commandline import check, launch
+from experiments.explanations import explain
 from experiments.sweep_folders import name_sweep
 from experiments.tables import show
 
 ERROR = "error.txt"
+REFUSED = "refused"  # a file for each job that was refused: it has no folder
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 # Which plugin of Hydra a choice needs; all are in the extra `sweeps`.
 PLUGINS = {
@@ -45,11 +46,11 @@ class Job(NamedTuple):
       number: in the sweep.
       folder: of its run.
       overrides: as Hydra was given them.
-      status: "finished", "finished before", "interrupted", "failed", or "no ending" where it
-        was killed or goes on.
+      status: "finished", "finished before", "interrupted", "failed", "refused" before it began, or
+        "no ending" where it was killed or goes on.
       figure: what the run is judged by, after its last evaluation; None without one.
       column: the name of that figure.
-      error: one line, for a failed job.
+      error: one line, for a job that failed or was refused.
     """
 
     number: int
@@ -85,17 +86,30 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     """
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return job(cfg)
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    known = HydraConfig.get()
+    folder = Path(known.runtime.output_dir)
     (folder / ERROR).unlink(missing_ok=True)
     if (folder / runs.CONFIG).is_file():
         with open_dict(cfg):
             cfg.resume = True
+    records.write(folder, cfg)
+    refused = Path(known.sweep.dir) / REFUSED / f"{folder.name}.json"
+    refused.unlink(missing_ok=True)
     try:
+        check(cfg)
         job(cfg)
     except Exception as error:
-        said = explain(error) or f"{type(error).__name__}: {error}"
-        (folder / ERROR).write_text(f"{said}\n\n{traceback.format_exc()}")
+        text = explain(error, cfg)
+        said = text or f"{type(error).__name__}: {error}"
         sys.stdout.flush()
+        if text is not None and not (folder / runs.CONFIG).is_file():
+            refused.parent.mkdir(exist_ok=True)
+            job_of = {"number": known.job.num, "overrides": list(known.overrides.task)}
+            runs.write_json(refused, {**job_of, "folder": str(folder), "error": text})
+            records.discard(folder)
+            print(f"error: {said}", file=sys.stderr, flush=True)
+            return None
+        (folder / ERROR).write_text(f"{said}\n\n{traceback.format_exc()}")
         print(f"error: {said}\nthe traceback is in {folder / ERROR}", file=sys.stderr, flush=True)
         return None
     return judge(folder)[1]
@@ -110,9 +124,8 @@ def judge(folder: Path) -> tuple[str | None, float | None]:
     Returns:
       The figure's name and its last value; None where the run left none.
     """
-    path = folder / runs.SUMMARY
-    summary = json.loads(path.read_text()) if path.is_file() else {}
-    column = summary.get("judged_by", [None])[0]
+    summary = runs.read_summary(folder)
+    column = (summary.get("judged_by") or [None])[0]
     return column, summary.get(column)
 
 
@@ -127,7 +140,15 @@ def jobs_since(sweep: Path, began: float) -> list[Job]:
       The jobs, in order.
     """
     launched = [path for path in sweep.rglob(str(OVERRIDES)) if path.stat().st_mtime >= began]
-    return sorted((_read_job(path, began) for path in launched), key=lambda job: job.number)
+    refused = [p for p in (sweep / REFUSED).glob("*.json") if p.stat().st_mtime >= began]
+    jobs = [_read_job(path, began) for path in launched] + [_read_refused(p) for p in refused]
+    return sorted(jobs, key=lambda job: job.number)
+
+
+def _read_refused(path: Path) -> Job:
+    known = runs.read_json(path)
+    told = (known["number"], Path(known["folder"]), known["overrides"])
+    return Job(*told, "refused", None, None, known["error"].replace("\n", " "))
 
 
 def _read_job(record: Path, began: float) -> Job:
@@ -213,11 +234,15 @@ def start(
       SystemExit: not 0 if a job is not finished.
     """
     HydraConfig.instance().cfg = None  # of an earlier program in this process
-    sys.argv[1:] = name_sweep(guarded(lambda: prepare(sys.argv[1:])))
+
+    def prepared() -> None:
+        sys.argv[1:] = name_sweep(prepare(sys.argv[1:]))
+
+    launch(prepared)
     check_plugins(sys.argv[1:])
     began, code = time.time(), None
     try:
-        main()
+        launch(main)
     except SystemExit as end:
         code = end.code
     except KeyboardInterrupt:

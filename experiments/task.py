@@ -61,6 +61,7 @@ class Task(NamedTuple):
       tables: further measurements at each evaluation, by file name without `.csv`.
       solved: `figures -> bool`: after which evaluation to stop before the last step.
       trainable: `params -> booleans` in their structure, where not all of them are trained.
+      batch_like: shapes and dtypes of a batch, for the estimate of memory; None: it is not made.
     """
 
     model: Model
@@ -78,3 +79,4 @@ class Task(NamedTuple):
     tables: Mapping[str, Table] = {}
     solved: Callable[[dict[str, float]], bool] | None = None
     trainable: Callable[[Params], Any] | None = None
+    batch_like: Any = None

@@ -12,6 +12,8 @@ from experiments.build import build
 from experiments.claim import claimed
 from experiments.commandline import guarded, quote_text
 from experiments.folder_arguments import quote_folders
+from experiments.limits import check_settings
+from experiments.memory import check_step
 from experiments.resuming import check_overrides, resume_arguments
 from experiments.settings import make_settings
 from experiments.stopping import pass_on
@@ -47,6 +49,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
             print(f"the run is finished, nothing is left to do: {folder}")
             return
         cfg = trust.open_config(folder)
+        check_settings(cfg, "train")
         if checkpoints.steps(folder) and OmegaConf.select(cfg, "task.base") is not None:
             cfg.task.base = None  # its parameters are in the checkpoint, and it may be gone
         trust.check_paths(cfg, folder)
@@ -54,6 +57,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
     assert isinstance(values, dict)
     settings = make_settings(values)
     parts = build(cfg)
+    check_step(parts.task, parts.optimizer, accumulate=settings.accumulate)
     if resume:
         runs.reopen_run(folder)
     else:
@@ -85,12 +89,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def compose(cfg: DictConfig) -> float | None:
     """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
-
-    def trusted(cfg: DictConfig) -> None:
-        with trust.from_command_line(cfg):
-            job(cfg)
-
-    return guarded(lambda: once(cfg, trusted))
+    return guarded(lambda: once(cfg, job), cfg)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.commandline import guarded
+from experiments.commandline import command, guarded
 from experiments.data.tokens import END_OF_TEXT, open_tokenizer
 from experiments.runs import RunError
 
@@ -56,6 +56,9 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
         raise RunError(
             "this command needs the library tokenizers: pip install '.[tokenizers]'"
         ) from error
+    if output.is_dir():
+        raise RunError(f"output={output} is a folder: give a file, such as {output}/tokenizer.json")
+    output.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,8 +69,10 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
         show_progress=False,
     )
     tokenizer.train_from_iterator(up_to(documents, size), trainer)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(output))
+    try:
+        tokenizer.save(str(output))
+    except Exception as error:  # the library raises bare Exception
+        raise RunError(f"output={output} cannot be written ({error}): give another file") from error
     return tokenizer.get_vocab_size()
 
 
@@ -93,10 +98,11 @@ def job(cfg: DictConfig) -> None:
     )
 
 
+@command
 @hydra.main(version_base="1.3", config_path="conf", config_name="train_tokenizer")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry."""
-    guarded(lambda: job(cfg))
+    guarded(lambda: job(cfg), cfg)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
         trusted.
     """
     trained = trust.open_config(folder)
+    runs.need(trained, folder, "model")
     model = build_model(trained)
     like = jax.eval_shape(model.init, jax.random.key(0))
     path = OmegaConf.select(trained, "data.tokenizer")

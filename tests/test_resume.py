@@ -243,14 +243,17 @@ def test_a_config_of_another_version_is_said_to_be_one():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"steps": 0}, "steps=0: give at least 1"),
+        ({"steps": 0}, "steps=0: expected a whole number, at least 1"),
         ({"accumulate": 3}, "accumulate=3 does not divide batch_size=4: give a batch_size that"),
-        ({"checkpoint": {"every": 0, "keep_last": 1, "keep_best": 1}}, "checkpoint.every=0: give"),
+        (
+            {"checkpoint": {"every": 0, "keep_last": 1, "keep_best": 1}},
+            "checkpoint.every=0: expected",
+        ),
         (
             {"checkpoint": {"every": 1, "keep_last": 0, "keep_best": 1}},
-            "keep_last=0: give at l",
+            "keep_last=0: expected",
         ),
-        ({"checkpoint": {"every": 1, "keep_last": 1, "keep_best": -1}}, "keep_best=-1: give at l"),
+        ({"checkpoint": {"every": 1, "keep_last": 1, "keep_best": -1}}, "keep_best=-1: expected"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(changes, message):

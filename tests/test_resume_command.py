@@ -85,7 +85,7 @@ def test_resume_true_begins_a_run_where_there_is_none_and_does_nothing_where_it_
     assert "the run is finished, nothing is left to do" in capsys.readouterr().out
     arguments[0] = f"hydra.run.dir={tmp_path / 'new'}"
     assert call(train, ".", *arguments, "steps=0") == 1
-    assert "steps=0: give at least 1" in capsys.readouterr().err, "it goes about a new run"
+    assert "steps=0: expected a whole number" in capsys.readouterr().err, "it goes about a new run"
 
 
 @pytest.mark.parametrize(

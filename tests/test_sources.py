@@ -16,9 +16,9 @@ from hydra.utils import get_object, instantiate
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 import experiments.data
-from experiments.commandline import explain
 from experiments.data import files, huggingface, jsonl, parquet, splits, text, tokens
 from experiments.data.corpus import Sampler
+from experiments.explanations import explain
 from experiments.runs import RunError
 
 
@@ -240,7 +240,7 @@ def test_a_data_set_of_which_nothing_is_left_to_train_on_is_no_endless_loop(tmp_
         prefetch=0,
     )
     batches = data.batches(seed=0, batch_size=1, length=4)
-    with pytest.raises(ValueError, match="3 records, of which none can be trained on"):
+    with pytest.raises(RunError, match="3 records, of which none can be trained on"):
         next(batches)
 
 

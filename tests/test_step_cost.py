@@ -330,7 +330,7 @@ def test_a_run_records_its_cost_and_its_profile(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"start": 0, "steps": 1}, "trace.start=0: give at least 1; the first step compiles"),
+        ({"start": 0, "steps": 1}, "trace.start=0: expected a whole number, at least 1"),
         ({"start": 4, "steps": 3}, "trace.start=4 and trace.steps=3 do not fit steps=6"),
     ],
 )

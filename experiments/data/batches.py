@@ -93,7 +93,10 @@ class _OnlyFor:
         return self
 
     def __next__(self) -> Any:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except (ValueError, OSError, EOFError) as error:  # of a file that is read as we go
+            raise RunError(f"the data cannot be read: {error}") from error
 
     def get_state(self) -> dict[str, Any]:
         return {"position": self._batches.get_state(), "in": dict(self._about)}

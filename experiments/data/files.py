@@ -3,8 +3,11 @@
 import glob
 from pathlib import Path
 
+from experiments.memory import machine_bytes, readable
+
 # How much of a file an error message quotes.
 QUOTED = 40
+SURELY_FITS = 2**28  # bytes
 
 
 def find_files(path: str, *, endings: tuple[str, ...]) -> list[Path]:
@@ -22,6 +25,7 @@ def find_files(path: str, *, endings: tuple[str, ...]) -> list[Path]:
     Raises:
       FileNotFoundError: none is there, with what to give instead.
     """
+    path = str(path)  # a file may be called 2024
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
@@ -86,7 +90,26 @@ def read_text(file: Path, *, encoding: str) -> str:
         ) from error
     if "\0" in text:
         raise ValueError(_binary(file, raw.index(b"\0")))
-    return text
+    return text.removeprefix("\ufeff")  # the mark of the byte order
+
+
+def check_size(file: Path, size: int) -> None:
+    """Refuses what a compressed file holds beyond all measure.
+
+    Args:
+      file: that is read.
+      size: bytes found in it so far, or claimed by it.
+
+    Raises:
+      ValueError: more than half of the memory, or a thousand times the file.
+    """
+    there, packed = machine_bytes(), file.stat().st_size
+    much = there is not None and size > there // 2
+    if much or (size > SURELY_FITS and size > 1000 * packed):
+        raise ValueError(
+            f"{file} of {readable(packed)} unpacks to {readable(size)} or more: leave it out with "
+            "a glob, or split it"
+        )
 
 
 def _binary(file: Path, offset: int) -> str:

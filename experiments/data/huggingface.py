@@ -65,7 +65,7 @@ class Records:
         self._data = self._make()
         if state["stream"] is not None:
             self._data.load_state_dict(state["stream"])
-        self._records = iter(self._data)
+        self._records = _readable(self._data, self._where)
 
 
 def load(
@@ -121,11 +121,14 @@ def load(
             )
         return check_string(record[field], field=field, where=f"{where}, record {number}")
 
+    def judged_split() -> Iterator[Any]:
+        return _readable(open_split(validation_split or split), where)
+
     def apart(document: bytes) -> bool:
         return validation_split is not None or share(document, seed) < validation_fraction
 
     judged = _gather(
-        (text(r, n) for n, r in enumerate(open_split(validation_split or split), start=1)),
+        (text(r, n) for n, r in enumerate(judged_split(), start=1)),
         wanted=apart,
         size=validation_bytes,
     )
@@ -175,7 +178,8 @@ def load(
         return only_for(ahead(stream, prefetch=prefetch), about)
 
     def documents() -> Iterator[bytes]:
-        found = (to_train_on(r, n) for n, r in enumerate(open_split(split), start=1))
+        records = enumerate(_readable(open_split(split), where), start=1)
+        found = (to_train_on(r, n) for n, r in records)
         return (document for document in found if document)
 
     return Data(
@@ -257,6 +261,24 @@ def _open(path: str, name: str | None, data_files: Any, split: str, where: str) 
             "give data.path, data.name and data.split as its page on the Hub shows them, or "
             "data.path=json data.data_files=FILES for files of your own"
         ) from error
+
+
+def _readable(records: Any, where: str) -> Iterator[Any]:
+    """The records; what the library says of a damaged file, in one line."""
+    rest, number = iter(records), 0
+    while True:
+        try:
+            record = next(rest)
+        except StopIteration:
+            return
+        except Exception as error:  # of any of the libraries that read files
+            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{where}: after record {number} its files cannot be read ({told[:200]}): "
+                "repair that file, or name the others with data.data_files"
+            ) from error
+        number += 1
+        yield record
 
 
 def _gather(

@@ -32,9 +32,10 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
         where = f"{file}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers and nesting beyond measure
+            place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise ValueError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}). A file of JSON Lines "
+                f"{where}: not JSON ({getattr(error, 'msg', error)}{place}). A file of JSON Lines "
                 "has one whole object on each line: repair or drop the line"
             ) from error
         if not isinstance(record, dict):

@@ -1,13 +1,15 @@
 """Parquet: each row is a record, one column of it is a document."""
 
 from pathlib import Path
+from typing import Any
 
 from experiments.data.corpus import Data, Sampler, from_documents
-from experiments.data.files import check_string, find_files
+from experiments.data.files import check_size, check_string, find_files
 from experiments.data.packing import PACKED
 from experiments.data.splits import by_content
 
 ENDINGS = (".parquet",)
+ROWS = 128  # read at a time, so that what unpacks without end is noticed
 
 
 def read(file: Path, *, field: str) -> dict[str, bytes]:
@@ -38,16 +40,31 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
                     f"{file}: no column {field!r}; the columns are: {', '.join(names)}. "
                     "Give data.field=NAME"
                 )
-            column = table.read(columns=[field]).column(field).to_pylist()
+            check_size(file, _claimed(table.metadata, field))
+            documents, have = {}, 0
+            for batch in table.iter_batches(batch_size=ROWS, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    row = len(documents) + 1
+                    text = check_string(value, field=field, where=f"{file}, row {row}")
+                    documents[f"{file}:{row:09d}"] = text
+                    have += len(text)
+                check_size(file, have)
+            return documents
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as Parquet ({str(error).strip().splitlines()[0]}): "
             "copy it again if it was cut short, or leave it out with a glob"
         ) from error
-    return {
-        f"{file}:{row:09d}": check_string(value, field=field, where=f"{file}, row {row}")
-        for row, value in enumerate(column, start=1)
-    }
+
+
+def _claimed(metadata: Any, field: str) -> int:
+    """Bytes that a column unpacks to, as the file says."""
+    size = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.split(".")[0] == field:
+                size += column.total_uncompressed_size
+    return size
 
 
 def load(

@@ -1,0 +1,49 @@
+"""Hydra's record of a run: written when the run opens, so that a refused command leaves nothing.
+
+Hydra itself would write it before it calls us (`hydra.output_subdir` in conf/run_folder.yaml turns
+that off), over the record of a run that is there already, and where nothing comes of it.
+"""
+
+import contextlib
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+FOLDER = ".hydra"
+FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
+
+
+def write(folder: Path, cfg: DictConfig) -> None:
+    """Writes how a run was begun; nothing where Hydra did not begin it.
+
+    Args:
+      folder: of the run.
+      cfg: composed, its references as they are.
+    """
+    if not HydraConfig.initialized():
+        return
+    known = HydraConfig.instance().cfg
+    assert known is not None
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, node in zip(FILES, (cfg, known, known.hydra.overrides.task), strict=True):
+        OmegaConf.save(node, folder / FOLDER / name)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder in which no run was opened, and what it made empty above it.
+
+    Args:
+      folder: with nothing in it, or nothing but a record; any other is left alone, and so are
+        the folder that we are in and those above it.
+    """
+    with contextlib.suppress(OSError):
+        inside = [path.name for path in folder.iterdir()]
+        record = folder / FOLDER
+        if inside == [FOLDER] and {path.name for path in record.iterdir()} <= set(FILES):
+            for path in record.iterdir():
+                path.unlink()
+            record.rmdir()
+        while not Path.cwd().is_relative_to(folder):
+            folder.rmdir()
+            folder = folder.parent
