@@ -1,5 +1,6 @@
 """Bits per byte on fixed windows, a batch at a time."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -22,7 +23,7 @@ def reading(model: Model, batch: Mapping[str, jax.Array]) -> Model:
     """
     if "reset" not in batch:
         return model
-    return model._replace(apply=lambda params, tokens: model.apply(params, tokens, batch["reset"]))
+    return model._replace(apply=functools.partial(model.apply, reset=batch["reset"]))
 
 
 def bits_per_byte(

@@ -253,6 +253,44 @@ def test_mixers_with_adapters_run_in_pieces_and_forget_at_a_reset(name, double):
     )
 
 
+def test_an_adapted_mlp_is_the_mlp_and_what_is_beside_or_behind_it(double):
+    mlp, x = nn.swiglu(6, 4), normal(0, 5, 6)
+    for reads in ("input", "output"):
+        model = nn.adapted_mlp(hidden=3, reads=reads, biases=True)(mlp, 6)
+        start = model.init(KEY)
+        np.testing.assert_array_equal(model.apply(start, x), mlp.apply(start["layer"], x))
+        params = moved(start)
+        h = np.asarray(mlp.apply(params["layer"], x))
+        down, up = params["adapter"]["down"], params["adapter"]["up"]
+        source = x if reads == "input" else h
+        inner = np.maximum(source @ down["kernel"] + down["bias"], 0)
+        wanted = h + 4.0 * (inner @ up["kernel"] + up["bias"])
+        np.testing.assert_allclose(model.apply(params, x), wanted, rtol=1e-12)
+    assert "bias" not in nn.adapted_mlp()(mlp, 6).init(KEY)["adapter"]["up"]
+    with pytest.raises(ValueError, match="reads='both': give 'input' .* or 'output'"):
+        nn.adapted_mlp(reads="both")
+
+
+def test_the_mam_adapter_is_a_prefix_at_the_attention_and_an_adapter_at_the_mlp():
+    make = nn.mixers.attention
+    tokens = np.arange(10).reshape(2, 5)
+    plain = nn.decoder(11, 8, 2, mixer=make(heads=2, prefix=3))
+    mam = nn.decoder(11, 8, 2, mixer=make(heads=2, prefix=3), mlp_adapter=nn.adapted_mlp(hidden=4))
+    params = jax.jit(mam.init)(KEY)
+    mask = jp.marked(params, lambda path, leaf: "adapter" in path or "prefix" in path)
+    train, frozen = jp.split(params, mask)
+    (block,) = params["blocks"]
+    bare = {**params, "blocks": ({**block, "mlp": block["mlp"]["layer"]},)}
+    found, wanted = jax.jit(mam.apply)(params, tokens), jax.jit(plain.apply)(bare, tokens)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    loss = lambda train: jnp.sum(mam.apply(jp.combine(train, frozen), tokens) ** 2)  # noqa: E731
+    grads = {
+        jp.tree.path_of(k): g for k, g in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(train))
+    }
+    assert np.any(grads["blocks/0/mlp/adapter/up/kernel"] != 0)
+    assert len(jax.tree.leaves(train)) < len(jax.tree.leaves(frozen))
+
+
 def test_a_decoder_takes_them_and_computes_in_its_dtype():
     for mixer in MIXERS.values():
         model = nn.decoder(11, 8, 2, mixer=mixer, compute_dtype=jnp.bfloat16)

@@ -1,5 +1,7 @@
 """Emulated number formats against ml_dtypes, lists of all their numbers, and definitions."""
 
+import fractions
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,6 +19,7 @@ from jaxpara.weights.quant.formats import (
 )
 from jaxpara.weights.quant.rounding import RANDOM, UP
 
+KEY = jax.random.key(0)
 STORED = [name for name in FORMATS if name.startswith(("bfloat", "float"))]
 DETERMINISTIC = [mode for mode in UP if mode not in RANDOM]
 
@@ -199,11 +202,74 @@ def test_narrow_inputs_keep_their_dtype():
     np.testing.assert_array_equal(found, round_to(x.astype(jnp.float32), "float8_e4m3fn"))
 
 
+def test_float64_is_rounded_once():
+    exact = fractions.Fraction
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(2).standard_normal(400) * 2.0 ** np.arange(-150, 50, 0.5)
+        # A tie of the format that rounding to float32 on the way would make, and neighbours.
+        x = np.concatenate([draw, [1 + 2**-8 + 2.0**-40, 1 + 2**-8, 1 + 2**-8 - 2.0**-40]])
+        found = np.asarray(round_to(x, FloatFormat(8, 7)))
+        assert found.dtype == np.float64
+        for number, near in zip(x, found, strict=True):
+            unit = exact(2) ** (max(int(np.floor(np.log2(abs(number)))), -126) - 7)
+            assert exact(float(near)) == round(exact(float(number)) / unit) * unit
+        assert list(found[-3:]) == [1 + 2**-7, 1.0, 1.0]
+        np.testing.assert_array_equal(round_to(x, FloatFormat(11, 52)), x)
+        np.testing.assert_array_equal(round_to(x, "float16"), x.astype(np.float16).astype(float))
+        wide = np.asarray(round_to(x, FloatFormat(11, 30), rounding="zero"))
+        bits = (x.view(np.uint64) >> np.uint64(22)) << np.uint64(22)
+        np.testing.assert_array_equal(wide, bits.view(np.float64))
+        np.testing.assert_allclose(round_to(x, FixedFormat(20, 30))[-3:], x[-3:], atol=2**-31)
+        key = jax.random.key(0)
+        drawn = round_to(
+            np.full(4000, 1 + 2**-9), FloatFormat(8, 7), rounding="stochastic", key=key
+        )
+        assert set(np.unique(drawn)) == {1.0, 1 + 2**-7} and abs(np.mean(drawn > 1) - 0.25) < 0.03
+
+
+def test_a_format_without_a_limit_of_exponents_rounds_the_significand_alone():
+    x = every_bit_pattern(20_000)
+    x = x[np.isfinite(x)]
+    found = np.float64(np.asarray(round_to(x, FloatFormat(None, 7))))
+    fraction, exponent = np.frexp(np.float64(x))
+    wanted = np.ldexp(np.round(fraction * 2**8), exponent - 8)
+    # Beyond the largest float32, and below its last bit, the number itself has no more room.
+    wanted = np.float64(np.where(np.abs(wanted) >= 2.0**128, np.sign(x) * np.inf, wanted))
+    fine = np.ldexp(1.0, exponent - 8) >= 2.0**-149
+    np.testing.assert_array_equal(found[fine], wanted[fine])
+    np.testing.assert_array_equal(found[~fine], np.float64(x)[~fine])
+    # With float16's exponents the smallest and the largest ones are others.
+    limited = np.asarray(round_to(x, FloatFormat(5, 7)))
+    assert np.any(limited != found) and np.any(np.isinf(limited) & np.isfinite(found))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_number_formats_of_weights_under_x64(dtype):
+    with jax.enable_x64(True):
+        w = np.random.default_rng(0).standard_normal((8, 4)).astype(dtype)
+        for name in ("float8_e4m3fn", "mxfp4", FloatFormat(None, 4)):
+            t = jp.number_format(name)
+            state = t.attach(KEY, {"w": w})
+            found = t.effective(state)["w"]
+            single = np.asarray(w, np.float32)
+            assert found.dtype == dtype
+            wanted = jp.number_format(name).attach(KEY, {"w": single})
+            if dtype == "float32":
+                np.testing.assert_array_equal(found, t.effective(wanted)["w"])
+            else:  # no tie is near
+                np.testing.assert_allclose(found, t.effective(wanted)["w"], rtol=1e-15)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda x: round_to(x, "float9"), "format 'float9': give one of bfloat16, "),
         (lambda x: round_to(x, FloatFormat(9, 3)), "give 1 to 8 exponent, 0 to 23 significand"),
+        (lambda x: round_to(x, FloatFormat(11, 52)), "significand bits, or numbers in float64"),
+        (lambda x: round_to(x, FloatFormat(12, 3)), "give 1 to 8 exponent"),
+        (lambda x: round_to(x, FloatFormat(None, 3, specials="none")), "only\n?.*specials='ieee'"),
+        (lambda x: round_to(x, BlockFormat(FloatFormat(None, 3))), "give its exponent_bits"),
+        (lambda x: jp.number_format(FloatFormat(11, 52)).attach(KEY, {"w": x}), "in float64"),
         (lambda x: round_to(x, FloatFormat(4, 3, specials="inf")), "give one of .'ieee', 'nan'"),
         (lambda x: round_to(x, FloatFormat(4, 0, specials="nan")), "there is only one"),
         (lambda x: round_to(x, FloatFormat(1, 3)), "give exponent_bits=2"),
@@ -213,7 +279,6 @@ def test_narrow_inputs_keep_their_dtype():
         (lambda x: round_to(x, "int8", rounding="even"), "rounding='even': give one of 'nearest_e"),
         (lambda x: round_to(x, "int8", rounding="random"), "give key=jax.random.key"),
         (lambda x: round_to(x.astype(jnp.int32), "int8"), "dtype int32: give float32"),
-        (lambda x: jp.number_format("int8", rounding="stochastic"), "another weight at every look"),
         (lambda x: jp.number_format("int8", rounding="even"), "give one of 'nearest_even'"),
     ],
 )

@@ -287,3 +287,69 @@ def test_the_unit_grid_has_both_ends_and_rounds_to_the_nearest_step():
     assert narrow.dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="bits=1: give 2 to 16"):
         jp.weights.unit_grid(bits=1)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_operand_without_rows_has_a_product_without_rows(merged):
+    w, empty = normal(0, 8, 4), np.zeros((0, 8), np.float32)
+    for options in ({}, {"activations": 8}, {"group": 4}, {"group": 4, "activations": 8}):
+        t = jp.fake_quant(affine=True, **options)
+        state = t.attach(jax.random.key(0), {"w": w})
+        state = t.merge(state) if merged else state
+        run = jp.lift(lambda p, x: x @ p["w"])
+        assert run(state, empty).shape == (0, 4)
+        loss = lambda s, run=run: jnp.sum(run(s, empty))  # noqa: E731
+        slopes = jax.grad(loss, allow_int=True)(state)["w"]
+        assert all(np.all(s == 0) for s in jax.tree.leaves(slopes) if s.dtype == np.float32)
+        if merged:
+            assert jp.weights.quantised_dot(np.zeros((2, 0, 8), np.float32), state["w"]).size == 0
+
+
+@pytest.mark.parametrize("m", [1, 2, 8, 64])
+@pytest.mark.parametrize("affine", [False, True])
+def test_bfloat16_rows_of_any_number_are_multiplied_with_groups(m, affine):
+    t = jp.fake_quant(bits=8, group=4, affine=affine)
+    merged = t.merge(t.attach(jax.random.key(0), {"w": normal(0, 16, 6)}))
+    x = jnp.asarray(normal(1, m, 16), jnp.bfloat16)
+    wanted = np.float64(x) @ np.float64(t.effective(merged)["w"])
+    run = jax.jit(lambda x: jp.weights.quantised_dot(x, merged["w"]))
+    for found in (run(x), jp.lift(lambda p, x: x @ p["w"])(merged, x)):
+        # Float32's error although the operand has 8 bits: the weight is not rounded to its dtype.
+        np.testing.assert_allclose(found, wanted, atol=4e-6 * np.max(np.abs(wanted)))
+    (slope,) = jax.vjp(run, x)[1](jnp.ones((m, 6), jnp.float32))
+    exact = np.ones((m, 6)) @ np.float64(t.effective(merged)["w"]).T
+    np.testing.assert_allclose(np.float32(slope), exact, atol=2**-7 * np.max(np.abs(exact)))
+
+
+def test_a_weight_in_the_dtype_of_a_cast_is_rounded_to_it_as_in_the_dense_product():
+    t = jp.fake_quant(bits=8, group=4)
+    merged = t.merge(t.attach(jax.random.key(0), {"w": normal(0, 16, 6)}))
+    x = jnp.asarray(normal(1, 64, 16), jnp.bfloat16)
+    cast = jp.lift(
+        lambda p, x: jnp.matmul(x, p["w"].astype(x.dtype), preferred_element_type="float32")
+    )
+    dense = np.float64(np.asarray(jnp.asarray(t.effective(merged)["w"], jnp.bfloat16), np.float32))
+    wanted = np.float64(x) @ dense
+    np.testing.assert_allclose(cast(merged, x), wanted, atol=4e-6 * np.max(np.abs(wanted)))
+
+
+def test_the_report_says_what_no_kernel_takes():
+    def said(t, rows, columns, pack=True):
+        shape = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+        merged = jax.eval_shape(lambda w: t.merge(t.attach(jax.random.key(0), {"w": w})), shape)
+        merged = jax.eval_shape(jp.weights.pack, merged) if pack else merged
+        return str(t.report(merged, lambda p, x: x @ p["w"], jnp.ones((1, rows))))
+
+    assert "by XLA: 6 bits packed, and kernels unpack two in a byte" in said(
+        jp.fake_quant(bits=6), 256, 128
+    )
+    assert "by XLA: 2 bits packed" in said(jp.fake_quant(bits=2), 256, 128)
+    assert (
+        "128 of 128 rows, 128 columns, and kernels need multiples of 128 (packed, of 256"
+        in said(jp.fake_quant(bits=4), 128, 128)
+    )
+    assert "groups of 64 of 256 rows" in said(jp.fake_quant(bits=8, group=64), 256, 128)
+    assert "100 columns, and kernels need" in said(jp.fake_quant(bits=8), 256, 100)
+    assert "integers with integers, by XLA" in said(jp.flexq(), 256, 128)
+    for bits, pack in ((4, True), (8, True), (6, False)):
+        assert said(jp.fake_quant(bits=bits), 256, 128, pack).endswith("dot_general: rule")

@@ -2,6 +2,7 @@
 
 from jaxpara.nn import mixers as mixers
 from jaxpara.nn.adapters import adapted_mixer as adapted_mixer
+from jaxpara.nn.adapters import adapted_mlp as adapted_mlp
 from jaxpara.nn.adapters import bottleneck as bottleneck
 from jaxpara.nn.adapters import parallel_adapter as parallel_adapter
 from jaxpara.nn.adapters import sequential_adapter as sequential_adapter

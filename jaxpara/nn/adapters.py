@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpara.nn.layers import linear
@@ -24,17 +25,20 @@ def bottleneck(
     *,
     hidden: int = 16,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+    biases: bool = False,
 ) -> Model:
-    """`f(x) = activation(x W_down) W_up`, zero at the start.
+    """`f(x) = activation(x W_down + b_down) W_up + b_up`, zero at the start.
 
     Args:
       features: size of the last axis of the input.
       outputs: size of the last axis of the output.
       hidden: size between.
       activation: elementwise; the identity makes it LoRA's product.
+      biases: whether there are biases, as in both papers; they start at zero.
 
     Returns:
-      `init(key) -> {"down": {"kernel"}, "up": {"kernel"}}` and `apply(params, x[..., features])`.
+      `init(key) -> {"down": {"kernel"}, "up": {"kernel"}}`, with `bias` beside each kernel if there
+      are biases, and `apply(params, x[..., features])`.
 
     References: [houlsby].
     """
@@ -42,10 +46,18 @@ def bottleneck(
 
     def init(key):
         k_down, k_up = jax.random.split(key)
-        return {"down": down.init(k_down), "up": up.init(k_up)}
+        params = {"down": down.init(k_down), "up": up.init(k_up)}
+        if biases:
+            params["down"]["bias"] = jnp.zeros(hidden, jnp.float32)
+            params["up"]["bias"] = jnp.zeros(outputs, jnp.float32)
+        return params
+
+    def affine(layer, params, x):
+        y = layer.apply(params, x)
+        return y + params["bias"].astype(y.dtype) if biases else y
 
     def apply(params: dict, x: Float[Array, "*batch features"]) -> Float[Array, "*batch outputs"]:
-        return up.apply(params["up"], activation(down.apply(params["down"], x)))
+        return affine(up, params["up"], activation(affine(down, params["down"], x)))
 
     return Model(init, apply)
 
@@ -99,8 +111,49 @@ def sequential_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> M
     return Model(_both(layer, adapter), apply)
 
 
+def adapted_mlp(
+    *, hidden: int = 16, scale: float = 4.0, reads: str = "input", biases: bool = False
+) -> Callable[[Model, int], Model]:
+    """A bottleneck beside or behind an MLP, for `decoder(mlp_adapter=...)`.
+
+    The scaled parallel adapter of [unified_adapters] is the default. With `mixers.attention(
+    prefix=...)` it is their MAM adapter: a prefix at the attention, an adapter at the MLP.
+
+    Args:
+      hidden: size of the bottleneck.
+      scale: of what is added.
+      reads: the MLP's "input", a parallel adapter, or its "output", a sequential one.
+      biases: of the bottleneck.
+
+    Returns:
+      `(mlp, width) -> Model` with parameters `{"layer", "adapter"}`.
+
+    Raises:
+      ValueError: `reads` is neither.
+
+    References: [unified_adapters], [houlsby].
+    """
+    _check_reads(reads)
+    around = parallel_adapter if reads == "input" else sequential_adapter
+
+    def make(mlp: Model, width: int) -> Model:
+        return around(mlp, bottleneck(width, width, hidden=hidden, biases=biases), scale=scale)
+
+    return make
+
+
+def _check_reads(reads: str) -> None:
+    if reads not in ("input", "output"):
+        raise ValueError(f"reads={reads!r}: give 'input' for a parallel adapter, or 'output'")
+
+
 def adapted_mixer(
-    mixer: Callable[[int], Mixer], *, hidden: int = 16, scale: float = 1.0, reads: str = "input"
+    mixer: Callable[[int], Mixer],
+    *,
+    hidden: int = 16,
+    scale: float = 1.0,
+    reads: str = "input",
+    biases: bool = False,
 ) -> Callable[[int], Mixer]:
     """A token mixer with a bottleneck of the same position beside or behind it, for `decoder`.
 
@@ -109,6 +162,7 @@ def adapted_mixer(
       hidden: size of the bottleneck.
       scale: of what is added.
       reads: the mixer's "input", a parallel adapter, or its "output", a sequential one.
+      biases: of the bottleneck.
 
     Returns:
       A function from the decoder's width to a `Mixer` with parameters `{"layer", "adapter"}`.
@@ -118,13 +172,12 @@ def adapted_mixer(
 
     References: [unified_adapters], [houlsby].
     """
-    if reads not in ("input", "output"):
-        raise ValueError(f"reads={reads!r}: give 'input' for a parallel adapter, or 'output'")
+    _check_reads(reads)
 
     def make(width: int) -> Mixer:
         layer = mixer(width)
         features = width if reads == "input" else layer.outputs
-        adapter = bottleneck(features, layer.outputs, hidden=hidden)
+        adapter = bottleneck(features, layer.outputs, hidden=hidden, biases=biases)
 
         def start(params, batch_size, max_length, dtype):
             return layer.start(params["layer"], batch_size, max_length, dtype)

@@ -17,10 +17,17 @@ from jaxpara.nn.mixers import Mixer
 from jaxpara.types import Model
 
 MakeMixer = Callable[[int], Mixer]
+AdaptMlp = Callable[[Model, int], Model]
 
 
 def block(
-    width: int, mixer: MakeMixer, *, mlp_hidden: int, conv_taps: int = 4, depth: int = 1
+    width: int,
+    mixer: MakeMixer,
+    *,
+    mlp_hidden: int,
+    mlp_adapter: AdaptMlp | None = None,
+    conv_taps: int = 4,
+    depth: int = 1,
 ) -> Mixer:
     """One residual block: short convolution, mixer, gated residual, then a SwiGLU MLP.
 
@@ -28,6 +35,7 @@ def block(
       width: size of the residual stream.
       mixer: a function from the width to a `Mixer`.
       mlp_hidden: hidden size of the MLP.
+      mlp_adapter: see `decoder`.
       conv_taps: number of inputs that the convolution sees.
       depth: number of blocks in the stack; the two matrices that write to the stream start
         smaller by `sqrt(2 * depth)`, so that the stream's variance does not grow with depth.
@@ -41,6 +49,7 @@ def block(
     small = (2 * depth) ** -0.5
     gate, out = linear(width, mix.outputs), linear(mix.outputs, width, scale=small)
     mlp = swiglu(width, mlp_hidden, scale=small)
+    mlp = mlp if mlp_adapter is None else mlp_adapter(mlp, width)
 
     def init(key):
         keys = jax.random.split(key, 7)
@@ -78,6 +87,7 @@ def decoder(
     *,
     mixer: MakeMixer | Sequence[MakeMixer],
     mlp_hidden: int | None = None,
+    mlp_adapter: AdaptMlp | None = None,
     conv_taps: int = 4,
     tied: bool = False,
     compute_dtype: Any = jnp.float32,
@@ -94,6 +104,8 @@ def decoder(
         or a pattern, a sequence of them that is repeated over depth.
       mlp_hidden: hidden size of the MLPs; None takes 8/3 of the width, down to a multiple of
         16 where the width allows it.
+      mlp_adapter: a function from the MLP and the width to the MLP with an adapter, such as
+        `adapted_mlp()`; None leaves it as it is.
       conv_taps: number of inputs that the short convolutions see.
       tied: the embedding is also the output matrix.
       compute_dtype: of activations and matmuls; parameters, recurrences, norms and logits are
@@ -126,7 +138,15 @@ def decoder(
     if mlp_hidden is None:
         mlp_hidden = max(8 * width // 3 // 16 * 16, 16)
     blocks = tuple(
-        block(width, m, mlp_hidden=mlp_hidden, conv_taps=conv_taps, depth=layers) for m in pattern
+        block(
+            width,
+            m,
+            mlp_hidden=mlp_hidden,
+            mlp_adapter=mlp_adapter,
+            conv_taps=conv_taps,
+            depth=layers,
+        )
+        for m in pattern
     )
     embed, norm = embedding(vocab_size, width, scale=width**-0.5), rms_norm(width)
     head = linear(width, vocab_size)

@@ -1,5 +1,6 @@
 """What a sequence model is trained and judged on: nats for each next token."""
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -7,11 +8,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxpara.types import Loss, Model, Params
+from jaxpara.types import Key, Loss, Model, Params
 
 
 def _nats(
-    model: Model, params: Params, windows: Int[Array, "batch time_plus_one"]
+    model: Model,
+    params: Params,
+    windows: Int[Array, "batch time_plus_one"],
+    key: Key | None = None,
 ) -> Float[Array, "batch time"]:
     """`-log p(token_{t+1} | tokens up to t)` at every position of every window."""
     if windows.ndim != 2 or windows.shape[1] < 2:
@@ -19,7 +23,8 @@ def _nats(
             f"windows have shape {windows.shape}; give [batch, time + 1] tokens, at least two "
             "in a row: the last ones are targets only"
         )
-    logits = model.apply(params, windows[:, :-1])
+    options = {} if key is None else {"key": key}
+    logits = model.apply(params, windows[:, :-1], **options)
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
 
 
@@ -31,15 +36,17 @@ def next_token_loss(model: Model) -> Loss:
 
     Returns:
       `loss(params, windows[batch, time + 1], key) -> (nats, metrics)`, the metrics being
-      `loss` (nats for each token) and `bits_per_token`. The key is not used.
+      `loss` (nats for each token) and `bits_per_token`. The key goes to a model whose `apply` has
+        a `key=`, as reparameterised ones have for dropout and stochastic rounding.
 
     Raises:
       ValueError: from the loss, if windows are not `[batch, time + 1]` with time positive.
     """
 
+    random = "key" in inspect.signature(model.apply).parameters
+
     def loss(params, windows, key):
-        del key
-        mean = jnp.mean(_nats(model, params, windows))
+        mean = jnp.mean(_nats(model, params, windows, key if random else None))
         return mean, {"loss": mean, "bits_per_token": mean / jnp.log(2.0)}
 
     return loss

@@ -7,14 +7,15 @@ from jax import lax
 from jaxpara.tree import Where
 from jaxpara.weights import lora
 from jaxpara.weights.lora import LowRank, lead_and_window, low_rank
+from jaxpara.weights.precision import norm, unfused, wide
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Method, Term, contract, dense
+from jaxpara.weights.weight import Method, Term, dense, product
 
 
 def _sizes(settings: LowRank, v: jax.Array) -> jax.Array:
     """Norms of the columns, over the axes of the inputs."""
-    window = lead_and_window(settings, v.ndim)[1]
-    return jnp.sqrt(jnp.sum(v * v, axis=(*window, -2)))
+    axes = (*lead_and_window(settings, v.ndim)[1], -2)
+    return jnp.squeeze(norm(wide(v), axes), axes)
 
 
 def _init(settings: LowRank, key, base):
@@ -30,10 +31,10 @@ def _axes(settings: LowRank, ndim: int):
 def _scaling(settings: LowRank, base, parts):
     """`m / |V|`, the norm a constant of the derivative."""
     factors = lora.factors(settings, parts, base.shape)
-    added = factors.scale * contract(factors, tuple(range(-base.ndim, 0)))
-    sizes = lax.stop_gradient(_sizes(settings, base + added.astype(base.dtype)))
+    added = unfused(product(factors, tuple(range(-base.ndim, 0))))
+    sizes = lax.stop_gradient(_sizes(settings, wide(base) + added))
     # A column of zeros has no direction; it stays zero, as its magnitude was at the start.
-    share = parts["magnitude"] / jnp.where(sizes > 0, sizes, 1)
+    share = wide(parts["magnitude"]) / jnp.where(sizes > 0, sizes, 1)
     return Term(share, _axes(settings, base.ndim)["magnitude"])
 
 
@@ -65,9 +66,10 @@ def dora(
 
     References: [dora].
     """
+    settings = low_rank(rank, alpha, window=window)
     method = Method(
-        name=f"dora(rank={rank})",
-        settings=low_rank(rank, alpha, window=window),
+        name=f"dora(rank={settings.rank})",
+        settings=settings,
         init=_init,
         effective=None,
         factors=lora.factors,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxpara.tree import Where
 from jaxpara.weights.lora import every_axis
 from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.sizes import whole
 from jaxpara.weights.weight import Factors, Method, Term, shape_of
 
 
@@ -43,6 +44,7 @@ def ia3(*, axis: int = -1, where: Where = None) -> Reparam:
 
     References: [ia3].
     """
+    axis = whole(axis=axis)
     if axis not in (-1, -2):
         raise ValueError(f"axis={axis}: give -1 to scale the outputs or -2 to scale the inputs")
     method = Method(

@@ -40,7 +40,11 @@ class Report(NamedTuple):
             f"{len(self.leaves)} leaves; {self.parts:,} numbers in parts, {self.bases:,} in bases"
         ]
         for path, (methods, shape) in self.leaves.items():
-            uses = [f"{u.primitive}: {u.how}" for u in self.uses if u.path == path]
+            uses = [
+                f"{u.primitive}: {u.how}{u.remark and f' ({u.remark})'}"
+                for u in self.uses
+                if u.path == path
+            ]
             lines.append(
                 f"  {path} {list(shape)} {' > '.join(methods)}: {', '.join(uses) or 'not used'}"
             )
@@ -56,7 +60,8 @@ class _Call(NamedTuple):
 
 
 def _is_array(leaf: Any) -> bool:
-    kinds = (float, complex, np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
+    # NumPy's integers and truth values may be sizes and branches, as Python's are.
+    kinds = (float, complex, np.ndarray, np.inexact, jax.Array, jax.ShapeDtypeStruct)
     return isinstance(leaf, kinds)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxpara.tree import Where
 from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.sizes import whole
 from jaxpara.weights.weight import Factors, Method, Term, shape_of
 
 
@@ -19,11 +20,13 @@ class LowRank(NamedTuple):
       scale: s.
       window: the number of axes before the last two that belong to the matrix: A runs along them
         and B does not.
+      dropout: the probability with which an input of A is left out.
     """
 
     rank: int
     scale: float
     window: int = 0
+    dropout: float = 0.0
 
 
 def low_rank(
@@ -40,6 +43,7 @@ def low_rank(
     Raises:
       ValueError: the rank is not positive, or the window is negative.
     """
+    rank, window = whole(rank=rank), whole(window=window)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
     if window < 0:
@@ -80,6 +84,13 @@ def factors(settings: LowRank, parts, shape: tuple[int, ...]):
     return Factors(settings.scale, tuple(Term(parts[name], along[name]) for name in ("a", "b")))
 
 
+def dropped(settings: LowRank, key, shape: tuple[int, ...], parts):
+    """A without some of its inputs, the others larger by as much."""
+    a, kept = parts["a"], 1 - settings.dropout
+    mask = jax.random.bernoulli(key, kept, a.shape[:-1])[..., None]
+    return {**parts, "a": jnp.where(mask, a / kept, 0).astype(a.dtype)}
+
+
 def every_axis(settings: Any, ndim: int):
     """A slice along any axis is computed from slices."""
     return frozenset(range(-ndim, 0))
@@ -91,6 +102,7 @@ def lora(
     alpha: float | None = None,
     rank_stabilised: bool = False,
     window: int = 0,
+    dropout: float = 0.0,
     where: Where = None,
 ) -> Reparam:
     """Trains `A[.., in, r]` and `B[.., r, out]` in `W + s A B` and leaves `W` as it is.
@@ -106,20 +118,25 @@ def lora(
       window: of a convolution: how many axes before the last two its window has, 2 for
         `[height, width, in, out]`. The window then belongs to A, `A[.., window, in, r]`, and a
         convolution with the weight is one with A and a matmul; 0 makes adapters for each place.
+      dropout: the probability with which a call that is given a key, see `t.sample`, leaves an
+        input of A out; the others are scaled by `1 / (1 - dropout)`. The rows of a batch lose the
+        same inputs, those of each layer of a stack other ones: a dropped adapter is still a weight.
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
       The reparameterisation.
 
     Raises:
-      ValueError: the rank is not positive or the window negative; when attached: a leaf has fewer
-        axes.
+      ValueError: the rank is not positive, the window negative, or the dropout not in [0, 1); when
+        attached: a leaf has fewer axes.
 
     References: [lora], [rslora].
     """
-    settings = low_rank(rank, alpha, rank_stabilised, window)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: give a probability from 0 to below 1")
+    settings = low_rank(rank, alpha, rank_stabilised, window)._replace(dropout=float(dropout))
     method = Method(
-        name=f"lora(rank={rank})",
+        name=f"lora(rank={settings.rank})",
         settings=settings,
         init=init,
         effective=None,
@@ -127,5 +144,6 @@ def lora(
         axes=axes,
         separable=every_axis,
         freezes=True,
+        sample=dropped if dropout else None,
     )
     return reparam(method, where)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxpara.tree import Where
 from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.sizes import whole
 from jaxpara.weights.weight import Factors, Method, Term, Weight, shape_of
 
 
@@ -139,6 +140,8 @@ def mos(
 
     References: [mos].
     """
+    rank, budget = whole(rank=rank), whole(budget=budget)
+    shards, private = whole(shards=shards), whole(private=private)
     if min(rank, budget, shards) < 1:
         raise ValueError(f"rank={rank}, budget={budget}, shards={shards}: give at least 1")
     if not 0 <= private <= min(rank, budget):

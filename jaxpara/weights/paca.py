@@ -1,22 +1,30 @@
 """PaCA: some rows of a weight are trained, the others stay as they are. [paca]
 
-    W' = W + S D,  S[rows[k], k] = 1
+    W' = W + s S D,  S[rows[k], k] = 1
 
 The gradient of D needs of the input what D multiplies, `x[.., rows]`, and nothing else.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
+from jaxpara.weights.precision import narrowed, unfused, wide
 from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.sizes import whole
 from jaxpara.weights.weight import Factors, Method, Pick, Term, shape_of
 
 
-def _init(rank: int, key, base):
-    like = shape_of(base)
+class _Settings(NamedTuple):
+    rank: int
+    scale: float
+
+
+def _init(settings: _Settings, key, base):
+    like, rank = shape_of(base), settings.rank
     *lead, rows, columns = like.shape
     if rank > rows:
         raise ValueError(f"rank={rank} rows of a leaf of shape {like.shape}: give {rows} at most")
@@ -29,30 +37,33 @@ def _init(rank: int, key, base):
     return base, {"rows": chosen.reshape(*lead, rank), "update": update}
 
 
-def _axes(rank: int, ndim: int):
+def _axes(settings: _Settings, ndim: int):
     lead = tuple(range(-ndim, -2))
     return {"rows": (*lead, "row"), "update": (*lead, "row", -1)}
 
 
-def _factors(rank: int, parts, shape: tuple[int, ...]):
-    along = _axes(rank, len(shape))
+def _factors(settings: _Settings, parts, shape: tuple[int, ...]):
+    along = _axes(settings, len(shape))
     rows = Pick(parts["rows"], along["rows"], -2, shape[-2])
-    return Factors(1.0, (rows, Term(parts["update"], along["update"])))
+    return Factors(settings.scale, (rows, Term(parts["update"], along["update"])))
 
 
-def _separable(rank: int, ndim: int):
+def _separable(settings: _Settings, ndim: int):
     return frozenset(range(-ndim, 0)) - {-2}
 
 
-def _merge(rank: int, w, parts):
+def _merge(settings: _Settings, w, parts):
     # Written into its rows: a sum with zeros elsewhere would turn -0.0 into 0.0.
-    write = lambda w, rows, update: w.at[rows].add(update, unique_indices=True)  # noqa: E731
+    def write(w, rows, update):
+        moved = wide(w[rows]) + unfused(settings.scale * wide(update))
+        return w.at[rows].set(narrowed(moved, w.dtype), unique_indices=True)
+
     for _ in range(w.ndim - 2):
         write = jax.vmap(write)
     return write(jnp.asarray(w), parts["rows"], parts["update"])
 
 
-def paca(*, rank: int = 8, where: Where = None) -> Reparam:
+def paca(*, rank: int = 8, alpha: float | None = None, where: Where = None) -> Reparam:
     """Trains randomly chosen input rows of a weight, which are drawn once, when it is attached.
 
     The gradient is the full one restricted to these rows, and the backward pass keeps only the
@@ -60,7 +71,9 @@ def paca(*, rank: int = 8, where: Where = None) -> Reparam:
     frozen weight stays what it was, and several sets of rows can be kept beside it.
 
     Args:
-      rank: number of rows; leading axes of a leaf (layers, experts) have rows of their own.
+      rank: r, the number of rows; leading axes of a leaf (layers, experts) have rows of their own.
+      alpha: the change is scaled by `s = alpha / r`, as in the authors' code; None means `r`, so 1.
+        SGD then moves the rows `s^2` times as far, Adam `s` times.
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
@@ -71,11 +84,12 @@ def paca(*, rank: int = 8, where: Where = None) -> Reparam:
 
     References: [paca].
     """
+    rank = whole(rank=rank)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
     method = Method(
         name=f"paca(rank={rank})",
-        settings=rank,
+        settings=_Settings(rank, float((rank if alpha is None else alpha) / rank)),
         init=_init,
         effective=None,
         factors=_factors,

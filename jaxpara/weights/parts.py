@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpara import compat
 from jaxpara.tree import path_of
+from jaxpara.weights.trained import trainable, trains_itself
 from jaxpara.weights.weight import Pooled, Weight, is_pooled, is_weight
 
 
@@ -15,60 +17,78 @@ def _parts(weight: Weight) -> dict[str, Any]:
     return {**weight.parts, **inner}
 
 
-def _frozen(weight: Any) -> bool:
-    """Whether some method leaves the array below as it was."""
-    return is_weight(weight) and (weight.method.freezes or _frozen(weight.base))
+def owned(tree: Any) -> Any:
+    """The tree with copies of its arrays, which share no memory with anything else.
+
+    Args:
+      tree: any.
+
+    Returns:
+      The tree; values of a surrounding transform are left as they are.
+    """
+
+    def one(leaf):
+        return leaf.copy() if isinstance(leaf, jax.Array) and not compat.is_tracer(leaf) else leaf
+
+    return jax.tree.map(one, tree)
 
 
-def adapters(state: Any) -> dict[str, Any]:
-    """The parts of all reparameterised leaves, without the weights that they were added to.
+def adapters(state: Any, trained: Any = None) -> dict[str, Any]:
+    """What was trained beside frozen weights, without them.
 
     Args:
       state: from `t.attach`, trained or not.
+      trained: booleans in the structure of the state, where it was not `t.trainable(state)` that
+        said what is trained: biases and other leaves that a mask of your own added are saved too.
 
     Returns:
-      Nested dictionaries of arrays in the structure of the parameters, `{"blocks": {"kernel":
-      {"a": .., "b": ..}}}`; under a leaf `base` holds the parts of the method before, if any.
-      Of a state with pools: these as `params`, and `pools`.
+      Nested dictionaries of copied arrays in the structure of the parameters: the parts of every
+      reparameterised leaf, `{"blocks": {"kernel": {"a": .., "b": ..}}}`, and trained leaves as they
+      are; under a leaf `base` holds the parts of the method before, if any. Of a state with pools:
+      these as `params`, and `pools`.
 
     Raises:
       ValueError: no leaf is reparameterised, or one is whose own weight was trained too, which
         its parts cannot give back.
     """
+    mask = trainable(state) if trained is None else trained
     if is_pooled(state):
-        return {"params": adapters(state.params), "pools": dict(state.pools)}
+        return {"params": adapters(state.params, mask.params), "pools": owned(dict(state.pools))}
     found: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight):
-        if not is_weight(leaf):
-            continue
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight)
+    marks = jax.tree.leaves(mask, is_leaf=is_weight)
+    if not any(is_weight(leaf) for _, leaf in leaves):
+        raise ValueError("adapters: no leaf of the state is reparameterised: t.attach makes some")
+    for (keys, leaf), marked in zip(leaves, marks, strict=True):
         path = path_of(keys)
-        if not _frozen(leaf):
+        if is_weight(leaf) and trains_itself(marked):
             raise ValueError(
                 f"adapters: {leaf.method.name} trains the weight {path!r} itself, so its parts "
                 "alone do not give it back: save the whole state, or what t.merge gives"
             )
+        if not (is_weight(leaf) or marked):
+            continue
+        kept = owned(_parts(leaf) if is_weight(leaf) else leaf)
         *outer, last = path.split("/")
         node = found
         for name in outer:
             node = node.setdefault(name, {})
         if last:
-            node[last] = _parts(leaf)
+            node[last] = kept
         else:  # the tree is one leaf
-            found = _parts(leaf)
-    if not found:
-        raise ValueError("adapters: no leaf of the state is reparameterised: t.attach makes some")
+            found = kept
     return found
 
 
 def with_adapters(state: Any, adapters: dict[str, Any]) -> Any:
-    """A state with saved parts in the place of its own: undoes `adapters`.
+    """A state with saved parts and leaves in the place of its own: undoes `adapters`.
 
     Args:
       state: from `t.attach` on the weights that the parts belong to; the key is of no matter.
       adapters: as from `adapters`; arrays of any kind.
 
     Returns:
-      The state.
+      The state, with copies of the arrays.
 
     Raises:
       ValueError: a part is missing, is not of this state, or has another shape.
@@ -84,11 +104,11 @@ def with_adapters(state: Any, adapters: dict[str, Any]) -> Any:
                 f"with_adapters: {where!r} has shape {jnp.shape(new)} and the state wants "
                 f"{part.shape}: attach with the settings that it was trained with"
             )
-        return jnp.asarray(new, part.dtype)
+        return jnp.array(new, part.dtype)
 
     def replaced(weight: Any, path: str) -> Any:
         if not is_weight(weight):
-            return weight
+            return taken(path, weight) if path in given else owned(weight)
         inside = f"{path}/" if path else ""
         parts = {name: taken(inside + name, part) for name, part in weight.parts.items()}
         return dataclasses.replace(weight, base=replaced(weight.base, inside + "base"), parts=parts)

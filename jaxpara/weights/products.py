@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxpara import compat
 from jaxpara.weights.lazy import Lazy, final_axes, is_lazy, moved, transposed
+from jaxpara.weights.precision import multiplied_as, narrowed, wide
 from jaxpara.weights.weight import (
     Axes,
     Factors,
@@ -21,6 +22,7 @@ from jaxpara.weights.weight import (
     contract,
     dense,
     is_weight,
+    product,
     shape_of,
     spread,
 )
@@ -51,8 +53,8 @@ def scaling_of(lazy: Lazy) -> Term | None:
     method = lazy.weight.method
     if method.scaling is None:
         return None
-    found = method.scaling(method.settings, dense(lazy.weight.base), lazy.weight.parts)
-    return _cast(lazy, found)
+    # Not cast as the weight is: the product is rounded once, after it is scaled.
+    return method.scaling(method.settings, dense(lazy.weight.base), lazy.weight.parts)
 
 
 def base_of(lazy: Lazy) -> Any:
@@ -67,9 +69,11 @@ def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None
     side = 1 if is_lazy(operands[1]) else 0
     lazy = operands[side]
-    other = operands[1 - side]
+    other = jnp.asarray(operands[1 - side])
     if not additive(lazy):
         return _own_product(walk, eqn, lazy, side, other)
+    # No rule scales or sums in a dtype in which the dense product would not multiply.
+    other = other.astype(multiplied_as(other.dtype, eqn.invars[side].aval.dtype))
     contracting, batch = eqn.params["dimension_numbers"]
     axes: list[Any] = list(final_axes(lazy))
     # The operand's own axes get names; shared ones are those of the weight.
@@ -129,7 +133,10 @@ def _own_product(walk: Any, eqn: Any, lazy: Lazy, side: int, x: Any) -> list[Any
     fits = fits and tuple(axes[i] for i in batch[side]) == lead and _batched(weight, lead)
     if method.product is None or not fits:
         return None
-    walk.note(eqn, lazy, "rule")
+    remark = "" if method.remark is None else method.remark(method.settings, weight)
+    walk.note(eqn, lazy, "rule", remark)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(multiplied_as(x.dtype, eqn.invars[side].aval.dtype))
     own = (*batch[1 - side], *contracting[1 - side])
     free = [i for i in range(jnp.ndim(x)) if i not in own]
     x = jnp.transpose(x, (*batch[1 - side], *free, *contracting[1 - side]))
@@ -179,10 +186,8 @@ def gather(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
         )
 
     base = base_of(lazy)
-    if is_lazy(base):
-        (total,) = walk.step(eqn, [base, indices])
-    else:
-        total = taken(base)
+    (own,) = walk.step(eqn, [base, indices]) if is_lazy(base) else (taken(base),)
+    total = wide(own)
     batch = tuple(f"row {i}" for i in range(indices.ndim - 1))
     out = (*batch, -1)
 
@@ -198,9 +203,8 @@ def gather(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
     factors = factors_of(lazy)
     if factors.terms:
-        added = contract(factors._replace(terms=tuple(map(rows_of, factors.terms))), out)
-        total = total + (factors.scale * added).astype(total.dtype)
+        total = total + product(factors._replace(terms=tuple(map(rows_of, factors.terms))), out)
     scaling = scaling_of(lazy)
     if scaling is not None:
-        total = (total * spread(rows_of(scaling), out)).astype(total.dtype)
-    return [total]
+        total = total * spread(rows_of(scaling), out)
+    return [narrowed(total, own.dtype)]

@@ -4,22 +4,25 @@
 """
 
 import dataclasses
-import hashlib
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxpara.tree import Where, is_matrix, path_of, select
+from jaxpara.tree import Where, is_matrix, matcher, path_of, select
 from jaxpara.types import Key, Model, Params
+from jaxpara.weights import trained
 from jaxpara.weights.lift import Report, lift, report
+from jaxpara.weights.parts import owned
+from jaxpara.weights.sampling import key_of, sampled
 from jaxpara.weights.weight import (
     Method,
     Pooled,
     Weight,
     dense,
-    is_pooled,
     is_weight,
     resolved,
     unresolved,
@@ -27,10 +30,17 @@ from jaxpara.weights.weight import (
 
 
 class Member(NamedTuple):
-    """One method and the leaves that it is for."""
+    """One method and the leaves that it is for.
+
+    Attributes:
+      method: how.
+      where: which leaves.
+      optional: whether it may be that there are none.
+    """
 
     method: Method
     where: Where
+    optional: bool = False
 
 
 class Reparam(NamedTuple):
@@ -49,7 +59,9 @@ class Reparam(NamedTuple):
           model: any; its functions must take the parameters first.
 
         Returns:
-          The model; `init` makes parameters and attaches to them.
+          The model; `init` makes parameters and attaches to them. Its functions take a `key=`, from
+          which dropout and stochastic rounding draw, see `sample`; without one they are
+          deterministic. A model that takes a `key=` itself gets the same one.
         """
 
         def init(key: Key) -> Any:
@@ -57,7 +69,7 @@ class Reparam(NamedTuple):
             return self.attach(k_attach, model.init(k_params))
 
         lifted = [
-            None if function is None else lift(function)
+            None if function is None else self._keyed(function)
             for function in (model.apply, model.start, model.run)
         ]
         assert lifted[0] is not None
@@ -65,6 +77,10 @@ class Reparam(NamedTuple):
 
     def attach(self, key: Key, params: Params) -> Any:
         """Puts the parts beside existing parameters.
+
+        The state has copies of the arrays, so either may be donated and the other lives on. Where
+        the parameters are not needed any more, `jax.jit(t.attach, donate_argnums=1)` hands their
+        memory over instead.
 
         Args:
           key: random; each leaf draws from it by its path, so the order of leaves is of no matter.
@@ -75,19 +91,24 @@ class Reparam(NamedTuple):
 
         Raises:
           ValueError: a member selects nothing (names the leaves that come near), or a leaf that is
-            not a floating array of two or more axes.
+            not an array of two or more axes and of floats of 16 bits or more.
         """
         state: Any = params
         pools: dict[str, jax.Array] = {}
         for i, member in enumerate(self.members):
             # Patterns speak of the leaves of the parameters, whatever came before.
-            selected = select(params, member.where)
+            selected = _selected(member, params)
             for path, leaf in selected.items():
                 if not is_matrix(leaf):
                     raise ValueError(
                         f"{member.method.name} needs a floating array of two or more axes; where="
                         f"{member.where!r} also selects {path!r}, of shape {jnp.shape(leaf)} and "
                         f"dtype {jnp.result_type(leaf)}: narrow it"
+                    )
+                if jnp.dtype(leaf.dtype).itemsize < 2:
+                    raise ValueError(
+                        f"{member.method.name} needs floats of 16 bits or more; {path!r} has dtype "
+                        f"{leaf.dtype}: cast it first, for example with .astype(jax.numpy.bfloat16)"
                     )
             found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight)
             leaves = {
@@ -103,7 +124,41 @@ class Reparam(NamedTuple):
                 state,
                 is_leaf=is_weight,
             )
-        return Pooled(state, pools) if pools else state
+        return owned(Pooled(state, pools) if pools else state)
+
+    def _keyed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        lifted, own = lift(function), "key" in inspect.signature(function).parameters
+
+        @functools.wraps(lifted)
+        def call(state, *inputs, key=None, **more):
+            if own and key is not None:
+                more["key"] = key
+            return lifted(state if key is None else self.sample(state, key), *inputs, **more)
+
+        # What a caller sees: the function's own parameters, and the key.
+        signature = inspect.signature(function)
+        named = inspect.Parameter("key", inspect.Parameter.KEYWORD_ONLY, default=None)
+        if not own:
+            before = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+            after = [p for p in signature.parameters.values() if p.kind == p.VAR_KEYWORD]
+            signature = signature.replace(parameters=[*before, named, *after])
+        call.__signature__ = signature
+        return call
+
+    def sample(self, state: Any, key: Key) -> Any:
+        """The state of one step, with the random choices of methods made: dropout, rounding.
+
+        `jp.lift(f)(t.sample(state, key), x)` sees one weight wherever it uses a leaf, the one that
+        `t.effective(t.sample(state, key))` has. What is trained and merged is the state itself.
+
+        Args:
+          state: from `attach`.
+          key: random, another one for each step.
+
+        Returns:
+          The state; itself where no method draws anything.
+        """
+        return sampled(state, key)
 
     def effective(self, state: Any) -> Params:
         """The dense weights: the definition of everything else here.
@@ -136,7 +191,11 @@ class Reparam(NamedTuple):
         return total
 
     def trainable(self, state: Any) -> Any:
-        """What is trained: what the last freezing member leaves, and what came after it.
+        """What is trained, as a mask for `jp.split`.
+
+        A method that freezes does so to the leaves that it matched: a leaf of another member of a
+        chain is trained as that one alone would train it. Leaves that no member matched are trained
+        where no member freezes.
 
         Args:
           state: from `attach`.
@@ -144,31 +203,7 @@ class Reparam(NamedTuple):
         Returns:
           Booleans in the structure of the state; true on floating arrays only.
         """
-        freezing = any(member.method.freezes for member in self.members)
-
-        def floating(leaf):
-            return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
-
-        def mask(leaf):
-            if not is_weight(leaf):
-                return floating(leaf) and not freezing
-            base = mask(leaf.base)
-            if leaf.method.freezes:
-                base = jax.tree.map(lambda _: False, base)
-            return dataclasses.replace(leaf, base=base, parts=jax.tree.map(floating, leaf.parts))
-
-        def pools(leaf):
-            if not is_weight(leaf):
-                return set()
-            below = set() if leaf.method.freezes else pools(leaf.base)
-            return below | {name for _, name in leaf.shared}
-
-        if is_pooled(state):
-            leaves = jax.tree.leaves(state.params, is_leaf=is_weight)
-            trained = set().union(*map(pools, leaves))
-            known = {name: name in trained and floating(p) for name, p in state.pools.items()}
-            return Pooled(jax.tree.map(mask, state.params, is_leaf=is_weight), known)
-        return jax.tree.map(mask, state, is_leaf=is_weight)
+        return trained.trainable(state)
 
     def merge(self, state: Any) -> Any:
         """What is deployed: plain arrays, or integers with their scales.
@@ -201,6 +236,15 @@ class Reparam(NamedTuple):
         return report(function, state, *inputs)
 
 
+def _selected(member: Member, params: Params) -> dict[str, Any]:
+    if member.optional:
+        wanted = matcher(member.where)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        if not any(wanted(path_of(keys), leaf) for keys, leaf in leaves):
+            return {}
+    return select(params, member.where)
+
+
 def _attached(method: Method, key: Key, leaves: Mapping[str, Any]):
     """The weights in the place of leaves, and the pools of those that have parts in common."""
     if method.share is not None:
@@ -209,12 +253,12 @@ def _attached(method: Method, key: Key, leaves: Mapping[str, Any]):
     assert method.init is not None
     weights = {}
     for path, leaf in leaves.items():
-        number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
         try:
-            made = method.init(method.settings, jax.random.fold_in(key, number), leaf)
+            made = method.init(method.settings, key_of(key, path), leaf)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
-        weights[path] = Weight(*made, method)
+        base, parts, *own = made
+        weights[path] = Weight(base, parts, own[0] if own else method)
     return weights, {}
 
 

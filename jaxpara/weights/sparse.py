@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxpara.tree import Where
 from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.sizes import whole
 from jaxpara.weights.weight import Method, dense, shape_of
 
 
@@ -115,6 +116,7 @@ def _leading(settings: _Settings, ndim: int):
 
 
 def _checked(n: int, m: int, decay: float = 0.0) -> _Settings:
+    n, m = whole(n=n), whole(m=m)
     if not 1 <= n <= m:
         raise ValueError(f"n={n}, m={m}: of each group of m weights n remain, with 1 <= n <= m")
     if decay < 0:

@@ -26,11 +26,13 @@ class Use(NamedTuple):
       path: of the leaf.
       primitive: that uses it.
       how: "rule" or "densified".
+      remark: of the method on how its rule runs, or nothing.
     """
 
     path: str
     primitive: str
     how: str
+    remark: str = ""
 
 
 class Walk:
@@ -39,9 +41,9 @@ class Walk:
     def __init__(self, uses: dict[Any, Use]):
         self.uses = uses
 
-    def note(self, eqn: Any, lazy: Lazy, how: str) -> None:
-        name = eqn.primitive.name
-        self.uses.setdefault((id(eqn), lazy.path, how), Use(lazy.path, name, how))
+    def note(self, eqn: Any, lazy: Lazy, how: str, remark: str = "") -> None:
+        use = Use(lazy.path, eqn.primitive.name, how, remark)
+        self.uses.setdefault((id(eqn), lazy.path, how), use)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         env: dict[Any, Any] = {}

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from jaxpara.weights.precision import narrowed, unfused, wide
 
 Axes = tuple[int | str, ...]
 """The axes of a part: negative numbers are axes of the weight, names are its own."""
@@ -73,7 +74,8 @@ class Method(NamedTuple):
       name: for reports.
       settings: a hashable value, handed to every function below.
       init: `(settings, key, base) -> (base, parts)`, the base as it is kept; must leave the
-        effective weight as it is, or as close as the method allows.
+        effective weight as it is, or as close as the method allows. A third value is the method
+        of this leaf, where the base as it is kept does not tell its dtype.
       effective: `(settings, dense base, parts) -> dense`; None for additive methods.
       factors: `(settings, parts, shape of the weight) -> Factors`; None for the others.
       axes: `(settings, ndim) -> axes of each part`.
@@ -82,10 +84,13 @@ class Method(NamedTuple):
       freezes: whether the base is left as it is while the parts are trained.
       merge: `(settings, dense base, parts) -> Weight | dense`, what is deployed; None means
         the effective weight.
-      product: `(settings, x, base, parts, cast, **options) -> x @ W` for `x[.., rows]` and a weight
-        of two axes, if the method multiplies in a way of its own: `base` as it is kept, `cast` for
-        the weight's dtype in the function, `options` of `jnp.matmul`. It keeps what it keeps for
-        the backward pass; the rule is met where the axis -2 is contracted.
+      product: `(settings, x, base, parts, cast, **options) -> x @ W` for a floating `x[.., rows]`
+        and a weight of two axes, if the method multiplies in a way of its own: `base` as it is
+        kept, `cast` for the weight's dtype in the function, `options` of `jnp.matmul`. It keeps
+        what it keeps for the backward pass; the rule is met where the axis -2 is contracted.
+      sample: `(settings, key, shape of the weight, parts) -> parts` with the random choices of one
+        call made; None for methods without any.
+      remark: `(settings, weight) -> text`, what a report says of `product`; may be empty.
       scaling: `(settings, dense base, parts) -> Term`, by which an additive weight is multiplied
         in the end.
       penalty: `(settings, dense base, parts) -> scalar`, to be added to the loss.
@@ -96,7 +101,7 @@ class Method(NamedTuple):
 
     name: str
     settings: Any
-    init: Callable[..., tuple[Any, dict[str, jax.Array]]] | None
+    init: Callable[..., tuple[Any, ...]] | None
     effective: Callable[..., jax.Array] | None
     factors: Callable[..., Factors] | None
     axes: Callable[..., Mapping[str, Axes]]
@@ -107,6 +112,8 @@ class Method(NamedTuple):
     scaling: Callable[..., Term] | None = None
     penalty: Callable[..., jax.Array] | None = None
     share: Callable[..., Any] | None = None
+    sample: Callable[..., dict[str, jax.Array]] | None = None
+    remark: Callable[..., str] | None = None
 
 
 @functools.partial(
@@ -159,32 +166,24 @@ def dense(weight: Any) -> jax.Array:
         return method.effective(method.settings, base, weight.parts)
     assert method.factors is not None
     factors = method.factors(method.settings, weight.parts, base.shape)
-    whole, total = tuple(range(-base.ndim, 0)), base
+    whole, total = tuple(range(-base.ndim, 0)), wide(base)
     if factors.terms:
-        added = factors.scale * contract(factors, whole).astype(base.dtype)
         # The product is rounded before the sum in every program: a fused multiply-add in one and
         # not in another would put a quantiser that follows on two sides of a tie.
-        total = base + unfused(added)
+        total = total + unfused(product(factors, whole))
     if method.scaling is not None:
         scaling = method.scaling(method.settings, base, weight.parts)
-        total = (total * spread(scaling, whole)).astype(base.dtype)
-    return total
+        total = total * spread(scaling, whole).astype(total.dtype)
+    return narrowed(total, base.dtype)
 
 
-def unfused(x: jax.Array) -> jax.Array:
-    """A product that is rounded before it is added to something, in every program.
+def product(factors: Factors, over: Axes) -> jax.Array:
+    """What an additive method adds, in float32 or wider."""
 
-    XLA's CPU compiler makes a multiply-add of the two in one program and not in another, and an
-    `optimization_barrier` does not keep it from that in JAX 0.10.2; two comparisons in between do.
+    def one(term):
+        return term if isinstance(term, Pick) else term._replace(array=wide(term.array))
 
-    Args:
-      x: the product, floating.
-
-    Returns:
-      The same, infinities as the largest finite numbers.
-    """
-    most = jnp.finfo(x.dtype).max
-    return lax.clamp(jnp.asarray(-most, x.dtype), x, jnp.asarray(most, x.dtype))
+    return factors.scale * contract(factors._replace(terms=tuple(map(one, factors.terms))), over)
 
 
 def spread(term: Term, over: Axes) -> jax.Array:

@@ -10,14 +10,15 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels.dispatch import first_that_works
 from pallas_kernels.quantised_dot import reference
+from pallas_kernels.quantised_dot.packing import refusal
 from pallas_kernels.quantised_dot.reference import integer_dot
 
-__all__ = ["integer_dot", "quantised_dot"]
+__all__ = ["integer_dot", "quantised_dot", "refusal"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _kernel(run, bits: int, precision: Any, *operands):
-    return _folded(functools.partial(run, bits=bits))(*operands)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _kernel(run, options: tuple[tuple[str, Any], ...], *operands):
+    return _folded(functools.partial(run, bits=dict(options)["bits"]))(*operands)
 
 
 def _folded(run):
@@ -46,28 +47,24 @@ def _folded(run):
     return call
 
 
-def _forward(run, bits, precision, *operands):
-    return _kernel(run, bits, precision, *operands), operands
+@_kernel.defjvp
+def _(run, options, primals, tangents):
+    plain = functools.partial(reference.quantised_dot, **dict(options))
+    out = _kernel(run, options, *primals)
+    # What is computed from the integers is computed again where the derivative is transposed.
+    return out, jax.jvp(jax.checkpoint(plain), primals, tangents)[1].astype(out.dtype)
 
 
-def _backward(run, bits, precision, operands, cotangent):
-    plain = functools.partial(reference.quantised_dot, bits=bits, precision=precision)
-    return jax.vjp(plain, *operands)[1](cotangent)
-
-
-_kernel.defvjp(_forward, _backward)
-
-
-def _mosaic_tpu(x, values, scale, offset, *, bits: int, precision: Any):
+def _mosaic_tpu(x, values, scale, offset, **options: Any):
     from pallas_kernels.quantised_dot import tpu  # Pallas takes long to import
 
-    return _kernel(tpu.quantised_dot, bits, precision, *_given(x, values, scale, offset))
+    return _kernel(tpu.quantised_dot, tuple(options.items()), *_given(x, values, scale, offset))
 
 
-def _mosaic_gpu(x, values, scale, offset, *, bits: int, precision: Any):
+def _mosaic_gpu(x, values, scale, offset, **options: Any):
     from pallas_kernels.quantised_dot import gpu  # Pallas takes long to import
 
-    return _kernel(gpu.quantised_dot, bits, precision, *_given(x, values, scale, offset))
+    return _kernel(gpu.quantised_dot, tuple(options.items()), *_given(x, values, scale, offset))
 
 
 def _given(*operands):
@@ -82,6 +79,7 @@ def quantised_dot(
     *,
     bits: int,
     precision: Any = None,
+    dtype: Any = None,
     implementation: None | str | Sequence[str] = None,
 ) -> jax.Array:
     """`x @ (values * scale + offset)`, differentiable in `x`, the scale and the offset.
@@ -93,6 +91,7 @@ def quantised_dot(
       offset: as the scale, or None.
       bits: of the integers.
       precision: of the product, as for `jnp.matmul`.
+      dtype: of the weight that the integers stand for; None: that of the scale.
       implementation: `"mosaic_gpu"`, `"mosaic_tpu"`, `"xla"`, or names in order; None: the
         best for the platform.
 
@@ -108,5 +107,7 @@ def quantised_dot(
         "mosaic_tpu": _mosaic_tpu,
         "xla": reference.quantised_dot,
     }
-    run = first_that_works(known, implementation, platform=jax.default_backend())
-    return run(x, values, scale, offset, bits=bits, precision=precision)
+    # No kernel takes an array without rows.
+    wanted = implementation if len(x) else "xla"
+    run = first_that_works(known, wanted, platform=jax.default_backend())
+    return run(x, values, scale, offset, bits=bits, precision=precision, dtype=dtype)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import mosaic_gpu
-from pallas_kernels.quantised_dot.packing import width
+from pallas_kernels.quantised_dot.packing import refusal
 from pallas_kernels.quantised_dot.reference import wide, with_offset
 
 # Rows of the result, columns of it, and rows of the weight in a step.
@@ -50,18 +50,13 @@ def quantised_dot(
     """
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"x of {x.dtype}: tensor cores take bfloat16 and float16")
-    halves = 1
-    if values.dtype == jnp.uint8:
-        if width(bits) != 4:
-            raise NotImplementedError(f"{bits} bits packed: this kernel unpacks two in a byte")
-        halves = 2
+    packed = values.dtype == jnp.uint8
+    reason = refusal(values.shape, groups=scale.shape[0], packed=packed, bits=bits)
+    if reason:
+        raise NotImplementedError(reason)
+    halves = 2 if packed else 1
     (m, rows), columns = x.shape, values.shape[1]
     group, span = rows // scale.shape[0], rows // halves
-    if group % _DEEP or span % _DEEP or columns % _ACROSS:
-        raise NotImplementedError(
-            f"groups of {group} of {rows} rows, {columns} columns: this kernel needs multiples of "
-            f"{_DEEP} (packed, of {halves * _DEEP} rows) and {_ACROSS}"
-        )
     padded = jnp.pad(x, ((0, -m % _TALL), (0, 0)))
     gpu = mosaic_gpu()
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 WIDTHS = (2, 4, 6, 8)
+# Rows of a group, rows of a half of packed ones, and columns: kernels take multiples of it.
+KERNEL_SIZES = 128
 
 
 def width(bits: int) -> int:
@@ -51,6 +53,29 @@ def rows_of(packed_rows: int, bits: int) -> int:
       Their number.
     """
     return packed_rows * 8 // width(bits)
+
+
+def refusal(shape: tuple[int, int], *, groups: int, packed: bool, bits: int) -> str:
+    """Why the kernels leave a weight to XLA.
+
+    Args:
+      shape: rows and columns of the integers as they are kept.
+      groups: of rows that share a scale.
+      packed: whether they are bytes that hold several.
+      bits: of the integers.
+
+    Returns:
+      One line; empty where the kernels take it.
+    """
+    if packed and width(bits) != 4:
+        return f"{bits} bits packed, and kernels unpack two in a byte"
+    rows = rows_of(shape[0], bits) if packed else shape[0]
+    sizes = rows // groups, rows // 2 if packed else rows, shape[1]
+    if any(size % KERNEL_SIZES for size in sizes):
+        each = f"groups of {sizes[0]} of {rows} rows, {shape[1]} columns"
+        halves = f" (packed, of {2 * KERNEL_SIZES} rows)" if packed else ""
+        return f"{each}, and kernels need multiples of {KERNEL_SIZES}{halves}"
+    return ""
 
 
 def pack(values: jax.Array, bits: int) -> jax.Array:

@@ -1,5 +1,7 @@
 """A matmul with integer weights as XLA does it; what the kernels are held against."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +16,7 @@ def quantised_dot(
     *,
     bits: int,
     precision=None,
+    dtype: Any = None,
 ) -> jax.Array:
     """`x @ (values * scale + offset)`, the scales after the sum where that costs less.
 
@@ -24,6 +27,8 @@ def quantised_dot(
       offset: as the scale, or None.
       bits: of the integers.
       precision: of the product, as for `jnp.matmul`.
+      dtype: of the weight that the integers stand for; None: that of the scale. Where the weight
+        is built, it is not rounded to less than that.
 
     Returns:
       `[m, columns]` in `x`'s dtype or float32, whichever is wider.
@@ -39,11 +44,13 @@ def quantised_dot(
         dense = weights.astype(out) * scale[:, None].astype(out)
         if offset is not None:
             dense = dense + offset[:, None].astype(out)
-        return jnp.matmul(x, dense.reshape(rows, columns).astype(x.dtype), **options)
-    # Integers of 8 bits are exact in every floating dtype down to bfloat16.
-    parts = x.reshape(m, groups, rows // groups)
-    sums = jnp.einsum("mgk,gkn->mgn", parts, weights.astype(x.dtype), **options)
-    total = jnp.sum(sums * scale.astype(out), axis=1)
+        dtype = jnp.promote_types(x.dtype, scale.dtype if dtype is None else dtype)
+        return jnp.matmul(x, dense.reshape(rows, columns).astype(dtype), **options)
+    # Integers of 8 bits are exact in every floating dtype down to bfloat16. The groups come first:
+    # XLA has no product of bfloat16 with float32 sums on a CPU whose batch is another axis.
+    parts = jnp.swapaxes(x.reshape(m, groups, rows // groups), 0, 1)
+    sums = jnp.matmul(parts, weights.astype(x.dtype), **options)
+    total = jnp.sum(sums * scale[:, None].astype(out), axis=0)
     return with_offset(total, x, offset)
 
 
@@ -60,7 +67,7 @@ def with_offset(product: jax.Array, x: jax.Array, offset: jax.Array | None) -> j
     """
     if offset is None:
         return product
-    sums = x.reshape(len(x), len(offset), -1).sum(-1, dtype=product.dtype)
+    sums = x.reshape(len(x), len(offset), x.shape[1] // len(offset)).sum(-1, dtype=product.dtype)
     offset = wide(offset, product.shape[1]).astype(product.dtype)
     return product + jnp.matmul(sums, offset, precision="highest")
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantised_dot.packing import width
+from pallas_kernels.quantised_dot.packing import refusal
 from pallas_kernels.quantised_dot.reference import wide, with_offset
 from pallas_kernels.tiles import widest
 
@@ -45,11 +45,11 @@ def quantised_dot(
     """
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"x of {x.dtype}: this kernel takes float32 and bfloat16")
-    halves = 1
-    if values.dtype == jnp.uint8:
-        if width(bits) != 4:
-            raise NotImplementedError(f"{bits} bits packed: this kernel unpacks two in a byte")
-        halves = 2
+    packed = values.dtype == jnp.uint8
+    reason = refusal(values.shape, groups=scale.shape[0], packed=packed, bits=bits)
+    if reason:
+        raise NotImplementedError(reason)
+    halves = 2 if packed else 1
     (m, rows), columns = x.shape, values.shape[1]
     group, span = rows // scale.shape[0], rows // halves
     deep = _largest((512, 256, 128), group, span)
@@ -95,10 +95,8 @@ def quantised_dot(
 
 
 def _largest(sizes: tuple[int, ...], *lengths: int) -> int:
-    for size in sizes:
-        if all(length % size == 0 for length in lengths):
-            return size
-    raise NotImplementedError(f"sizes {lengths}: this kernel needs multiples of {sizes[-1]}")
+    """The largest size that divides all lengths; the last one always does."""
+    return next(size for size in sizes if all(length % size == 0 for length in lengths))
 
 
 def _kernel(halves: int, *refs: Any) -> None:

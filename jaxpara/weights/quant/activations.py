@@ -11,20 +11,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxpara.weights.precision import narrowed, wide
 from jaxpara.weights.quant.grid import never_zero
+from jaxpara.weights.sizes import whole
 
 
-def check_activations(bits: int | None) -> None:
+def check_activations(bits: int | None) -> int | None:
     """Refuses bits that are not 2 to 8.
 
     Args:
       bits: of the activations; None for activations that are left as they are.
 
+    Returns:
+      The bits as an int, or None.
+
     Raises:
       ValueError: they are out of range.
     """
+    bits = whole(activations=bits)
     if bits is not None and not 2 <= bits <= 8:
         raise ValueError(f"activations={bits}: give 2 to 8 bits, or None")
+    return bits
 
 
 def activation_integers(x: jax.Array, bits: int, groups: int) -> tuple[jax.Array, jax.Array]:
@@ -40,8 +47,8 @@ def activation_integers(x: jax.Array, bits: int, groups: int) -> tuple[jax.Array
       scale.
     """
     q = 2 ** (bits - 1) - 1
-    parts = x.reshape(*x.shape[:-1], groups, -1)
-    parts = parts.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # Sizes in full: of an array without rows no size can be told from the others.
+    parts = wide(x).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     scale = never_zero(jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / q)
     values = jnp.clip(jnp.round(parts / scale), -q, q).astype(jnp.int8)
     return values.reshape(x.shape), scale[..., 0]
@@ -51,14 +58,14 @@ def fake_activations(x: jax.Array, bits: int, groups: int) -> jax.Array:
     """What those integers stand for; the gradient passes straight through.
 
     Args:
-      x, bits, groups: as for `activation_integers`.
+      x: floating; `bits, groups` as for `activation_integers`.
 
     Returns:
       `[.., rows]` in `x`'s dtype.
     """
     values, scale = activation_integers(lax.stop_gradient(x), bits, groups)
-    parts = values.reshape(*x.shape[:-1], groups, -1).astype(scale.dtype)
-    on_grid = (parts * scale[..., None]).reshape(x.shape).astype(x.dtype)
+    parts = values.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).astype(scale.dtype)
+    on_grid = narrowed((parts * scale[..., None]).reshape(x.shape), x.dtype)
     return on_grid + (x - lax.stop_gradient(x))
 
 
@@ -80,6 +87,7 @@ def unit_grid(*, bits: int = 6) -> Callable[[Float[Array, "..."]], Float[Array, 
 
     References: [flexq].
     """
+    bits = whole(bits=bits)
     if not 2 <= bits <= 16:
         raise ValueError(f"bits={bits}: give 2 to 16")
     most = 2**bits - 1

@@ -1,6 +1,7 @@
 """Integers with their scales, standing in a parameter tree where a float weight stood."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from jaxpara.weights.precision import multiplied_as, narrowed, wide
 from jaxpara.weights.quant.activations import activation_integers, fake_activations
 from jaxpara.weights.quant.grid import Grid, Parts, dequantised, make_grid, never_zero
 from jaxpara.weights.weight import Method, Weight, is_weight
@@ -23,11 +25,13 @@ class Stored(NamedTuple):
       grid: of the integers.
       activations: bits of what they are multiplied with; None: it stays as it is.
       ranges: from which the grid was fitted, where a method does it once.
+      dtype: by name, of the weight that the integers stand for; None: that of the scale.
     """
 
     grid: Grid
     activations: int | None = None
     ranges: str | None = None
+    dtype: str | None = None
 
 
 def part_axes(grid: Grid, ndim: int):
@@ -53,11 +57,16 @@ def packed_values(grid: Grid, values: jax.Array) -> jax.Array:
 
 
 def stored_effective(stored: Stored, base: jax.Array, parts: Parts) -> jax.Array:
-    """What stored integers stand for, in the dtype of the scale."""
-    return dequantised(stored.grid, stored_values(stored.grid, base), parts)
+    """What stored integers stand for, in the dtype of the weight."""
+    whole = dequantised(stored.grid, stored_values(stored.grid, base), parts)
+    return narrowed(whole, _dtype_of(stored, parts))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dtype_of(stored: Stored, parts: Parts) -> Any:
+    return jnp.dtype(stored.dtype or parts["scale"].dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _integer_product(stored: Stored, x: jax.Array, base: jax.Array, parts: Parts) -> jax.Array:
     scale, offset = _by_group(parts)
     assert stored.activations is not None
@@ -65,27 +74,27 @@ def _integer_product(stored: Stored, x: jax.Array, base: jax.Array, parts: Parts
     return kernels.integer_dot(values, own, base, scale, offset, bits=stored.grid.bits)
 
 
-def _forward(stored: Stored, x, base, parts):
-    return _integer_product(stored, x, base, parts), (x, base, parts)
+@_integer_product.defjvp
+def _(stored: Stored, primals, tangents):
+    x, base, parts = primals
+    out = _integer_product(stored, x, base, parts)
 
-
-def _backward(stored: Stored, saved, cotangent):
-    # Straight through both roundings: the derivative of the product of what they stand for.
-    def smooth(x, base, parts):
+    # Straight through both roundings: the derivative of the product of what they stand for. What
+    # is computed from the integers is computed again where the derivative is transposed.
+    @jax.checkpoint
+    def smooth(x, parts):
         assert stored.activations is not None
+        w = stored_effective(stored, base, parts)
+        x = x.astype(multiplied_as(x.dtype, w.dtype))
         own = fake_activations(x, stored.activations, parts["scale"].shape[0])
-        return jnp.matmul(own, stored_effective(stored, base, parts).astype(x.dtype))
+        return jnp.matmul(own, w, preferred_element_type=out.dtype)
 
-    out, pull = jax.vjp(smooth, *saved)
-    return pull(cotangent.astype(out.dtype))
-
-
-_integer_product.defvjp(_forward, _backward)
+    return out, jax.jvp(smooth, (x, parts), (tangents[0], tangents[2]))[1]
 
 
 def _by_group(parts: Parts) -> tuple[jax.Array, jax.Array | None]:
-    offset = parts["offset"][:, 0] if "offset" in parts else None
-    return never_zero(parts["scale"][:, 0]), offset
+    offset = wide(parts["offset"][:, 0]) if "offset" in parts else None
+    return never_zero(wide(parts["scale"][:, 0])), offset
 
 
 def stored_product(
@@ -100,7 +109,10 @@ def stored_product(
     implementation: Any = None,
 ) -> jax.Array:
     """`x @ W` on the integers themselves, for `Method.product`."""
-    flat = x.reshape(-1, x.shape[-1])
+    own = _dtype_of(stored, parts)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(multiplied_as(x.dtype, own))
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if stored.activations is not None:
         out: Any = _integer_product(stored, flat, base, parts)
     else:
@@ -113,11 +125,26 @@ def stored_product(
                 *_by_group(parts),
                 bits=stored.grid.bits,
                 precision=precision,
+                dtype=own if cast is None else cast(jnp.zeros((), own)).dtype,
                 implementation=implementation,
             )
 
         out = run(flat, base, parts)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _remark(stored: Stored, weight: Weight) -> str:
+    """Why no kernel multiplies with these integers, on whatever device."""
+    if stored.activations is not None:
+        return "integers with integers, by XLA"
+    base = weight.base
+    reason = kernels.refusal(
+        base.shape[-2:],
+        groups=weight.parts["scale"].shape[-3],
+        packed=base.dtype == jnp.uint8,
+        bits=stored.grid.bits,
+    )
+    return reason and f"by XLA: {reason}"
 
 
 def _axes(stored: Stored, ndim: int):
@@ -132,7 +159,14 @@ def _none(stored: Stored, key, base):
     raise TypeError("integers are made by merging a quantised weight, not attached to one")
 
 
-def store(grid: Grid, values: jax.Array, parts: Parts, activations: int | None = None) -> Weight:
+def store(
+    grid: Grid,
+    values: jax.Array,
+    parts: Parts,
+    activations: int | None = None,
+    *,
+    dtype: Any = None,
+) -> Weight:
     """A weight held as integers.
 
     Args:
@@ -140,12 +174,14 @@ def store(grid: Grid, values: jax.Array, parts: Parts, activations: int | None =
       values: `[.., rows, columns]`, int8, or packed as uint8.
       parts: `scale`, and `offset` if the grid is affine.
       activations: bits of what it is multiplied with, or None.
+      dtype: of the weight; None: that of the scale.
 
     Returns:
       A weight that stands for `values * scale + offset`.
     """
     more = "" if activations is None else f", activations={activations}"
-    method = stored_method(f"int{grid.bits}{more}", Stored(grid, activations), _none)
+    stored = Stored(grid, activations, None, None if dtype is None else jnp.dtype(dtype).name)
+    method = stored_method(f"int{grid.bits}{more}", stored, _none)
     return Weight(values, parts, method)
 
 
@@ -171,6 +207,7 @@ def stored_method(name: str, stored: Stored, init: Any, merge: Any = None) -> Me
         freezes=True,
         merge=merge,
         product=stored_product,
+        remark=_remark,
     )
 
 
@@ -180,6 +217,7 @@ def quantised_array(
     offset: Float[Array, "*lead groups 1 columns"] | None = None,
     *,
     bits: int = 8,
+    dtype: Any = None,
 ) -> Weight:
     """Integers with scales as a weight, such as `merge` makes of a quantised one.
 
@@ -188,6 +226,7 @@ def quantised_array(
       scale: one for each of equal groups of consecutive rows, and for each column or for all.
       offset: as the scale; None for a grid that is symmetric.
       bits: 2 to 8.
+      dtype: of the weight; None: that of the scale.
 
     Returns:
       A weight that stands for `values * scale + offset`, with the fields `base` (the values) and
@@ -211,7 +250,7 @@ def quantised_array(
     group = None if scale.shape[-3] == 1 else rows // scale.shape[-3]
     grid = make_grid(bits, group, per_tensor, offset is not None)
     parts = {"scale": scale} if offset is None else {"scale": scale, "offset": offset}
-    return store(grid, values, parts)
+    return store(grid, values, parts, dtype=dtype)
 
 
 def quantised_dot(
@@ -223,6 +262,8 @@ def quantised_dot(
     """`x @ W` with a weight of integers, dequantised as they are multiplied.
 
     `lift` calls it where a function multiplies with such a weight. It may be differentiated.
+    Kernels for GPUs and TPUs take rows, groups and columns in multiples of 128 and, of packed
+    integers, those of 3 and 4 bits; XLA takes all others, and `t.report` says so.
 
     Args:
       x: the operand.

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
+from jaxpara.weights.precision import multiplied_as, narrowed, wide_dtype
 from jaxpara.weights.quant.activations import check_activations, fake_activations
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import Grid, check_group, dequantised, integers, make_grid
 from jaxpara.weights.quant.ranges import check_ranges, fit
 from jaxpara.weights.reparam import Reparam, reparam
+from jaxpara.weights.sampling import by_layer, keys_of_layers
 from jaxpara.weights.weight import Method, dense, shape_of
 
 
@@ -19,6 +21,7 @@ class _Settings(NamedTuple):
     grid: Grid
     ranges: str
     activations: int | None
+    rounding: str = "nearest"
 
 
 def _init(settings: _Settings, key, base):
@@ -26,28 +29,40 @@ def _init(settings: _Settings, key, base):
     return base, {}
 
 
-def _on_grid(settings: _Settings, w):
+def _on_grid(settings: _Settings, w, keys=None):
     parts = fit(settings.grid, w, settings.ranges)
-    return integers(settings.grid, w, parts), parts
+    uniform = None if keys is None else by_layer(_uniform, keys, w)
+    return integers(settings.grid, w, parts, uniform), parts
+
+
+def _uniform(key, w):
+    return jax.random.uniform(key, w.shape, wide_dtype(w.dtype))
+
+
+def _sample(settings: _Settings, key, shape: tuple[int, ...], parts):
+    return {**parts, "key": keys_of_layers(key, shape)}
 
 
 def _effective(settings: _Settings, w, parts):
     fixed = lax.stop_gradient(w)
-    on_grid = dequantised(settings.grid, *_on_grid(settings, fixed))
+    on_grid = narrowed(
+        dequantised(settings.grid, *_on_grid(settings, fixed, parts.get("key"))), w.dtype
+    )
     # Straight through: the value is exactly the grid's, the derivative that of the identity.
     return on_grid + (w - fixed)
 
 
 def _merge(settings: _Settings, w, parts):
-    return store(settings.grid, *_on_grid(settings, w), settings.activations)
+    return store(settings.grid, *_on_grid(settings, w), settings.activations, dtype=w.dtype)
 
 
 def _axes(settings: _Settings, ndim: int):
-    return part_axes(settings.grid, ndim)
+    return {**part_axes(settings.grid, ndim), "key": tuple(range(-ndim, -2))}
 
 
 def _separable(settings: _Settings, ndim: int):
-    return separable(settings.grid, ndim)
+    every = separable(settings.grid, ndim)
+    return every if settings.rounding == "nearest" else every - {-1}
 
 
 def _product(settings: _Settings, x, base, parts, cast, **options):
@@ -56,14 +71,23 @@ def _product(settings: _Settings, x, base, parts, cast, **options):
 
     @jax.checkpoint
     def run(x, base, parts):
-        w = _effective(settings, dense(base), parts)
+        w = cast(_effective(settings, dense(base), parts))
         groups = len(w) // check_group(settings.grid, w.shape)
-        return jnp.matmul(fake_activations(x, bits, groups), cast(w), **options)
+        x = x.astype(multiplied_as(x.dtype, w.dtype))
+        return jnp.matmul(fake_activations(x, bits, groups), w, **options)
 
     return run(x, base, parts)
 
 
-def fake(name: str, grid: Grid, ranges: str, activations: int | None, where: Where) -> Reparam:
+def fake(
+    name: str,
+    grid: Grid,
+    ranges: str,
+    activations: int | None,
+    where: Where,
+    *,
+    rounding: str = "nearest",
+) -> Reparam:
     """Fake quantisation on any grid.
 
     Args:
@@ -71,13 +95,14 @@ def fake(name: str, grid: Grid, ranges: str, activations: int | None, where: Whe
       grid, ranges: of the weight.
       activations: bits of what it is multiplied with, or None.
       where: the leaves.
+      rounding: "nearest" or "stochastic".
 
     Returns:
       The reparameterisation.
     """
     method = Method(
         name=name,
-        settings=_Settings(grid, ranges, activations),
+        settings=_Settings(grid, ranges, activations, rounding),
         init=_init,
         effective=_effective,
         factors=None,
@@ -86,6 +111,7 @@ def fake(name: str, grid: Grid, ranges: str, activations: int | None, where: Whe
         freezes=False,
         merge=_merge,
         product=None if activations is None else _product,
+        sample=_sample if rounding == "stochastic" else None,
     )
     return reparam(method, where)
 
@@ -98,6 +124,7 @@ def fake_quant(
     affine: bool = False,
     ranges: str = "absmax",
     activations: int | None = None,
+    rounding: str = "nearest",
     where: Where = None,
 ) -> Reparam:
     """Trains a weight as the nearest point of an integer grid.
@@ -117,6 +144,9 @@ def fake_quant(
       activations: bits of a symmetric grid for what the weight is multiplied with, one scale a row
         and group, taken from it as it comes. It acts where a matmul contracts the axis -2 of the
         weight, which `report` calls "rule"; elsewhere the weight alone is quantised.
+      rounding: "nearest"; or "stochastic", to one of the two neighbours, so that the mean is the
+        weight, where a call is given a key (see `t.sample`). Without one, and in `merge`, the
+        nearest is taken.
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
@@ -130,10 +160,13 @@ def fake_quant(
     References: [ste], [flexq].
     """
     check_ranges(ranges)
-    check_activations(activations)
+    activations = check_activations(activations)
     more = "" if activations is None else f", activations={activations}"
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding={rounding!r}: give 'nearest' or 'stochastic'")
     grid = make_grid(bits, group, per_tensor, affine)
-    return fake(f"fake_quant(bits={bits}{more})", grid, ranges, activations, where)
+    name = f"fake_quant(bits={grid.bits}{more})"
+    return fake(name, grid, ranges, activations, where, rounding=rounding)
 
 
 def ternary(*, group: int | None = None, where: Where = None) -> Reparam:

@@ -1,5 +1,7 @@
 """FlexQ: six bits for weights and activations, eight where activations are sensitive. [flexq]"""
 
+from typing import Any, NamedTuple
+
 from jaxpara.tree import Where, matcher
 from jaxpara.weights.quant.fake import fake_quant
 from jaxpara.weights.reparam import Reparam, chain
@@ -34,17 +36,33 @@ def flexq(
     options = {"bits": bits, "group": group}
     if sensitive is None:
         return fake_quant(activations=bits, where=where, **options)
-    chosen, special = matcher(where), matcher(sensitive)
-
-    def plain(path, leaf):
-        return chosen(path, leaf) and not special(path, leaf)
-
-    def both(path, leaf):
-        return chosen(path, leaf) and special(path, leaf)
-
-    # The pattern itself where it is enough: a near miss is then named by it.
-    narrow = sensitive if where is None else both
     return chain(
-        fake_quant(activations=bits, where=plain, **options),
-        fake_quant(activations=8, where=narrow, **options),
+        _member(fake_quant(activations=bits, where=_Part(where, sensitive, False), **options)),
+        fake_quant(activations=8, where=_Part(where, sensitive, True), **options),
     )
+
+
+class _Part(NamedTuple):
+    """Of the leaves that `where` selects, the sensitive ones, or the others."""
+
+    where: Where
+    sensitive: Where
+    special: bool
+
+    def __call__(self, path: str, leaf: Any) -> bool:
+        chosen = matcher(self.where)(path, leaf)
+        return chosen and bool(matcher(self.sensitive)(path, leaf)) == self.special
+
+    def __repr__(self) -> str:
+        return repr(self.sensitive)
+
+    @property
+    def pattern(self) -> str:
+        """What a near miss is looked for with."""
+        given = self.sensitive
+        return given if isinstance(given, str) else getattr(given, "pattern", "")
+
+
+def _member(plain: Reparam) -> Reparam:
+    """Where all leaves are sensitive there are no others."""
+    return Reparam(tuple(member._replace(optional=True) for member in plain.members))

@@ -12,18 +12,23 @@ from jaxpara.weights.quant.array import Stored, packed_values, store, stored_met
 from jaxpara.weights.quant.grid import check_group, integers, make_grid
 from jaxpara.weights.quant.ranges import check_ranges, fit
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import dense
+from jaxpara.weights.weight import Method, dense
 
 
 def _rounded(stored: Stored, key, base):
     w = jnp.asarray(dense(base))
     check_group(stored.grid, w.shape)
     parts = fit(stored.grid, w, stored.ranges or "absmax")
-    return packed_values(stored.grid, integers(stored.grid, w, parts)), parts
+    kept = packed_values(stored.grid, integers(stored.grid, w, parts))
+    return kept, parts, _method(stored._replace(dtype=w.dtype.name))
 
 
 def _merge_rounded(stored: Stored, base, parts):
-    return store(stored.grid, base, parts, stored.activations)
+    return store(stored.grid, base, parts, stored.activations, dtype=stored.dtype)
+
+
+def _method(stored: Stored) -> Method:
+    return stored_method(f"rtn(bits={stored.grid.bits})", stored, _rounded, _merge_rounded)
 
 
 def rtn(
@@ -53,6 +58,6 @@ def rtn(
     References: [qlora], [peqa].
     """
     check_ranges(ranges)
-    check_activations(activations)
+    activations = check_activations(activations)
     stored = Stored(make_grid(bits, group, False, affine), activations, ranges)
-    return reparam(stored_method(f"rtn(bits={bits})", stored, _rounded, _merge_rounded), where)
+    return reparam(_method(stored), where)

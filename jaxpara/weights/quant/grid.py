@@ -3,8 +3,9 @@
     integer = clip(round((W - offset) / scale), low, high)      ties to even
     value   = integer * scale + offset
 
-A symmetric grid has no offset and runs from `-q` to `q = 2^(bits-1) - 1`, an affine one from
-`-q - 1`.
+A symmetric grid has no offset and runs from `-q` to `q = 2^(bits-1) - 1`, a full one from
+`-q - 1`; an affine grid is full and has an offset.
+Scales and offsets are float32, or float64 for float64 weights, and so is all arithmetic with them.
 Training multiplies the integers by the scale, deployment keeps both: they are equal bit for bit
 because both call `integers` on equal input.
 """
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from jaxpara.weights.weight import unfused
+from jaxpara.weights.precision import unfused, wide
+from jaxpara.weights.sizes import whole
 
 Parts = dict[str, jax.Array]
 
@@ -28,37 +30,49 @@ class Grid(NamedTuple):
       group: consecutive entries along the contraction axis -2 that share a scale; None: all.
       per_tensor: one scale for the last two axes together, instead of one an output channel.
       affine: whether there is an offset.
+      full: whether a grid without an offset has the integer `-2^(bits-1)` too.
     """
 
     bits: int
     group: int | None = None
     per_tensor: bool = False
     affine: bool = False
+    full: bool = False
 
 
-def make_grid(bits: int, group: int | None, per_tensor: bool, affine: bool = False) -> Grid:
+def make_grid(
+    bits: int,
+    group: int | None,
+    per_tensor: bool,
+    affine: bool = False,
+    full: bool = False,
+) -> Grid:
     """A grid whose settings are possible.
 
     Args:
-      bits, group, per_tensor, affine: see `Grid`.
+      bits, group, per_tensor, affine, full: see `Grid`.
 
     Returns:
       The grid.
 
     Raises:
-      ValueError: the bits are not 2 to 8, or `group` with `per_tensor`.
+      ValueError: a size is not a whole number, the bits are not 2 to 8, or `group` with
+        `per_tensor`.
     """
+    bits, group = whole(bits=bits), whole(group=group)
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits}: give 2 to 8")
+    if group is not None and group < 1:
+        raise ValueError(f"group={group}: give at least 1, or None")
     if per_tensor and group is not None:
         raise ValueError(f"per_tensor=True with group={group}: choose one of them")
-    return Grid(bits, group, per_tensor, affine)
+    return Grid(bits, group, per_tensor, affine, full)
 
 
 def limits(grid: Grid) -> tuple[int, int]:
     """The smallest and the largest integer of the grid."""
     q = 2 ** (grid.bits - 1) - 1
-    return (-q - 1 if grid.affine else -q), q
+    return (-q - 1 if grid.affine or grid.full else -q), q
 
 
 def check_group(grid: Grid, shape: tuple[int, ...]) -> int:
@@ -120,30 +134,43 @@ def absmax_scale(grid: Grid, w: Float[Array, "*lead rows columns"]) -> Float[Arr
     Returns:
       `[.., groups, 1, columns]`, or `[.., 1, 1, 1]` per tensor; never zero.
     """
-    size = jnp.max(jnp.abs(blocks(grid, w)), axis=shared_axes(grid), keepdims=True)
+    size = jnp.max(jnp.abs(blocks(grid, wide(w))), axis=shared_axes(grid), keepdims=True)
     return never_zero(size / limits(grid)[1])
 
 
 def integers(
-    grid: Grid, w: Float[Array, "*lead rows columns"], parts: Parts
+    grid: Grid,
+    w: Float[Array, "*lead rows columns"],
+    parts: Parts,
+    uniform: Float[Array, "*lead rows columns"] | None = None,
 ) -> Int8[Array, "*lead rows columns"]:
-    """The nearest point of the grid, as an integer.
+    """The nearest point of the grid, as an integer; or one of two neighbours, by chance.
 
     Args:
       grid: the grid.
       w: the weight.
       parts: `scale`, and `offset` if the grid is affine, both `[.., groups, 1, columns]`.
+      uniform: random numbers in [0, 1) for stochastic rounding: the upper neighbour is taken with
+        the probability of the distance to the lower one.
 
     Returns:
       Integers within the grid.
     """
-    centred = blocks(grid, w) - parts["offset"] if grid.affine else blocks(grid, w)
-    rounded = jnp.clip(jnp.round(centred / never_zero(parts["scale"])), *limits(grid))
+    centred = blocks(grid, wide(w))
+    if grid.affine:
+        centred = centred - wide(parts["offset"])
+    steps = centred / never_zero(wide(parts["scale"]))
+    if uniform is None:
+        whole_steps = jnp.round(steps)
+    else:
+        below = jnp.floor(steps)
+        whole_steps = below + (blocks(grid, uniform) < steps - below)
+    rounded = jnp.clip(whole_steps, *limits(grid))
     return rounded.reshape(w.shape).astype(jnp.int8)
 
 
 def dequantised(grid: Grid, values: jax.Array, parts: Parts) -> jax.Array:
-    """What integers stand for, in the dtype of the scale.
+    """What integers stand for, in the dtype of the scale or float32, whichever is wider.
 
     Args:
       grid: the grid.
@@ -153,8 +180,9 @@ def dequantised(grid: Grid, values: jax.Array, parts: Parts) -> jax.Array:
     Returns:
       `[.., rows, columns]`.
     """
-    scaled = blocks(grid, values.astype(parts["scale"].dtype)) * never_zero(parts["scale"])
+    scale = never_zero(wide(parts["scale"]))
+    scaled = blocks(grid, values.astype(scale.dtype)) * scale
     if grid.affine:
         # Rounded before the sum in every program, as in `weight.dense`.
-        scaled = unfused(scaled) + parts["offset"]
+        scaled = unfused(scaled) + wide(parts["offset"])
     return scaled.reshape(values.shape)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
+from jaxpara.weights.precision import narrowed, unfused, wide, wide_dtype
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import (
     Grid,
@@ -29,7 +30,8 @@ from jaxpara.weights.quant.grid import (
 )
 from jaxpara.weights.quant.ranges import searched
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Method, dense, unfused
+from jaxpara.weights.sizes import whole
+from jaxpara.weights.weight import Method, dense
 
 DOWNCASTS = ("float32", "bfloat16", "fixed8", "int8")
 
@@ -39,10 +41,12 @@ class _Settings(NamedTuple):
     rank: int
     scale: float
     downcast: str
+    dtype: str = "float32"
 
 
 def _init(settings: _Settings, key, base):
-    grid, w = settings.grid, jnp.asarray(dense(base))
+    grid, own = settings.grid, jnp.asarray(dense(base))
+    w = wide(own)
     most = absmax_scale(grid, w) * limits(grid)[1]
     scale = searched(grid, w, (-most, most), power=4)["scale"]
     phi = jnp.clip(blocks(grid, w) / scale, *limits(grid)).reshape(w.shape)
@@ -52,15 +56,17 @@ def _init(settings: _Settings, key, base):
     elif settings.downcast == "int8":
         kept = jnp.round(phi).astype(jnp.int8)
     else:
-        kept = phi.astype(settings.downcast)
+        kept = narrowed(
+            phi.astype(jnp.promote_types(settings.downcast, "float32")), settings.downcast
+        )
     *lead, rows, columns = w.shape
     bound = rows**-0.5
     parts = {
-        "a": jax.random.uniform(key, (*lead, rows, settings.rank), w.dtype, -bound, bound),
-        "b": jnp.zeros((*lead, settings.rank, columns), w.dtype),
+        "a": jax.random.uniform(key, (*lead, rows, settings.rank), own.dtype, -bound, bound),
+        "b": jnp.zeros((*lead, settings.rank, columns), own.dtype),
         "scale": scale,
     }
-    return kept, parts
+    return kept, parts, _method(settings._replace(dtype=own.dtype.name))
 
 
 def _straight(x):
@@ -70,8 +76,8 @@ def _straight(x):
 
 def _rounded(settings: _Settings, kept, parts):
     """The weight in units of the grid, rounded but not clipped."""
-    dtype = parts["scale"].dtype
-    update = jnp.matmul(parts["a"], parts["b"], precision=lax.Precision.HIGHEST)
+    dtype = wide_dtype(parts["scale"].dtype)
+    update = jnp.matmul(wide(parts["a"]), wide(parts["b"]), precision=lax.Precision.HIGHEST)
     # Rounded before the sum in every program, as in `weight.dense`.
     update = unfused(settings.scale * update)
     if settings.downcast == "int8":
@@ -85,14 +91,15 @@ def _effective(settings: _Settings, kept, parts):
     v = _rounded(settings, kept, parts)
     # where, not clip: what is on the bound is inside, with the whole gradient.
     clipped = jnp.where(v < low, low, jnp.where(v > high, high, v))
-    return (blocks(settings.grid, clipped) * never_zero(parts["scale"])).reshape(v.shape)
+    scaled = blocks(settings.grid, clipped) * never_zero(wide(parts["scale"]))
+    return narrowed(scaled.reshape(v.shape), settings.dtype)
 
 
 def _merge(settings: _Settings, kept, parts):
     grid = settings.grid
     values = jnp.clip(_rounded(settings, kept, parts), *limits(grid))
-    scale = {"scale": never_zero(parts["scale"])}
-    return store(grid, values.astype(jnp.int8), scale)
+    scale = {"scale": never_zero(wide(parts["scale"]))}
+    return store(grid, values.astype(jnp.int8), scale, dtype=settings.dtype)
 
 
 def _axes(settings: _Settings, ndim: int):
@@ -111,6 +118,7 @@ def lr_qat(
     rank: int = 8,
     alpha: float | None = None,
     group: int | None = None,
+    full: bool = False,
     downcast: str = "float32",
     where: Where = None,
 ) -> Reparam:
@@ -121,6 +129,8 @@ def lr_qat(
       rank: of the update.
       alpha: the update is scaled by `alpha / rank`; None means `rank`, so 1.
       group: consecutive entries along the contraction axis -2 that share a scale; None: all.
+      full: the integers `-2^(bits-1)` to `2^(bits-1) - 1`, as the authors' code has them, which are
+        four at 2 bits; else the symmetric ones, which are three.
       downcast: how the frozen weight is stored: "float32", "bfloat16", "fixed8", a byte with
         `8 - bits` binary places, or "int8", its integers, to which the rounded update is added
         (the authors' `lr_qat_int`).
@@ -138,13 +148,18 @@ def lr_qat(
         raise ValueError(f"downcast={downcast!r}: expected one of {', '.join(DOWNCASTS)}")
     if downcast == "fixed8" and bits > 7:
         raise ValueError(f"bits={bits} leave no binary place in a byte: downcast another way")
+    rank = whole(rank=rank)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
     scale = (rank if alpha is None else alpha) / rank
-    grid = make_grid(bits, group, per_tensor=False)
-    method = Method(
-        name=f"lr_qat(bits={bits}, rank={rank}, {downcast})",
-        settings=_Settings(grid, rank, float(scale), downcast),
+    grid = make_grid(bits, group, per_tensor=False, full=full)
+    return reparam(_method(_Settings(grid, rank, float(scale), downcast)), where)
+
+
+def _method(settings: _Settings) -> Method:
+    return Method(
+        name=f"lr_qat(bits={settings.grid.bits}, rank={settings.rank}, {settings.downcast})",
+        settings=settings,
         init=_init,
         effective=_effective,
         factors=None,
@@ -153,4 +168,3 @@ def lr_qat(
         freezes=True,
         merge=_merge,
     )
-    return reparam(method, where)

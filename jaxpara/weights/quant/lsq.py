@@ -10,11 +10,13 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
 from jaxpara.weights.lora import lora
+from jaxpara.weights.precision import mean_size, narrowed, wide
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import (
     Grid,
@@ -31,12 +33,11 @@ from jaxpara.weights.weight import Method, dense
 
 
 def _init(grid: Grid, key, base):
-    w = blocks(grid, dense(base))
+    w = blocks(grid, wide(jnp.asarray(dense(base))))
     axes, (low, high) = shared_axes(grid), limits(grid)
     if not grid.affine:
         # The paper's start, 2 <|W|> / sqrt(q): it clips the tails.
-        mean = jnp.mean(jnp.abs(w), axis=axes, keepdims=True)
-        return base, {"scale": never_zero(2 * mean / math.sqrt(high))}
+        return base, {"scale": never_zero(mean_size(w, axes) / (math.sqrt(high) / 2))}
     # Nothing is clipped at the start: low s + b <= W <= high s + b with b = 0.
     least, most = (f(w, axis=axes, keepdims=True) for f in (jnp.min, jnp.max))
     scale = jnp.maximum(jnp.abs(least / low), jnp.abs(most / high))
@@ -45,23 +46,40 @@ def _init(grid: Grid, key, base):
 
 def _effective(grid: Grid, w, parts):
     low, high = limits(grid)
-    scale = never_zero(parts["scale"])
-    whole = blocks(grid, w)
-    v = (whole - parts["offset"] if grid.affine else whole) / scale
-    # where, not clip: a weight on the bound is inside, with the whole gradient.
-    clipped = jnp.where(v < low, low, jnp.where(v > high, high, v))
-    derivative = clipped * scale + (parts["offset"] if grid.affine else 0)
-    # d(s round(c))/ds = round(c), and the rest through c.
-    error = lax.stop_gradient(jnp.round(clipped) - clipped) * scale
-    smooth = (derivative + error).reshape(w.shape)
-    on_grid = dequantised(grid, integers(grid, w, parts), parts)
-    # The value is exactly the grid's, the derivative that of the formulas above.
-    return lax.stop_gradient(on_grid) + (smooth - lax.stop_gradient(smooth))
+    still, still_parts = lax.stop_gradient((w, parts))
+    whole, scale = blocks(grid, wide(w)), never_zero(wide(parts["scale"]))
+    v = lax.stop_gradient(whole)
+    v = (v - wide(still_parts["offset"]) if grid.affine else v) / lax.stop_gradient(scale)
+    # A weight on the bound is inside, with the whole gradient.
+    inside = (v >= low) & (v <= high)
+    slope = jnp.where(inside, jnp.round(v) - v, jnp.where(v < low, low, high))
+    terms = [(inside, whole), (slope, scale)]
+    if grid.affine:
+        terms.append((~inside, wide(parts["offset"])))
+    value = dequantised(grid, integers(grid, still, still_parts), still_parts)
+    return narrowed(_following(blocks(grid, value), terms).reshape(w.shape), w.dtype)
+
+
+@jax.custom_jvp
+def _following(value, terms):
+    """`value`, with the derivative `sum c dp` over the terms `(c, p)`.
+
+    No quotient by a scale is differentiated, so no square of a tiny scale is divided by.
+    """
+    del terms
+    return value
+
+
+@_following.defjvp
+def _(primals, tangents):
+    (value, terms), moves = primals, tangents[1]
+    moved = [c.astype(value.dtype) * dp for (c, _), (_, dp) in zip(terms, moves, strict=True)]
+    return _following(value, terms), sum(moved[1:], moved[0])
 
 
 def _merge(grid: Grid, w, parts):
-    kept = {**parts, "scale": never_zero(parts["scale"])}
-    return store(grid, integers(grid, w, parts), kept)
+    kept = {**parts, "scale": never_zero(wide(parts["scale"]))}
+    return store(grid, integers(grid, w, parts), kept, dtype=w.dtype)
 
 
 def lsq(
@@ -70,6 +88,7 @@ def lsq(
     group: int | None = None,
     per_tensor: bool = False,
     affine: bool = False,
+    full: bool = False,
     where: Where = None,
 ) -> Reparam:
     """Trains a weight on an integer grid whose scale, and offset, are trained too.
@@ -79,6 +98,8 @@ def lsq(
       group: consecutive entries along the contraction axis -2 that share a scale; None: all.
       per_tensor: one scale for both last axes.
       affine: with an offset as well [lsqplus].
+      full: without an offset, the integers `-2^(bits-1)` to `2^(bits-1) - 1`, as in the paper: at
+        2 bits four levels, of which a symmetric grid has three. With an offset it is always so.
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
@@ -91,9 +112,10 @@ def lsq(
 
     References: [lsq], [lsqplus].
     """
+    grid = make_grid(bits, group, per_tensor, affine, full)
     method = Method(
-        name=f"lsq(bits={bits})",
-        settings=make_grid(bits, group, per_tensor, affine),
+        name=f"lsq(bits={grid.bits})",
+        settings=grid,
         init=_init,
         effective=_effective,
         factors=None,

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
+from jaxpara.weights.precision import narrowed, unfused, unit_of, wide
 from jaxpara.weights.quant.array import packed_values, stored_values
 from jaxpara.weights.quant.grid import Grid, never_zero
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Method, Weight, dense, unfused
+from jaxpara.weights.sizes import whole
+from jaxpara.weights.weight import Method, Weight, dense
 
 # Eight of them positive, zero among them.
 NF4 = (
@@ -40,6 +42,7 @@ _CODES = Grid(4)  # how codes of 0 to 15 are packed: the sign is added and taken
 class _Settings(NamedTuple):
     block: int
     scale_block: int | None
+    dtype: str = "float32"
 
 
 def _in_blocks(settings: _Settings, w):
@@ -55,7 +58,8 @@ def _in_bytes(scale: jax.Array, size: int) -> dict[str, jax.Array]:
     """Scales as bytes; those of one matrix have a mean, `size` of them a step."""
     *lead, blocks, _, columns = scale.shape
     flat = scale.reshape(*lead, blocks * columns)
-    mean = jnp.mean(flat, axis=-1, keepdims=True)
+    unit = unit_of(jnp.max(flat, axis=-1, keepdims=True))
+    mean = unit * jnp.mean(flat / unit, axis=-1, keepdims=True)
     size = min(size, blocks * columns)
     fill = [(0, 0)] * len(lead) + [(0, -flat.shape[-1] % size)]
     groups = jnp.pad(flat - mean, fill).reshape(*lead, -1, size)
@@ -80,7 +84,8 @@ def _scales(settings: _Settings, parts):
 
 
 def _init(settings: _Settings, key, base):
-    w = jnp.asarray(dense(base))
+    own = jnp.asarray(dense(base))
+    w = wide(own)
     blocks = _in_blocks(settings, w)
     scale = never_zero(jnp.max(jnp.abs(blocks), axis=-2, keepdims=True))
     levels = jnp.asarray(NF4, w.dtype)
@@ -90,7 +95,8 @@ def _init(settings: _Settings, key, base):
     codes = codes.reshape(*lead, -1, columns)[..., :rows, :]
     size = settings.scale_block
     parts = {"scale": scale} if size is None else _in_bytes(scale, size)
-    return packed_values(_CODES, (codes - 8).astype(jnp.int8)), parts
+    kept = packed_values(_CODES, (codes - 8).astype(jnp.int8))
+    return kept, parts, _method(settings._replace(dtype=own.dtype.name))
 
 
 def _effective(settings: _Settings, base, parts):
@@ -98,7 +104,8 @@ def _effective(settings: _Settings, base, parts):
     codes = stored_values(_CODES, base).astype(jnp.int32) + 8
     values = _in_blocks(settings, jnp.asarray(NF4, scale.dtype)[codes])
     *lead, rows, columns = codes.shape
-    return (values * scale).reshape(*lead, -1, columns)[..., :rows, :]
+    whole = (values * scale).reshape(*lead, -1, columns)[..., :rows, :]
+    return narrowed(whole, settings.dtype)
 
 
 def _axes(settings: _Settings, ndim: int):
@@ -153,6 +160,7 @@ def nf4(*, block: int = 64, scale_block: int | None = None, where: Where = None)
 
     References: [qlora].
     """
+    block, scale_block = whole(block=block), whole(scale_block=scale_block)
     if block < 1 or (scale_block is not None and scale_block < 1):
         raise ValueError(f"block={block}, scale_block={scale_block}: give at least 1")
     return reparam(_method(_Settings(block, scale_block)), where)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpara.weights.precision import mean_size, unfused, unit_of, wide
 from jaxpara.weights.quant.grid import (
     Grid,
     Parts,
@@ -22,7 +23,6 @@ from jaxpara.weights.quant.grid import (
     never_zero,
     shared_axes,
 )
-from jaxpara.weights.weight import unfused
 
 RANGES = ("absmax", "minmax", "mse")  # and "absmean", which is for ternary weights
 
@@ -51,9 +51,9 @@ def fit(grid: Grid, w: jax.Array, ranges: str) -> Parts:
     Returns:
       `scale` and perhaps `offset`, `[.., groups, 1, columns]`; scales are never zero.
     """
-    whole, axes = blocks(grid, w), shared_axes(grid)
+    whole, axes = blocks(grid, wide(w)), shared_axes(grid)
     if ranges == "absmean":
-        return {"scale": never_zero(jnp.mean(jnp.abs(whole), axis=axes, keepdims=True))}
+        return {"scale": never_zero(mean_size(whole, axes))}
     if ranges == "minmax" or (ranges == "mse" and grid.affine):
         ends = (jnp.min(whole, axis=axes, keepdims=True), jnp.max(whole, axis=axes, keepdims=True))
     else:
@@ -92,14 +92,17 @@ def searched(grid: Grid, w: jax.Array, ends: tuple[jax.Array, jax.Array], *, pow
     Returns:
       As for `fit`; the widest interval where none is better.
     """
+    w = wide(w)
     middle, half = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
+    # Powers of errors in units of the interval neither overflow nor vanish.
+    unit = unit_of(half)
 
     def again(i, carry):
         best, least = carry
         share = (1 - 0.04 * i).astype(w.dtype)
         parts = between(grid, middle - share * half, middle + share * half)
-        error = blocks(grid, dequantised(grid, integers(grid, w, parts), parts) - w) ** power
-        error = jnp.sum(error, axis=shared_axes(grid), keepdims=True)
+        error = blocks(grid, dequantised(grid, integers(grid, w, parts), parts) - w) / unit
+        error = jnp.sum(error**power, axis=shared_axes(grid), keepdims=True)
         better = error < least
         best = {name: jnp.where(better, parts[name], best[name]) for name in best}
         return best, jnp.where(better, error, least)

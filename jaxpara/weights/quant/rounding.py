@@ -1,11 +1,11 @@
 """The rounding modes, on integers: what is kept, what is cut off, and which neighbour is taken.
 
 A magnitude is `kept * 2^shift + cut` with `0 <= cut < 2^shift`. Every number format below reduces
-to this: floats on the bits of a float32, fixed point and integers on scaled ones.
+to this: floats on the bits of a float32 or float64, fixed point and integers on scaled ones.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ from jaxpara.types import Key
 
 
 class Cut(NamedTuple):
-    """A magnitude about to lose its last bits; unsigned 32-bit arrays of one shape.
+    """A magnitude about to lose its last bits; unsigned arrays of one shape, 32 or 64 bits wide.
 
     Attributes:
       kept: the bits that stay, as an integer.
       cut: the bits that go.
-      shift: how many go, 0 to 31.
+      shift: how many go, less than all.
       negative: the sign of the number.
-      random: 32 random bits for each, or None for the deterministic modes.
+      random: as many random bits for each, or None for the deterministic modes.
     """
 
     kept: jax.Array
@@ -32,14 +32,16 @@ class Cut(NamedTuple):
 
 
 def _half(c: Cut) -> jax.Array:
-    return jnp.where(c.shift > 0, jnp.uint32(1) << (jnp.maximum(c.shift, 1) - 1), 1)
+    one = jnp.ones((), c.shift.dtype)
+    return jnp.where(c.shift > 0, one << (jnp.maximum(c.shift, 1) - 1), one)
 
 
 def _bits(c: Cut) -> jax.Array:
     """As many random bits as are cut off."""
     assert c.random is not None
-    # A shift by 32 is undefined: nothing is cut there, and nothing is compared.
-    return jnp.where(c.shift > 0, c.random >> jnp.minimum(32 - c.shift, 31), 0)
+    # A shift by all bits is undefined: nothing is cut there, and nothing is compared.
+    width = 8 * c.random.dtype.itemsize
+    return jnp.where(c.shift > 0, c.random >> jnp.minimum(width - c.shift, width - 1), 0)
 
 
 def _coin(c: Cut) -> jax.Array:
@@ -87,27 +89,42 @@ def inward(rounding: str, negative: jax.Array) -> jax.Array:
     return INWARD.get(rounding, jnp.zeros_like)(negative)
 
 
-def random_bits(rounding: str, key: Key | None, shape: tuple[int, ...]) -> jax.Array | None:
+def check_rounding(rounding: str) -> None:
+    """Refuses an unknown mode.
+
+    Args:
+      rounding: the mode.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if rounding not in UP:
+        raise ValueError(f"rounding={rounding!r}: give one of {', '.join(map(repr, UP))}")
+
+
+def random_bits(
+    rounding: str, key: Key | None, shape: tuple[int, ...], dtype: Any = jnp.uint32
+) -> jax.Array | None:
     """The random bits of a mode.
 
     Args:
       rounding: the mode.
       key: of the random modes; not used by the others.
       shape: of the numbers.
+      dtype: unsigned, as wide as the numbers.
 
     Returns:
-      Unsigned 32-bit integers, or None.
+      Unsigned integers, or None.
 
     Raises:
       ValueError: an unknown mode, or a random one without a key.
     """
-    if rounding not in UP:
-        raise ValueError(f"rounding={rounding!r}: give one of {', '.join(map(repr, UP))}")
+    check_rounding(rounding)
     if rounding not in RANDOM:
         return None
     if key is None:
         raise ValueError(f"rounding={rounding!r} is random: give key=jax.random.key(...)")
-    return jax.random.bits(key, shape, jnp.uint32)
+    return jax.random.bits(key, shape, dtype)
 
 
 def rounded(c: Cut, rounding: str) -> jax.Array:
@@ -121,4 +138,4 @@ def rounded(c: Cut, rounding: str) -> jax.Array:
       Unsigned integers.
     """
     up = (c.cut > 0) & UP[rounding](c)
-    return c.kept + up.astype(jnp.uint32)
+    return c.kept + up.astype(c.kept.dtype)
