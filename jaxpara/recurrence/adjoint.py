@@ -11,7 +11,6 @@ Jacobians and one batched vjp of the step; memory O(T). [deer] [pararnn]
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from jaxpara.recurrence.affine import (
     forward,
     transposed,
 )
-from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence.blocks import Groups, block_size, elements
 from jaxpara.recurrence.leaves import (
     as_before,
     as_float,
@@ -240,7 +239,7 @@ def _blocked_tangents(problem: Problem, consts, d_consts, d_init, rows):
     """
     before = rows[0]
     steps = before[0].shape[0]
-    size = min(steps, _block_steps(sum(math.prod(b.shape[1:]) for b in before)))
+    size = min(steps, _block_steps(sum(elements(b.shape[1:]) for b in before)))
     count = steps // size
 
     @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -1,7 +1,6 @@
 """Which solver runs a call, and why."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +8,8 @@ import jax
 from jaxtyping import PyTree
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence import fused, rule
-from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence import explicit, fused, rule
+from jaxpara.recurrence.blocks import Groups, block_size, elements, is_number
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.structure import Structure, structure_of
 from jaxpara.recurrence.system import Solver
@@ -98,12 +97,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         )
     axis = None if isinstance(solver, Auto) else solver.settings.axis
     if traced.obstacle is not None:
-        if axis is not None:
-            raise ValueError(
-                f"time is sharded over {axis!r}, but this step can only run sequentially: "
-                f"{traced.obstacle}; gather the sequence first"
-            )
-        return Choice(None, "general", None, (), False, traced.length, traced.obstacle)
+        return _step_by_step(traced, axis, traced.obstacle)
     if axis is not None and traced.body.others:
         raise ValueError(
             f"time is sharded over {axis!r}, but the carry has leaves that are not floating; "
@@ -117,7 +111,12 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     avals = [compat.open_jaxpr(body.jaxpr).invars[p].aval for p in positions]
     shapes = [tuple(a.shape) for a in avals]
     groups = structure.resolve(shapes)
-    size = max(block_size(group, shapes) for group in groups)
+    sizes = [block_size(group, shapes) for group in groups]
+    if not all(map(is_number, sizes)):
+        symbolic = next(size for size in sizes if not is_number(size))
+        why = f"the step couples {symbolic} entries, a symbolic number that no plan can hold"
+        return _step_by_step(traced, axis, why)
+    size = max(sizes)
     reason = "asked for"
     mode = derivative or "general"
     if vjp_only and mode == "general":
@@ -125,20 +124,31 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         mode = "reverse"
     if isinstance(solver, Auto):
         platform = solver.platform or jax.default_backend()
-        elements = sum(math.prod(shape) for shape in shapes)
+        numbers = sum(map(elements, shapes))
         # On a CPU there is no kernel to ask for; of another platform's devices nothing is known.
-        why_not = _refusal(body) if platform != "cpu" else ""
+        why_not = ""
+        if platform != "cpu":
+            why_not = explicit.no_kernel(body.jaxpr) or _refusal(body)
         if why_not is None and platform == jax.default_backend():
             why_not = unfit(platform)
         solver, reason = rule.pick(
             platform,
             steps=traced.length,
-            elements=elements,
+            elements=numbers,
             block=size,
             kernel=why_not is None,
         )
         reason += f"; no kernel: {why_not}" if why_not else ""
     return Choice(solver, mode, structure, groups, vjp_only, traced.length, reason)
+
+
+def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:
+    if axis is not None:
+        raise ValueError(
+            f"time is sharded over {axis!r}, but this step can only run sequentially: {why}; "
+            "gather the sequence first"
+        )
+    return Choice(None, "general", None, (), False, traced.length, why)
 
 
 @functools.lru_cache(maxsize=512)

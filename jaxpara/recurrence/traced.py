@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat, jaxprs
+from jaxpara.recurrence import explicit
 
 # The name under which our own solve appears in a jaxpr. Its inside is known to be
 # pure and is not searched for effects, collectives or custom rules of the user.
@@ -43,7 +44,7 @@ class Body(NamedTuple):
 
     def __call__(self, consts, carry, x):
         """One step on lists of leaves: `(carry, ys)`."""
-        out = compat.evaluate(self.jaxpr, [*consts, *carry, *x])
+        out = explicit.evaluate(self.jaxpr, [*consts, *carry, *x])
         return out[: self.carries], out[self.carries :]
 
     def on_floats(self, consts, state, x):
@@ -151,7 +152,10 @@ def _promoted(value, aval):
 
 def _obstacle(body: Body, carry_avals, eqn) -> str | None:
     """Why the call must run step by step, in the user's terms, or None."""
-    if eqn.params["length"] == 0:
+    length = eqn.params["length"]
+    if not isinstance(length, int):
+        return f"the length is symbolic ({length}), and a parallel plan needs a number"
+    if length == 0:
         return "there are no steps"
     complex_leaves = [a for a in carry_avals if jnp.issubdtype(a.dtype, jnp.complexfloating)]
     if complex_leaves:
@@ -177,7 +181,7 @@ def _obstacle(body: Body, carry_avals, eqn) -> str | None:
     if mixed:
         kind = carry_avals[mixed[0]].str_short()
         return f"a carry leaf that is not floating ({kind}) depends on the floating part"
-    return None
+    return explicit.obstacle(body.jaxpr, sorted(floating))
 
 
 def _reaches(depends, body: Body, leaf: int) -> frozenset[int]:
