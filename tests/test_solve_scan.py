@@ -41,8 +41,8 @@ def test_a_warm_start_saves_iterations_and_a_wrong_one_changes_no_value(solver):
     assert_close(out, wanted)
     out, warm = run(params, init, xs, cold.starts)
     assert_close(out, wanted)
-    # A guess counts by bitwise agreement alone: one correction, one confirmation.
-    assert warm.iterations == 2 < cold.iterations
+    # A guess counts by bitwise agreement alone, or is corrected and confirmed.
+    assert warm.iterations <= 2 < cold.iterations
     for wrong in (jnp.full_like(cold.starts, jnp.nan), 1e30 * jnp.ones_like(cold.starts),
                   -cold.starts):  # fmt: skip
         out, info = run(params, init, xs, wrong)
@@ -126,7 +126,8 @@ def test_each_row_of_a_vmap_iterates_and_falls_back_by_itself():
         assert not info.converged[2] and 0 < info.fallback_steps[2] < TIME
         if not info.converged[1]:
             assert 0 < info.fallback_steps[1] < TIME
-        assert info.iterations[0] <= info.iterations[2]
+        # Jacobi's own iterations may be followed by one of Newton's, which certifies.
+        assert info.iterations[0] <= info.iterations[2] + 1
         # Chaos: the trajectory is right if every step of it is.
         hs = np.concatenate([init[1:2], out[1][1] / 2])
         np.testing.assert_allclose(hs[1:], 3.9 * hs[:-1] * (1 - hs[:-1]), rtol=2e-6, atol=1e-6)

@@ -10,7 +10,6 @@ whatever solver found it. The general rule is a `custom_jvp` that poses it throu
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,6 +19,7 @@ from jax import lax
 from jaxpara.recurrence import timeaxis
 from jaxpara.recurrence.affine import Operator, forward, transposed
 from jaxpara.recurrence.backward import reverse_rule
+from jaxpara.recurrence.blocks import elements
 from jaxpara.recurrence.flow import merged
 from jaxpara.recurrence.leaves import (
     as_before,
@@ -191,7 +191,7 @@ def _blocked_tangents(problem: Problem, consts, d_consts, d_init, rows):
     """
     before = rows[0]
     steps = before[0].shape[0]
-    size = min(steps, _block_steps(sum(math.prod(b.shape[1:]) for b in before)))
+    size = min(steps, _block_steps(sum(elements(b.shape[1:]) for b in before)))
     count = steps // size
 
     # The transposed scan sums the cotangents of these over the blocks, in their dtype.

@@ -7,9 +7,19 @@ one block. `jacobian` moves arrays between leaves and blocks.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Shape = tuple[int, ...]
+
+
+def is_number(size: Any) -> bool:
+    """Whether a size is a number: under `jax.export` with symbolic shapes it may be `4*b`."""
+    return isinstance(size, int)
+
+
+def elements(shape: Sequence[Any]) -> int:
+    """Number of elements for a plan: a symbolic axis counts as one entry."""
+    return math.prod(size for size in shape if is_number(size))
 
 
 class Group(NamedTuple):

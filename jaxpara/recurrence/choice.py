@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +9,8 @@ import jax
 from jaxtyping import PyTree
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence import cost, fused, rule
-from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence import cost, explicit, fused, rule
+from jaxpara.recurrence.blocks import Groups, block_size, elements, is_number
 from jaxpara.recurrence.certain import certain
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.sequential import sequential
@@ -105,12 +104,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         )
     axis = None if isinstance(solver, Auto) else solver.settings.axis
     if traced.obstacle is not None:
-        if axis is not None:
-            raise ValueError(
-                f"time is sharded over {axis!r}, but this step can only run sequentially: "
-                f"{traced.obstacle}; gather the sequence first"
-            )
-        return Choice(None, "general", None, (), False, False, traced.length, traced.obstacle)
+        return _step_by_step(traced, axis, traced.obstacle)
     if axis is not None and traced.body.others:
         raise ValueError(
             f"time is sharded over {axis!r}, but the carry has leaves that are not floating; "
@@ -132,8 +126,12 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     groups = structure.resolve(shapes)
     trusted = isinstance(given, Unchecked)
     sure = not (vjp_only or trusted) and certain(body.jaxpr, positions, body.floats)
-    size = max(block_size(group, shapes) for group in groups)
-    refused = None
+    sizes = [block_size(group, shapes) for group in groups]
+    if not all(map(is_number, sizes)):
+        symbolic = next(size for size in sizes if not is_number(size))
+        why = f"the step couples {symbolic} entries, a symbolic number that no plan can hold"
+        return _step_by_step(traced, axis, why)
+    size, refused = max(sizes), None
     mode = derivative or "general"
     if vjp_only and mode == "general":
         # As lax.scan: what holds a custom_vjp has no forward-mode derivative.
@@ -143,15 +141,17 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         reason = refused or "asked for"
     else:
         platform = solver.platform or jax.default_backend()
-        elements = sum(math.prod(shape) for shape in shapes)
+        numbers = sum(map(elements, shapes))
         # On a CPU there is no kernel to ask for; of another platform's devices nothing is known.
-        why_not = _refusal(body) if platform != "cpu" else ""
+        why_not = ""
+        if platform != "cpu":
+            why_not = explicit.no_kernel(body.jaxpr) or _refusal(body)
         if why_not is None and platform == jax.default_backend():
             why_not = unfit(platform)
         solver, reason = rule.pick(
             platform,
             steps=traced.length,
-            elements=elements,
+            elements=numbers,
             block=size,
             kernel=why_not is None,
         )
@@ -178,12 +178,21 @@ def _within_limits(solver: Solver, traced: Traced, positions, size, shapes):
     )
     if too_dear is None:
         return solver, None
-    elements = sum(math.prod(shape) for shape in shapes)
-    instead, _ = rule.pick(platform, steps=traced.length, elements=elements, block=size)
+    numbers = sum(map(elements, shapes))
+    instead, _ = rule.pick(platform, steps=traced.length, elements=numbers, block=size)
     if instead is None and not settings.debug:
         return None, too_dear
     own = Settings(linear="sequential", structure=settings.structure, debug=settings.debug)
     return Solver(sequential, own), too_dear
+
+
+def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:
+    if axis is not None:
+        raise ValueError(
+            f"time is sharded over {axis!r}, but this step can only run sequentially: {why}; "
+            "gather the sequence first"
+        )
+    return Choice(None, "general", None, (), False, False, traced.length, why)
 
 
 @functools.lru_cache(maxsize=512)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence import timeaxis
+from jaxpara.recurrence import explicit, timeaxis
 from jaxpara.recurrence.elementwise import prepare
 from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.leaves import floating
@@ -38,6 +38,8 @@ def fused(system: System, settings: Settings, guess: Leaves | None = None) -> So
 def _by_kernel(system: System, settings: Settings) -> Solution:
     if settings.axis is not None:
         raise NotImplementedError(f"time is sharded over {settings.axis!r}")
+    if settings.implementation != "xla" and (why := explicit.no_kernel()):
+        raise NotImplementedError(why)
     init, xs = list(system.init), jax.tree.leaves(system.xs)
     tree = jax.tree.structure(system.xs)
 
@@ -105,6 +107,8 @@ def gradients(
     """
     if settings.axis is not None:
         return None
+    if settings.implementation != "xla" and explicit.no_kernel():
+        return None  # `fused` has said why
     (c, x), fill = floating((list(consts), list(xs)))
     try:
         prepared = prepare(step, consts, init, xs)

@@ -1,14 +1,16 @@
 """Linear recurrences `s_t = A_t s_{t-1} + b_t`, differentiable, in several ways."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpara.recurrence import explicit
 from jaxpara.recurrence.adjoint import linear_solve
 from jaxpara.recurrence.affine import METHODS, block_operator
-from jaxpara.recurrence.blocks import Group
+from jaxpara.recurrence.blocks import Group, Groups
 from jaxpara.recurrence.lanes import vary_over
 from jaxpara.recurrence.system import Settings
 from pallas_kernels.dispatch import choose
@@ -61,17 +63,29 @@ def linear_recurrence(
     a, b, start = a.astype(dtype), b.astype(dtype), start.astype(dtype)
     if axis is not None:
         start = vary_over(start, axis)
-    if reverse:
-        a, b = a[::-1], b[::-1]
-    if a.ndim == b.ndim:
-        matrices = a.reshape(a.shape[0], 1, 1, math.prod(a.shape[1:]))
-    else:
-        size = b.shape[-1]
-        matrices = jnp.moveaxis(a.reshape(a.shape[0], math.prod(b.shape[1:-1]), size, size), 1, -1)
-    settings = Settings(linear=method, axis=axis)
-    operator = block_operator(groups, [matrices], [start])
-    (states,) = linear_solve(operator, [b], [start], settings, reverse)
-    return states[::-1] if reverse else states
+    return _solve(groups, Settings(linear=method, axis=axis), reverse, a, b, start)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _solve(groups: Groups, settings: Settings, reverse: bool, a, b, start):
+    def run(a, b, start):
+        if reverse:
+            a, b = a[::-1], b[::-1]
+        if a.ndim == b.ndim:
+            matrices = a.reshape(a.shape[0], 1, 1, math.prod(a.shape[1:]))
+        else:
+            size = b.shape[-1]
+            blocks = a.reshape(a.shape[0], math.prod(b.shape[1:-1]), size, size)
+            matrices = jnp.moveaxis(blocks, 1, -1)
+        operator = block_operator(groups, [matrices], [start])
+        (states,) = linear_solve(operator, [b], [start], settings, reverse)
+        return states[::-1] if reverse else states
+
+    types = [jax.typeof(leaf) for leaf in (a, b, start)]
+    mesh = explicit.explicit_mesh(types)
+    if mesh is not None:
+        run = explicit.in_auto_axes(run, mesh, explicit.sharding(mesh, types[1]))
+    return run(a, b, start)
 
 
 def _groups(a, b):

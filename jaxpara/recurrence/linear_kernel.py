@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence import jacobian
+from jaxpara.recurrence import explicit, jacobian
 from jaxpara.recurrence.blocks import block_size
 from jaxpara.recurrence.elementwise import rows
 from jaxpara.recurrence.lanes import vary_like
@@ -46,6 +46,8 @@ def solve(
             raise NotImplementedError(f"blocks of {size}; kernels take {linear_recurrence.LARGEST}")
         if any(leaf.dtype.itemsize > 4 for leaf in (*b, *init)):
             raise NotImplementedError(f"{b[0].dtype}; kernels take float32 or narrower")
+        if implementation != "xla" and (why := explicit.no_kernel()):
+            raise NotImplementedError(why)
         run = functools.partial(_group, implementation=implementation, transpose=transpose)
         if operator.columns:
             return _columns(operator, b, init, run)

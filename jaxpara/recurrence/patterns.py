@@ -55,7 +55,7 @@ def axis_patterns(shapes: Sequence[Shape], heads: set[tuple[int, int]]) -> Domai
         rest, entries = list(carry_axes), []
         for size in sizes:
             piece: list[int] = []
-            while rest and math.prod(shapes[leaf][q] for q in piece) < size:
+            while rest and math.prod(shapes[leaf][q] for q in piece) != size:
                 piece.append(rest.pop(0))
             if math.prod(shapes[leaf][q] for q in piece) != size:
                 return None

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpara import compat
-from jaxpara.recurrence import timeaxis
+from jaxpara.recurrence import explicit, timeaxis
 from jaxpara.recurrence.adjoint import Problem, solve
 from jaxpara.recurrence.choice import Auto, Choice, decide, say
 from jaxpara.recurrence.lanes import vary_over
@@ -162,6 +163,21 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
     Jitted with the traced step as a static argument, so that a second eager call with
     the same `f` compiles nothing, and named so that a jaxpr search can pass over it.
     """
+    inputs, outputs = explicit.avals_of(spec.body.jaxpr)
+    mesh = explicit.explicit_mesh(inputs)
+    if mesh is None:
+        return _solve(spec, consts, init, xs, guess)
+    # Results have the shardings that `lax.scan` gives them; diagnostics are replicated.
+    carry, ys = outputs[: spec.body.carries], outputs[spec.body.carries :]
+    leaves = [explicit.sharding(mesh, c) for c in carry]
+    leaves += [explicit.sharding(mesh, y, None) for y in ys]
+    starts = [explicit.sharding(mesh, carry[i], None) for i in spec.body.floats]
+    shardings = (leaves, [NamedSharding(mesh, jax.P())] * 4, starts)
+    run = explicit.in_auto_axes(functools.partial(_solve, spec), mesh, shardings)
+    return run(consts, init, xs, guess)
+
+
+def _solve(spec: _Spec, consts, init, xs, guess):
     body, choice = spec.body, spec.choice
     axis = timeaxis.along(spec.solver.settings.axis, spec.reverse)
     length = choice.length

@@ -227,7 +227,7 @@ def _rollout(system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: 
     if errors:  # nothing grows from zero, whatever the Jacobian
         quiet = jax.vmap(lambda *e: _quiet(system.groups, e))(*errors)
         for f, q in zip(fine, quiet, strict=True):
-            sound &= jnp.all((f | q).reshape(f.shape[0], -1), axis=1)
+            sound &= jnp.all(f | q, axis=tuple(range(1, f.ndim)))
     return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, peaks, sound
 
 

@@ -149,7 +149,9 @@ def _edges(closed, carry_in, carry_out, known):
         linear, into, back = _tangents(closed, carry_in, carry_out)
         edges = _axis_edges(linear, into, back, shapes, heads, known)
         # Element sets can only help where some block is larger than one entry.
-        if sum(map(math.prod, shapes)) <= SMALL and largest(_group(edges, shapes), shapes) > 1:
+        count = sum(map(math.prod, shapes))
+        small = isinstance(count, int) and count <= SMALL  # jax.export has symbolic sizes
+        if small and largest(_group(edges, shapes), shapes) > 1:
             edges = _sharpen(edges, _element_edges(linear, into, back, shapes, known))
     except (NotAnalysable, NotImplementedError):  # no rule, or no jvp: nothing is known
         return None, heads

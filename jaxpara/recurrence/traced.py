@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat, jaxprs
+from jaxpara.recurrence import explicit
 from jaxpara.recurrence.flow import Flow, flow
 
 # The name under which our own solve appears in a jaxpr. Its inside is known to be
@@ -45,7 +46,7 @@ class Body(NamedTuple):
 
     def __call__(self, consts, carry, x):
         """One step on lists of leaves: `(carry, ys)`."""
-        out = compat.evaluate(self.jaxpr, [*consts, *carry, *x])
+        out = explicit.evaluate(self.jaxpr, [*consts, *carry, *x])
         return out[: self.carries], out[self.carries :]
 
     def on_floats(self, consts, state, x):
@@ -166,7 +167,10 @@ def _promoted(value, aval):
 
 def _obstacle(body: Body, carry_avals, eqn) -> str | None:
     """Why the call must run step by step, in the user's terms, or None."""
-    if eqn.params["length"] == 0:
+    length = eqn.params["length"]
+    if not isinstance(length, int):
+        return f"the length is symbolic ({length}), and a parallel plan needs a number"
+    if length == 0:
         return "there are no steps"
     complex_leaves = [a for a in carry_avals if jnp.issubdtype(a.dtype, jnp.complexfloating)]
     if complex_leaves:
@@ -192,7 +196,7 @@ def _obstacle(body: Body, carry_avals, eqn) -> str | None:
     if mixed:
         kind = carry_avals[mixed[0]].str_short()
         return f"a carry leaf that is not floating ({kind}) depends on the floating part"
-    return None
+    return explicit.obstacle(body.jaxpr, sorted(floating))
 
 
 def _reaches(depends, body: Body, leaf: int) -> frozenset[int]:
