@@ -1,0 +1,138 @@
+"""Which steps' derivatives are proved to tell how their values move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxpara as jp
+from jaxpara.recurrence.certain import certain
+
+X = np.float32([0.3, -0.2, 0.5])
+W = np.float32([[0.1, 0.2, 0.3], [0.0, 0.5, 0.1], [0.2, 0.2, 0.2]])
+
+
+@jax.custom_jvp
+def straight_through(x):
+    return jnp.round(x)
+
+
+straight_through.defjvps(lambda t, ans, x: t)
+
+
+@jax.custom_jvp
+def slower(x):
+    return jnp.sin(x)
+
+
+@slower.defjvp
+def _(primals, tangents):
+    return slower(*primals), 0.5 * tangents[0]
+
+
+# A function of JAX's own with a rule of the user's: where it comes from proves nothing.
+borrowed = jax.custom_jvp(jax.nn.silu)
+borrowed.defjvps(lambda t, ans, x: 0.0 * t)
+
+
+@jax.custom_vjp
+def clipped(x):
+    return jnp.sin(x)
+
+
+clipped.defvjp(lambda x: (jnp.sin(x), None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+
+def counted(h):
+    return lax.fori_loop(0, 3, lambda _, v: jnp.tanh(v), h)
+
+
+PROVED = {
+    "a sum": lambda h: h + X,
+    "a dense layer": lambda h: jnp.tanh(h @ W + X),
+    "a gate of the input": lambda h: jnp.where(X > 0, h, jnp.sin(h)),
+    "a kink": lambda h: jnp.maximum(h, 0) + jnp.abs(h) + jnp.clip(h, -1, 1),
+    "relu": jax.nn.relu,
+    "softplus": jax.nn.softplus,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "a norm": lambda h: (h - jnp.mean(h)) / jnp.sqrt(jnp.var(h) + 1e-6),
+    "stack and slices": lambda h: jnp.concatenate([h[1:], h[:1]]) + jnp.stack([h[0]] * 3),
+    "a loop": counted,
+    "a scan": lambda h: lax.scan(lambda c, x: (jnp.sin(c) + x, c), h, X)[0],
+    "jit and remat": lambda h: jax.jit(jax.checkpoint(jnp.cos))(h),
+    "a branch of the input": lambda h: lax.cond(X[0] > 0, jnp.sin, jnp.cos, h),
+    "widening": lambda h: h.astype(jnp.float32).astype(jnp.float32) * 2,
+    "a solve": lambda h: jax.scipy.linalg.solve_triangular(np.eye(3, dtype=np.float32) + W, h),
+    "an update": lambda h: h.at[1].set(h[0] * 2),
+}
+BROKEN = {
+    "stop_gradient": lambda h: lax.stop_gradient(h) + X,
+    "a part of it": lambda h: h + 1e-9 * lax.stop_gradient(h),
+    "rounding": lambda h: jnp.round(h * 8) / 8,
+    "floor": lambda h: h + jnp.floor(h),
+    "sign": lambda h: h + jnp.sign(h),
+    "reduce_precision": lambda h: lax.reduce_precision(h, 8, 7),
+    "through bfloat16": lambda h: (h.astype(jnp.bfloat16) * 2).astype(jnp.float32),
+    "through integers": lambda h: h + h.astype(jnp.int32).astype(jnp.float32),
+    "a jump": lambda h: jnp.where(h > 0, h + 1, h),
+    "a flag as a number": lambda h: h + (h > 0),
+    "a branch of the state": lambda h: lax.cond(h[0] > 0, jnp.sin, jnp.cos, h),
+    "a loop that the state ends": lambda h: lax.while_loop(
+        lambda v: v[0] < 1, lambda v: v + 0.1, h
+    ),
+    "an index of the state": lambda h: h + h[jnp.argmax(h)],
+    "a straight-through estimator": straight_through,
+    "a slower rule": slower,
+    "a borrowed name": borrowed,
+    "a custom_vjp": clipped,
+    "sorting": lambda h: h + jnp.argsort(h),
+    "deep inside": lambda h: lax.scan(lambda c, x: (jax.jit(jnp.round)(c) + x, None), h, X)[0],
+}
+
+
+def proved(f, like=X):
+    return certain(jax.make_jaxpr(f)(like), (0,), (0,))
+
+
+@pytest.mark.parametrize("name", PROVED)
+def test_true_derivatives_are_proved(name):
+    assert proved(PROVED[name])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_links_are_not(name):
+    assert not proved(BROKEN[name])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_states_are_not(dtype):
+    assert proved(lambda h: h * 2) and not proved(lambda h: h * 2, X.astype(dtype))
+
+
+def test_inputs_and_outputs_may_hold_anything():
+    def step(h, x):
+        quantised = jnp.round(x * 8) / 8 + straight_through(x)
+        return jnp.tanh(h + quantised), (h > 0, lax.stop_gradient(h), jnp.round(h))
+
+    assert certain(jax.make_jaxpr(step)(X, X), (0,), (0,))
+
+
+@pytest.mark.parametrize(
+    "cell", [jp.cells.gru, jp.cells.lstm, jp.cells.slstm, jp.cells.elman, jp.cells.mingru]
+)
+def test_cells_of_the_library_are_proved(cell):
+    cell = cell(3, 3)
+    params = cell.init(jax.random.key(0))
+    start, gates = cell.start(params, ()), cell.project(params, X[None])
+    f = lambda h, x: cell.step(params, h, x)[0]  # noqa: E731
+    jaxpr = jax.make_jaxpr(f)(start, jax.tree.map(lambda g: g[0], gates))
+    carries = tuple(range(len(jax.tree.leaves(start))))
+    assert certain(jaxpr, carries, carries)
+
+
+def test_trusted_structures_prove_nothing():
+    f = lambda h, x: (jnp.tanh(W @ h + x), None)  # noqa: E731
+    found = jp.explain_choice(f, X, X[None], solver=jp.shooting())
+    trusted = jp.shooting(structure=jp.unchecked(jp.Dense()))
+    assert found.certain and not jp.explain_choice(f, X, X[None], solver=trusted).certain
