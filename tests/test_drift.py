@@ -171,12 +171,12 @@ def test_gradients_of_slow_states(solver, derivative):
     found = gradient(
         functools.partial(jp.newton_scan, solver=EVERYDAY[solver], derivative=derivative)
     )(*args)
-    plain = gradient(lax.scan)(*args)
     with jax.enable_x64(True):
         exact = gradient(lax.scan)(*(np.asarray(a, np.float64) for a in args))
-    for f, p, w in zip(found, plain, exact, strict=True):
-        allowed = 1e-5 * np.abs(w).max() + 2 * np.abs(p - w).max()
-        assert np.abs(f - w).max() <= allowed
+    # The Jacobian 1 - rate is a float32 number: half a unit off, the same way at every step.
+    allowed = 1e-5 + len(xs) * np.finfo(np.float32).eps / 2
+    for f, w in zip(found, exact, strict=True):
+        assert np.abs(f - w).max() <= allowed * np.abs(w).max()
 
 
 @pytest.mark.parametrize("row", ["clock", "moving average", "nearly closed gate"])
