@@ -79,7 +79,8 @@ def report(measured: Measured, large: Sequence[Point], source: str) -> list[str]
         "`python -m benchmarks.kernels`. The floor is the time that a copy of the same number of "
         "bytes (inputs and states, each moved once) takes at the measured bandwidth of "
         f"{some['copy_gb_s']:.0f} GB/s. Errors are the largest difference from float64 over the "
-        "largest entry, in a corner of the batch.",
+        "largest entry, in a corner of the batch. All inputs and results of a row marked * may lie "
+        "in the second-level cache: its floor is not that of memory.",
         "",
         "## Targets",
         "",
@@ -109,7 +110,7 @@ def _table(measured: Measured, op: str, dtype: str, which: str) -> list[str]:
     lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for point in sorted(points, key=lambda p: p.shape):
         row, scan = measured[point], measured.get(point._replace(implementation=SCAN), {})
-        shape = ", ".join(map(str, point.shape))
+        shape = ", ".join(map(str, point.shape)) + (" *" if row["cached"] else "")
         if row["ms"] is None:
             lines.append(f"| {shape} |" + " |" * (len(COLUMNS) - 2) + f" {row['verdict']} |")
             continue
@@ -152,7 +153,8 @@ def _paths(measured: Measured) -> list[str]:
             point = Point(op, "float32", "forward_backward", shape, name)
             ratio = speed_up(measured, point)
             verdict = measured.get(point, {}).get("verdict", "")
-            cells.append(f"{ratio:.3g}" if ratio else str(verdict if verdict != "ok" else ""))
+            mark = " *" if measured.get(point, {}).get("cached") else ""
+            cells.append(f"{ratio:.3g}{mark}" if ratio else str("" if verdict == "ok" else verdict))
         lines.append("| " + " | ".join([op, ", ".join(map(str, shape)), *cells]) + " |")
     return lines
 

@@ -20,6 +20,7 @@ FIELDS = (
     "ms_high",
     "samples",
     "sets",
+    "cached",
     "compile_s",
     "gb_s",
     "floor_ms",

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import fit_choice, kernels, points, recurrences, report, rows, timing
+from benchmarks import contenders, fit_choice, kernels, points, recurrences, report, rows, timing
 from benchmarks.points import KERNEL, SCAN, Point
 from jaxpara.recurrence import rule
 from pallas_kernels import shapes
@@ -93,6 +93,38 @@ def test_inputs_are_rotated_while_they_fit_a_cache():
     assert timing.sets_needed(1 << 20) == timing.MOST_SETS
     assert timing.sets_needed(100 << 20) == 3
     assert timing.sets_needed(1 << 30) == 1
+
+
+def test_rows_that_a_cache_may_hold_are_marked():
+    point = Point("linear", "float32", "forward", Shape(16, 1, 8), KERNEL)
+    assert bench(sets=16).row(point)["cached"] == 1
+    small, large = measured_row(point, 1.0, cached=1), measured_row(point, 1.0, cached=0)
+    lines = lambda row: "\n".join(report.report(by_point(row), [], "x"))  # noqa: E731
+    assert "| 16, 1, 8 * |" in lines(small) and "| 16, 1, 8 |" in lines(large)
+
+
+def test_a_row_whose_kernel_was_refused_is_not_called_fused():
+    shape = Shape(16, 1, 8)
+    point = Point("gru", "float32", "forward_backward", shape, points.SOLVER + "fused")
+    for _ in range(2):  # the reason is logged once, and asked for twice
+        row = bench().row(point)
+        assert (
+            row["verdict"].startswith("failed: NotImplementedError: kernel=off") and "ms" not in row
+        )
+    other = bench().row(point._replace(implementation=points.SOLVER + "shooting"))
+    assert other["verdict"] == "ok"
+
+
+def test_what_is_timed_is_what_users_get(monkeypatch):
+    asked = {}
+
+    def forward(*args, **kwargs):
+        asked.update(kwargs)
+        raise NotImplementedError
+
+    monkeypatch.setattr(contenders.nonlinear_recurrence, "forward", forward)
+    bench().row(Point("gru", "float32", "forward", Shape(16, 1, 8), KERNEL))
+    assert asked == {"certain": True, "implementation": "xla"}
 
 
 def test_rotated_sets_each_give_their_own_result():

@@ -239,7 +239,16 @@ def test_make_gpu_tests_first_and_times_nothing_that_is_wrong(tmp_path, status, 
 
 def test_every_test_runs_once_before_any_runs_again():
     names = ["a[1]", "a[2]", "a[3]", "b", "c[1]", "c[2]"]
-    assert gpu_tests.breadth_first(names) == ["a[1]", "b", "c[1]", "a[2]", "c[2]", "a[3]"]
+    assert gpu_tests.in_order(names) == ["a[1]", "b", "c[1]", "a[2]", "c[2]", "a[3]"]
+
+
+def test_functions_then_what_users_call_run_before_all_else():
+    kernels = ["tests/test_kernels_gpu.py::a[1]", "tests/test_kernels_gpu.py::a[2]"]
+    users = ["tests/test_platforms.py::b[1]", "tests/test_platforms.py::b[2]"]
+    functions = ["tests/test_mosaic_functions.py::c[1]", "tests/test_mosaic_functions.py::c[2]"]
+    assert gpu_tests.in_order([*kernels, *functions, *users]) == [*functions, *users, *kernels]
+    for file in gpu_tests.FIRST:
+        assert "@pytest.mark.gpu" in (ROOT / "tests" / file).read_text()
 
 
 ABOUT = {"device": "Some GPU", "jax": "0.12", "code": "abc", "commit": "d", "date": "2026-11-22"}

@@ -15,16 +15,18 @@ simulated = pytest.mark.skipif(
 )
 lowered = pytest.mark.skipif(compat.version() < (0, 11), reason="needs JAX >= 0.11")
 
-TOL = 1e-6
 
-
-def run(case, operands, *, cell=None, races=False, interpret=True, **settings):
-    """The kernel, in the simulator or on the device: `(states, iterations, residual, walked)`."""
-    settings = {"tol": TOL, "max_iters": 8, "affine": case.affine, "certain": True} | settings
+def program(case, *, cell=None, races=False, interpret=True, **settings):
+    """The kernel, compiled once: `(init, xs, params) -> (states, iterations, residual, walked)`."""
+    settings = {"tol": None, "max_iters": 8, "affine": case.affine, "certain": True} | settings
     module = compat.mosaic_gpu()
     how = module.InterpretGPUParams(detect_races=races) if interpret else None
-    call = jax.jit(lambda *a: gpu.forward(cell or case.cell, *a, interpret=how, **settings))
-    return jax.block_until_ready(call(operands.init, operands.xs, operands.params))
+    return jax.jit(lambda *a: gpu.forward(cell or case.cell, *a, interpret=how, **settings))
+
+
+def run(case, operands, **how):
+    """What the kernel gives, in the simulator or on the device."""
+    return jax.block_until_ready(program(case, **how)(operands.init, operands.xs, operands.params))
 
 
 def check(case, steps, batch, width, *, reverse=False, **settings):
@@ -237,7 +239,7 @@ def test_a_window_larger_than_shared_memory_is_refused():
 )
 def test_what_the_kernel_cannot_take_is_named(change, error, message):
     operands = cells.draw(cells.GRU, 4, 1, 2)._asdict()
-    settings = {"tol": TOL, "max_iters": 8} | operands | change
+    settings = {"tol": None, "max_iters": 8} | operands | change
     settings.pop("cotangents")
     arrays = [settings.pop(name) for name in ("init", "xs", "params")]
     with pytest.raises(error, match=message):
@@ -249,7 +251,7 @@ def test_an_old_jax_is_refused_by_name():
     operands = cells.draw(cells.GRU, 4, 1, 2)
     with pytest.raises(NotImplementedError, match="needs JAX >= 0.11"):
         gpu.forward(
-            cells.GRU.cell, operands.init, operands.xs, operands.params, tol=TOL, max_iters=8
+            cells.GRU.cell, operands.init, operands.xs, operands.params, tol=None, max_iters=8
         )
 
 
@@ -266,7 +268,7 @@ def lower(case, shape, dtype=jnp.float32, **settings):
         some(cell.params, (1, sizes[2])),
     )
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    settings |= {"tol": TOL, "max_iters": 8, "affine": case.affine}
+    settings |= {"tol": None, "max_iters": 8, "affine": case.affine, "certain": True}
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         call = jax.jit(lambda *a: gpu.forward(cell, *a, **settings))
         return call.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
@@ -325,7 +327,7 @@ def test_on_a_gpu_every_step_of_a_full_device_is_the_step(case, shape, reverse):
         operands = cells.draw(case, *shape)
     on_device = jax.device_put(operands, jax.devices("gpu")[0])
     poison([*on_device.cotangents, *on_device.cotangents])
-    states, _, _, walked = run(case, on_device, interpret=False, reverse=reverse, tol=1e-5)
+    states, _, _, walked = run(case, on_device, interpret=False, reverse=reverse)
     # A million boundaries: a window or two may hold an element that rounding keeps open.
     assert np.mean(walked) <= (0 if case.affine else 0.1 * shape.steps)
     with jax.default_device(jax.devices("cpu")[0]):
@@ -355,15 +357,11 @@ def test_on_a_gpu_every_step_is_the_step_however_hard_the_cell(scale, max_iters)
 def test_on_a_gpu_two_calls_give_the_same_bits(case):
     with jax.default_device(jax.devices("cpu")[0]):
         operands = cells.draw(case, 2048, 8, 256)
-    operands = jax.device_put(operands, jax.devices("gpu")[0])
-    first = run(case, operands, interpret=False)
+    init, xs, params, _ = jax.device_put(operands, jax.devices("gpu")[0])
+    call = program(case, interpret=False)
+    first = call(init, xs, params)
     for _ in range(20):  # a race between warps would show here sooner or later
-        for a, b in zip(
-            jax.tree.leaves(first),
-            jax.tree.leaves(run(case, operands, interpret=False)),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(a, b)
+        jax.tree.map(np.testing.assert_array_equal, first, call(init, xs, params))
 
 
 @pytest.mark.gpu
@@ -373,5 +371,5 @@ def test_on_a_gpu_bfloat16_states_are_within_two_units_of_lax_scan():
         cell = cells.rounded(cells.GRU.cell)
         expected = cells.scanned(cell, operands)
     operands = jax.device_put(operands, jax.devices("gpu")[0])
-    states = run(cells.GRU, operands, cell=cell, interpret=False, tol=2.0**-6)[0]
+    states = run(cells.GRU, operands, cell=cell, interpret=False)[0]
     assert cells.relative_error(states, expected) < 2.0**-6

@@ -1,6 +1,8 @@
 """Runs the tests marked `gpu` within a time, and writes what they said: `make gpu` does it first.
 
-Breadth first: every test once, with its first parameters, then with its second. Written test by
+What everything stands on comes first (the functions of one instruction), then what users call, then
+the kernels by themselves, breadth first: every test once, with its first parameters, then with its
+second. Written test by
 test, so that the same command goes on where it stopped: what passed with the same sources on the
 same device is not run again, and a test that the process died in is passed over and counts as
 failed.
@@ -27,11 +29,12 @@ from benchmarks import provenance  # noqa: E402
 FIELDS = ("test", "outcome", "seconds", "says", "device", "jax", "code", "commit", "date")
 DIED = "died"  # of a test that was begun and not ended
 OUT_OF_TIME = 3  # the exit status when tests are left
+FIRST = ("test_mosaic_functions.py", "test_platforms.py")  # all of their rows, in this order
 MOST_FAILURES = 10  # after which the device, or the build, is to blame
 
 
-def breadth_first(names: Sequence[str]) -> list[str]:
-    """Every test with its first parameters, then every one with its second, and so on.
+def in_order(names: Sequence[str]) -> list[str]:
+    """The files of `FIRST`, then every test with its first parameters, with its second, and so on.
 
     Args:
       names: pytest's, in its order.
@@ -43,7 +46,9 @@ def breadth_first(names: Sequence[str]) -> list[str]:
     turns = []
     for name in names:
         function = name.split("[")[0]
-        turns.append((seen[function], name))
+        file = pathlib.PurePath(name.split("::")[0]).name
+        rank = FIRST.index(file) if file in FIRST else len(FIRST)
+        turns.append(((rank, seen[function] if rank == len(FIRST) else 0), name))
         seen[function] += 1
     return [name for _, name in sorted(turns, key=lambda turn: turn[0])]
 
@@ -107,7 +112,7 @@ class Session:
         done = {t for t, o in self.before.items() if o in ("passed", DIED)}
         named = {item.nodeid: item for item in items}
         config.hook.pytest_deselected(items=[named[name] for name in named if name in done])
-        items[:] = [named[name] for name in breadth_first([*named]) if name not in done]
+        items[:] = [named[name] for name in in_order([*named]) if name not in done]
         self.left = len(items)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:

@@ -33,8 +33,8 @@ VERDICT, OPEN, RESIDUAL = range(3)
 FLAGS = 3
 
 
-def link(block: Block, old: Any, new: Any) -> None:
-    """Corrects the starts of a pass, and writes what it finds to the flags.
+def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
+    """Corrects the starts of a pass, and in a `test` writes what it finds to the flags.
 
     The boundary before a chunk compares the end of the chunk before (the carry, before the first)
     with its start. For each channel: the worst verdict by the corrections; whether an end differs
@@ -45,6 +45,7 @@ def link(block: Block, old: Any, new: Any) -> None:
       block: what to work on; the limits of a correction among it.
       old: which of the two sets of starts the chunks were rolled out from.
       new: which set takes the corrected ones.
+      test: whether the pass may be the one that counts.
     """
     count = block.cell.states
     zero = zeros(block)
@@ -66,7 +67,8 @@ def link(block: Block, old: Any, new: Any) -> None:
                 value = value.astype(block.dtypes[k]).astype(jnp.float32)
             mosaic.store(block.starts.at[new, k, place], value)
             deltas.append(moved + (end - start))
-            found = judge(found, end, start, deltas[k], kept, recent[k])
+            if test:
+                found = judge(found, end, start, deltas[k], kept, recent[k])
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
         arriving = []
         for i in range(count):
@@ -105,6 +107,8 @@ def link(block: Block, old: Any, new: Any) -> None:
         (zero + CLOSED, zero, zero),
     )
     verdict, unequal, worst = _over_chunks(block, _summaries(block, old), visit, begin)[-1]
+    if not test:
+        return
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
     for row, value in ((VERDICT, verdict), (OPEN, unequal), (RESIDUAL, worst)):
         mosaic.store(block.flags.at[row], value)

@@ -127,12 +127,12 @@ def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays]) -> N
         mosaic.store(block.products.at[k, own], product)
 
 
-def _correct_starts(block: Block, passes: Any) -> None:
-    """Warpgroup 0 corrects the starts of a pass and judges it; all see both when it returns."""
+def _correct_starts(block: Block, passes: Any, *, test: bool) -> None:
+    """Warpgroup 0 corrects the starts of a pass, and judges it in a `test`; then all see both."""
 
     @pl.when(lax.axis_index("wg") == 0)
     def _():
-        link(block, passes % 2, (passes + 1) % 2)
+        link(block, passes % 2, (passes + 1) % 2, test=test)
 
     # All read their new starts and the flags, and then write over the summaries.
     mosaic.sync(block.arrived)
@@ -145,7 +145,7 @@ def _guess(block: Block, w: Any, slot: Any, params: Arrays, passes: Any) -> None
     _write_summaries(block, *_roll(block, cell, w, slot, params, first, columns=True, keep=False))
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
-    _correct_starts(block, passes)
+    _correct_starts(block, passes, test=False)
 
 
 def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdict: Any) -> Any:
@@ -165,7 +165,7 @@ def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdi
     pl.when(verdict <= NEAR)(functools.partial(roll, False))
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
-    _correct_starts(block, passes)
+    _correct_starts(block, passes, test=True)
     found, still = flag(block, VERDICT), flag(block, OPEN)
     stalled = (found <= ROUNDED) & (verdict <= ROUNDED)
     found = lax.select(stalled, jnp.float32(CLOSED), found)
