@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence import explicit, fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size, elements, is_number
+from jaxpara.recurrence.kinds import Dense
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.structure import Structure, structure_of
 from jaxpara.recurrence.system import Solver
@@ -167,4 +168,7 @@ def _refusal(body: Body) -> str | None:
 
 @functools.lru_cache(maxsize=512)
 def _structure(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> Structure:
-    return structure_of(jaxpr, carry_in, carry_out)
+    try:
+        return structure_of(jaxpr, carry_in, carry_out)
+    except jax.errors.InconclusiveDimensionOperation:
+        return Dense()  # a symbolic size that the proof would have to compare with another
