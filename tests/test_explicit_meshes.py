@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -364,3 +365,35 @@ def test_linear_recurrences_keep_the_sharding_of_their_inputs(implementation, bl
     with jax.set_mesh(mesh()):
         both = quick(lambda *args: [values_and_gradients(f)(*args) for f in (found, oracle)])
         assert_same(*both(h, xs, a))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_flax_layers_equal_those_of_flax(framework):
+    h, _, _ = placed(ONE)
+    x = jax.device_put(drawn(BATCH, TIME, WIDTH), NamedSharding(mesh(), P("data", None, None)))
+    flax = pytest.importorskip("flax")
+    bridge = importlib.import_module(f"jaxpara.{framework}")
+    if framework == "linen":
+        cell = flax.linen.GRUCell(WIDTH)
+        layers = bridge.RNN(cell, solver=SOLVERS["shooting"]), flax.linen.RNN(cell)
+    else:
+        cell = flax.nnx.SimpleCell(WIDTH, WIDTH, rngs=flax.nnx.Rngs(0))
+        layers = bridge.RNN(cell, solver=SOLVERS["shooting"]), flax.nnx.RNN(cell)
+
+    def found(layer):
+        parts = flax.nnx.split(layer) if framework == "nnx" else ()
+
+        def solve(h, x):
+            if parts:
+                # Variables must be made at the trace level at which a layer changes them.
+                fresh = jax.tree.map(lambda leaf: leaf, parts[1])
+                return flax.nnx.merge(parts[0], fresh)(x, initial_carry=h)
+            params = flax.linen.RNN(cell).init(jax.random.key(0), x, initial_carry=h)
+            return layer.apply(params, x, initial_carry=h)
+
+        return jax.value_and_grad(lambda *args: total(solve(*args)), (0, 1))
+
+    with jax.set_mesh(mesh()):
+        runs = [found(layer) for layer in layers]
+        assert_same(*quick(lambda *args: [run(*args) for run in runs])(h, x))

@@ -12,6 +12,7 @@ from jaxpara import compat, jaxprs
 from jaxpara.recurrence import cost, explicit, fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size, elements, is_number
 from jaxpara.recurrence.certain import certain
+from jaxpara.recurrence.kinds import Dense
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.sequential import sequential
 from jaxpara.recurrence.structure import Structure, Unchecked, require, structure_of
@@ -211,7 +212,10 @@ def _refusal(body: Body) -> str | None:
 
 @functools.lru_cache(maxsize=512)
 def _structure(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> Structure:
-    return structure_of(jaxpr, carry_in, carry_out)
+    try:
+        return structure_of(jaxpr, carry_in, carry_out)
+    except jax.errors.InconclusiveDimensionOperation:
+        return Dense()  # a symbolic size that the proof would have to compare with another
 
 
 @functools.lru_cache(maxsize=512)

@@ -282,7 +282,7 @@ def _classify(groups: Groups, shapes, heads) -> Structure:
     def dense(group):
         members = list(zip(group.leaves, group.shared, strict=True))
         mixed = any(
-            coupled_size(shapes[leaf], shared) > 1 and coupled_axes(shapes[leaf], shared)
+            coupled_size(shapes[leaf], shared) != 1 and coupled_axes(shapes[leaf], shared)
             for leaf, shared in members
         )
         return mixed and not any((leaf, a) in heads for leaf, shared in members for a in shared)
