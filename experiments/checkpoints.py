@@ -14,8 +14,7 @@ import math
 import os
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +74,14 @@ def _read_run(path: Path) -> dict[str, Any]:
     if not isinstance(run, dict) or run.pop("digest", None) != seals.of_text(run):
         raise Damaged(f"{path / 'run'} is damaged: it is not what was saved")
     return run
+
+
+def _readable_runs(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Steps, the newest first, and what they were saved with; without those that are damaged."""
+    for step in steps(folder)[::-1]:
+        with contextlib.suppress(Damaged):
+            seals.check(path_of(folder, step), ["run"])
+            yield step, _read_run(path_of(folder, step))
 
 
 @contextmanager
@@ -209,11 +216,7 @@ def set_aside(folder: Path, *, after: int | None = None) -> None:
             shutil.rmtree(aside)
         aside.parent.mkdir(exist_ok=True)
         path.rename(aside)
-        _say(f"{why}; checkpoint {step} is moved to {aside}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        seals.say(f"{why}; checkpoint {step} is moved to {aside}")
 
 
 def steps(folder: Path) -> list[int]:
@@ -251,14 +254,25 @@ def best_step(folder: Path) -> int | None:
     Returns:
       Its step; None where none was evaluated.
     """
-    scores = {}
-    for step in steps(folder):
-        path = path_of(folder, step)
-        with contextlib.suppress(Damaged):
-            seals.check(path, ["run"])
-            scores[step] = _score(_read_run(path))
-    best = max(scores, key=lambda step: scores[step], default=None)
+    scores = {step: _score(run) for step, run in _readable_runs(folder)}
+    best = max(sorted(scores), key=lambda step: scores[step], default=None)
     return None if best is None or scores[best] == -math.inf else best
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    """What the position in the data was saved for: digests of the text, seed, sizes.
+
+    Args:
+      folder: the run's folder.
+
+    Returns:
+      As given to `only_for`; empty where no checkpoint says it.
+    """
+    for _, run in _readable_runs(folder):
+        position = run.get("data")
+        about = position.get("in") if isinstance(position, dict) else None
+        return about if isinstance(about, dict) else {}
+    return {}
 
 
 def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -297,36 +311,6 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
     return TrainState(params, rest["opt_state"], rest["step"], key), run
 
 
-def first_whole(folder: Path, order: Sequence[int], read: Callable[[int], Any]) -> Any:
-    """Reads the first of some checkpoints that is not damaged; says which were.
-
-    Args:
-      folder: the run's folder.
-      order: steps, the one that is wanted first.
-      read: takes a step; raises `Damaged`.
-
-    Returns:
-      What `read` returns.
-
-    Raises:
-      Damaged: none is whole; names what is damaged in the first.
-    """
-    damage: list[Damaged] = []
-    for step in order:
-        try:
-            found = read(step)
-        except Damaged as error:
-            damage.append(error)
-            continue
-        if damage:
-            _say(f"{damage[0]}; the checkpoint of step {step} is read instead")
-        return found
-    raise Damaged(
-        f"{damage[0]}; no other checkpoint in {folder / FOLDER} is whole. "
-        "Take that folder from a copy of the run, or begin a new run"
-    ) from damage[0]
-
-
 def restore_newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Reads the newest whole checkpoint back; says so where newer ones are damaged.
 
@@ -341,7 +325,7 @@ def restore_newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
       Damaged: none is whole.
       ValueError: what is on disk has another structure or other shapes.
     """
-    return first_whole(folder, steps(folder)[::-1], lambda step: restore(folder, step, like))
+    return seals.first_whole(steps(folder)[::-1], lambda step: restore(folder, step, like))
 
 
 def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = "best") -> Params:
@@ -378,4 +362,4 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
         return frozen_part.together(folder, found, frozen)
 
     best = best_step(folder) if which == "best" else None
-    return first_whole(folder, order if best is None else [best, *order], read)
+    return seals.first_whole(order if best is None else [best, *order], read)

@@ -1,10 +1,10 @@
 """Orbax on this machine's disks: quietly, and under any path."""
 
+import asyncio
 import errno
 import logging
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,18 +46,18 @@ def quiet() -> Iterator[None]:
     raised: after one, it stays quiet.
     """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.excepthook
+    levels, call = [logger.level for logger in loggers], asyncio.BaseEventLoop.call_soon_threadsafe
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
 
-    def without_late_callbacks(kind, error, trace) -> None:
-        # TensorStore calls back into the event loop that Orbax has closed after the first failure.
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            hook(kind, error, trace)
+    def call_if_open(loop, callback, *args, **kwargs):
+        # TensorStore's threads call back into the event loop that Orbax has closed after the first
+        # failure, and print a traceback for each call that it refuses.
+        return None if loop.is_closed() else call(loop, callback, *args, **kwargs)
 
-    sys.excepthook = without_late_callbacks
+    asyncio.BaseEventLoop.call_soon_threadsafe = call_if_open
     yield
-    sys.excepthook = hook
+    asyncio.BaseEventLoop.call_soon_threadsafe = call
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
 

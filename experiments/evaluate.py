@@ -9,10 +9,11 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from experiments import run_sets, runs, tables, trust
+from experiments import checkpoints, run_sets, runs, tables, trust
 from experiments.build import build_data
 from experiments.commandline import command, guarded
 from experiments.data.baselines import baselines
+from experiments.data.corpus import digest
 from experiments.folder_arguments import quote_folders
 from experiments.judging import bits_per_byte
 from experiments.trained import open_model
@@ -45,7 +46,8 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
       folder: of the run.
 
     Returns:
-      `data`, the config of a source; `windows`, `length` and `batch_size`.
+      `data`, the config of a source, and whether it is its `own`; `windows`, `length` and
+      `batch_size`.
 
     Raises:
       RunError: its config asks for what is not trusted.
@@ -61,7 +63,8 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         for name in ("windows", "length", "batch_size")
     }
     # Other text, but in the tokens that the model knows.
-    return {"data": {**data, "tokenizer": own.get("tokenizer")}, **numbers}
+    data = {**data, "tokenizer": own.get("tokenizer")}
+    return {"data": data, "own": "data" not in cfg, **numbers}
 
 
 def score(folders: list[Path], where: dict[str, Any]) -> dict[str, float]:
@@ -75,7 +78,8 @@ def score(folders: list[Path], where: dict[str, Any]) -> dict[str, float]:
       Bits per byte by folder.
 
     Raises:
-      RunError: the windows do not fit, or a run is not of a language model.
+      RunError: the windows do not fit, the text has changed since a run was judged by it, or a run
+        is not of a language model.
     """
     data = build_data(OmegaConf.create({"data": where["data"]}))
     try:
@@ -84,6 +88,14 @@ def score(folders: list[Path], where: dict[str, Any]) -> dict[str, float]:
         raise runs.RunError(str(error)) from error
     scored = {}
     for folder in folders:
+        if where["own"]:
+            known = checkpoints.data_of(folder).get("held-out text")
+            if known not in (None, digest(data.validation)):
+                raise runs.RunError(
+                    f"{folder} was judged by other held-out text than {data.source} holds: its "
+                    f"digest was {known!r} and is {digest(data.validation)!r}. Put back what it "
+                    "was, or choose the text with data=SOURCE"
+                )
         model, params, _ = open_model(folder)
         judge = bits_per_byte(
             model,

@@ -22,6 +22,7 @@ from experiments.run_sets import METRICS
 from experiments.sweep_folders import plain_config
 from experiments.sweeps import once, start
 from experiments.train import job as train_job
+from experiments.trained import tokenizer_of
 
 NUMBERS = ("bits", "rank")
 FOLDERS = ("from", "data.path", "data.root", "data.tokenizer", trust.TRUST)
@@ -91,8 +92,7 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     with open_dict(cfg):
         cfg.model = trained.model
         cfg.data.tokenizer = OmegaConf.select(trained, "data.tokenizer")
-    if cfg.data.tokenizer is not None:
-        trust.check_path(cfg.data.tokenizer, base, key="data.tokenizer")
+    tokenizer_of(base, trained)
 
 
 def unused(cfg: DictConfig) -> set[str]:

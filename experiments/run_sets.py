@@ -105,7 +105,9 @@ def expand(patterns: str | Iterable[str] | None) -> list[Path]:
         )
     found: dict[Path, None] = {}
     for pattern in given:
-        places = [Path(p) for p in sorted(glob.glob(str(Path(pattern).expanduser())))]
+        place = Path(pattern).expanduser()
+        # A folder may be called like a glob.
+        places = [place] if place.is_dir() else [Path(p) for p in sorted(glob.glob(str(place)))]
         inside = [
             folder
             for place in places

@@ -8,7 +8,8 @@ wrong on the way to the disk. All are BLAKE2b, of 128 bits.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def seal(folder: Path, *, late: bool = True) -> None:
     left_out = {SEAL} if late else {SEAL, *LATE}
     digests = {name: of_file(path) for name, path in files.items() if name not in left_out}
     part = folder / f"{SEAL}.part"
-    part.write_text(json.dumps({"files": digests, "digest": of_text(digests)}, indent=1) + "\n")
+    part.write_text(_text(digests))
     os.replace(part, folder / SEAL)
 
 
@@ -149,12 +150,17 @@ def check(folder: Path, parts: Sequence[str] | None = None) -> None:
             raise Damaged(f"{path} was not written with the rest of {folder}")
 
 
+def _text(digests: Mapping[str, str]) -> str:
+    """What a seal holds."""
+    return json.dumps({"files": digests, "digest": of_text(digests)}, indent=1) + "\n"
+
+
 def _read(folder: Path) -> dict[str, str]:
     path = folder / SEAL
     try:
-        values = json.loads(path.read_bytes())
-        digests = dict(values["files"])
-        whole = values["digest"] == of_text(digests)
+        content = path.read_bytes()
+        digests = dict(json.loads(content)["files"])
+        whole = content == _text(digests).encode()  # to the last blank
     except FileNotFoundError:
         raise Damaged(f"{path} is missing: {folder} was not written to its end") from None
     except OSError as error:
@@ -164,3 +170,41 @@ def _read(folder: Path) -> dict[str, str]:
     if not whole:
         raise Damaged(f"{path} is damaged: it is not what was written")
     return digests
+
+
+def first_whole(order: Sequence[int], read: Callable[[int], Any]) -> Any:
+    """Reads the first of some checkpoints that is not damaged; says which were.
+
+    Args:
+      order: steps, the one that is wanted first.
+      read: takes a step; raises `Damaged`.
+
+    Returns:
+      What `read` returns.
+
+    Raises:
+      Damaged: none is whole; names what is damaged in the first.
+    """
+    damage: list[Damaged] = []
+    for step in order:
+        try:
+            found = read(step)
+        except Damaged as error:
+            damage.append(error)
+            continue
+        if damage:
+            say(f"{damage[0]}; the checkpoint of step {step} is read instead")
+        return found
+    raise Damaged(
+        f"{damage[0]}; no other checkpoint is whole. "
+        "Take the run's folder from a copy, or begin a new run"
+    ) from damage[0]
+
+
+def say(text: str) -> None:
+    """Says one line to the person at the keyboard.
+
+    Args:
+      text: the line.
+    """
+    print(text, file=sys.stderr, flush=True)

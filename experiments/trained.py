@@ -4,12 +4,42 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import checkpoints, runs, trust
 from experiments.build import build_model
 from experiments.data.tokens import Tokenizer, open_tokenizer
 from jaxpara.types import Model, Params
+
+
+def tokenizer_of(folder: Path, cfg: DictConfig) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Args:
+      folder: of the run.
+      cfg: its config, from `trust.open_config`.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      RunError: it lies elsewhere and is not trusted, cannot be read, or is not the one that the run
+        was trained with.
+    """
+    path = OmegaConf.select(cfg, "data.tokenizer")
+    if path is not None:
+        trust.check_path(str(path), folder, key="data.tokenizer")
+    try:
+        tokenizer = open_tokenizer(path)
+    except (ValueError, OSError) as error:
+        raise runs.RunError(str(error)) from error
+    known = checkpoints.data_of(folder).get("tokenizer", tokenizer.digest)
+    if known != tokenizer.digest:
+        raise runs.RunError(
+            f"{path or 'data.tokenizer=null'} is not the tokenizer that {folder} was trained with: "
+            f"its digest was {known!r} and is {tokenizer.digest!r}. Put back the file that it was"
+        )
+    return tokenizer
 
 
 def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
@@ -29,13 +59,7 @@ def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
     runs.need(trained, folder, "model")
     model = build_model(trained)
     like = jax.eval_shape(model.init, jax.random.key(0))
-    path = OmegaConf.select(trained, "data.tokenizer")
-    if path is not None:
-        trust.check_path(str(path), folder, key="data.tokenizer")
-    try:
-        tokenizer = open_tokenizer(path)
-    except (ValueError, OSError) as error:
-        raise runs.RunError(str(error)) from error
+    tokenizer = tokenizer_of(folder, trained)
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tokens = jax.eval_shape(model.apply, like, one).shape[-1]
     if tokens < tokenizer.vocab_size:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import runs
@@ -44,15 +43,13 @@ def from_command_line(cfg: DictConfig) -> Iterator[None]:
     """Trusts, while a program runs, what its command line names.
 
     Args:
-      cfg: composed by Hydra; `trust` is a package, a path, or a list of them. Files that other
-        overrides name count too.
+      cfg: composed by Hydra, from the command line and the user's own configs alone. `trust` is a
+        package, a path, or a list of them; files and data sets that it names elsewhere count too.
     """
-    given = _texts(OmegaConf.to_container(cfg)[TRUST] if TRUST in cfg else None)
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key.split(".")[-1] in (*FILES, "from"):
-            given += _texts(OmegaConf.select(cfg, key))
+    values = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(values, dict)
+    given = _texts(values.get(TRUST)) + _texts(values.get("from"))
+    given += [path for _, path in _paths(values, "")]
     with granted(given):
         yield
 

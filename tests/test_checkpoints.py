@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpara as jp
 from experiments import adapter_files, checkpoints, seals
-from experiments.faults import flip
+from experiments.injection import flip
 from experiments.runs import RunError
 from experiments.seals import Damaged
 from jaxpara.train import init_state, make_step
@@ -262,7 +262,7 @@ def test_one_flipped_bit_anywhere_is_refused_by_the_name_of_what_is_damaged(tmp_
         with pytest.raises(Damaged) as caught:
             checkpoints.restore(folder, 3, like())
         assert str(file) in str(caught.value)
-        with pytest.raises(Damaged, match=f"{file.name} is .*no other checkpoint in .* is whole"):
+        with pytest.raises(Damaged, match=f"{file.name} is .*no other checkpoint is whole"):
             checkpoints.restore_newest(folder, like())
         file.write_bytes(whole)
     checkpoints.restore(folder, 3, like())
@@ -338,7 +338,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one_in_one_line(tmp
     assert checkpoints.steps(tmp_path) == [1, 2]
     assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "3"]
     damage(1), damage(2)
-    with pytest.raises(Damaged, match="Take that folder from a copy of the run, or begin a new"):
+    with pytest.raises(Damaged, match="Take the run.s folder from a copy, or begin a new"):
         checkpoints.restore_newest(tmp_path, like())
 
 

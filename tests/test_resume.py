@@ -16,7 +16,7 @@ import pytest
 from interrupted_runs import check_same_files, check_same_state, stopper
 from omegaconf import OmegaConf
 
-from experiments import checkpoints, faults, metrics, runs, trainer
+from experiments import checkpoints, injection, metrics, runs, trainer
 from experiments.loggers import Logger
 from experiments.settings import make_settings
 from experiments.task import Table, Task
@@ -174,7 +174,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_continues_from_the_one_before(
     before, last = checkpoints.steps(folder)
     params = checkpoints.path_of(folder, last) / "params"
     file = max((f for f in params.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    faults.flip(file, np.random.default_rng(0))
+    injection.flip(file, np.random.default_rng(0))
     stop_after(None)
     assert run_toy(folder, resume=True) == ("finished", None, STEPS)
     said = capsys.readouterr().err
@@ -212,21 +212,27 @@ def test_ctrl_c_while_finishing_is_an_interruption_that_says_how_to_go_on(tmp_pa
     assert run_toy(folder, resume=True, **solved) == ("finished", None, 4)
 
 
-def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(tmp_path, whole_toy):
+@pytest.mark.parametrize(
+    "code, remedy",
+    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "See that it can be written to")],
+)
+def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(
+    tmp_path, whole_toy, code, remedy
+):
     folder = tmp_path / "run"
 
     def full(place):
         def write(step, values):
             if step == 6:
-                raise OSError(errno.ENOSPC, "No space left on device")
+                raise OSError(code, os.strerror(code))
 
         return Logger(write, lambda: None)
 
     with pytest.raises(runs.RunError) as caught:
         run_toy(folder, sinks=[full])
     assert re.search(
-        rf"No space left on device. The last checkpoint is {folder}/checkpoints/4. Make room "
-        rf"there, then go on with\n  python -m experiments.train resume={folder}$",
+        rf"{os.strerror(code)}. The last checkpoint is {folder}/checkpoints/4. {remedy}, "
+        rf"then go on with\n  python -m experiments.train resume={folder}$",
         str(caught.value),
     )
     assert runs.status(folder) == "failed"

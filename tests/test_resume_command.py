@@ -1,7 +1,6 @@
 """`resume=` on the command line: the folder's own config is what counts."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from programs import call
 
 from experiments import claim, evaluate, generate, runs, train
-from experiments.build import build
+from experiments.build import build, build_data
 from experiments.folder_arguments import quote_folders, quote_value
 from experiments.resuming import check_overrides, cut_table, resume_arguments
 from jaxpara.train import init_state
@@ -206,29 +205,31 @@ def test_a_run_in_a_folder_with_brackets_is_continued_and_read(tmp_path, text, s
     assert call(generate, ".", run, "length=4") == 0
 
 
-def test_what_the_text_was_is_asked_for_when_it_has_changed(tmp_path, whole, text, capsys):
-    """Held out or trained on: `text`, in which files are added, changed, taken away."""
+@pytest.mark.slow
+def test_a_run_is_neither_continued_nor_judged_where_its_text_has_changed(
+    tmp_path, whole, text, capsys
+):
     folder, other = tmp_path / "run", tmp_path / "text"
     shutil.copytree(text, other)
     shutil.copytree(whole, folder)
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace(str(text), str(other)))
     (folder / "summary.json").unlink()
-    again = (f"resume={folder}", f"trust={other}")
-    held = {name for name in build(runs.load_config(folder)).task.batches.get_state()["in"]}
-    assert {"held-out text", "training text", "tokenizer"} < held
-    before = (other / "f0.py").read_text(), os.listdir(other)
-    changed = set()
-    for file in sorted(before[1]):
-        kept = (other / file).read_text()
-        (other / file).write_text(kept.replace("x", "y"))
-        assert call(train, ".", *again) == 1
+    given = f"trust={other}"
+    trained_on = set(build_data(runs.load_config(folder)).documents())
+    sides = {file.read_bytes() in trained_on: file for file in sorted(other.iterdir())}
+    for is_trained_on, name in ((True, "training"), (False, "held-out")):
+        kept = sides[is_trained_on].read_text()
+        sides[is_trained_on].write_text(kept.replace("x", "y"))
+        assert call(train, ".", f"resume={folder}", given) == 1
         said = capsys.readouterr().err
-        names = re.findall(r"(\S+) text was '\w+' and is '\w+'", said)
-        assert len(names) == 1 and "saved for other data" in said
-        changed |= set(names)
-        (other / file).write_text(kept)
-        if len(changed) == 2:
-            break
-    assert changed == {"training", "held-out"}
-    assert call(train, ".", *again) == 0
+        assert re.search(rf"saved for other data: {name} text was '\w+' and is '\w+'\. Give", said)
+        sides[is_trained_on].write_text(kept)
+    sides[False].write_text("y = 3\n" * 40)
+    assert call(evaluate, ".", f"run={folder}", given) == 1
+    said = capsys.readouterr().err
+    assert "was judged by other held-out text than" in said and "data=SOURCE" in said
+    assert call(evaluate, ".", f"run={folder}", "data=stdlib", f"data.root={other}") == 0
+    sides[False].write_text(kept)
+    assert call(evaluate, ".", f"run={folder}", given) == 0
+    assert call(train, ".", f"resume={folder}", given) == 0

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from documents import WORDS, config, write_texts
+from omegaconf import OmegaConf
 
+from experiments import checkpoints, injection, runs, trust
 from experiments.data import text, tokens
 from experiments.data.streaming import StreamBatches
 from experiments.runs import RunError
 from experiments.train_tokenizer import job as train_job
 from experiments.train_tokenizer import train as train_tokenizer
+from experiments.trained import tokenizer_of
 
 EXPECTED = [word.encode() for word in WORDS]
 
@@ -135,3 +138,28 @@ def test_a_tokenizer_whose_numbers_have_gaps_is_as_large_as_the_last_one(tokeniz
     assert t.digest != tokens.open_tokenizer(tokenizer).digest
     assert tokens.tokenize([b"a"], t).ids.dtype == np.uint32
     assert tokens.tokenize([b"a"], t).ids[-1] == 69999
+
+
+def test_a_run_keeps_its_tokenizer_and_refuses_another(tokenizer, tmp_path):
+    cfg = OmegaConf.create(
+        {"data": {"_target_": "experiments.data.text.load", "path": "x", "tokenizer": tokenizer}}
+    )
+    folder = tmp_path / "run"
+    runs.open_run(folder, cfg)
+    assert (folder / "tokenizer.json").read_bytes() == Path(tokenizer).read_bytes()
+    opened = trust.open_config(folder)
+    assert opened.data.tokenizer == str(folder / "tokenizer.json")
+    t = tokenizer_of(folder, opened)  # the original may be gone
+    position = {"data": {"position": 0, "in": {"tokenizer": t.digest}}}
+    with checkpoints.saver(folder, keep_last=1, keep_best=0, best=("x", "min")) as save:
+        save(injection.state_after(1), position, None)
+    assert tokenizer_of(folder, opened).digest == t.digest
+    values = json.loads(Path(tokenizer).read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**values, "padding": None}))
+    with pytest.raises(RunError, match=f"is not the tokenizer that .* digest was '{t.digest}'"):
+        tokenizer_of(folder, opened)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(RunError, match="(?s)asks to read data.tokenizer=.*trust="):
+        tokenizer_of(folder, trust.open_config(folder))
+    with trust.granted([tokenizer]):
+        assert tokenizer_of(folder, trust.open_config(folder)).vocab_size == 300
