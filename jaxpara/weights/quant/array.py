@@ -222,7 +222,8 @@ def quantised_dot(
 ) -> Float[Array, "*batch columns"]:
     """`x @ W` with a weight of integers, dequantised as they are multiplied.
 
-    `lift` calls it where a function multiplies with such a weight. It may be differentiated.
+    `lift` calls it where a function multiplies with such a weight. It may be differentiated. Its
+    kernels have not run on a GPU or a TPU yet.
 
     Args:
       x: the operand.
