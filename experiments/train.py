@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import checkpoints, runs
 from experiments.build import build
+from experiments.checks import check_settings
 from experiments.commandline import guarded, quote_text
-from experiments.limits import check_settings
 from experiments.memory import check_step
 from experiments.resuming import check_overrides, resume_arguments
 from experiments.settings import make_settings
