@@ -296,6 +296,10 @@ def main(cfg: DictConfig) -> None:
     def program():
         suite = instantiate(cfg.suite, _convert_="all")
         check(suite)
+        try:
+            make_problem(suite["cell"], 1, 1, 1, scale=suite["scale"], seed=cfg.seed)
+        except ValueError as error:
+            raise runs.RunError(str(error)) from error
         folder = place(cfg, Path(HydraConfig.get().runtime.output_dir))
         try:
             bench(suite, folder, rounds=cfg.rounds, budget_s=cfg.budget_s, seed=cfg.seed)

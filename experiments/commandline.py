@@ -16,8 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from experiments import records, trust
+from experiments.checks import check_settings
 from experiments.explanations import FULL_ERROR, explain
-from experiments.limits import check_settings
 from experiments.near_misses import check_additions
 
 _short = contextvars.ContextVar("short", default=False)  # whether errors end as lines
@@ -119,6 +119,8 @@ def launch(main: Callable[[], Any]) -> Any:
         text = explain(error)
         if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
             text = str(error)
+        if isinstance(error, ValueError) and "Config group override" in str(error):
+            text = "a group takes the name of a member, GROUP=NAME; --help lists groups and members"
         if text is None or before == "1":
             raise
         sys.stdout.flush()

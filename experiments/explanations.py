@@ -17,7 +17,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from experiments.limits import settings_of
+from experiments.checks import settings_of
 from experiments.near_misses import near_misses
 from experiments.runs import RunError
 
@@ -122,6 +122,7 @@ def _of_config(error: BaseException) -> str:
         meant = f"did you mean {group}={near[0]}? " if near else ""
         return f"{group}={member}: no such member; {meant}there are {', '.join(there)}"
     key = getattr(error, "full_key", None)
+    text = text.partition("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("full_key", "object_type", "See "))]
     return (f"{key}: " if key else "") + "\n".join(kept[:LINES])
@@ -173,6 +174,8 @@ def _of_target(error: InstantiationException, cfg: DictConfig | None) -> str | N
         path = str(node.path) if isinstance(node, DictConfig) and "path" in node else ""
         if path and not isinstance(cause, RunError):
             return _of_name(f"{key}.path", path)
+    if located := re.match(r"Error locating target '([^']+)'", str(error)):
+        return _of_name(f"{key}._target_", located[1])
     if isinstance(cause, ValueError | OSError):
         text = str(cause)
         name = re.match(r"(\w+)=", text)

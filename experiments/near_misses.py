@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.limits import RULES, rule_for, settings_of
+from experiments.checks import settings_of
+from experiments.limits import RULES, rule_for
 from experiments.runs import RunError
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from experiments.limits import check_settings
+from experiments.checks import check_settings
 from experiments.runs import RunError
 
 

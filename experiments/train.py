@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import checkpoints, runs, trust
 from experiments.build import build
+from experiments.checks import check_settings
 from experiments.claim import claimed
 from experiments.commandline import guarded, quote_text
 from experiments.folder_arguments import quote_folders
-from experiments.limits import check_settings
 from experiments.memory import check_step
 from experiments.resuming import check_overrides, resume_arguments
 from experiments.settings import make_settings

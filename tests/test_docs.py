@@ -191,6 +191,21 @@ def test_the_code_of_the_readme_runs_and_the_custom_cell_has_ten_lines_or_fewer(
         exec(block, namespace)
 
 
+SPEED = re.compile(r"TB/s|microsecond|[Ff]astest|wins|in one kernel|Pallas kernel|make gpu +#")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/methods.md", "docs/kernels.md"])
+def test_where_speed_on_a_device_is_spoken_of_it_is_said_that_no_kernel_has_run(document):
+    spoken = 0
+    for section in re.split(r"(?m)^(?=#+ )", (ROOT / document).read_text()):
+        device = re.search(r"GPU|TPU|H100|accelerator", section)
+        if device and SPEED.search(section) and "pallas_kernels/](" not in section:
+            spoken += 1
+            said = re.sub(r"\s+", " ", section)
+            assert "has run on a GPU or a TPU yet" in said, section.splitlines()[0]
+    assert spoken, "the pattern finds nothing"
+
+
 def test_nothing_that_was_to_be_measured_is_left_open():
     token = "TODO-" + "MEASURE"
     texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *sources()]

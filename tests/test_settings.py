@@ -16,6 +16,7 @@ from programs import call, ending
 
 from experiments import (
     bench,
+    checks,
     compare,
     evaluate,
     export_adapters,
@@ -101,6 +102,12 @@ WRONG = [
     ("plot", "log_x=maybe", "log_x=false"),
     ("compare", "better=mn", "better=min"),
     ("mixers", "prompt=none", "prompt=1"),
+    ("train", "evaluation=3", "evaluation.KEY=VALUE, as --cfg job shows them"),
+    ("train", "checkpoint=null", "checkpoint.KEY=VALUE, as --cfg job shows them"),
+    ("train", "data.only=asyncio", "data.only=[asyncio]"),
+    ("compare", "columns=final", "columns=[final]"),
+    ("plot", "group_by=true", "group_by=TEXT"),
+    ("bench", "suite.rivals=deer", "suite.rivals=[deer]"),
     ("solver_study", "seeds=[0,-1]", "seeds=[0,0]"),
     ("solver_study", "test_lengths=[]", "test_lengths=[1]"),
     ("solver_study", "tols=[0.0]", "tols=[0.5]"),
@@ -121,7 +128,7 @@ def test_a_wrong_setting_is_refused_with_one_that_fits(command, override, instea
     value = OverridesParser.create().parse_override(f"x={typed}").value()
     OmegaConf.update(cfg, key, value, force_add=True)
     with pytest.raises(RunError) as raised:
-        limits.check_settings(cfg, command)
+        checks.check_settings(cfg, command)
     said = str(raised.value)
     assert said.startswith(f"{key}=") and said.count("\n") == 1
     assert said.endswith(f"type for example {instead}"), said
@@ -145,11 +152,10 @@ def composed(command, *overrides):
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_what_is_shipped_passes_and_every_setting_has_a_rule(command):
     cfg = shipped(command)
-    limits.check_settings(cfg, command)
-    free = {"group_by", "columns", "lines", "names", "stop", "data.only", "data.without"}
-    free |= {"suite.cell", "suite.passes", "suite.rivals"}
-    free |= {key for key, _ in limits.settings_of(cfg) if key.startswith("grid.")}
-    for key, _ in limits.settings_of(cfg):
+    checks.check_settings(cfg, command)
+    free = {"names", "stop"}
+    free |= {key for key, _ in checks.settings_of(cfg) if key.startswith("grid.")}
+    for key, _ in checks.settings_of(cfg):
         named = key in free or key.endswith((".path", ".derivative", "_args_"))
         assert named or limits.rule_for(key, command), f"{key} of {command} has no rule"
 
@@ -159,24 +165,24 @@ def test_what_is_shipped_passes_and_every_setting_has_a_rule(command):
 )
 def test_every_member_of_every_group_passes(group):
     for path in sorted((CONF / group).rglob("*.yaml")):
-        limits.check_settings(OmegaConf.create({group: OmegaConf.load(path)}), "train")
+        checks.check_settings(OmegaConf.create({group: OmegaConf.load(path)}), "train")
 
 
 def test_suggested_values_fit_their_rules():
     for name, rule in limits.RULES.items():
         for value in (-1, 0, 1.5, 1e40, math.nan, True, "x", [], ["x"], None):
-            if not limits.fits(value, rule) and rule.kind in ("whole", "number"):
-                typed = OmegaConf.create(f"x: {limits.instead(value, rule)}")
+            if not checks.fits(value, rule) and rule.kind in ("whole", "number"):
+                typed = OmegaConf.create(f"x: {checks.instead(value, rule)}")
                 plain = OmegaConf.to_container(typed)["x"]
-                assert limits.fits(plain, rule), (name, value, plain)
+                assert checks.fits(plain, rule), (name, value, plain)
 
 
 def test_objects_of_others_are_theirs_to_judge():
     theirs = OmegaConf.create({"task": {"_target_": "mine.task", "width": -1, "group": "abc"}})
-    limits.check_settings(theirs)
+    checks.check_settings(theirs)
     ours = OmegaConf.create({"task": {"_target_": "jaxpara.nn.decoder", "width": -1}})
     with pytest.raises(RunError, match="task.width=-1"):
-        limits.check_settings(ours)
+        checks.check_settings(ours)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +203,8 @@ def test_objects_of_others_are_theirs_to_judge():
         (["a=["], "cannot be read"),
         (["model.layers=4", "mixer=hybrid"], "layers=4 is not a multiple of the 3 mixers"),
         (["data=text"], "data.path must be given"),
+        (["mixer=3"], "a group takes the name of a member"),
+        (["optim._target_=jaxpara.train.optimiser"], "did you mean jaxpara.train.optimizer"),
         (["data=text", "data.path=nowhere"], "error: data.path='nowhere' is neither"),
     ],
 )
@@ -217,6 +225,12 @@ def test_keys_are_named_as_they_are_typed():
     cfg = composed("train")
     assert typed_key(cfg, "task.models.model.mixer.cell") == "cell"
     assert typed_key(cfg, "task.data") == "data" and typed_key(cfg, "optim") == "optim"
+
+
+def test_a_number_is_text_where_text_is_expected():
+    cfg = OmegaConf.create({"runs": [2024, "a"], "title": 7, "group_by": 3, "x": "tokens"})
+    checks.check_settings(cfg, "plot")
+    assert cfg == {"runs": ["2024", "a"], "title": "7", "group_by": "3", "x": "tokens"}
 
 
 def test_the_traceback_is_there_for_who_asks(tmp_path, monkeypatch):

@@ -37,7 +37,8 @@ def linear_recurrence(
       implementation: "sequential" (`lax.scan`), "associative"
         (`lax.associative_scan`), "chunked" (reduce, scan the chunk summaries, roll
         out, verify), "kernel" (one kernel on GPU and TPU, diagonal or blocks up to 4 x 4;
-        "chunked" elsewhere), or None for the best of the platform.
+        "chunked" elsewhere; no kernel has run on a GPU or a TPU yet), or None for the best
+        of the platform.
       axis: mesh axis over which time is sharded, inside `shard_map`; chunked only.
 
     Returns:

@@ -115,9 +115,9 @@ def fused(
     """Multiple shooting in one kernel that is generated from the step, for GPU and TPU.
 
     For steps that are elementwise over up to a few state leaves of one shape: inputs are read
-    once and states written once, which is as fast as memory allows. What no kernel takes, and
-    other platforms, go the way of `shooting`; the reason is logged once, and
-    `jp.explain_choice` names it.
+    once and states written once. What no kernel takes, and other platforms, go the way of
+    `shooting`; the reason is logged once, and `jp.explain_choice` names it. No kernel has run on
+    a GPU or a TPU yet: its values there are tested in simulators, its speed is not known.
 
     Args:
       chunks: chunks of a window of time, rolled out side by side; None lets the kernel choose.

@@ -263,7 +263,8 @@ def quantised_dot(
 
     `lift` calls it where a function multiplies with such a weight. It may be differentiated.
     Kernels for GPUs and TPUs take rows, groups and columns in multiples of 128 and, of packed
-    integers, those of 3 and 4 bits; XLA takes all others, and `t.report` says so.
+    integers, those of 3 and 4 bits; XLA takes all others, and `t.report` says so. They have not
+    run on a GPU or a TPU yet.
 
     Args:
       x: the operand.
