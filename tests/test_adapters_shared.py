@@ -141,6 +141,18 @@ def test_with_whole_vectors_all_private_it_is_lora(double):
     np.testing.assert_allclose(mos.effective(ours)["w"], lora.effective(theirs)["w"], rtol=1e-13)
 
 
+def test_alpha_over_the_rank_scales_the_update(double):
+    w = normal(0, 8, 6)
+    updates = []
+    for alpha in (None, 2.0, 6.0):
+        t = jp.mos(rank=2, shards=2, alpha=alpha)
+        state = moved(t.attach(KEY, {"w": w}))
+        updates.append(np.asarray(t.effective(state)["w"]) - w)
+    assert np.all(updates[1] != 0)
+    for found, scale in zip(updates, (2.0, 1.0, 3.0), strict=True):
+        np.testing.assert_allclose(found, scale * updates[1], rtol=1e-9)
+
+
 def test_the_pool_stands_once_and_is_a_constant_of_a_scan_over_layers():
     state = attached()
     assert len(state.pools) == 2

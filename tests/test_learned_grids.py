@@ -201,35 +201,6 @@ def test_fixed_point_keeps_the_frozen_weight_to_half_a_place(bits):
     assert np.max(error) <= 2.0 ** -(9 - bits) * (1 + 1e-6)
 
 
-def test_at_two_bits_a_full_grid_has_four_levels_and_a_symmetric_one_three():
-    w = np.concatenate([normal(0, 64, 4), -np.abs(normal(1, 8, 4)) * 3]).astype(np.float32)
-    for full, low in ((True, -2), (False, -1)):
-        lsq, lr_qat = (make(bits=2, full=full) for make in (jp.lsq, jp.lr_qat))
-        state = attached(lsq, w)
-        assert state.parts["scale"].shape == (1, 1, 4)
-        scale = np.float64(state.parts["scale"][0])
-        # The paper's start, 2 <|W|> / sqrt(Q), does not depend on the lower end.
-        np.testing.assert_allclose(scale[0], 2 * np.mean(np.abs(w), 0), rtol=1e-6)
-        wanted = np.clip(np.round(w / scale), low, 1)
-        np.testing.assert_allclose(lsq.effective({"w": state})["w"], wanted * scale, rtol=1e-6)
-        merged = lsq.merge({"w": state})["w"]
-        assert list(np.unique(merged.base)) == list(range(low, 2))
-        packed = jp.weights.pack({"w": merged})
-        assert packed["w"].base.dtype == jnp.uint8
-        np.testing.assert_array_equal(lsq.effective(packed)["w"], lsq.effective({"w": state})["w"])
-        state = attached(lr_qat, w)
-        b = 3 * normal(2, 8, 4).astype(np.float32)
-        state = replaced(state, b=b)
-        scale = np.float64(state.parts["scale"][0])
-        update = np.float64(state.parts["a"]) @ np.float64(b)
-        wanted = np.clip(np.round(np.clip(w / scale, low, 1) + update), low, 1)
-        merged = lr_qat.merge({"w": state})["w"]
-        assert np.mean(merged.base != wanted) < 0.01 and set(np.unique(wanted)) >= {low, 1}
-        assert np.min(merged.base) == low
-    with pytest.raises(TypeError, match="full"):
-        jp.l4q(full=True)
-
-
 def test_lr_qat_on_integers_adds_the_rounded_update_to_them():
     t = jp.lr_qat(bits=3, rank=2, alpha=2.0, downcast="int8")
     state = attached(t, normal(0, 64, 8).astype(np.float32))

@@ -214,32 +214,6 @@ def test_easy_quant_keeps_outliers_and_is_never_worse_than_rounding_to_nearest()
     assert np.all(errors[0] <= errors[1] * (1 + 1e-5))
 
 
-def test_easy_quant_keeps_the_outliers_of_a_layer_wherever_they_are():
-    w = np.stack([normal(4, 64, 16), normal(5, 64, 16)])
-    w[0, :20, 3] *= 30  # more than a column has room for
-    outliers = np.abs(w) >= 3 * np.std(w, axis=(1, 2), keepdims=True)
-    by = {kind: jp.easy_quant(bits=3, share=0.05, by=kind) for kind in ("layer", "column")}
-    found = {kind: effective(t, w) for kind, t in by.items()}
-    assert 10 < np.sum(outliers[0]) <= 0.05 * 64 * 16
-    np.testing.assert_array_equal(found["layer"][outliers], w[outliers])
-    assert np.any(found["column"][outliers] != w[outliers])
-    # What is left is on the grid of its column, at a minimum of the squared error.
-    state = attached(by["layer"], w)["w"]
-    scale = np.float64(state.parts["scale"][:, 0])
-    rest = np.where(outliers, 0, w)
-    q = np.clip(np.round(rest / scale), -3, 3)
-    kept = np.where(outliers, w, q * scale)
-    np.testing.assert_allclose(found["layer"], kept, atol=1e-6 * np.max(np.abs(w)))
-    best = np.sum(rest * q, 1) / np.maximum(np.sum(q * q, 1), 1)
-    np.testing.assert_allclose(scale[:, 0], best, rtol=2e-5)
-    # Where there is no room for all, the largest stay.
-    few = effective(jp.easy_quant(bits=3, share=4 / 1024, by="layer"), w)
-    largest = np.argsort(-np.abs(w[0]).ravel())[:4]
-    np.testing.assert_array_equal(few[0].ravel()[largest], w[0].ravel()[largest])
-    with pytest.raises(ValueError, match="by='row': give 'column' or 'layer'"):
-        jp.easy_quant(by="row")
-
-
 @slow
 def test_easy_quant_does_not_depend_on_the_order_of_channels():
     w, order = heavy(5, 64, 16), np.random.default_rng(0).permutation(16)

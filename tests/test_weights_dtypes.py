@@ -101,8 +101,7 @@ def learned(w, p):
 
 
 def learned_affine(w, p):
-    v = np.float64(jnp.asarray(low_rank(w, p), p["dtype"]))  # each member gives a weight
-    return grid(v, p["scale"][0], -8, 7, p["offset"][0])
+    return grid(narrow(low_rank(w, p), p), p["scale"][0], -8, 7, p["offset"][0])
 
 
 def in_units(w, p):
@@ -121,7 +120,26 @@ def sparse(w, p):
     return out.reshape(8, COLUMNS)
 
 
+def short(w, p):
+    fraction, exponent = np.frexp(w)
+    return np.ldexp(np.round(fraction * 2**5), exponent - 5)
+
+
+def narrow(w, p):
+    return np.float64(jnp.asarray(w, p["dtype"]))  # each member of a chain gives a weight
+
+
 TABLE = {
+    "number_format": (jp.number_format(jp.weights.FloatFormat(None, 4)), short),
+    "dora_inside_fake_quant": (
+        jp.chain(jp.dora(rank=2), jp.fake_quant()),
+        lambda w, p: nearest(narrow(directed(w, p), p), p),
+    ),
+    "lora_on_nf4": (
+        jp.chain(jp.nf4(), jp.lora(rank=2)),
+        lambda w, p: low_rank(narrow(quantiles(w, p), p), p),
+    ),
+    "easy_quant_by_layer": (jp.easy_quant(steps=0, sigmas=100.0, by="layer"), nearest),
     "lora": (jp.lora(rank=2), low_rank),
     "dora": (jp.dora(rank=2), directed),
     "ia3": (jp.ia3(), lambda w, p: w * p["factor"]),

@@ -142,7 +142,7 @@ class Reparam(NamedTuple):
             before = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
             after = [p for p in signature.parameters.values() if p.kind == p.VAR_KEYWORD]
             signature = signature.replace(parameters=[*before, named, *after])
-        call.__signature__ = signature
+        vars(call)["__signature__"] = signature
         return call
 
     def sample(self, state: Any, key: Key) -> Any:

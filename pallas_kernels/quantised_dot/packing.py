@@ -55,7 +55,7 @@ def rows_of(packed_rows: int, bits: int) -> int:
     return packed_rows * 8 // width(bits)
 
 
-def refusal(shape: tuple[int, int], *, groups: int, packed: bool, bits: int) -> str:
+def refusal(shape: tuple[int, ...], *, groups: int, packed: bool, bits: int) -> str:
     """Why the kernels leave a weight to XLA.
 
     Args:

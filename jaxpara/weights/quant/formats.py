@@ -149,7 +149,7 @@ def checked(number_format: str | Format, dtype: Any = jnp.float64) -> Format:
         if size < 1:
             raise ValueError(f"size={size} of a block: give 1 or more")
         element = checked(number_format.element, dtype)
-        if largest(element) == math.inf:
+        if isinstance(element, BlockFormat) or largest(element) == math.inf:
             raise ValueError(f"{element} in a block: give its exponent_bits, a number")
         return BlockFormat(element, size)
     if isinstance(number_format, FixedFormat):
