@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from jaxpara.weights.quant.grid import never_zero
 
+NOT_QUANTISED = "its activations are not quantised"
+
 
 def check_activations(bits: int | None) -> None:
     """Refuses bits that are not 2 to 8.

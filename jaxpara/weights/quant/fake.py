@@ -7,7 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
-from jaxpara.weights.quant.activations import check_activations, fake_activations
+from jaxpara.weights.quant.activations import (
+    NOT_QUANTISED,
+    check_activations,
+    fake_activations,
+)
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import Grid, check_group, dequantised, integers, make_grid
 from jaxpara.weights.quant.ranges import check_ranges, fit
@@ -86,6 +90,7 @@ def fake(name: str, grid: Grid, ranges: str, activations: int | None, where: Whe
         freezes=False,
         merge=_merge,
         product=None if activations is None else _product,
+        beyond="" if activations is None else NOT_QUANTISED,
     )
     return reparam(method, where)
 
