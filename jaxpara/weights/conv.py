@@ -94,19 +94,15 @@ def conv(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
 def _in_pieces(lazy: Lazy, term: Term | Pick) -> Term:
     """A term whose axes are the pieces of the weight's."""
     if isinstance(term, Pick):
-        term = Term(term.matrix(jnp.float32), term.axes)
-    flat = sorted(atom for axis in lazy.axes for atom in axis)
-    pieces = [
-        [axis] if isinstance(axis, str) else [atom for atom in flat if atom.axis == axis]
-        for axis in term.axes
-    ]
-    shape = [
-        n if isinstance(axis, str) else atom.size
-        for axis, n, own in zip(term.axes, term.array.shape, pieces, strict=True)
-        for atom in own
-    ]
-    axes: Any = tuple(piece for own in pieces for piece in own)
-    return Term(reshaped(term.array, shape), axes)
+        dtype = lazy.casts[-1] if lazy.casts else shape_of(lazy.weight).dtype
+        term = Term(term.matrix(dtype), term.axes)
+    axes: list[Any] = []
+    shape: list[int] = []
+    for axis, size in zip(term.axes, term.array.shape, strict=True):
+        own = sorted(atom for of in lazy.axes for atom in of if atom.axis == axis)
+        axes += [axis] if isinstance(axis, str) else own
+        shape += [size] if isinstance(axis, str) else [atom.size for atom in own]
+    return Term(reshaped(term.array, shape), tuple(axes))
 
 
 def _parted(kernel: Kernel, factors: Factors) -> tuple[Term, Factors, str] | None:
@@ -169,9 +165,9 @@ def _additive(walk: Any, eqn: Any, x: Any, kernel: Kernel) -> list[Any] | None:
 
 def _thin(kernel: Kernel, term: Term, name: str, place: int) -> jax.Array:
     """The kernel from the inputs to the name, one for each group."""
-    axes = list(kernel.axes)
-    axes[place] = (*kernel.groups, name)  # pyright: ignore[reportArgumentType]
-    array = spread(term, tuple(piece for axis in axes for piece in axis))  # pyright: ignore
+    axes: list[tuple[Any, ...]] = list(kernel.axes)
+    axes[place] = (*kernel.groups, name)
+    array = spread(term, tuple(piece for axis in axes for piece in axis))
     rank = term.array.shape[term.axes.index(name)]
     size = lambda piece: rank if isinstance(piece, str) else piece.size  # noqa: E731
     # A kernel that groups have in common stands once for each.

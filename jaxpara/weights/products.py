@@ -260,6 +260,6 @@ def gather(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
     scaling = scaling_of(lazy)
     if scaling is not None:
         share = spread(rows_of(scaling), out)
-        shape = (*total.shape[: len(batch)], sizes([rest])[0])
+        shape = (*total.shape[: len(batch)], *sizes((tuple(rest),)))
         total = (total * as_taken(jnp.broadcast_to(share, shape))).astype(total.dtype)
     return [total]

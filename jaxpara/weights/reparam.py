@@ -280,19 +280,25 @@ def _any_layout(state: Any) -> bool:
     return any(matrices_of(leaf)[1] is not None for leaf in leaves)
 
 
-def _layouts(function, params, inputs, layout) -> Layouts:
-    if function is None and layout is None:
-        if inputs:
-            raise ValueError("attach got inputs= without function=: give the function of both too")
-        return Layouts({}, {})
-    if function is not None and layout is not None:
-        raise ValueError("attach got function= and layout=: give one of them")
+def _layouts(
+    function: Callable[..., Any] | None,
+    params: Params,
+    inputs: Sequence[Any],
+    layout: Layouts | Mapping[str, Layout] | None,
+) -> Layouts:
+    """What is known of the leaves, from what `attach` is given."""
     if not isinstance(inputs, (tuple, list)):
         raise ValueError(
-            f"attach got inputs of type {type(inputs).__name__}: give a tuple, inputs=(x,)"
+            f"attach got inputs= of type {type(inputs).__name__}: give a tuple, inputs=(x,)"
         )
     if function is not None:
+        if layout is not None:
+            raise ValueError("attach got function= and layout=: give one of them")
         return proved(function, params, *inputs)
+    if inputs:
+        raise ValueError("attach got inputs= and no function=: give the function that takes them")
+    if layout is None:
+        return Layouts({}, {})
     if isinstance(layout, Layouts):
         return layout
     select(params, lambda path, leaf: path in layout)  # near misses by name
