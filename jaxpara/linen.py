@@ -14,6 +14,7 @@ from jaxpara.recurrence.choice import Auto
 from jaxpara.recurrence.padded import solve_padded
 from jaxpara.recurrence.scan import newton_scan
 from jaxpara.recurrence.system import Solver
+from jaxpara.tree import shapes_of
 from jaxpara.types import Model
 
 try:
@@ -56,7 +57,8 @@ def from_linen(
         these share their parameters.
 
     Returns:
-      A `Model`.
+      A `Model`; the shapes of the examples are its `inputs`, from which a reparameterisation that
+      is applied to it (`t(model)`) reads what is summed over in each kernel.
 
     Raises:
       ValueError: a collection or a random stream that is not named, a name that is none, or
@@ -107,8 +109,9 @@ def from_linen(
             f"mutable={mutable}. Name exactly these: mutable={tuple(found)}"
         )
     jax.eval_shape(apply, jax.eval_shape(init, key), *examples, *([key] if rngs else []))
+    known = shapes_of((*examples, *([key] if rngs else [])))
     if start is None:
-        return Model(init, apply)
+        return Model(init, apply, inputs=known)
     return Model(
         init,
         apply,
@@ -116,6 +119,7 @@ def from_linen(
             {"params": params}, batch_size, max_length, method=start
         ),
         lambda params, state, *inputs: call(params, (state, *inputs), method=run),
+        known,
     )
 
 

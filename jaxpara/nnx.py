@@ -14,6 +14,7 @@ from jaxpara.recurrence.choice import Auto
 from jaxpara.recurrence.padded import solve_padded
 from jaxpara.recurrence.scan import newton_scan
 from jaxpara.recurrence.system import Solver
+from jaxpara.tree import shapes_of
 from jaxpara.types import Model
 
 try:
@@ -32,6 +33,7 @@ def from_nnx(
     mutable: tuple[str, ...] = (),
     start: Callable[..., Any] | str | None = None,
     run: Callable[..., Any] | str | None = None,
+    examples: tuple[Any, ...] | None = None,
     **keywords: Any,
 ) -> Model:
     """An NNX module as a `Model` of pure functions.
@@ -56,6 +58,9 @@ def from_nnx(
       start: method of the module, or its name, `(self, batch_size, max_length) -> state`, if
         it reads sequences. An `nnx.RNN` brings this and `run` with it.
       run: method, or its name, `(self, state, inputs) -> (state, outputs)`.
+      examples: inputs of `apply`, arrays or shapes. They are the Model's `inputs`, from which a
+        reparameterisation that is applied to it (`t(model)`) reads what is summed over in each
+        kernel; without them a kernel is taken as `[.., in, out]`.
       **keywords: keyword arguments of the module's `__call__`.
 
     Returns:
@@ -131,13 +136,15 @@ def from_nnx(
         found = _collections(nnx.state(module, nnx.Not(nnx.Any(nnx.RngState, nnx.Param))))
         return out, {name: found[name] for name in mutable}
 
+    known = None if examples is None else shapes_of(tuple(examples))
     if start is None:
-        return Model(init, apply)
+        return Model(init, apply, inputs=known)
     return Model(
         init,
         apply,
         lambda params, batch_size, max_length: call(params, (batch_size, max_length), start)[0],
         lambda params, state, *inputs: call(params, (state, *inputs), run)[0],
+        known,
     )
 
 

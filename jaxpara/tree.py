@@ -45,6 +45,24 @@ def is_matrix(leaf: Any) -> bool:
     return len(leaf.shape) >= 2 and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
+def shapes_of(tree: Any) -> Any:
+    """The tree with shapes in the place of its arrays.
+
+    Args:
+      tree: any; leaves that are no arrays stay what they are.
+
+    Returns:
+      The tree.
+    """
+
+    def one(leaf):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(one, tree)
+
+
 def matcher(where: Where) -> Callable[[str, Any], bool]:
     """What a `where=` selects, as a predicate on (path, leaf).
 

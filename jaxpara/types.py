@@ -24,6 +24,8 @@ class Model(NamedTuple):
         `tokens[batch, time]` and it equals `run` from `start`.
       start: `(params, batch_size, max_length) -> state`; sequence models only.
       run: `(params, state, tokens) -> (state, outputs)`; sequence models only.
+      inputs: arrays or shapes that `apply` takes after the parameters, if the model knows some: for
+        what looks at its jaxpr before there are data, as a reparameterisation does.
 
     Laws of a sequence model: `run` over `a ++ b` equals `run` over `a`, then over
     `b`; `apply` equals `run` from `start`; decoding is `run` on one token.
@@ -33,6 +35,7 @@ class Model(NamedTuple):
     apply: Callable[..., Any]
     start: Callable[..., Any] | None = None
     run: Callable[..., Any] | None = None
+    inputs: tuple[Any, ...] | None = None
 
 
 class Cell(NamedTuple):

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxpara import compat
 from jaxpara.tree import path_of
-from jaxpara.weights.lazy import Lazy, array, is_lazy
+from jaxpara.weights.lazy import array, is_lazy
+from jaxpara.weights.matrices import lazy_leaf, matrices_of
 from jaxpara.weights.walk import Use, Walk
 from jaxpara.weights.weight import is_pooled, is_weight, resolved, shape_of
 
@@ -98,14 +99,33 @@ def _trace(function, state, arrays) -> _Traced:
     return _Traced(closed, jax.tree.structure(out))
 
 
-def _evaluate(traced: _Traced, uses: dict[Any, Use], consts, state, arrays):
+def traced(
+    function: Callable[..., Any], state: Any, args: Any, kwargs: Any
+) -> tuple[_Traced, Any, list[Any]]:
+    """A function traced on the shapes of effective weights.
+
+    Args:
+      function: of parameters, lifted or not.
+      state: the parameters, some of them `Weight`s.
+      args, kwargs: arrays or shapes.
+
+    Returns:
+      The trace, the values that it closes over, and the inputs that are arrays.
+    """
+    # Not `__wrapped__`: other libraries' functions have that too.
+    call = _bind(getattr(function, LIFTED, function), args, kwargs)
+    found = _trace(call.function, state, call.arrays)
+    return found, getattr(found.jaxpr, "consts", ()), call.arrays
+
+
+def _evaluate(trace: _Traced, uses: dict[Any, Use], consts, state, arrays):
     def lazy(keys, leaf):
-        return Lazy(leaf, (), path_of(keys)) if is_weight(leaf) else leaf
+        return lazy_leaf(leaf, path_of(keys)) if is_weight(leaf) else leaf
 
     state = jax.tree_util.tree_map_with_path(lazy, resolved(state), is_leaf=is_weight)
     flat = [*jax.tree.leaves(state, is_leaf=is_lazy), *arrays]
-    outs = Walk(uses).run(compat.open_jaxpr(traced.jaxpr), consts, flat)
-    return jax.tree.unflatten(traced.out_tree, list(map(array, outs)))
+    outs = Walk(uses).run(compat.open_jaxpr(trace.jaxpr), consts, flat)
+    return jax.tree.unflatten(trace.out_tree, list(map(array, outs)))
 
 
 def _signature(tree: Any) -> Any:
@@ -139,12 +159,12 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
         call = _bind(function, args, kwargs)
         signature = call.signature, _signature((state, call.arrays))
         if signature not in known:
-            traced = _trace(call.function, state, call.arrays)
-            consts = getattr(traced.jaxpr, "consts", ())
+            trace = _trace(call.function, state, call.arrays)
+            consts = getattr(trace.jaxpr, "consts", ())
             if any(map(compat.is_tracer, consts)):
                 # It closes over values of a surrounding transform: this trace is for this call.
-                return _evaluate(traced, {}, consts, state, call.arrays)
-            known[signature] = jax.jit(functools.partial(_evaluate, traced, {})), consts
+                return _evaluate(trace, {}, consts, state, call.arrays)
+            known[signature] = jax.jit(functools.partial(_evaluate, trace, {})), consts
         run, consts = known[signature]
         return run(consts, state, call.arrays)
 
@@ -163,19 +183,16 @@ def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) 
     Returns:
       The report.
     """
-    # Not `__wrapped__`: other libraries' functions have that too.
-    call = _bind(getattr(function, LIFTED, function), args, kwargs)
-    traced = _trace(call.function, state, call.arrays)
+    trace, consts, arrays = traced(function, state, args, kwargs)
     uses: dict[Any, Use] = {}
-    consts = getattr(traced.jaxpr, "consts", ())
-    jax.eval_shape(functools.partial(_evaluate, traced, uses), consts, state, call.arrays)
+    jax.eval_shape(functools.partial(_evaluate, trace, uses), consts, state, arrays)
     pools = [node.pools for node in jax.tree.leaves(state, is_leaf=is_pooled) if is_pooled(node)]
     leaves, bases = {}, 0
     parts = sum(pool.size for pool in jax.tree.leaves(pools))
     for keys, leaf in jax.tree_util.tree_leaves_with_path(resolved(state), is_leaf=is_weight):
         if not is_weight(leaf):
             continue
-        methods, inner = [], leaf
+        methods, inner = [], matrices_of(leaf)[0]
         while is_weight(inner):
             methods.append(inner.method.name)
             common = dict(inner.shared)

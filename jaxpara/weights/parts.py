@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from jaxpara import compat
 from jaxpara.tree import path_of
+from jaxpara.weights.matrices import matrices_of, put_back
 from jaxpara.weights.trained import trainable, trains_itself
 from jaxpara.weights.weight import Pooled, Weight, is_pooled, is_weight
 
 
 def _parts(weight: Weight) -> dict[str, Any]:
+    weight = matrices_of(weight)[0]
     inner = {"base": _parts(weight.base)} if is_weight(weight.base) else {}
     return {**weight.parts, **inner}
 
@@ -109,6 +111,9 @@ def with_adapters(state: Any, adapters: dict[str, Any]) -> Any:
     def replaced(weight: Any, path: str) -> Any:
         if not is_weight(weight):
             return taken(path, weight) if path in given else owned(weight)
+        matrices, axes = matrices_of(weight)
+        if axes is not None:
+            return put_back(replaced(matrices, path), axes)
         inside = f"{path}/" if path else ""
         parts = {name: taken(inside + name, part) for name, part in weight.parts.items()}
         return dataclasses.replace(weight, base=replaced(weight.base, inside + "base"), parts=parts)

@@ -6,7 +6,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,14 @@ import jax.numpy as jnp
 
 from jaxpara.tree import Where, is_matrix, matcher, path_of, select
 from jaxpara.types import Key, Model, Params
-from jaxpara.weights import trained
+from jaxpara.weights import notice, trained
+from jaxpara.weights.lazy import Axes
 from jaxpara.weights.lift import Report, lift, report
+from jaxpara.weights.matrices import Layout, axes_for, in_matrices, matrices_of, put_back
 from jaxpara.weights.parts import owned
 from jaxpara.weights.sampling import key_of, sampled
+from jaxpara.weights.uses import Layouts
+from jaxpara.weights.uses import layout as proved
 from jaxpara.weights.weight import (
     Method,
     Pooled,
@@ -66,17 +70,32 @@ class Reparam(NamedTuple):
 
         def init(key: Key) -> Any:
             k_params, k_attach = jax.random.split(key)
-            return self.attach(k_attach, model.init(k_params))
+            params = model.init(k_params)
+            if model.inputs is None:
+                return self.attach(k_attach, params)
+            return self.attach(k_attach, params, function=model.apply, inputs=model.inputs)
 
         lifted = [
             None if function is None else self._keyed(function)
             for function in (model.apply, model.start, model.run)
         ]
         assert lifted[0] is not None
-        return Model(init, lifted[0], lifted[1], lifted[2])
+        return Model(init, lifted[0], lifted[1], lifted[2], model.inputs)
 
-    def attach(self, key: Key, params: Params) -> Any:
+    def attach(
+        self,
+        key: Key,
+        params: Params,
+        *,
+        function: Callable[..., Any] | None = None,
+        inputs: Sequence[Any] = (),
+        layout: Layouts | Mapping[str, Layout] | None = None,
+    ) -> Any:
         """Puts the parts beside existing parameters.
+
+        Methods work on matrices `[.., inputs, outputs]`, and as such a leaf is taken as it stands,
+        unless it is known what is summed over: `function` and `inputs` prove it (see
+        `jp.weights.layout`), for leaves `(out, in)`, kernels of convolutions and einsums too.
 
         The state has copies of the arrays, so either may be donated and the other lives on. Where
         the parameters are not needed any more, `jax.jit(t.attach, donate_argnums=1)` hands their
@@ -85,14 +104,34 @@ class Reparam(NamedTuple):
         Args:
           key: random; each leaf draws from it by its path, so the order of leaves is of no matter.
           params: arrays.
+          function: `(params, *inputs) -> outputs`, which is traced and not run.
+          inputs: arrays or shapes.
+          layout: instead of both, `jp.weights.layout(function, params, *inputs)`, or layouts by
+            path, for leaves that are not to be taken as they stand.
 
         Returns:
           The state: `params` with `Weight`s for the leaves that were selected.
 
         Raises:
           ValueError: a member selects nothing (names the leaves that come near), or a leaf that is
-            not an array of two or more axes and of floats of 16 bits or more.
+            not an array of two or more axes and of floats of 16 bits or more; a layout that is
+            not one of its leaf.
+
+        Warns:
+          UserWarning: parts hold more numbers than their weight; what is summed over in a leaf is
+            not known from `function`; a method does not do in it what it is for.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, jaxpara as jp
+          >>> params = {"w": jnp.ones((300, 2, 50))}  # [out, in, in]
+          >>> f = lambda params, x: jnp.einsum("bhk,ohk->bo", x, params["w"])
+          >>> t, x = jp.lora(rank=1), jnp.ones((4, 2, 50))
+          >>> state = t.attach(jax.random.key(0), params, function=f, inputs=(x,))
+          >>> adapters = jp.weights.adapters(state)["w"]
+          >>> adapters["a"].shape, adapters["b"].shape
+          ((100, 1), (1, 300))
         """
+        layouts = _layouts(function, params, inputs, layout)
         state: Any = params
         pools: dict[str, jax.Array] = {}
         for i, member in enumerate(self.members):
@@ -111,20 +150,32 @@ class Reparam(NamedTuple):
                         f"{leaf.dtype}: cast it first, for example with .astype(jax.numpy.bfloat16)"
                     )
             found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight)
-            leaves = {
-                path_of(keys): resolved(Pooled(leaf, pools))
-                for keys, leaf in found
-                if path_of(keys) in selected
-            }
-            new, made = _attached(member.method, jax.random.fold_in(key, i), leaves)
+            leaves, axes = {}, {}
+            for path, leaf in ((path_of(keys), leaf) for keys, leaf in found):
+                if path in selected:
+                    leaf, axes[path] = _as_matrices(path, leaf, layouts)
+                    leaves[path] = resolved(Pooled(leaf, pools))
+            new, made = _attached(member.method, jax.random.fold_in(key, i), leaves, axes)
             pools |= {f"{i}_{name}": pool for name, pool in made.items()}
-            weights = {path: _without_pools(weight, f"{i}_") for path, weight in new.items()}
+            weights = {
+                path: put_back(_without_pools(weight, f"{i}_"), axes[path])
+                for path, weight in new.items()
+            }
             state = jax.tree_util.tree_map_with_path(
                 lambda keys, leaf, weights=weights: weights.get(path_of(keys), leaf),
                 state,
                 is_leaf=is_weight,
             )
-        return owned(Pooled(state, pools) if pools else state)
+        state = owned(Pooled(state, pools) if pools else state)
+        for line in notice.about_sizes(state, layouts.known):
+            notice.warn(f"attach: {line}")
+        if layout is not None or function is not None:
+            for line in self._not_known(params, layouts):
+                notice.warn(f"attach: {line}")
+        if function is not None:
+            for line in notice.about_uses(report(function, state, *inputs).uses, told=True):
+                notice.warn(f"attach: {line}")
+        return state
 
     def _keyed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         lifted, own = lift(function), "key" in inspect.signature(function).parameters
@@ -159,6 +210,20 @@ class Reparam(NamedTuple):
           The state; itself where no method draws anything.
         """
         return sampled(state, key)
+
+    def _not_known(self, params: Params, layouts: Layouts) -> list[str]:
+        """What is to be said of selected leaves whose layout is not known."""
+        lines = []
+        for member in self.members:
+            for path, leaf in select(params, member.where).items():
+                if path in layouts.unknown:
+                    shape = jnp.shape(leaf)
+                    lines.append(
+                        f"{path!r} of shape {shape}: {layouts.unknown[path]}; {member.method.name} "
+                        f"takes axis {len(shape) - 2} as what is summed over; pass layout="
+                        f"{{{path!r}: jp.weights.Layout(inputs=.., outputs=..)}}, or narrow where="
+                    )
+        return lines
 
     def effective(self, state: Any) -> Params:
         """The dense weights: the definition of everything else here.
@@ -216,9 +281,11 @@ class Reparam(NamedTuple):
         """
 
         def one(leaf):
+            leaf, axes = matrices_of(leaf)
             if not is_weight(leaf) or leaf.method.merge is None:
-                return dense(leaf)
-            return leaf.method.merge(leaf.method.settings, dense(leaf.base), leaf.parts)
+                return put_back(dense(leaf), axes)
+            merged = leaf.method.merge(leaf.method.settings, dense(leaf.base), leaf.parts)
+            return put_back(merged, axes)
 
         return jax.tree.map(one, resolved(state), is_leaf=is_weight)
 
@@ -232,8 +299,15 @@ class Reparam(NamedTuple):
 
         Returns:
           The report; print it.
+
+        Warns:
+          UserWarning: a method does not do what it is for in some use: the weight is built whole,
+            what it is multiplied with is not quantised, the backward pass is not sparse.
         """
-        return report(function, state, *inputs)
+        found = report(function, state, *inputs)
+        for line in notice.about_uses(found.uses, told=_any_layout(state)):
+            notice.warn(f"report: {line}")
+        return found
 
 
 def _selected(member: Member, params: Params) -> dict[str, Any]:
@@ -245,20 +319,67 @@ def _selected(member: Member, params: Params) -> dict[str, Any]:
     return select(params, member.where)
 
 
-def _attached(method: Method, key: Key, leaves: Mapping[str, Any]):
+def _any_layout(state: Any) -> bool:
+    leaves = jax.tree.leaves(resolved(state), is_leaf=is_weight)
+    return any(matrices_of(leaf)[1] is not None for leaf in leaves)
+
+
+def _layouts(
+    function: Callable[..., Any] | None,
+    params: Params,
+    inputs: Sequence[Any],
+    layout: Layouts | Mapping[str, Layout] | None,
+) -> Layouts:
+    """What is known of the leaves, from what `attach` is given."""
+    if not isinstance(inputs, (tuple, list)):
+        raise ValueError(
+            f"attach got inputs= of type {type(inputs).__name__}: give a tuple, inputs=(x,)"
+        )
+    if function is not None:
+        if layout is not None:
+            raise ValueError("attach got function= and layout=: give one of them")
+        return proved(function, params, *inputs)
+    if inputs:
+        raise ValueError("attach got inputs= and no function=: give the function that takes them")
+    if layout is None:
+        return Layouts({}, {})
+    if isinstance(layout, Layouts):
+        return layout
+    select(params, lambda path, leaf: path in layout)  # near misses by name
+    return Layouts(layout, {})
+
+
+def _as_matrices(path: str, leaf: Any, layouts: Layouts) -> tuple[Any, Axes | None]:
+    """A leaf of a state as `[*batch, inputs, outputs]`, and how to put it back."""
+    if is_weight(leaf):
+        return matrices_of(leaf)
+    layout = layouts.known.get(path)
+    axes = None if layout is None else axes_for(layout, jnp.shape(leaf))
+    return (leaf if axes is None else in_matrices(leaf, axes)), axes
+
+
+def _without_window(method: Method) -> Method:
+    """What `window=` says of a kernel, its layout has said already."""
+    if getattr(method.settings, "window", 0):
+        return method._replace(settings=method.settings._replace(window=0))
+    return method
+
+
+def _attached(method: Method, key: Key, leaves: Mapping[str, Any], axes: Mapping[str, Axes | None]):
     """The weights in the place of leaves, and the pools of those that have parts in common."""
     if method.share is not None:
         pools, weights = method.share(method, key, leaves)
         return weights, pools
-    assert method.init is not None
     weights = {}
     for path, leaf in leaves.items():
+        own = method if axes[path] is None else _without_window(method)
+        assert own.init is not None
         try:
-            made = method.init(method.settings, key_of(key, path), leaf)
+            made = own.init(own.settings, key_of(key, path), leaf)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from None
-        base, parts, *own = made
-        weights[path] = Weight(base, parts, own[0] if own else method)
+        base, kept, *of_leaf = made
+        weights[path] = Weight(base, kept, of_leaf[0] if of_leaf else own)
     return weights, {}
 
 

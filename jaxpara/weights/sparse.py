@@ -194,5 +194,6 @@ def bdwp(*, n: int = 2, m: int = 4, where: Where = None) -> Reparam:
         separable=_leading,
         freezes=False,
         product=_product,
+        beyond="the backward pass is not sparse",
     )
     return reparam(method, where)

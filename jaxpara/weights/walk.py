@@ -15,8 +15,8 @@ from jax.extend import core
 from jaxpara import compat
 from jaxpara.weights import products
 from jaxpara.weights.conv import conv
-from jaxpara.weights.lazy import MOVES, Lazy, Move, array, is_lazy
-from jaxpara.weights.weight import cut, shape_of
+from jaxpara.weights.lazy import MOVES, Lazy, array, dropped, is_lazy
+from jaxpara.weights.weight import is_weight
 
 
 class Use(NamedTuple):
@@ -27,12 +27,15 @@ class Use(NamedTuple):
       primitive: that uses it.
       how: "rule" or "densified".
       remark: of the method on how its rule runs, or nothing.
+      lost: `(name of a method, what it does not do here)`, where the value or the cost is not
+        what the method is for.
     """
 
     path: str
     primitive: str
     how: str
     remark: str = ""
+    lost: tuple[tuple[str, str], ...] = ()
 
 
 class Walk:
@@ -40,10 +43,16 @@ class Walk:
 
     def __init__(self, uses: dict[Any, Use]):
         self.uses = uses
+        # Products that were put in another order: a note needs an equation that stays the same.
+        self.ordered: dict[Any, Any] = {}
 
-    def note(self, eqn: Any, lazy: Lazy, how: str, remark: str = "") -> None:
-        use = Use(lazy.path, eqn.primitive.name, how, remark)
-        self.uses.setdefault((id(eqn), lazy.path, how), use)
+    def note(self, eqn: Any, lazy: Lazy, how: str) -> None:
+        name, weight = eqn.primitive.name, lazy.weight
+        lost = _lost(lazy, name) if how == "densified" else ()
+        method = weight.method
+        tell = how == "rule" and method.remark is not None
+        remark = method.remark(method.settings, weight) if tell else ""
+        self.uses.setdefault((id(eqn), lazy.path, how), Use(lazy.path, name, how, remark, lost))
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         env: dict[Any, Any] = {}
@@ -85,6 +94,20 @@ class Walk:
             self.note(eqn, operand, "densified")
         run = jax.checkpoint(lambda *ops: compat.bind(eqn, list(map(array, ops))))
         return run(*operands)
+
+
+def _lost(lazy: Lazy, primitive: str) -> tuple[tuple[str, str], ...]:
+    """What the methods of a weight that is built do not do."""
+    found, weight, outermost = [], lazy.weight, True
+    while is_weight(weight):
+        method = weight.method
+        # Nothing is multiplied with rows that are looked up.
+        if method.beyond and primitive != "gather":
+            found.append((method.name, method.beyond))
+        if outermost and method.factors is not None:
+            found.append((method.name, "the weight is built whole"))
+        weight, outermost = weight.base, False
+    return tuple(found)
 
 
 def _dense_outputs(walk: Walk, eqn: Any, outs: list[Any]) -> list[Any]:
@@ -170,28 +193,19 @@ class _Rows(NamedTuple):
 def _rows(walk: Walk, eqn: Any, x: Any) -> _Rows:
     if not is_lazy(x):
         return _Rows(x, lambda row: row)
-    ndim = len(shape_of(x.weight).shape)
-    whole = not any(kind == "transpose" and value[0] != 0 for kind, value in x.moves)
     marked: list[jax.Array] = []
 
     def mark(array, position):
-        assert position == 0
-        marked.append(array)
-        return array[0]
+        marked.append(jnp.moveaxis(array, position, 0))
+        return marked[-1][0]
 
-    one = cut(x.weight, -ndim, mark) if whole and ndim > 2 else None
-    if one is None:
+    if dropped(x, 0, mark) is None:
         walk.note(eqn, x, "densified")
         return _Rows(x.array(), lambda row: row)
-    moves = tuple(
-        Move(kind, tuple(i - 1 for i in value[1:]) if kind == "transpose" else value)
-        for kind, value in x.moves
-    )
 
     def rebuild(rows):
         left = iter(rows)
-        weight: Any = cut(x.weight, -ndim, lambda array, position: next(left))
-        return Lazy(weight, moves, x.path)
+        return dropped(x, 0, lambda array, position: next(left))
 
     return _Rows(marked, rebuild)
 

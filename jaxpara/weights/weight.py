@@ -94,6 +94,8 @@ class Method(NamedTuple):
       scaling: `(settings, dense base, parts) -> Term`, by which an additive weight is multiplied
         in the end.
       penalty: `(settings, dense base, parts) -> scalar`, to be added to the loss.
+      beyond: what `product` does that the product with the effective weight does not, said as
+        missing: "its activations are not quantised"; empty if nothing.
       share: for leaves that have parts in common, in the place of `init`: `(this method, key,
         {path: base}) -> (pools, {path: Weight})`. A weight's `shared` names its pools, which stand
         once beside the parameters, see `Pooled`; its method may differ from leaf to leaf.
@@ -114,6 +116,7 @@ class Method(NamedTuple):
     share: Callable[..., Any] | None = None
     sample: Callable[..., dict[str, jax.Array]] | None = None
     remark: Callable[..., str] | None = None
+    beyond: str = ""
 
 
 @functools.partial(

@@ -15,6 +15,8 @@ from jaxpara.weights.precision import narrowed, wide
 from jaxpara.weights.quant.grid import never_zero
 from jaxpara.weights.sizes import whole
 
+NOT_QUANTISED = "its activations are not quantised"
+
 
 def check_activations(bits: int | None) -> int | None:
     """Refuses bits that are not 2 to 8.

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from jaxpara.weights.precision import multiplied_as, narrowed, wide
-from jaxpara.weights.quant.activations import activation_integers, fake_activations
+from jaxpara.weights.quant.activations import (
+    NOT_QUANTISED,
+    activation_integers,
+    fake_activations,
+)
 from jaxpara.weights.quant.grid import Grid, Parts, dequantised, make_grid, never_zero
 from jaxpara.weights.weight import Method, Weight, is_weight
 from pallas_kernels import quantised_dot as kernels
@@ -208,6 +212,7 @@ def stored_method(name: str, stored: Stored, init: Any, merge: Any = None) -> Me
         merge=merge,
         product=stored_product,
         remark=_remark,
+        beyond="" if stored.activations is None else NOT_QUANTISED,
     )
 
 

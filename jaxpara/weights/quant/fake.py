@@ -8,7 +8,11 @@ from jax import lax
 
 from jaxpara.tree import Where
 from jaxpara.weights.precision import multiplied_as, narrowed, wide_dtype
-from jaxpara.weights.quant.activations import check_activations, fake_activations
+from jaxpara.weights.quant.activations import (
+    NOT_QUANTISED,
+    check_activations,
+    fake_activations,
+)
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import Grid, check_group, dequantised, integers, make_grid
 from jaxpara.weights.quant.ranges import check_ranges, fit
@@ -112,6 +116,7 @@ def fake(
         merge=_merge,
         product=None if activations is None else _product,
         sample=_sample if rounding == "stochastic" else None,
+        beyond="" if activations is None else NOT_QUANTISED,
     )
     return reparam(method, where)
 
