@@ -353,3 +353,12 @@ def test_the_report_says_what_no_kernel_takes():
     assert "integers with integers, by XLA" in said(jp.flexq(), 256, 128)
     for bits, pack in ((4, True), (8, True), (6, False)):
         assert said(jp.fake_quant(bits=bits), 256, 128, pack).endswith("dot_general: rule")
+
+
+def test_integers_may_stand_for_a_weight_of_another_dtype_than_their_scale():
+    values, scale = np.arange(-8, 8, dtype=np.int8).reshape(4, 4), normal(0, 1, 1, 4)
+    w = jp.weights.quantised_array(values, scale, dtype=jnp.bfloat16)
+    found = jp.fake_quant().effective({"w": w})["w"]
+    exact = jnp.asarray(values * scale[0], jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16 and w.parts["scale"].dtype == jnp.float32
+    np.testing.assert_array_equal(np.float32(found), np.float32(exact))

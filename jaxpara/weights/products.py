@@ -91,7 +91,8 @@ def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
     if not additive(lazy):
         return _own_product(walk, eqn, lazy, side, other)
     # No rule scales or sums in a dtype in which the dense product would not multiply.
-    other = other.astype(multiplied_as(other.dtype, eqn.invars[side].aval.dtype))
+    given, dtype = other, multiplied_as(other.dtype, eqn.invars[side].aval.dtype)
+    other = other.astype(dtype)
     contracting, batch = eqn.params["dimension_numbers"]
     axes: list[Any] = list(final_axes(lazy))
     # The operand's own axes get names; shared ones are those of the weight.
@@ -111,13 +112,13 @@ def dot_general(walk: Any, eqn: Any, operands: list[Any]) -> list[Any] | None:
     if scaling is not None:
         # A scaled axis that is summed scales the operand, one that stays scales the product.
         if {*scaling.axes} <= {*own}:
-            other = (other * spread(scaling, tuple(own))).astype(other.dtype)
+            given = other = (other * spread(scaling, tuple(own))).astype(dtype)
             scaling = None
         elif not {*scaling.axes} <= {*out}:
             return None
     walk.note(eqn, lazy, "rule")
-    # The base may be lazy itself: the same equation on it.
-    replaced = [other, other]
+    # The base may be lazy itself: the same equation on it, which takes the operand as it came.
+    replaced = [given, given]
     replaced[side] = base_of(lazy)
     if is_lazy(replaced[side]):
         (total,) = walk.step(eqn, replaced)
