@@ -39,7 +39,8 @@ def test_an_adapter_larger_than_its_weight_is_warned_of():
     _, lines = said(lambda: t.attach(KEY, heads))
     assert lines == [
         "attach: 'w': lora(rank=4) has 512 numbers for the 256 of the weight, as matrices "
-        "(4, 4) of (16, 4, 4); pass attach function= and inputs=, which say what is summed over"
+        "(4, 4) of (16, 4, 4); give a smaller rank, or pass attach function= and inputs=, which "
+        "say what is summed over"
     ]
     state, lines = said(lambda: t.attach(KEY, heads, function=function, inputs=(normal(1, 2, 16),)))
     assert not lines and sum(part.size for part in state["w"].base.parts.values()) == 128

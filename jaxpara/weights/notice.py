@@ -83,7 +83,7 @@ def about_sizes(state: Any, told: Iterable[str]) -> list[str]:
             own = [part for name, part in weight.parts.items() if name not in common]
             parts = sum(math.prod(jnp.shape(part)) for part in own)
             if parts > size:
-                advice = "give a smaller rank, or narrow where=" if path in told else PASS
+                advice = f"give a smaller rank, or {'narrow where=' if path in told else PASS}"
                 lines.append(
                     f"{path!r}: {weight.method.name} has {parts:,} numbers for the {size:,} of the "
                     f"weight, as matrices {shape[-2:]} of {shape}; {advice}"
