@@ -77,7 +77,7 @@ def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
     axes = tuple(axis for axis in here if axis in explicit)
     if not axes:
         return compat.evaluate(jaxpr, arguments)
-    run = jax.sharding.explicit_axes(
+    run: Any = jax.sharding.explicit_axes(
         lambda *arguments: compat.evaluate(jaxpr, arguments),
         axes=axes,
         in_sharding=tuple(aval.sharding.spec for aval in avals),
