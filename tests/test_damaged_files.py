@@ -118,9 +118,10 @@ def test_a_damaged_run_is_left_out_by_name_and_the_others_are_read(two_runs, nam
     if fault in ALLOWED[name]:
         assert len(found) == 2
     else:
-        # without a config the folder is no run, and nobody asked for it
-        no_run = name == "config.yaml" and fault == "missing"
-        assert len(found) == 1 and len(left_out) == (0 if no_run else 1)
+        # Without a config the folder is no run, and nobody asked for it; whether a link that leads
+        # nowhere is a file is another question in every Python.
+        counts = {"missing": (0,), "broken link": (0, 1)} if name == "config.yaml" else {}
+        assert len(found) == 1 and len(left_out) in counts.get(fault, (1,))
         assert all("seed1" in line and line.count("\n") <= 2 for line in left_out), left_out
     assert folder_bytes(two_runs) == before
 

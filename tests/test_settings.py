@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from programs import call, ending
 
+import jaxpara as jp
 from experiments import (
     bench,
     checks,
@@ -35,6 +36,7 @@ from experiments import (
     train_tokenizer,
 )
 from experiments.explanations import explain, typed_key
+from experiments.finetuning import check_ranks
 from experiments.runs import RunError
 from experiments.task import Task
 from jaxpara.train import init_state, make_step
@@ -327,3 +329,19 @@ def test_a_huge_batch_is_refused_by_the_command(tmp_path):
 def test_likeness_is_of_whole_or_last_names():
     assert near_misses.near_misses("widht", ["model.width", "height"]) == ["model.width"]
     assert near_misses.near_misses("zzz", ["model.width"]) == []
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_rank_above_its_matrix_is_refused_with_the_leaf_and_its_size(chained):
+    params = {"mlp": {"kernel": jnp.ones((2, 6, 4))}}
+
+    def state(rank):
+        lora = jp.lora(rank=rank, where="**/kernel")
+        more = [jp.fake_quant(bits=4, where="**/kernel")] if chained else []
+        return jp.chain(lora, *more).attach(jax.random.key(0), params)
+
+    check_ranks(jax.eval_shape(lambda: state(4)))
+    with pytest.raises(
+        RunError, match="rank=5 is above what mlp/kernel .*\n?.*6 x 4:\ngive rank=4"
+    ):
+        check_ranks(jax.eval_shape(lambda: state(5)))
