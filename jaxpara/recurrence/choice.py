@@ -11,8 +11,9 @@ from jaxtyping import PyTree
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence import fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence.claims import require
 from jaxpara.recurrence.lanes import shaped
-from jaxpara.recurrence.structure import Structure, Unchecked, require, structure_of
+from jaxpara.recurrence.structure import Structure, Unchecked, structure_of
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import Body, Traced, trace
 from pallas_kernels import unfit
