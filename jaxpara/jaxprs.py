@@ -159,6 +159,8 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vmap_call": "call",
+    "composite": "jaxpr",
+    "linear_call": "callee",
 }
 
 

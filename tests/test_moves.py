@@ -6,14 +6,20 @@ the element set must contain it. Rules that can be exact are checked to be.
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+from jax.interpreters import ad
 
-from jaxpara import compat
+from jaxpara import compat, jaxprs
+from jaxpara.recurrence import moves
+from jaxpara.recurrence.custom import RULES
 from jaxpara.recurrence.patterns import axis_patterns, element_sets
 from jaxpara.recurrence.propagate import propagate
 
@@ -26,6 +32,42 @@ def conv(h, groups):
     weights = jnp.ones((3, 3 // groups, 3)) * 0.3
     return lax.conv_general_dilated(h, weights, (1,), "SAME", feature_group_count=groups)
 
+
+BATCH = jnp.zeros((2, 1, 1))
+
+
+def spread(h):
+    """[2, 3, 3]: a positive definite matrix for each row."""
+    return jnp.einsum("bij,bkj->bik", h, h) + 3.0 * jnp.eye(3)
+
+
+@jax.custom_vjp
+def own_backward(h):
+    return jnp.sin(h)
+
+
+own_backward.defvjp(lambda h: (jnp.sin(h), h), lambda h, g: (g * jnp.cos(h),))
+
+
+@jax.custom_vjp
+def own_reduction(h):
+    return h.sum(1)
+
+
+def _own_reduction_backward(h, g):
+    return (jnp.broadcast_to(g[:, None], h.shape),)
+
+
+own_reduction.defvjp(lambda h: (h.sum(1), h), _own_reduction_backward)
+
+
+@jax.custom_vjp
+def own_turn(h):
+    return h.transpose(1, 0, 2)[..., ::-1]
+
+
+own_turn.defvjp(lambda h: (own_turn(h), None), lambda _, g: (g[..., ::-1].transpose(1, 0, 2),))
+OWN = ("own backward", "own backward of a reduction", "own backward that turns")
 
 # name -> function, are element sets exact?, pairs (output axis, input axis) that must be kept
 OPS = {
@@ -101,10 +143,49 @@ OPS = {
     ),
     "convolution": (lambda h: conv(h, 1), False, {(0, 0)}),
     "channelwise convolution": (lambda h: conv(h, 3), False, {(0, 0), (1, 1)}),
+    "solve": (lambda h: jnp.linalg.solve(jnp.eye(3) + jnp.tri(3), h), False, {(0, 0)}),
+    "solve by own matrices": (lambda h: jnp.linalg.solve(spread(h), h), False, {(0, 0)}),
     "triangular solve": (
-        lambda h: jnp.linalg.solve(jnp.eye(3) + jnp.tri(3), h), False, set()
+        lambda h: lax.linalg.triangular_solve(1.0 + spread(h), h, left_side=True), False, {(0, 0)}
     ),
-    "fft": (lambda h: jnp.fft.fft(h, axis=1).real, False, set()),
+    "triangular solve of columns": (
+        lambda h: lax.linalg.triangular_solve(BATCH + jnp.tri(3), h, left_side=True), False,
+        {(0, 0), (2, 2)},
+    ),
+    "triangular solve of rows": (
+        lambda h: lax.linalg.triangular_solve(0.5 + jnp.eye(4) + jnp.zeros((2, 4, 4)), h), False,
+        {(0, 0), (1, 1)},
+    ),
+    "tridiagonal solve": (
+        lambda h: lax.linalg.tridiagonal_solve(*[3.0 * i + h[..., 0] for i in (0, 1, 0)], h),
+        False, {(0, 0)},
+    ),
+    "cholesky": (lambda h: lax.linalg.cholesky(spread(h)), False, {(0, 0)}),
+    "eigenvalues": (lambda h: jnp.linalg.eigh(spread(h))[0], False, {(0, 0)}),
+    "qr": (lambda h: jnp.linalg.qr(h.mT)[1], False, {(0, 0)}),
+    "singular values": (lambda h: jnp.linalg.svd(h, compute_uv=False), False, {(0, 0)}),
+    "inverse": (lambda h: jnp.linalg.inv(spread(h)), False, {(0, 0)}),
+    "fft": (lambda h: jnp.fft.fft(h, axis=1).real, False, {(0, 0), (2, 2)}),
+    "rfft there and back": (lambda h: jnp.fft.irfft(jnp.fft.rfft(h), 4), False, {(0, 0), (1, 1)}),
+    "fft of two axes": (lambda h: jnp.fft.fft2(h).real, False, {(0, 0)}),
+    "stack": (lambda h: jnp.stack([h[:, 0], 2 * h[:, 2]], 1), True, {(0, 0), (2, 2)}),
+    "stack in front": (lambda h: jnp.stack([h, jnp.sin(h)]), True, {(1, 0), (2, 1), (3, 2)}),
+    "unstack": (lambda h: jnp.unstack(h, axis=1)[2], True, {(0, 0), (1, 2)}),
+    "max pooling": (
+        lambda h: lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 1), (1, 1, 1), "SAME"), False,
+        {(0, 0), (2, 2)},
+    ),
+    "special functions": (
+        lambda h: jax.scipy.special.i0e(h) + lax.igamma(1 + h * h, 2 + h * h), True,
+        {(0, 0), (1, 1), (2, 2)},
+    ),
+    "checkpoint name": (
+        lambda h: checkpoint_name(jnp.sin(h), "s"), True,
+        {(0, 0), (1, 1), (2, 2)},
+    ),
+    "own backward": (lambda h: own_backward(h), False, {(0, 0), (1, 1), (2, 2)}),
+    "own backward of a reduction": (lambda h: own_reduction(h), False, {(0, 0), (1, 2)}),
+    "own backward that turns": (lambda h: own_turn(h), False, {(0, 1), (1, 0)}),
     "map over rows": (lambda h: lax.map(lambda v: v[::-1] * v, h), False, {(0, 0), (2, 2)}),
     "scan down the rows": (
         lambda h: lax.scan(lambda c, v: (c + v, c * v), h[0], h)[1], False, {(1, 1), (2, 2)}
@@ -122,9 +203,10 @@ def analysed(f):
     if not reached[0]:
         return None, None
     count = int(np.prod(SHAPE))
-    axes = propagate(linear, [None, {0: ((0,), (1,), (2,))}], axis_patterns([SHAPE], set()))[-1]
+    start = {0: ((0,), (1,), (2,))}
+    axes = propagate(linear, [None, start], axis_patterns([SHAPE], set()), RULES)[-1]
     every = np.eye(count, dtype=bool).reshape(*SHAPE, count)
-    elements = propagate(linear, [None, every], element_sets(count))[-1]
+    elements = propagate(linear, [None, every], element_sets(count), RULES)[-1]
     return axes, elements
 
 
@@ -136,7 +218,8 @@ def measured():
 
     @jax.jit  # one compilation for all
     def run(h):
-        jacobians = [jax.vmap(jax.jacfwd(f))(h) for f in functions.values()]
+        mode = {name: jax.jacrev if name in OWN else jax.jacfwd for name in functions}
+        jacobians = [jax.vmap(mode[name](f))(h) for name, f in functions.items()]
         return [(jac != 0).any(0) for jac in jacobians]
 
     h = jax.random.normal(jax.random.key(3), (2, *SHAPE))
@@ -152,10 +235,11 @@ def assert_covered(name, f):
     ndim = jac.ndim - 3
     at = np.argwhere(jac)
     for p, entry in enumerate(axes[0]):
-        if entry:
-            sizes = [SHAPE[q] for q in entry]
-            merged = np.ravel_multi_index([at[:, ndim + q] for q in entry], sizes)
-            np.testing.assert_array_equal(at[:, p], merged)
+        sizes = [-q if q < 0 else SHAPE[q] for q in entry]
+        assert np.prod(sizes, dtype=int) == jac.shape[p]
+        for q, index in zip(entry, np.unravel_index(at[:, p], sizes or [1]), strict=False):
+            if q >= 0:
+                np.testing.assert_array_equal(index, at[:, ndim + q])
     assert not (jac & ~elements.reshape(jac.shape)).any()
     return axes, elements, jac
 
@@ -217,3 +301,51 @@ def chain(seed):
 @pytest.mark.parametrize("seed", CHAINS)
 def test_random_chains_are_covered(seed):
     assert_covered(seed, chain(seed))
+
+
+def test_a_rule_that_says_too_little_is_caught(monkeypatch):
+    wrong = {name: lambda e, s, o: [(0, 1, 2)] * len(s) for name in ("rev", "triangular_solve")}
+    monkeypatch.setattr(moves, "_RULES", moves._RULES | wrong)
+    for name in ("flip", "triangular solve of rows"):
+        with pytest.raises(AssertionError):
+            assert_covered(name, OPS[name][0])
+
+
+def test_a_custom_backward_that_says_too_little_is_caught(monkeypatch):
+    diagonal = [[(0, 1, 2)]]
+    monkeypatch.setitem(RULES, "custom_lin", lambda e, o, d: d.move(e, o, diagonal))
+    with pytest.raises(AssertionError):
+        assert_covered("own backward that turns", own_turn)
+
+
+# Differentiable primitives that keep no axis, or that are entered, or that no step may hold.
+MIXING = frozenset(
+    """accum_grad_in_ref addupdate bitcast_convert_type box_get box_set call_hi_primitive check
+    composite cond custom_lin custom_linear_solve custom_vmap_call dce_sink debug_callback
+    debug_print empty_ref eval_jaxpr ffi_call free_ref freeze from_edtype get inspect_sharding
+    io_callback jit linear_call log_extend log_read new_box new_log new_ref pbroadcast_dynamic
+    pure_callback ragged_dot_general random_bits random_fold_in random_gamma random_seed
+    random_split random_unwrap random_wrap remat2 remat_opt run_state scan shard_map stage swap
+    to_edtype unreduced_reduce_scatter while""".split()
+)
+# They give or take integers and booleans, which have no tangents.
+DISCRETE = frozenset(
+    """and argmax argmin eq eq_to ge gt is_finite le le_to lt lt_to mulhi ne not or shift_left
+    shift_right_arithmetic shift_right_logical xor""".split()
+)
+
+
+def test_every_differentiable_primitive_of_jax_has_a_rule_or_a_reason():
+    own = {
+        value.name
+        for name, module in list(sys.modules.items())
+        if name.startswith(("jax._src.lax.", "jax._src.ad_", "jax._src.custom_"))
+        for value in vars(module).values()
+        if isinstance(value, core.Primitive)
+    }
+    names = {p.name for table in (ad.primitive_jvps, ad.primitive_transposes) for p in table} & own
+    ruled = moves.ELEMENTWISE | moves.PAIRWISE | moves.CUMULATIVE | set(moves._RULES)
+    families = ("scatter", "reduce_")
+    missing = names - ruled - MIXING - DISCRETE - jaxprs.COLLECTIVES
+    assert not {name for name in missing if not name.startswith(families)}
+    assert "stack" in names & ruled, "the registries are empty, so this test proves nothing"

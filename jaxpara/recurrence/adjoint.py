@@ -11,6 +11,7 @@ whatever solver found it. The general rule is a `custom_jvp` that poses it throu
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,8 @@ def _tangents(problem: Problem, consts, d_consts, d_init, rows):
     flow, settings = problem.flow(), problem.solver.settings
     axis = timeaxis.along(settings.axis, problem.reverse)
     before, xs, d_xs = rows
-    delta, end, moved = ([None] * len(before) for _ in range(3))
+    nothing: list[Any] = [None] * len(before)
+    delta, end, moved = (list(nothing) for _ in range(3))
 
     def slopes(f, fed):
         tangents = [only(d, f) for d, f in zip((d_consts, moved, d_xs), fed, strict=True)]

@@ -68,7 +68,9 @@ def block_operator(groups: Groups, matrices: Leaves, like: Sequence[Any]) -> Ope
 def elementwise(groups: Groups, like: Sequence[Any]) -> bool:
     """Whether every group couples only equal elements of leaves of one shape."""
     return all(
-        like[i].shape == like[group.leaves[0]].shape and shared == tuple(range(like[i].ndim))
+        like[i].shape == like[group.leaves[0]].shape
+        and shared == tuple(range(like[i].ndim))
+        and not group.views
         for group in groups
         for i, shared in zip(group.leaves, group.shared, strict=True)
     )

@@ -9,6 +9,7 @@ takes part, see `flow`. [deer] [pararnn]
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,8 @@ def _by_parts(problem: Problem, live, at, init, g, outs, g_outs):
     """Cotangents `w` of all new states, and those of the initial state, part by part."""
     flow, settings = problem.flow(), problem.solver.settings
     consts, before, xs = at
-    w, into_init = [None] * len(before), [jnp.zeros_like(leaf) for leaf in init]
+    w: list[Any] = [None] * len(before)
+    into_init = [jnp.zeros_like(leaf) for leaf in init]
     for part in reversed(flow.parts):
         if part[0] not in live:
             continue

@@ -29,10 +29,17 @@ class Group(NamedTuple):
       leaves: positions in the list of the carry's floating leaves.
       shared: for each of these leaves the axes along which entry in depends only on
         the entry with the same index, in an order that matches across the leaves.
+      views: for each of these leaves the shape, with axes cut into several, to whose axes
+        `shared` refers; empty where it refers to the leaves as they are.
     """
 
     leaves: tuple[int, ...]
     shared: tuple[tuple[int, ...], ...]
+    views: tuple[Shape, ...] = ()
+
+    def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
+        """The shapes that `shared` refers to, of these leaves."""
+        return list(self.views) or [tuple(shapes[i]) for i in self.leaves]
 
 
 Groups = tuple[Group, ...]
@@ -42,9 +49,12 @@ def restricted(groups: Groups, leaves: Sequence[int]) -> Groups:
     """The groups of some of the leaves, which are numbered in this order."""
     found = []
     for group in groups:
-        kept = [(leaves.index(i), s) for i, s in zip(*group, strict=True) if i in leaves]
+        kept = [(leaves.index(i), k) for k, i in enumerate(group.leaves) if i in leaves]
         if kept:
-            found.append(Group(*(tuple(column) for column in zip(*sorted(kept), strict=True))))
+            numbers, places = zip(*sorted(kept), strict=True)
+            shared = tuple(group.shared[k] for k in places)
+            views = tuple(group.views[k] for k in places) if group.views else ()
+            found.append(Group(numbers, shared, views))
     return tuple(found)
 
 
@@ -60,12 +70,11 @@ def coupled_size(shape: Shape, shared: Sequence[int]) -> int:
 
 def block_size(group: Group, shapes: Sequence[Shape]) -> int:
     """K, the size of one block of a group."""
-    return sum(
-        coupled_size(shapes[leaf], shared)
-        for leaf, shared in zip(group.leaves, group.shared, strict=True)
-    )
+    seen = group.shapes(shapes)
+    return sum(coupled_size(*pair) for pair in zip(seen, group.shared, strict=True))
 
 
 def block_count(group: Group, shapes: Sequence[Shape]) -> int:
     """N, the number of blocks of a group."""
-    return math.prod(shapes[group.leaves[0]][axis] for axis in group.shared[0])
+    seen = group.shapes(shapes)[0]
+    return math.prod(seen[axis] for axis in group.shared[0])

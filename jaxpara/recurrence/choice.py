@@ -12,10 +12,11 @@ from jaxpara import compat, jaxprs
 from jaxpara.recurrence import cost, explicit, fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size, elements, is_number
 from jaxpara.recurrence.certain import certain
+from jaxpara.recurrence.claims import require
 from jaxpara.recurrence.kinds import Dense
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.sequential import sequential
-from jaxpara.recurrence.structure import Structure, Unchecked, require, structure_of
+from jaxpara.recurrence.structure import Structure, Unchecked, structure_of
 from jaxpara.recurrence.system import Settings, Solver
 from jaxpara.recurrence.traced import Body, Traced, trace
 from pallas_kernels import unfit

@@ -140,6 +140,7 @@ def _union(eqn: Any, operands: list) -> list:
 
 _SETS = Domain(
     apply=_union,
+    move=lambda eqn, operands, table: _union(eqn, operands),
     join=frozenset.union,
     unstack=lambda value, aval: value,
     stack=lambda value, aval: value,

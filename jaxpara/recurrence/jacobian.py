@@ -32,13 +32,15 @@ def _shapes(leaves: Leaves) -> list[tuple[int, ...]]:
 def to_lanes(groups: Groups, leaves: Leaves) -> list[jax.Array]:
     """Leaves of one state to a list of `[K, N]`, one a group."""
 
-    def rows(leaf, shared):
+    def rows(leaf, shape, shared):
+        leaf = leaf.reshape(shape)
         order = coupled_axes(leaf.shape, shared) + tuple(shared)
         lanes = math.prod(leaf.shape[axis] for axis in shared)
         return jnp.transpose(leaf, order).reshape(coupled_size(leaf.shape, shared), lanes)
 
     def one(group):
-        parts = [rows(leaves[i], s) for i, s in zip(group.leaves, group.shared, strict=True)]
+        seen = zip(group.leaves, group.shapes(_shapes(leaves)), group.shared, strict=True)
+        parts = [rows(leaves[i], shape, shared) for i, shape, shared in seen]
         if len(parts) == 1:
             return parts[0]
         return jnp.concatenate([p.astype(jnp.result_type(*parts)) for p in parts])
@@ -51,13 +53,14 @@ def from_lanes(groups: Groups, lanes: Leaves, like: Leaves) -> list[jax.Array]:
     leaves = {}
     for group, block in zip(groups, lanes, strict=True):
         row = 0
-        for i, shared in zip(group.leaves, group.shared, strict=True):
-            shape = like[i].shape
+        seen = zip(group.leaves, group.shapes(_shapes(like)), group.shared, strict=True)
+        for i, shape, shared in seen:
             order = coupled_axes(shape, shared) + tuple(shared)
             rows = coupled_size(shape, shared)
             part = block[row : row + rows].reshape([shape[axis] for axis in order])
             inverse = sorted(range(len(order)), key=order.__getitem__)
-            leaves[i] = jnp.transpose(part, inverse).astype(like[i].dtype)
+            part = jnp.transpose(part, inverse).reshape(like[i].shape)
+            leaves[i] = part.astype(like[i].dtype)
             row += rows
     return [leaves[i] for i in range(len(like))]
 

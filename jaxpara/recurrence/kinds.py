@@ -4,6 +4,7 @@ Immutable, hashable values that `jacobian_structure` returns and that a user may
 write down to override it; `resolve` turns each into groups of coupled leaves.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -146,9 +147,14 @@ def _checked(name: str, groups: Groups, shapes: Sequence[Shape]) -> Groups:
                 f"{name} has {group} with {len(group.leaves)} leaves but shared axes for "
                 f"{len(group.shared)}; give one tuple of shared axes for each leaf"
             )
+        seen = group.shapes(shapes)
+        if [math.prod(s) for s in seen] != [math.prod(shapes[leaf]) for leaf in group.leaves]:
+            raise ValueError(
+                f"{name} views the leaves {group.leaves} as {group.views}, but they have shapes "
+                f"{[shapes[leaf] for leaf in group.leaves]}; cut axes into factors of their sizes"
+            )
         sizes = None
-        for leaf, shared in zip(group.leaves, group.shared, strict=True):
-            shape = shapes[leaf]
+        for leaf, shape, shared in zip(group.leaves, seen, group.shared, strict=True):
             if len(set(shared)) != len(shared) or not set(shared) <= set(range(len(shape))):
                 raise ValueError(
                     f"{name} shares the axes {shared} of leaf {leaf}, which has shape {shape}; "

@@ -13,11 +13,14 @@ from typing import Any
 Sources = tuple[int | None, ...]
 
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp conj
-    convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2 expm1
-    floor imag integer_pow lgamma log log1p logistic max min mul neg nextafter pbroadcast
-    pcast pow pvary real reduce_precision rem reshard round rsqrt sharding_constraint sign sin
-    sinh sqrt square stop_gradient sub tan tanh complex layout_constraint""".split()
+    """abs acos acosh add add_any asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    conj convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2 expm1
+    floor igamma igamma_grad_a igammac imag integer_pow lgamma log log1p log2 logistic max min mul
+    name neg nextafter one_minus_square pbroadcast pcast polygamma polynomial pow preduced pvary
+    random_gamma_grad real reduce_precision reduced_vary_cast reduced_vary_cast_p
+    regularized_incomplete_beta relayout rem reshard round rsqrt sharding_constraint sign sin sinh
+    sqrt square stop_gradient sub tan tanh vary_unreduced_cast vary_unreduced_cast_p
+    with_memory_space_constraint zeta complex layout_constraint""".split()
 )
 PAIRWISE = frozenset({"optimization_barrier", "device_put"})
 CUMULATIVE = frozenset({"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"})
@@ -105,6 +108,46 @@ def _reduce_window(eqn, shapes, out):
     return [tuple(None if i in touched else s for i, s in enumerate(kept))]
 
 
+def _pooled_back(eqn, shapes, out):
+    """Windows of the second operand, into or out of which the first one goes."""
+    return [*_reduce_window(eqn, shapes[:1], out), _reduce_window(eqn, shapes[1:], out)[0]]
+
+
+def _reduce(eqn, shapes, out):
+    """Several operands at once, then as many initial values."""
+    kept = _without(eqn, shapes, out, eqn.params["dimensions"])[0]
+    operands = len(shapes) // 2
+    return [kept] * operands + [_nothing(out)] * operands
+
+
+def _matrices(eqn, shapes, out):
+    """Functions of matrices: all axes but the last two number them."""
+    batch = len(shapes[0]) - 2
+    sources = tuple(i if i < batch else None for i in range(len(out)))
+    return [sources if len(s) >= batch else _nothing(out) for s in shapes]
+
+
+def _triangular_solve(eqn, shapes, out):
+    """Each column of the right-hand side (row, from the right) has a solution of its own."""
+    mixed = len(out) - (2 if eqn.params["left_side"] else 1)
+    return [_matrices(eqn, shapes, out)[0], _but(out, mixed)]
+
+
+def _tridiagonal_solve(eqn, shapes, out):
+    batch = tuple(i if i < len(out) - 2 else None for i in range(len(out)))
+    return [batch, batch, batch, _but(out, len(out) - 2)]
+
+
+def _fft(eqn, shapes, out):
+    last = len(out) - len(eqn.params["fft_lengths"])
+    return [tuple(i if i < last else None for i in range(len(out)))]
+
+
+def _stack(eqn, shapes, out):
+    new = eqn.params["axis"] % len(out)
+    return [tuple(None if i == new else i - (i > new) for i in range(len(out)))] * len(shapes)
+
+
 def _reshape(eqn, shapes, out):
     """Axes that stand alone between the same products of sizes; ones come and go."""
     order = reshape_order(eqn)
@@ -170,6 +213,16 @@ _RULES = {
     "reduce_window_sum": _reduce_window,
     "reduce_window_max": _reduce_window,
     "reduce_window_min": _reduce_window,
+    "select_and_gather_add": _pooled_back,
+    "select_and_scatter_add": _pooled_back,
+    "reduce": _reduce,
+    "fft": _fft,
+    "triangular_solve": _triangular_solve,
+    "tridiagonal_solve": _tridiagonal_solve,
+    "stack": _stack,
+    "tie": lambda e, s, o: [None, _but(o)],
+    "unstack": lambda e, s, o: _without(e, s, o, [e.params["axis"] % len(s[0])]),
+    "approx_top_k": lambda e, s, o: [_but(o, e.params["reduction_dimension"] % len(o))],
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
     "pad": _pad,
@@ -190,6 +243,13 @@ _RULES = {
     "split": lambda e, s, o: [_but(o, e.params["axis"])],
     "sort": lambda e, s, o: [_but(o, e.params["dimension"])] * len(s),
 }
+
+
+_RULES |= dict.fromkeys(
+    """cholesky eig eigh geqrf hessenberg householder_product lu qr schur svd symmetric_product
+    tridiagonal""".split(),
+    _matrices,
+)
 
 
 def moves(eqn: Any) -> Sequence[Sequence[Sources | None]]:

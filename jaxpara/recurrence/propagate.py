@@ -25,6 +25,7 @@ class Domain(NamedTuple):
 
     Attributes:
       apply: `(equation, operands) -> outputs` for one primitive.
+      move: `(equation, operands, table) -> outputs` by a table as that of `moves.moves`.
       join: `(a, b) -> c`, what may be reached along either way.
       unstack: the value of one slice of a scanned input.
       stack: the value of the stacked slices of a scanned output.
@@ -33,6 +34,7 @@ class Domain(NamedTuple):
     """
 
     apply: Callable[[Any, list], list]
+    move: Callable[[Any, list, Any], list]
     join: Callable[[Any, Any], Any]
     unstack: Callable[[Any, Any], Any]
     stack: Callable[[Any, Any], Any]

@@ -14,8 +14,8 @@ from jaxpara import compat
 from jaxpara.recurrence import explicit, timeaxis
 from jaxpara.recurrence.adjoint import Problem, solve
 from jaxpara.recurrence.choice import Auto, Choice, decide, say
+from jaxpara.recurrence.claims import check_structure
 from jaxpara.recurrence.lanes import vary_over
-from jaxpara.recurrence.structure import check_structure
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import SOLVE_NAME, Body, Traced, flow_of, trace
 

@@ -14,12 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import PyTree
 
 from jaxpara import compat
-from jaxpara.recurrence import jacobian
-from jaxpara.recurrence.blocks import Group, Groups, Shape, block_size, coupled_axes, coupled_size
+from jaxpara.recurrence import custom
+from jaxpara.recurrence.blocks import Group, Groups, Shape, block_size, coupled_size
 from jaxpara.recurrence.kinds import (
     Block,
     Dense,
@@ -29,12 +28,24 @@ from jaxpara.recurrence.kinds import (
     largest,
     unchecked,
 )
-from jaxpara.recurrence.patterns import TooLarge, axis_patterns, element_sets
+from jaxpara.recurrence.patterns import (
+    Cuts,
+    TooLarge,
+    axis_patterns,
+    element_sets,
+    split_entry,
+    whole_axes,
+)
 from jaxpara.recurrence.propagate import NotAnalysable, Rules, propagate
 
 # Made in kinds.py, found here.
 __all__ = ["Block", "Dense", "Diagonal", "Structure", "Unchecked", "unchecked"]
-__all__ += ["check_structure", "jacobian_structure", "require", "structure_of"]
+__all__ += ["jacobian_structure", "structure_of"]
+
+Tangents = tuple[Any, dict[int, int], list[int | None]]
+
+PASSES = 8
+"""How often axes are cut before it is given up."""
 
 SMALL = 128
 """Carries of up to this many elements are analysed element by element as well."""
@@ -46,9 +57,10 @@ def jacobian_structure(
     """Prove which entries of the Jacobian of one step can be non-zero.
 
     J[i, j] = d carry'[i] / d carry[j], for every carry and every x of these shapes.
-    Blocks are products of whole axes: a state that packs [c, h] along one axis is
-    analysed exactly, but its strided 2x2 blocks cannot be said and come out Dense
-    (keep c and h as two leaves).
+    Blocks are products of whole axes, or of parts of axes that the step itself cuts by a
+    reshape (heads packed along one axis). A state that packs [c, h] along one axis is
+    analysed exactly, but its strided 2x2 blocks cannot be said and come out Dense (keep c
+    and h as two leaves).
 
     Args:
       f: the step, as for `lax.scan`.
@@ -90,75 +102,75 @@ def structure_of(
     Returns:
       As `jacobian_structure`.
     """
-    shapes = _shapes(closed, carry_in)
-    edges, heads = _edges(closed, carry_in, carry_out, known)
-    if edges is None:
+    shapes = shapes_in(closed, carry_in)
+    heads: set[tuple[int, int]] = set()
+    try:
+        flows = _tangents(closed, carry_in, carry_out)
+        edges, cuts = _axis_edges(flows, [[(n,) for n in s] for s in shapes], heads, known)
+        groups = _group(_sharper(edges, flows, shapes, known), shapes)
+        if cuts and (finer := _cut_finer(flows, shapes, cuts, known)) is not None:
+            seen, finer_heads = finer
+            if largest(seen, shapes) < largest(groups, shapes):
+                groups, heads = seen, finer_heads
+    except (NotAnalysable, NotImplementedError):  # no rule, or no jvp: nothing is known
         return Dense()
-    return _classify(_group(edges, shapes), shapes, heads)
+    return _classify(groups, shapes, heads)
 
 
-def require(
-    given: Structure, closed: Any, carry_in: Sequence[int], carry_out: Sequence[int]
-) -> None:
-    """Refuse a structure that leaves out what the proof cannot.
-
-    Args:
-      given: what is claimed of the step.
-      closed, carry_in, carry_out: as for `structure_of`.
-
-    Raises:
-      ValueError: an entry that may be non-zero is not in `given`; names both structures.
-    """
-    shapes = _shapes(closed, carry_in)
-    place = {}  # leaf -> its group, and its axis for each shared index
-    for number, group in enumerate(given.resolve(shapes)):
-        place |= {i: (number, s) for i, s in zip(group.leaves, group.shared, strict=True)}
-    edges = _edges(closed, carry_in, carry_out, None)[0]
-    if edges is None:
-        edges = {(i, j): set() for i in place for j in place}
-
-    def allowed(i, j):
-        same = (*edges[i, j], *((p, q) for p in _ones(shapes[i]) for q in _ones(shapes[j])))
-        (group, axes), (other, partners) = place[i], place[j]
-        return group == other and set(zip(axes, partners, strict=True)) <= set(same)
-
-    for i, j in edges:
-        if not allowed(i, j) and math.prod(shapes[i]) and math.prod(shapes[j]):
-            raise ValueError(
-                f"structure={given} is sparser than {structure_of(closed, carry_in, carry_out)}, "
-                f"which is proved: leaf {i} of the new carry may depend on other entries of leaf "
-                f"{j}\nleave structure= out, or, if you know better, pass structure="
-                f"jp.unchecked({type(given).__name__}(...)) and try it once with debug=True"
-            )
+def _cut_finer(flows, shapes, cuts, known):
+    """Groups over leaves some of whose axes are cut, as a reshape in the step does; their heads."""
+    views = [[(n,) for n in shape] for shape in shapes]
+    for _ in range(PASSES):
+        views = [_cut(view, leaf, cuts) for leaf, view in enumerate(views)]
+        heads: set[tuple[int, int]] = set()
+        edges, cuts = _axis_edges(flows, views, heads, known)
+        if not cuts:
+            seen = [tuple(n for sizes in view for n in sizes) for view in views]
+            groups = [
+                g
+                if all(seen[i] == shapes[i] for i in g.leaves)
+                else g._replace(views=tuple(seen[i] for i in g.leaves))
+                for g in _group(edges, seen)
+            ]
+            return tuple(groups), heads
+    return None
 
 
-def _ones(shape: Shape) -> list[int]:
+def _cut(view, leaf, cuts):
+    """The axes of a leaf, those cut in two that `cuts` names, from the inside."""
+    number, new = 0, []
+    for sizes in view:
+        pieces: list[int] = []
+        for n in sizes:
+            inner = min((k for i, axis, k in cuts if (i, axis) == (leaf, number)), default=n)
+            pieces += [n] if inner == n else [n // inner, inner]
+            number += 1
+        new.append(tuple(pieces))
+    return new
+
+
+def ones(shape: Shape) -> list[int]:
+    """The axes of size one, which all have the same index."""
     return [axis for axis, size in enumerate(shape) if size == 1]
 
 
-def _shapes(closed, carry_in) -> list[Shape]:
+def shapes_in(closed: Any, carry_in: Sequence[int]) -> list[Shape]:
+    """The shapes of the carry's floating leaves."""
     invars = compat.open_jaxpr(closed).invars
     return [tuple(invars[i].aval.shape) for i in carry_in]
 
 
-def _edges(closed, carry_in, carry_out, known):
-    """What may depend on what, or None where nothing is known; and the axes that are heads."""
-    shapes = _shapes(closed, carry_in)
-    heads: set[tuple[int, int]] = set()
-    try:
-        linear, into, back = _tangents(closed, carry_in, carry_out)
-        edges = _axis_edges(linear, into, back, shapes, heads, known)
-        # Element sets can only help where some block is larger than one entry.
-        count = sum(map(math.prod, shapes))
-        small = isinstance(count, int) and count <= SMALL  # jax.export has symbolic sizes
-        if small and largest(_group(edges, shapes), shapes) > 1:
-            edges = _sharpen(edges, _element_edges(linear, into, back, shapes, known))
-    except (NotAnalysable, NotImplementedError):  # no rule, or no jvp: nothing is known
-        return None, heads
-    return edges, heads
+def _sharper(edges, flows: Tangents, shapes, known):
+    # Element sets can only help where some block is larger than one entry; jax.export has
+    # symbolic sizes.
+    count = sum(map(math.prod, shapes))
+    small = isinstance(count, int) and count <= SMALL
+    if not small or largest(_group(edges, shapes), shapes) == 1:
+        return edges
+    return _sharpen(edges, _element_edges(flows, shapes, known))
 
 
-def _tangents(closed, carry_in, carry_out):
+def _tangents(closed, carry_in, carry_out) -> Tangents:
     """The jaxpr of the step's jvp, where tangents go in, and where they come out."""
     nonzero = [False] * len(compat.open_jaxpr(closed).invars)
     for i in carry_in:
@@ -171,30 +183,45 @@ def _tangents(closed, carry_in, carry_out):
     return linear, into, back
 
 
-def _run(linear, into, back, domain, start, known):
+def _run(flows: Tangents, domain, start, known):
+    linear, into, back = flows
     ins = [
         start(into[i]) if i in into else None for i in range(len(compat.open_jaxpr(linear).invars))
     ]
-    outs = propagate(linear, ins, domain, known)
+    outs = propagate(linear, ins, domain, {**custom.RULES, **(known or {})})
     return [None if place is None else outs[place] for place in back]
 
 
 Edges = dict[tuple[int, int], set[tuple[int, int]]]  # (out leaf, in leaf) -> axes with one index
 
 
-def _axis_edges(linear, into, back, shapes, heads, known) -> Edges:
+def _axis_edges(flows: Tangents, views, heads, known) -> tuple[Edges, Cuts]:
+    """Edges in the axes of the leaves as they are cut, and what should be cut to know more."""
+    seen = [tuple(n for sizes in view for n in sizes) for view in views]
+    cuts: Cuts = set()
+
     def start(leaf):
-        return {leaf: tuple((axis,) for axis in range(len(shapes[leaf])))}
+        return {leaf: whole_axes(views[leaf])}
 
-    outs: list[Any] = _run(linear, into, back, axis_patterns(shapes, heads), start, known)
-    return {
-        (i, j): {(p, entry[0]) for p, entry in enumerate(entries) if len(entry) == 1}
-        for i, value in enumerate(outs)
-        for j, entries in (value or {}).items()
-    }
+    outs: list[Any] = _run(flows, axis_patterns(seen, heads, cuts), start, known)
+    edges: Edges = {}
+    for i, value in enumerate(outs):
+        for j, entries in (value or {}).items():
+            pairs = {(p, q) for p in ones(seen[i]) for q in ones(seen[j])}
+            number = 0
+            for sizes, entry in zip(views[i], entries, strict=True):
+                for piece in split_entry(j, entry, sizes, seen[j], cuts):
+                    if len(piece) == 1 and piece[0] >= 0:
+                        pairs.add((number, piece[0]))
+                    elif any(atom >= 0 for atom in piece):
+                        inner = piece[-1]
+                        cuts.add((i, number, -inner if inner < 0 else seen[j][inner]))
+                    number += 1
+            edges[i, j] = pairs
+    return edges, cuts
 
 
-def _element_edges(linear, into, back, shapes, known) -> Edges | None:
+def _element_edges(flows: Tangents, shapes, known) -> Edges | None:
     sizes = [math.prod(s) for s in shapes]
     starts = np.cumsum([0, *sizes])
     identity = np.eye(sum(sizes), dtype=bool)
@@ -204,7 +231,7 @@ def _element_edges(linear, into, back, shapes, known) -> Edges | None:
         return rows.reshape((*shapes[leaf], sum(sizes)))
 
     try:
-        outs: list[Any] = _run(linear, into, back, element_sets(sum(sizes)), start, known)
+        outs: list[Any] = _run(flows, element_sets(sum(sizes)), start, known)
     except TooLarge:
         return None
     edges: Edges = {}
@@ -275,79 +302,28 @@ def _partner(axis: int | None, pairs) -> int | None:
     return found[0][1] if found else None
 
 
+def edges_of(closed: Any, carry_in: Sequence[int], carry_out: Sequence[int]) -> Edges | None:
+    """For each pair (new leaf, leaf) that may depend, the axes with one index; None: unknown."""
+    shapes = shapes_in(closed, carry_in)
+    try:
+        flows = _tangents(closed, carry_in, carry_out)
+        edges = _axis_edges(flows, [[(n,) for n in s] for s in shapes], set(), None)[0]
+        return _sharper(edges, flows, shapes, None)
+    except (NotAnalysable, NotImplementedError):
+        return None
+
+
 def _classify(groups: Groups, shapes, heads) -> Structure:
     if all(block_size(group, shapes) == 1 for group in groups):
         return Diagonal()
 
     def dense(group):
-        members = list(zip(group.leaves, group.shared, strict=True))
+        seen = group.shapes(shapes)
         mixed = any(
-            coupled_size(shapes[leaf], shared) != 1 and coupled_axes(shapes[leaf], shared)
-            for leaf, shared in members
+            coupled_size(shape, shared) != 1 and coupled_axes(shape, shared)
+            for shape, shared in zip(seen, group.shared, strict=True)
         )
+        members = zip(group.leaves, group.shared, strict=True)
         return mixed and not any((leaf, a) in heads for leaf, shared in members for a in shared)
 
     return Dense(groups=groups) if any(map(dense, groups)) else Block(groups=groups)
-
-
-def check_structure(
-    structure: Structure,
-    f: Callable[[list[Array]], Sequence[Array]],
-    leaves: Sequence[Array],
-    key: Key[Array, ""],
-) -> None:
-    """Compare one random vjp of a step with the same product by the structured Jacobian.
-
-    u^T J by autodiff against u^T J from the blocks alone; they differ, for almost
-    every u, when the structure leaves out an entry that is not zero here. With
-    concrete values the comparison happens at once. Under a trace it is attached as
-    a debug callback: the program raises when it runs, as JAX's runtime error with
-    the same message (see `jax.effects_barrier` to wait for it).
-
-    Args:
-      structure: what is claimed.
-      f: the step on the floating leaves of the carry, all else closed over.
-      leaves: the state at which to check.
-      key: draws u.
-
-    Raises:
-      ValueError: the structure is too sparse; names the leaves that deviate, and by how much.
-    """
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    shapes, dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
-    groups = structure.resolve(shapes)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    cotangents = [
-        jax.random.normal(k, s, jnp.float32).astype(d)
-        for k, s, d in zip(keys, shapes, dtypes, strict=False)
-    ]
-    _, pull = jax.vjp(lambda *x: list(f(list(x))), *leaves)
-    exact = pull(cotangents)
-    # By vjps, which every differentiable step has; a custom_vjp has nothing else.
-    blocks = jacobian.blocks_of(f, leaves, groups, reverse_mode=True)
-    rows = jacobian.apply(blocks, jacobian.to_lanes(groups, cotangents), transpose=True)
-    claimed = jacobian.from_lanes(groups, rows, leaves)
-    # A value that is not finite says nothing about the structure.
-    gaps = [
-        jnp.max(jnp.where(jnp.isfinite(a), jnp.abs(a - b), 0), initial=0)
-        for a, b in zip(exact, claimed, strict=True)
-    ]
-    scales = [jnp.max(jnp.where(jnp.isfinite(a), jnp.abs(a), 0), initial=0) for a in exact]
-
-    def judge(gaps, scales):
-        wrong = [
-            f"leaf {leaf} (shape {shapes[leaf]}) deviates by {float(gap):.3g}, its largest entry "
-            f"being {float(scale):.3g}"
-            for leaf, (gap, scale) in enumerate(zip(gaps, scales, strict=True))
-            if not gap <= math.sqrt(float(jnp.finfo(dtypes[leaf]).eps)) * max(float(scale), 1.0)
-        ]
-        if wrong:
-            raise ValueError(
-                f"structure {structure} is too sparse: in a random vjp with respect to the carry, "
-                f"{'; '.join(wrong)}; leave out structure= to have it proved, or couple more axes"
-            )
-
-    if any(isinstance(value, Tracer) for value in [*gaps, *scales]):
-        jax.debug.callback(judge, gaps, scales)
-    else:
-        judge(gaps, scales)

@@ -1,0 +1,59 @@
+"""What a `custom_vjp` mixes, and whether it is a derivative at all: proved from its backward rule.
+
+JAX keeps the rule as `custom_lin`, an equation that nothing but a transpose can enter. So it is
+transposed, and what the transpose does with axes is read backwards: where an axis of a cotangent
+keeps its index on the way in, that axis keeps its index on the way out.
+"""
+
+from typing import Any
+
+import jax
+
+from jaxpara import compat
+from jaxpara.recurrence.moves import Sources
+from jaxpara.recurrence.patterns import axis_patterns, whole_axes
+from jaxpara.recurrence.propagate import NotAnalysable, propagate
+
+
+def backward(eqn: Any) -> Any:
+    """The closed jaxpr of (residuals, output cotangents) -> operand cotangents."""
+    count = eqn.params["num_res"]
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+
+    def pulled(residuals, cotangents):
+        def pushed(*tangents):
+            return compat.bind(eqn, [*residuals, *tangents])
+
+        return jax.linear_transpose(pushed, *shapes[count:])(list(cotangents))
+
+    out = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+    return jax.make_jaxpr(pulled)(shapes[:count], out)
+
+
+def custom_lin(eqn: Any, operands: list, domain: Any) -> list:
+    """A rule for `propagate`: axes that the backward rule keeps, all others mixed."""
+    try:
+        return domain.move(eqn, operands, _table(eqn))
+    except (NotAnalysable, NotImplementedError, TypeError, ValueError):
+        return domain.apply(eqn, operands)
+
+
+RULES = {"custom_lin": custom_lin}
+
+
+def _table(eqn) -> list[list[Sources | None]]:
+    outs = [tuple(v.aval.shape) for v in eqn.outvars]
+    count = eqn.params["num_res"]
+    starts = [{k: whole_axes([(n,) for n in shape])} for k, shape in enumerate(outs)]
+    found = propagate(backward(eqn), [None] * count + starts, axis_patterns(outs, set()), RULES)
+
+    def sources(k: int, shape, value) -> Sources | None:
+        if value is None or k not in value:
+            return None
+        back = {entry: axis for axis, entry in enumerate(value[k])}
+        return tuple(back.get((p,)) for p in range(len(shape)))
+
+    return [
+        [None] * count + [sources(k, shape, value) for value in found]
+        for k, shape in enumerate(outs)
+    ]
