@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxpara.recurrence import jacobian, linear_kernel, timeaxis
 from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.shooting import shoot
 from jaxpara.recurrence.system import Leaves, Settings, System
 
@@ -148,6 +149,8 @@ def forward(
         found = linear_kernel.solve(operator, b, init, settings.implementation)
         if found is not None:
             return found
+    if _method(operator, settings) == "sequential" and operator.materialised:
+        return _sequential(operator, list(b), list(init))
     if _method(operator, settings) == "associative":
         first = operator.push(jax.tree.map(lambda d: d[0], operator.data), init)
         b = [b_.at[0].add(f) for b_, f in zip(b, first, strict=True)]
@@ -233,6 +236,30 @@ def _run(step, apply, operator, offsets, init, settings, reverse):
     # A converged nonlinear solve may carry its own tolerance; a linear one is exact.
     solution = shoot(system, settings._replace(tol=None, max_iters=4))
     return solution.states, solution.ys
+
+
+def _sequential(operator: Operator, b: Leaves, init: Leaves) -> list[jax.Array]:
+    """`lax.scan` over rows `[K, N]`: leaves become rows before the loop, not in its every step."""
+    groups = operator.groups
+    rows = jax.vmap(lambda *leaves: jacobian.to_lanes(groups, leaves))(*b)
+    single = [matrix.shape[1] == 1 for matrix in operator.data]
+    matrices = [m[:, 0, 0] if s else m for m, s in zip(operator.data, single, strict=True)]
+    rows = [r[:, 0] if s else r for r, s in zip(rows, single, strict=True)]
+    start = [
+        (v[0] if s else v).astype(r.dtype)
+        for v, r, s in zip(jacobian.to_lanes(groups, init), rows, single, strict=True)
+    ]
+
+    def step(state, inputs):
+        new = [
+            ((m * v if s else jacobian.apply([m], [v])[0]) + r).astype(r.dtype)
+            for m, v, r, s in zip(inputs[0], state, inputs[1], single, strict=True)
+        ]
+        return new, new
+
+    states = lax.scan(step, vary_like(start, matrices, rows), (matrices, rows))[1]
+    lanes = [v[:, None] if s else v for v, s in zip(states, single, strict=True)]
+    return jax.vmap(lambda *v: jacobian.from_lanes(groups, v, init))(*lanes)
 
 
 def _associative(operator: Operator, matrices: Leaves, offset: Leaves) -> list[jax.Array]:
