@@ -166,3 +166,24 @@ def test_what_does_not_fit_is_named():
         jp.linear_recurrence(ones((3, 2)), ones((3, 2)), implementation="associativ")
     with pytest.raises(ValueError, match='cannot run with time sharded.*use "chunked"'):
         jp.linear_recurrence(ones((3, 2)), ones((3, 2)), implementation="sequential", axis="time")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 3)], ids=["diagonal", "block"])
+def test_products_that_overflow_leave_finite_states_and_gradients_finite(method, shape):
+    """A state of zero stays zero, however large the matrices; later ones are as in a loop."""
+    time, state = 40, shape[:2] if len(shape) == 3 else shape
+    factor = np.ones(shape, np.float32) if len(shape) == 1 else np.broadcast_to(np.eye(3), shape)
+    a = np.where(np.arange(time).reshape(-1, *[1] * len(shape)) < 30, 1e4, 0.5) * factor
+    b = np.zeros((time, *state), np.float32)
+    b[30:] = 1.0
+
+    def loss(b):
+        states = jp.linear_recurrence(a.astype(np.float32), b, implementation=method)
+        return jnp.sum(states[30:]), states
+
+    run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
+    gradient, states = run(b)
+    np.testing.assert_allclose(states, loop(a, b, np.zeros(state), False), rtol=1e-6)
+    np.testing.assert_allclose(gradient[30:].ravel()[-1], 1.0)
+    assert np.all(np.isfinite(gradient[30:]))

@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxpara.recurrence import jacobian, linear_kernel, timeaxis
 from jaxpara.recurrence.blocks import Groups, block_size
+from jaxpara.recurrence.lanes import any_lane, vary_like
 from jaxpara.recurrence.shooting import shoot
 from jaxpara.recurrence.system import Leaves, Settings, System
 
@@ -150,6 +151,8 @@ def forward(
         found = linear_kernel.solve(operator, b, init, settings.implementation)
         if found is not None:
             return found
+    if _method(operator, settings) == "sequential" and operator.materialised:
+        return _sequential(operator, list(b), list(init))
     if _method(operator, settings) == "associative":
         first = operator.push(jax.tree.map(lambda d: d[0], operator.data), init)
         b = [b_.at[0].add(f) for b_, f in zip(b, first, strict=True)]
@@ -239,6 +242,34 @@ def _run(step, apply, operator, offsets, init, settings, reverse):
     return solution.states, solution.ys
 
 
+def _sequential(operator: Operator, b: Leaves, init: Leaves) -> list[jax.Array]:
+    """`lax.scan` over rows `[K, N]`: leaves become rows before the loop, not in its every step."""
+    groups = operator.groups
+    rows = jax.vmap(lambda *leaves: jacobian.to_lanes(groups, leaves))(*b)
+    states = _rows(operator.data, rows, jacobian.to_lanes(groups, init))
+    return jax.vmap(lambda *v: jacobian.from_lanes(groups, v, init))(*states)
+
+
+def _rows(matrices: Leaves, rows: Leaves, start: Leaves) -> list[jax.Array]:
+    """All `v_t = J_t v_{t-1} + r_t`, `[time, K, N]`, one after another."""
+    single = [matrix.shape[1] == 1 for matrix in matrices]
+    matrices = [m[:, 0, 0] if s else m for m, s in zip(matrices, single, strict=True)]
+    rows = [r[:, 0] if s else r for r, s in zip(rows, single, strict=True)]
+    start = [
+        (v[0] if s else v).astype(r.dtype) for v, r, s in zip(start, rows, single, strict=True)
+    ]
+
+    def step(state, inputs):
+        new = [
+            ((m * v if s else jacobian.apply([m], [v])[0]) + r).astype(r.dtype)
+            for m, v, r, s in zip(inputs[0], state, inputs[1], single, strict=True)
+        ]
+        return new, new
+
+    states = lax.scan(step, vary_like(start, matrices, rows), (matrices, rows))[1]
+    return [v[:, None] if s else v for v, s in zip(states, single, strict=True)]
+
+
 def _associative(operator: Operator, matrices: Leaves, offset: Leaves) -> list[jax.Array]:
     groups = operator.groups
     rows = jax.vmap(lambda *b: jacobian.to_lanes(groups, b))(*offset)
@@ -250,5 +281,9 @@ def _associative(operator: Operator, matrices: Leaves, offset: Leaves) -> list[j
         return product, [m + b for m, b in zip(moved, b2, strict=True)]
 
     _, states = lax.associative_scan(combine, (list(matrices), list(rows)))
+    # A product of Jacobians may overflow where no state does: infinity times zero is not zero.
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(s).all() for s in states])
+    still = [jnp.zeros_like(r[0]) for r in rows]
+    states = lax.cond(any_lane(~finite), lambda: _rows(matrices, rows, still), lambda: list(states))
     like = [o[0] for o in offset]
     return jax.vmap(lambda *s: jacobian.from_lanes(groups, s, like))(*states)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.affine import block_operator, forward, held, step_operator
-from jaxpara.recurrence.blocks import Group, Groups, block_size
+from jaxpara.recurrence.blocks import Group, Groups, block_size, coupled_axes, coupled_size
 from jaxpara.recurrence.complete import complete
 from jaxpara.recurrence.iterate import Attempt, iterate
 from jaxpara.recurrence.lanes import select, vary_like
@@ -94,8 +94,20 @@ def _exact(system: System, settings: Settings) -> Callable:
 
 def _own_element(groups: Groups, tangents: jax.Array, leaf: int, like: Leaves) -> jax.Array:
     """`d s_i / d s_i` of one leaf from its tangents `[K, *leaf]`."""
-    unit = jacobian.basis(groups, list(like))[leaf]
-    return jnp.sum(tangents * unit, axis=0)
+    shape, row = like[leaf].shape, 0
+    (group,) = (group for group in groups if leaf in group.leaves)
+    for other, shared in zip(group.leaves, group.shared, strict=True):
+        rows = coupled_size(like[other].shape, shared)
+        if other == leaf:
+            break
+        row += rows
+    axes = coupled_axes(shape, shared)
+    # A column for each coupled entry, which is the only one that it is wanted at.
+    own = tangents[row : row + rows].reshape([shape[axis] for axis in axes] + list(shape))
+    for done, axis in enumerate(axes):
+        own = jnp.diagonal(own, axis1=0, axis2=len(axes) + axis - 2 * done)
+    order = [axis for axis in range(len(shape)) if axis not in axes] + list(axes)
+    return jnp.transpose(own, sorted(range(len(order)), key=order.__getitem__))
 
 
 def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):

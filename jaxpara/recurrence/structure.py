@@ -18,7 +18,14 @@ from jaxtyping import PyTree
 
 from jaxpara import compat
 from jaxpara.recurrence import custom
-from jaxpara.recurrence.blocks import Group, Groups, Shape, block_size, coupled_size
+from jaxpara.recurrence.blocks import (
+    Group,
+    Groups,
+    Shape,
+    block_size,
+    coupled_axes,
+    coupled_size,
+)
 from jaxpara.recurrence.kinds import (
     Block,
     Dense,
