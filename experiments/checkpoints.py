@@ -79,9 +79,23 @@ def _read_run(path: Path) -> dict[str, Any]:
 def _readable_runs(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Steps, the newest first, and what they were saved with; without those that are damaged."""
     for step in steps(folder)[::-1]:
+        path = path_of(folder, step)
         with contextlib.suppress(Damaged):
-            seals.check(path_of(folder, step), ["run"])
-            yield step, _read_run(path_of(folder, step))
+            with _still_there(path):
+                seals.check(path, ["run"])
+                run = _read_run(path)
+            yield step, run
+
+
+@contextmanager
+def _still_there(path: Path) -> Iterator[None]:
+    """Errors of reading what a process that trains has removed meanwhile are said to be that."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if path.is_dir():
+            raise
+        raise Damaged(f"{path} is gone: the run is training, and keeps its last ones") from error
 
 
 @contextmanager
@@ -354,10 +368,11 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
 
     def read(step: int) -> Params:
         path = path_of(folder, step)
-        seals.check(path, ["run", "params"])
-        known = _read_run(path)["digests"]["params"]
         trained, frozen = frozen_part.apart(folder, like)
-        found = read_items(path, params=items.StandardRestore(target(trained)))["params"]
+        with _still_there(path):
+            seals.check(path, ["run", "params"])
+            known = _read_run(path)["digests"]["params"]
+            found = read_items(path, params=items.StandardRestore(target(trained)))["params"]
         seals.check_arrays(found, known, str(path / "params"))
         return frozen_part.together(folder, found, frozen)
 

@@ -5,6 +5,7 @@ holds it, however that ends, so that a killed run leaves none behind.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from experiments.runs import RunError
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCK, HOLDER = ".lock", ".lock.json"
 
 
@@ -33,10 +35,15 @@ def claimed(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"{folder}: its file system has no locks, so nothing keeps other processes out")
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
         (folder / HOLDER).write_text(json.dumps(about) + "\n")
-    except Timeout:
+    except Timeout:  # an OSError, so before it
         raise RunError(
             f"{folder} is in use{_holder(folder)}, and one process at a time trains in a folder: "
             "wait for it, stop it, or give another folder"

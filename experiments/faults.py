@@ -8,6 +8,8 @@ Every fault must end in one of two ways: refused, with a message of at most thre
 survived, with exactly the numbers that were saved. The exit code is 1 if one did not.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -335,13 +337,16 @@ def main() -> None:
             "share=NUMBER from 0 to 1"
         )
 
+    shown = sys.stderr
+
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=shown, flush=True)
 
     kinds = list(KINDS) if chosen is None else [chosen]
-    # What is said of each fallback is counted here, not shown.
-    seals.say = lambda text: None
-    found = {kind: inject(kind, share=share, say=say) for kind in kinds}
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # what each fallback says
+        found = {kind: inject(kind, share=share, say=say) for kind in kinds}
     print("\n".join([*HEADER, *(line for kind in kinds for line in rows(kind, found[kind]))]))
     wrong = sum(event.end == "wrong" for events in found.values() for event in events)
     if wrong:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.runs import RunError
@@ -69,7 +70,9 @@ def of_arrays(tree: Any) -> dict[str, str]:
     found = {}
     for keys, leaf in jax.tree.leaves_with_path(tree):
         if getattr(leaf, "is_fully_addressable", True):
-            array = np.ascontiguousarray(np.asarray(leaf))
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            array = np.ascontiguousarray(leaf)
             digest = hashlib.blake2b(f"{array.dtype} {array.shape} ".encode(), digest_size=16)
             digest.update(array.reshape(-1).view(np.uint8))
             found[jax.tree_util.keystr(keys)] = digest.hexdigest()

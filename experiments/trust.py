@@ -338,13 +338,11 @@ def _as_path(value: str) -> str:
     return value if os.sep in value or "://" in value else f".{os.sep}{value}"
 
 
-def _resolved(value: str) -> Path:
-    return Path(value).expanduser().resolve()
-
-
 def _is_inside(value: str, folder: Path) -> bool:
     """Whether a path, a folder or a glob leads nowhere but into a folder."""
-    return "://" not in value and _resolved(value).is_relative_to(folder.resolve())
+    if "://" in value or "\0" in value:
+        return False
+    return Path(value).expanduser().resolve().is_relative_to(folder.expanduser().resolve())
 
 
 def _is_ours(value: str, folder: Path) -> bool:

@@ -382,3 +382,20 @@ def test_what_is_frozen_and_adapters_are_checked_too(tmp_path):
             read()
         file.write_bytes(whole)
         read()
+
+
+def test_a_checkpoint_that_a_training_process_removes_while_it_is_read_is_passed_over(
+    tmp_path, monkeypatch, capsys
+):
+    write(tmp_path, [1.0, 2.0, 3.0])
+    read = checkpoints.read_items
+
+    def remove_first(path, **what):
+        if path.name == "1" and "params" in what:
+            shutil.rmtree(path)
+        return read(path, **what)
+
+    monkeypatch.setattr(checkpoints, "read_items", remove_first)
+    params = checkpoints.load_params(tmp_path, like().params)  # 1 is the best
+    assert float(params["layers"][0]["w"][0, 0]) == 3
+    assert "checkpoints/1 is gone: the run is training" in capsys.readouterr().err

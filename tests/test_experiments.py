@@ -115,6 +115,7 @@ def test_a_run_leaves_a_complete_folder(finished, text):
     _, folder = finished
     assert {path.name for path in folder.iterdir()} == {
         ".hydra",
+        ".lock",
         "checkpoints",
         "config.yaml",
         "env.json",
@@ -171,9 +172,9 @@ def test_figures_are_pictures_of_something(finished, name):
     assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
 
 
-def test_evaluate_finds_the_figure_of_the_run_again(finished, capsys):
+def test_evaluate_finds_the_figure_of_the_run_again(finished, text, capsys):
     place, folder = finished
-    assert call(evaluate, place, f"run={folder.relative_to(place)}") == 0
+    assert call(evaluate, place, f"run={folder.relative_to(place)}", f"trust={text}") == 0
     bits = json.loads((folder / "summary.json").read_text())["validation_bits_per_byte"]
     shown = capsys.readouterr().out
     assert f"{bits:.3f}" in shown and "6 windows of 16 bytes" in shown and "xz -9e" in shown
@@ -201,7 +202,7 @@ def test_generate_streams_a_continuation_of_the_prompt(finished, capsys):
         (generate, [], "error: give run=FOLDER"),
         (
             evaluate,
-            ["run={run}", "length=100000"],
+            ["run={run}", "length=100000", "trust={text}"],
             "error: .*a window of 100000 . 1 tokens does not fit",
         ),
         (generate, ["run={run}", "prompt=''"], "error: the prompt is empty"),

@@ -1,5 +1,6 @@
 """`resume=` on the command line: the folder's own config is what counts."""
 
+import errno
 import json
 import re
 import shutil
@@ -233,3 +234,13 @@ def test_a_run_is_neither_continued_nor_judged_where_its_text_has_changed(
     sides[False].write_text(kept)
     assert call(evaluate, ".", f"run={folder}", given) == 0
     assert call(train, ".", f"resume={folder}", given) == 0
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def acquire(self, timeout):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claim.FileLock, "acquire", acquire)
+    with claim.claimed(tmp_path / "run"):
+        assert (tmp_path / "run" / claim.HOLDER).is_file()
+    assert "has no locks" in capsys.readouterr().out

@@ -243,6 +243,8 @@ def test_no_constructor_that_a_folder_may_call_has_a_path_that_is_not_known():
         ):
             continue
         for parameter in inspect.signature(found).parameters.values():
+            if parameter.name in trust.FILES:
+                assert parameter.kind is parameter.KEYWORD_ONLY, "or _args_ would give it"
             kind = str(parameter.annotation).replace("Mapping[str,", "")
             if (
                 "str" in kind
