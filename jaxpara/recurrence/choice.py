@@ -13,6 +13,7 @@ from jaxpara.recurrence import cost, explicit, fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size, elements, is_number
 from jaxpara.recurrence.certain import certain
 from jaxpara.recurrence.claims import require
+from jaxpara.recurrence.cotangents import all_linear
 from jaxpara.recurrence.kinds import Dense
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.sequential import sequential
@@ -113,6 +114,9 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
             "pass counters and keys through xs instead"
         )
     body = traced.body
+    if not all_linear(body.jaxpr):
+        why = "the step holds a custom_vjp whose backward rule is not proved to be linear"
+        return _step_by_step(traced, axis, why)
     vjp_only = jaxprs.contains(body.jaxpr, "custom_vjp_call")
     given = None if isinstance(solver, Auto) else solver.settings.structure
     positions = tuple(body.consts + i for i in body.floats)

@@ -94,10 +94,10 @@ def _exact(system: System, settings: Settings) -> Callable:
 
 def _own_element(groups: Groups, tangents: jax.Array, leaf: int, like: Leaves) -> jax.Array:
     """`d s_i / d s_i` of one leaf from its tangents `[K, *leaf]`."""
-    shape, row = like[leaf].shape, 0
     (group,) = (group for group in groups if leaf in group.leaves)
-    for other, shared in zip(group.leaves, group.shared, strict=True):
-        rows = coupled_size(like[other].shape, shared)
+    row, seen = 0, group.shapes([part.shape for part in like])
+    for other, shape, shared in zip(group.leaves, seen, group.shared, strict=True):
+        rows = coupled_size(shape, shared)
         if other == leaf:
             break
         row += rows
@@ -107,7 +107,9 @@ def _own_element(groups: Groups, tangents: jax.Array, leaf: int, like: Leaves) -
     for done, axis in enumerate(axes):
         own = jnp.diagonal(own, axis1=0, axis2=len(axes) + axis - 2 * done)
     order = [axis for axis in range(len(shape)) if axis not in axes] + list(axes)
-    return jnp.transpose(own, sorted(range(len(order)), key=order.__getitem__))
+    return jnp.transpose(own, sorted(range(len(order)), key=order.__getitem__)).reshape(
+        like[leaf].shape
+    )
 
 
 def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):

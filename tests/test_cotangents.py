@@ -1,0 +1,70 @@
+"""A `custom_vjp` that is no derivative runs step by step, with the gradients of `lax.scan`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxpara as jp
+
+
+def rule(forward, backward):
+    f = jax.custom_vjp(forward)
+    f.defvjp(lambda x: (forward(x), x), lambda x, g: (backward(x, g),))
+    return f
+
+
+LINEAR = {
+    "its derivative": (jnp.sin, lambda x, g: g * jnp.cos(x)),
+    "straight through": (lambda x: jnp.round(x), lambda x, g: g),
+    "masked": (jnp.tanh, lambda x, g: jnp.where(x > 0, g, 0.0)),
+    "halved": (jnp.tanh, lambda x, g: g / (2 + x * x)),
+    "nothing": (jnp.tanh, lambda x, g: jnp.zeros_like(g)),
+    "jitted": (jnp.tanh, lambda x, g: jax.jit(lambda g: 0.5 * g - 0.25 * g)(g)),
+    "by a branch of the state": (
+        jnp.tanh,
+        lambda x, g: lax.cond(jnp.sum(x) > 0, lambda g: 2 * g, lambda g: g, g),
+    ),
+}
+OTHER = {
+    "narrowed": (jnp.tanh, lambda x, g: g.astype(jnp.bfloat16).astype(g.dtype)),
+    "clipped": (lambda x: x, lambda x, g: jnp.clip(g, -0.1, 0.1)),
+    "scaled to norm one": (lambda x: x, lambda x, g: g / (1e-6 + jnp.sqrt(jnp.sum(g * g)))),
+    "its sign": (jnp.tanh, lambda x, g: jnp.sign(g)),
+    "a constant added": (jnp.tanh, lambda x, g: g + 0.1),
+    "a constant": (jnp.tanh, lambda x, g: jnp.ones_like(g)),
+    "rounded": (jnp.tanh, lambda x, g: jnp.round(g * 8) / 8),
+    "by a branch of the gradient": (
+        jnp.tanh,
+        lambda x, g: lax.cond(jnp.sum(g) > 1, lambda g: 2 * g, lambda g: g, g),
+    ),
+}
+XS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2)
+
+
+def gradients(f, scan):
+    def loss(w, init, xs):
+        step = lambda h, x: ((f(w * h + x)),) * 2  # noqa: E731
+        return jnp.sum(jnp.square(scan(step, init, xs)[1]))
+
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(jnp.float32(1.3), jnp.ones(2), XS)
+
+
+@pytest.mark.parametrize("name", LINEAR | OTHER)
+def test_gradients_are_those_of_lax_scan(name):
+    f = rule(*(LINEAR | OTHER)[name])
+    wanted = gradients(f, lax.scan)
+    for solver in (None, jp.shooting(), jp.sequential()):
+        scan = lambda *a, s=solver: jp.newton_scan(*a, solver=s)  # noqa: E731
+        for found, right in zip(gradients(f, scan), wanted, strict=True):
+            np.testing.assert_allclose(found, right, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LINEAR | OTHER)
+def test_what_is_proved_linear_is_solved_in_parallel(name):
+    f = rule(*(LINEAR | OTHER)[name])
+    step = lambda h, x: ((f(1.3 * h + x)),) * 2  # noqa: E731
+    choice = jp.explain_choice(step, jnp.ones(2), XS, solver=jp.shooting())
+    assert (choice.solver is not None) == (name in LINEAR)
+    assert ("not proved to be linear" in choice.reason) == (name in OTHER)
