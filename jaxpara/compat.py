@@ -37,6 +37,11 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def context(eqn: Any) -> Any:
+    """The context manager that an equation was traced in: its mesh, among others."""
+    return eqn.ctx.manager
+
+
 def is_tracer(value: Any) -> bool:
     """Whether a value stands for one that a surrounding transform will know."""
     return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]

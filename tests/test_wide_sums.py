@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxpara as jp
-from jaxpara.recurrence import adjoint
+from jaxpara.recurrence import wide
 from jaxpara.recurrence.wide import widened
 
 T, D = 300, 40
@@ -66,7 +68,7 @@ def test_float32_parameters_under_a_bfloat16_state(name, derivative):
 
 @pytest.mark.parametrize("derivative", ["general", "reverse"])
 def test_narrow_sums_are_what_this_would_notice(monkeypatch, derivative):
-    monkeypatch.setattr(adjoint, "widened", lambda f: f)
+    monkeypatch.setattr(wide, "narrow", lambda dtype: False)
     x = inputs()
     # Not the solver of another test: its compiled gradient would be found.
     found = jax.grad(loss)(jnp.float32(1), x, jp.shooting(chunks=30), derivative)
@@ -135,11 +137,27 @@ def test_values_stay_bit_for_bit(dtype):
 def test_derivative_through_branches_and_checkpoints():
     x = inputs()
     total = lambda f, p, x: f(p, x)[0].astype(jnp.float32).sum()  # noqa: E731
-    wide = jax.grad(functools.partial(total, widened(branched)))(jnp.float32(0.7), x)
+    found = jax.grad(functools.partial(total, widened(branched)))(jnp.float32(0.7), x)
     finer = jax.grad(functools.partial(total, branched))(jnp.float32(0.7), x.astype(jnp.float32))
     rough = jax.grad(functools.partial(total, branched))(jnp.float32(0.7), x)
-    assert error(wide, finer) < 2.0**-8  # single terms are rounded to bfloat16
+    assert error(found, finer) < 2.0**-8  # single terms are rounded to bfloat16
     assert error(rough, finer) > 0.01
+
+
+def test_a_region_with_other_kinds_of_mesh_axes_keeps_its_mesh():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    product = jax.sharding.explicit_axes(
+        lambda p, x: p.astype(x.dtype) * x, axes=("data",), in_sharding=(P(), P("data"))
+    )
+    around = jax.sharding.auto_axes(
+        lambda p, x: widened(product)(p, x), axes=("data",), out_sharding=P("data")
+    )
+    total = lambda p, x: around(p, x).astype(jnp.float32).sum()  # noqa: E731
+    x = inputs()
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P("data")))
+        found = jax.jit(jax.grad(total))(jnp.float32(1), placed)
+    assert error(found, np.asarray(x, np.float64).sum()) < 1e-6
 
 
 def test_second_order_under_a_narrow_state():

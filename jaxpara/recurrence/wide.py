@@ -25,11 +25,14 @@ _MOVES = frozenset(
         "copy",
         "copy_p",
         "expand_dims",
+        "mesh_cast",
         "pcast",
         "pvary",
         "reshape",
+        "reshard",
         "rev",
         "select_n",
+        "sharding_constraint",
         "slice",
         "squeeze",
         "transpose",
@@ -112,29 +115,33 @@ def _(dtype, primals, tangents):
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Replays a jaxpr; narrow values are float32 in between, and narrow again at the end."""
+    """Replays a jaxpr on values that are kept twice: as they are, and in float32."""
     jaxpr = compat.open_jaxpr(jaxpr)
-    known: dict[Any, Any] = {}
-
-    def write(var: Any, value: Any) -> None:
-        known[var] = value.astype(jnp.float32) if narrow(value.dtype) else value
+    known: dict[Any, tuple[Any, Any]] = {}
 
     def read(atom: Any, wide: bool) -> Any:
-        if hasattr(atom, "val"):
-            value = jnp.asarray(atom.val, atom.aval.dtype)
-            return value.astype(jnp.float32) if wide and narrow(value.dtype) else value
-        value = known[atom]
-        return value if wide or not narrow(atom.aval.dtype) else value.astype(atom.aval.dtype)
+        if not hasattr(atom, "val"):
+            return known[atom][wide]
+        return _both(jnp.asarray(atom.val, atom.aval.dtype))[wide]
 
     for var, value in zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True):
-        write(var, value)
+        known[var] = _both(value)
     for eqn in jaxpr.eqns:
-        for var, value in zip(eqn.outvars, _results(eqn, read), strict=True):
-            write(var, value)
+        with compat.context(eqn):  # casts of a value belong where it is made: it has a mesh
+            for var, value in zip(eqn.outvars, _results(eqn, read), strict=True):
+                dtype = var.aval.dtype
+                known[var] = _both(value)
+                if value.dtype != dtype:
+                    known[var] = value.astype(dtype), value
     return [read(atom, False) for atom in jaxpr.outvars]
 
 
+def _both(value: Any) -> tuple[Any, Any]:
+    return value, value.astype(jnp.float32) if narrow(value.dtype) else value
+
+
 def _results(eqn: Any, read: Callable[[Any, bool], Any]) -> list[Any]:
+    """Its results, in float32 where they are narrow and it is elementwise."""
     name = eqn.primitive.name
     exact = [read(atom, False) for atom in eqn.invars]
     if not any(narrow(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars) if _typed(v)):
