@@ -343,9 +343,7 @@ def main() -> None:
         print(line, file=shown, flush=True)
 
     kinds = list(KINDS) if chosen is None else [chosen]
-    with contextlib.redirect_stderr(
-        io.StringIO()
-    ):  # what each fallback says
+    with contextlib.redirect_stderr(io.StringIO()):  # what each fallback says
         found = {kind: inject(kind, share=share, say=say) for kind in kinds}
     print("\n".join([*HEADER, *(line for kind in kinds for line in rows(kind, found[kind]))]))
     wrong = sum(event.end == "wrong" for events in found.values() for event in events)

@@ -284,15 +284,13 @@ def test_a_run_with_a_tokenizer_speaks_its_tokens(tmp_path, capsys):
     trained.save(str(tmp_path / "t.json"))
     model = {**MODEL, "vocab_size": 320}  # more rows than tokens, as one pads them
     folder = save_run(tmp_path / "run", model=model, data={"tokenizer": str(tmp_path / "t.json")})
-    assert (
-        call(generate, tmp_path, f"run={folder}", "prompt=def f(", "length=20", "temperature=2")
-        is None
-    )
+    given = [f"run={folder}", "trust=./t.json"]  # no copy in its folder
+    assert call(generate, tmp_path, *given, "prompt=def f(", "length=20", "temperature=2") is None
     shown = capsys.readouterr()
     tokens = len(trained.encode("def f(").ids)
     assert shown.out.startswith("def f(") and f"prefill: {tokens} tokens" in shown.err
     (tmp_path / "t.json").unlink()
-    assert "data.tokenizer=" in call(generate, tmp_path, f"run={folder}", "prompt=a")
+    assert "data.tokenizer=" in call(generate, tmp_path, *given, "prompt=a")
 
 
 def test_the_page_about_sampling_runs_and_its_settings_exist():
