@@ -276,7 +276,7 @@ def _quiet(groups, delta: Leaves) -> list[jax.Array]:
     """Where no element of a block moves, so that its Jacobian, even an infinite one, is idle."""
     lanes = jacobian.to_lanes(groups, list(delta))
     still = [jnp.broadcast_to(jnp.all(v == 0, axis=0), v.shape) for v in lanes]
-    like = [jax.ShapeDtypeStruct(d.shape, jnp.bool_) for d in delta]
+    like: Any = [jax.ShapeDtypeStruct(d.shape, jnp.bool_) for d in delta]
     return jacobian.from_lanes(groups, still, like)
 
 

@@ -49,9 +49,9 @@ class Walk:
     def note(self, eqn: Any, lazy: Lazy, how: str) -> None:
         name, weight = eqn.primitive.name, lazy.weight
         lost = _lost(lazy, name) if how == "densified" else ()
-        method = weight.method
-        tell = how == "rule" and method.remark is not None
-        remark = method.remark(method.settings, weight) if tell else ""
+        method, remark = weight.method, ""
+        if how == "rule" and method.remark is not None:
+            remark = method.remark(method.settings, weight)
         self.uses.setdefault((id(eqn), lazy.path, how), Use(lazy.path, name, how, remark, lost))
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
