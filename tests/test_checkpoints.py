@@ -302,14 +302,6 @@ def test_an_array_that_is_not_the_saved_one_is_named_though_all_files_are_sealed
     checkpoints.restore(tmp_path, 2, like())
 
 
-def test_digests_of_arrays_see_every_bit_and_dtype_and_shape():
-    arrays = [np.zeros(4, np.float32), np.zeros(4, np.int32), np.zeros((2, 2), np.float32)]
-    arrays += [np.array([0, 0, 0, -0.0], np.float32), np.zeros(8, jnp.bfloat16), np.float32(0)]
-    found = [seals.of_arrays({"a": array})["['a']"] for array in arrays]
-    assert len(set(found)) == len(arrays)
-    assert seals.of_arrays(jnp.zeros(4)) == seals.of_arrays(np.zeros(4, np.float32))
-
-
 def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one_in_one_line(tmp_path, capsys):
     write(tmp_path, [3.0, 1.0, 2.0])
     rng = np.random.default_rng(1)

@@ -2,6 +2,7 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import ending
@@ -100,3 +101,11 @@ def test_a_folder_is_held_as_the_children_hold_it(tmp_path, monkeypatch):
     monkeypatch.setattr(fault_children.time, "sleep", look)
     fault_children.hold(tmp_path)
     assert said
+
+
+def test_digests_of_arrays_see_every_bit_and_dtype_and_shape():
+    arrays = [np.zeros(4, np.float32), np.zeros(4, np.int32), np.zeros((2, 2), np.float32)]
+    arrays += [np.array([0, 0, 0, -0.0], np.float32), np.zeros(8, jnp.bfloat16), np.float32(0)]
+    found = [seals.of_arrays({"a": array})["['a']"] for array in arrays]
+    assert len(set(found)) == len(arrays)
+    assert seals.of_arrays(jnp.zeros(4)) == seals.of_arrays(np.zeros(4, np.float32))
