@@ -189,7 +189,7 @@ RULES: dict[str, Rule] = {
     "values_tol": Rule("number", unit="an error", **POSITIVE),
     "gradients_tol": Rule("number", unit="an error", **POSITIVE),
     "budgets": whole(1, "evaluations", many=True),
-    "tols": Rule("number", unit="relative residuals", many=True, **POSITIVE),
+    "tols": Rule("number", unit="relative corrections", many=True, **POSITIVE),
     "unlimited": whole(1, "evaluations"),
     "size": whole(1, "bytes", high=2**62),
 }

@@ -17,6 +17,7 @@ import optax
 
 from experiments.runs import RunError
 from experiments.task import Task
+from jaxpara import split
 from jaxpara.train import init_state
 from jaxpara.types import TrainState
 
@@ -118,11 +119,14 @@ def estimate(task: Task, optimizer: optax.GradientTransformation, *, accumulate:
 
         return jax.vjp(loss, floating)[1]
 
+    def trained(params):
+        return params if task.trainable is None else split(params, task.trainable(params))[0]
+
     parameters = tree_bytes(state.params)
     held = tree_bytes(jax.eval_shape(kept, state.params, part, key))
     return Estimate(
         parameters=parameters,
-        gradients=parameters if task.trainable is None else tree_bytes(state.opt_state) // 2,
+        gradients=tree_bytes(jax.eval_shape(trained, state.params)),
         optimiser=tree_bytes(state.opt_state),
         batch=tree_bytes(task.batch_like),
         activations=max(held - parameters, 0),  # the backward pass is given parameters too

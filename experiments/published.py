@@ -9,8 +9,9 @@ by an associative scan, on every platform:
                  the diagonal of J_t, under the observations h_t = h'_t + v_t; w_t has variance 1,
                  v_t has 1 / `damping`
 
-until max |h' - h| <= tol, from zeros. Gradients are implicit: one more associative scan, over the
-full Jacobian, which the first and the last need for gradients that are right. [deer] [elk]
+until max |h' - h| <= tol, from zeros. Gradients are implicit: one more associative scan over the
+full Jacobian, by all three; over its diagonal where that is known to be all of it and the method
+is not DEER. [deer] [elk]
 """
 
 import functools

@@ -194,7 +194,7 @@ def ways(solvers: Sequence[str], budgets: Sequence[int], tols: Sequence[float]) 
     Args:
       solvers: names.
       budgets: evaluations of all steps.
-      tols: relative residuals.
+      tols: relative sizes of the next correction.
 
     Returns:
       The ways.

@@ -14,7 +14,10 @@ LINES = {
     ("exact", "stopped"): ("trained exactly, tested stopping early", ":", "^"),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
-PANELS = {"max_iters": "budget (evaluations of all steps)", "tol": "tolerance (relative residual)"}
+PANELS = {
+    "max_iters": "budget (evaluations of all steps)",
+    "tol": "tolerance (relative correction)",
+}
 
 
 def draw(table: Path) -> Figure:

@@ -16,7 +16,7 @@ def unfinished_newton(*, max_iters: int, tol: float | None = None) -> Solver:
 
     Args:
       max_iters: evaluations of all steps; the last one corrects nothing more.
-      tol: relative residual at which it stops earlier; None: a few ulp.
+      tol: relative size of the next correction at which it stops earlier; None: 80 ulp.
 
     Returns:
       A solver for `newton_scan`.

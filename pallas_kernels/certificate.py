@@ -11,9 +11,9 @@ a boundary adds up, and a guess that is constant in time has the residual of one
 1. The step's Jacobian is proved to be its derivative and the state is float32 or wider: the solve
    counts when `|d_c| <= FINE` ulp of scale at every boundary, or in two passes in a row `<= COARSE`
    ulp, where rounding inside the chunks keeps it. Where the starts are corrected by `d` once more
-   before they are rolled out, what remains is of second order, and `COARSE` ulp count at once. A
-   `d` that is not finite, or beyond what a
-   correction may be (`CAP`), never counts.
+   before they are rolled out, what remains is of second order, and `COARSE` ulp count at once, if
+   `d` grows to no more than `LINEAR` times that on its way through a chunk. A `d` that is not
+   finite, or beyond what a correction may be (`CAP`), never counts.
 2. Otherwise the solve counts when every `r_c` is 0, bit for bit: narrower states round by as much
    as they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.
 3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
@@ -32,6 +32,8 @@ import jax.numpy as jnp
 # Units in the last place, relative to the scale.
 FINE = 8
 COARSE = 80
+# Inside a chunk, in limits: corrections of 1e-3 leave 1e-6.
+LINEAR = 100
 # A correction beyond this multiple of the largest state is dropped.
 CAP = 4.0
 # Ends that the scale looks back on, and what it may exceed the last two by.

@@ -297,6 +297,18 @@ def test_the_estimate_is_the_count_by_hand():
     assert parts.batch == found.batch and parts.activations < found.activations / 3
 
 
+def test_gradients_are_counted_of_what_is_trained_whatever_the_optimiser():
+    params = {"kernel": jnp.zeros((8, 8)), "frozen": jnp.zeros((8, 8))}
+    task = linear_task(8, 100)
+    task = task._replace(
+        model=task.model._replace(init=lambda key: params),
+        trainable=lambda params: {"kernel": True, "frozen": False},
+    )
+    for optimizer in (optax.sgd(0.1), optax.adam(0.1)):
+        found = memory.estimate(task, optimizer, accumulate=1)
+        assert (found.parameters, found.gradients) == (2 * 4 * 64, 4 * 64)
+
+
 def test_the_estimate_is_near_what_xla_accounts_for():
     task = linear_task(64, 50_000)
     optimizer = optax.adam(1e-3)

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from recurrence_cases import CASES, EVERYDAY, QUICK, assert_close, cotangents, in_float64, weighted
 
 import jaxpara as jp
+from jaxpara.recurrence import shooting, timeaxis
+from jaxpara.recurrence.blocks import Group
 
 TIME = 24
 
@@ -100,3 +102,21 @@ def test_sequential_solves_of_sharded_time_are_refused():
     run = jax.shard_map(local, mesh=mesh(), in_specs=P("time"), out_specs=P("time"))
     with pytest.raises(ValueError, match="time is sharded over 'time'.*gather the sequence first"):
         run(np.ones(TIME, np.float32))
+
+
+@pytest.mark.parametrize("last, lost", [(1.0, False), (jnp.inf, True)])
+def test_a_correction_dropped_on_its_way_to_the_next_device_bounds_nothing(last, lost):
+    # Device 0 is off by 1e-7 inside; what that does to its end is lost where the product is
+    # infinite, and the start of device 1 seems to be exact.
+    groups, one = (Group((0,), ((0,),)),), jnp.ones((2, 1))
+    matrices = jnp.asarray([1.0, last]).reshape(2, 1, 1, 1)
+
+    def device(ends):
+        axis = timeaxis.along("time", False)
+        left = shooting._leaving(groups, [ends], [matrices], [one], [4.0])
+        cap, chain = [4.0], shooting._chain
+        return timeaxis.first(axis, groups, [one[0]], cap, chain, *left, [one])[1]
+
+    ends = jnp.stack([one.at[0].add(1e-7), one])
+    found = jax.vmap(device, axis_name="time")(ends)
+    np.testing.assert_array_equal(found, [lost, lost])

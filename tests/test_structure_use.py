@@ -222,6 +222,26 @@ def test_what_is_required_of_a_structure_is_what_the_jacobian_has():
             check(Block(groups=wrong))
 
 
+def test_what_is_required_of_cut_axes_is_what_the_proof_says_of_them():
+    def step(h, x):  # two heads of three, packed; units of a head see one another
+        heads = h.reshape(2, 3)
+        return (heads * 0.3 + jnp.roll(heads, 1, axis=1)).reshape(6, 1) + x, None
+
+    closed = jax.make_jaxpr(lambda h, x: step(h, x)[0])(spec(6, 1), spec(6, 1))
+    check = functools.partial(require, closed=closed, carry_in=[0], carry_out=[0])
+
+    def cut(*shared, view=(2, 3, 1)):
+        return Block(groups=(Group((0,), (shared,), (view,)),))
+
+    assert jacobian_structure(step, spec(6, 1), spec(6, 1)).groups == cut(0, 2).groups
+    for implied in (cut(0, 2), cut(0), cut(2), cut()):
+        check(implied)
+    # The view's axis 1 is no axis of size one, although the leaf's is.
+    for wrong in (cut(1), cut(0, 1), cut(1, 2), cut(0, view=(3, 2, 1))):
+        with pytest.raises(ValueError, match="is sparser than"):
+            check(wrong)
+
+
 def test_a_structure_that_is_none_says_what_to_type():
     with pytest.raises(TypeError, match=r"structure is 'diagonal'; expected jp\.Diagonal"):
         jp.newton(structure="diagonal")

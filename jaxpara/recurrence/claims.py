@@ -1,7 +1,7 @@
 """Structures that a user gives: refused where the proof does not imply them, or tried out."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Key
 
 from jaxpara.recurrence import jacobian
+from jaxpara.recurrence.blocks import Groups, Shape
 from jaxpara.recurrence.kinds import Structure
-from jaxpara.recurrence.structure import edges_of, ones, shapes_in, structure_of
+from jaxpara.recurrence.structure import Edges, edges_of, ones, shapes_in, structure_of
 
 
 def require(
@@ -27,20 +28,22 @@ def require(
       ValueError: an entry that may be non-zero is not in `given`; names both structures.
     """
     shapes = shapes_in(closed, carry_in)
-    place = {}  # leaf -> its group, and its axis for each shared index
-    for number, group in enumerate(given.resolve(shapes)):
-        place |= {i: (number, s) for i, s in zip(group.leaves, group.shared, strict=True)}
-    proved = structure_of(closed, carry_in, carry_out)
-    if given.resolve(shapes) == proved.resolve(shapes):
+    groups, proved = given.resolve(shapes), structure_of(closed, carry_in, carry_out)
+    if groups == proved.resolve(shapes):
         return
-    edges = edges_of(closed, carry_in, carry_out)
+    place, seen = {}, {}  # leaf -> its group, and its axis for each shared index; its shape there
+    for number, group in enumerate(groups):
+        place |= {i: (number, s) for i, s in zip(group.leaves, group.shared, strict=True)}
+        seen |= dict(zip(group.leaves, group.shapes(shapes), strict=True))
+    if any(group.views for group in groups):
+        edges = _edges_between(proved.resolve(shapes), shapes, seen)
+    else:
+        edges = edges_of(closed, carry_in, carry_out)
     if edges is None:
         edges = {(i, j): set() for i in place for j in place}
-    if any(group.views for group in given.resolve(shapes)):
-        edges = {edge: set() for edge in edges}  # told apart only by the proof itself
 
     def allowed(i, j):
-        same = (*edges[i, j], *((p, q) for p in ones(shapes[i]) for q in ones(shapes[j])))
+        same = (*edges[i, j], *((p, q) for p in ones(seen[i]) for q in ones(seen[j])))
         (group, axes), (other, partners) = place[i], place[j]
         return group == other and set(zip(axes, partners, strict=True)) <= set(same)
 
@@ -52,6 +55,18 @@ def require(
                 f"{j}\nleave structure= out, or, if you know better, pass structure="
                 f"jp.unchecked({type(given).__name__}(...)) and try it once with debug=True"
             )
+
+
+def _edges_between(groups: Groups, shapes: Sequence[Shape], seen: Mapping[int, Shape]) -> Edges:
+    """What groups say of leaves seen in these shapes; of one that is cut otherwise, no axis."""
+    edges: Edges = {}
+    for group in groups:
+        members = list(zip(group.leaves, group.shared, group.shapes(shapes), strict=True))
+        for i, axes, own in members:
+            for j, partners, other in members:
+                alike = own == seen[i] and other == seen[j]
+                edges[i, j] = set(zip(axes, partners, strict=True)) if alike else set()
+    return edges
 
 
 def check_structure(

@@ -1,4 +1,4 @@
-"""What a `custom_vjp` mixes, and whether it is a derivative at all: proved from its backward rule.
+"""What a `custom_vjp` mixes, proved from its backward rule.
 
 JAX keeps the rule as `custom_lin`, an equation that nothing but a transpose can enter. So it is
 transposed, and what the transpose does with axes is read backwards: where an axis of a cotangent

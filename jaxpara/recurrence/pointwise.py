@@ -9,8 +9,9 @@ and updates the whole trajectory:
 
 After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
-within rounding, the other two when all states agree with the step bit for bit: their updates
-understate the error. [deer] [elk] [pararnn]
+within rounding. The updates of the other two understate the error: where they are within rounding,
+a few iterations of Newton's own decide, for small blocks; behind larger ones all states must agree
+with the step bit for bit. [deer] [elk] [pararnn]
 """
 
 import functools

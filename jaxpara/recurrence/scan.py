@@ -28,7 +28,8 @@ class SolveInfo(NamedTuple):
         correction where the step's derivative is proved, by bitwise agreement otherwise.
       iterations: evaluations of all steps, the confirming one included; 0 if the
         recurrence ran sequentially from the beginning.
-      residual: largest residual of the returned iterate before any completion.
+      residual: the largest jump that the last test found between pieces that should meet,
+        absolute, before any completion.
       fallback_steps: steps that were completed sequentially after the budget.
       starts: the carry at the chunk starts (floating leaves `[chunks, *leaf]`, None
         for the others): pass it as `guess` of a later call.

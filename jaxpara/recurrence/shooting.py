@@ -10,11 +10,12 @@ a scan over C summaries, until the next corrections are within rounding or every
 `e[c]` meets the next start `s[c+1]` bit for bit (see `pallas_kernels.certificate`).
 An exact start with an exact predecessor stays as it is, so each iteration makes at
 least one more chunk exact and C iterations always suffice. Oversized or non-finite
-corrections are dropped. The iterate returned is the one that passed the test; its
-trajectory is certified in turn, and what is left open is completed sequentially.
+corrections are dropped. Starts that pass are corrected once more; the trajectory from
+them is returned and certified in turn, and open chunks are completed sequentially.
 [shooting] [pararnn]
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,6 @@ from jaxpara.recurrence.system import (
     scales,
 )
 from pallas_kernels import certificate
-
-# In limits: corrections of 1e-3 leave 1e-6.
-_LINEAR = 100
 
 
 def plan(steps: int, requested: int | None) -> tuple[int, int]:
@@ -200,7 +198,7 @@ def _rollout(system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: 
     """Rows, ends, peaks, and which chunks are sound.
 
     Rows are trajectory and outputs, `[count, length, ...]`. A chunk is sound if `errors`, the
-    corrections that its start has just had, stay within `_LINEAR` limits all the way: transient
+    corrections that its start has just had, stay within `LINEAR` limits all the way: transient
     growth can lift them above what they are at both ends, and what is left of them is of second
     order only where the step is as good as linear. `peaks` are the magnitudes that they are
     relative to, and grow with the states.
@@ -232,7 +230,7 @@ def _rollout(system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: 
 
 
 def _within(error: jax.Array, peak: jax.Array, tol: float | None) -> jax.Array:
-    return jnp.abs(error) <= _LINEAR * limit(error.dtype, tol) * peak
+    return jnp.abs(error) <= certificate.LINEAR * limit(error.dtype, tol) * peak
 
 
 def _chain(groups, ends, matrices, starts, first, cap) -> tuple[Leaves, Leaves]:
@@ -280,16 +278,18 @@ def _quiet(groups, delta: Leaves) -> list[jax.Array]:
     return jacobian.from_lanes(groups, still, like)
 
 
-def _leaving(groups, ends, matrices, starts, cap) -> tuple[Leaves, Leaves]:
+def _leaving(groups, ends, matrices, starts, cap) -> tuple[Leaves, Leaves, jax.Array]:
     """The last end as if the first start were exact, and the Jacobian of all chunks.
 
-    They make the whole device one chunk for the devices that follow.
+    They make the whole device one chunk for the devices that follow. Third, whether the correction
+    of that end was dropped.
     """
     _, corrected = _chain(groups, ends, matrices, starts, [s[0] for s in starts], cap)
     delta = [c[-1] - s[-1] for c, s in zip(corrected, starts, strict=True)]
     end = [e[-1] for e in ends]
-    moved, _ = _move(groups, [m[-1] for m in matrices], delta, end, cap)
-    return [e + m for e, m in zip(end, moved, strict=True)], _product(matrices)
+    moved, fits = _move(groups, [m[-1] for m in matrices], delta, end, cap)
+    lost = ~functools.reduce(jnp.logical_and, map(jnp.all, fits))
+    return [e + m for e, m in zip(end, moved, strict=True)], _product(matrices), lost
 
 
 def _product(matrices: Leaves) -> list[jax.Array]:

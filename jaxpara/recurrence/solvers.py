@@ -64,9 +64,10 @@ def shooting(
       chunks: time chunks (per device); default about the square root of the length.
       tol: size of the next Newton correction at which a solve counts, relative to what the
         element has been over the last few chunks or steps; there is no absolute part. The
-        states are then corrected by it once more. Default 80 ulp of float32 or float64.
+        states are then corrected by it once more. Default 80 ulp of float32 or float64,
+        which anything from 8 to 80 ulp means too: rounding may keep a correction there.
         Narrower states, and steps whose derivative is not proved, count by bitwise
-        agreement alone, whatever `tol`.
+        agreement only, whatever `tol`.
       max_iters: iterations before the rest is completed sequentially.
       axis: mesh axis over which time is sharded, inside `shard_map`: `xs` and `ys` are
         local shards, the initial and the final carry are replicated.

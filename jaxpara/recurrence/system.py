@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     Attributes:
       chunks: number of time chunks; None picks about the square root of the length.
       tol: largest accepted error of a state, as the next Newton correction bounds it, relative
-        to the magnitude that the element has had lately (see `excess`); None is a few ulp.
+        to the magnitude that the element has had lately (see `excess` and `limit`).
       max_iters: iterations before the rest is completed sequentially.
       linear: how pointwise solvers solve their linear recurrence, and how the
         adjoint is solved: "sequential", "associative", "chunked" or "kernel"; "auto" until the
@@ -118,7 +118,7 @@ def scales(
       peaks: the largest magnitude of every element on its way to each row, `[n, *leaf]`.
       ends: where it arrives, `[n, *leaf]`.
       first: the state before row 0.
-      window: rows to look back on.
+      window: rows to look back on, rounded up to a power of two.
     """
 
     def one(peak, end, before):
@@ -158,7 +158,10 @@ def excess(deltas: Leaves, scale: Leaves, tol: float | None) -> jax.Array:
 
 
 def limit(dtype: Any, tol: float | None) -> float:
-    """Relative size of a correction that counts: what it leaves is corrected by it once more."""
+    """Relative size of a correction that counts, after which it is applied once more.
+
+    `COARSE` ulp; a `tol` is taken at its word where it is larger, or asks for less than `FINE` ulp.
+    """
     return certificate.limits(dtype, tol)[1]
 
 

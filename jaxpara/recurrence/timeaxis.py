@@ -2,7 +2,7 @@
 
 Inside `shard_map` every device owns consecutive steps. One iteration needs one
 all-gather of chunk summaries (the end and the start of the local trajectory, the
-product of its Jacobians, a flag); the few numbers that follow from it are computed
+product of its Jacobians, flags); the few numbers that follow from it are computed
 by every device, so no second exchange is needed.
 """
 
@@ -76,7 +76,15 @@ def preceding(axis: Along | None, first: Leaves, states: Leaves) -> list[jax.Arr
 
 
 def first(
-    axis: Along, groups: Groups, init: Leaves, cap, chain, left: Leaves, product: Leaves, starts
+    axis: Along,
+    groups: Groups,
+    init: Leaves,
+    cap,
+    chain,
+    left: Leaves,
+    product: Leaves,
+    lost: jax.Array,
+    starts: Leaves,
 ) -> tuple[list[jax.Array], jax.Array]:
     """The corrected first state of this device, each device taken for one chunk.
 
@@ -88,13 +96,15 @@ def first(
       chain: corrects the starts of chunks, see `shooting`.
       left: the state after the last local step, corrected as if the first local one were exact.
       product: the Jacobian of all local steps.
+      lost: whether a correction on the way to `left` was dropped.
       starts: of the local chunks.
 
     Returns:
       The state, and whether a correction on the way to it was dropped.
     """
-    left, product, firsts = axis.gather((left, product, [s[0] for s in starts]))
+    left, product, lost, firsts = axis.gather((left, product, lost, [s[0] for s in starts]))
     deltas, corrected = chain(groups, left, product, firsts, init, cap)
     here = lambda r: lax.dynamic_index_in_dim(r, axis.rank(), keepdims=False)  # noqa: E731
-    lost = jnp.any(jnp.stack([jnp.any(~jnp.isfinite(here(d))) for d in deltas]))
-    return [here(c) for c in corrected], lost
+    dropped = jnp.stack([jnp.any(~jnp.isfinite(here(d))) for d in deltas])
+    # What leaves the last device goes nowhere.
+    return [here(c) for c in corrected], jnp.any(dropped) | jnp.any(lost[:-1])

@@ -77,7 +77,7 @@ def about_sizes(state: Any, told: Iterable[str]) -> list[str]:
         weight, _ = matrices_of(leaf)
         shape = shape_of(weight).shape
         size = math.prod(shape)
-        shared += size if leaf_shares(weight) else 0
+        shared += size if _shares(weight) else 0
         while is_weight(weight):
             common = dict(weight.shared)
             own = [part for name, part in weight.parts.items() if name not in common]
@@ -98,6 +98,6 @@ def about_sizes(state: Any, told: Iterable[str]) -> list[str]:
     return lines
 
 
-def leaf_shares(weight: Any) -> bool:
+def _shares(weight: Any) -> bool:
     """Whether a weight has parts in a pool."""
-    return is_weight(weight) and (bool(weight.shared) or leaf_shares(weight.base))
+    return is_weight(weight) and (bool(weight.shared) or _shares(weight.base))

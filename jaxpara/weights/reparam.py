@@ -20,8 +20,7 @@ from jaxpara.weights.lift import Report, lift, report
 from jaxpara.weights.matrices import Layout, axes_for, in_matrices, matrices_of, put_back
 from jaxpara.weights.parts import owned
 from jaxpara.weights.sampling import key_of, sampled
-from jaxpara.weights.uses import Layouts
-from jaxpara.weights.uses import layout as proved
+from jaxpara.weights.uses import Layouts, given
 from jaxpara.weights.weight import (
     Method,
     Pooled,
@@ -131,7 +130,7 @@ class Reparam(NamedTuple):
           >>> adapters["a"].shape, adapters["b"].shape
           ((100, 1), (1, 300))
         """
-        layouts = _layouts(function, params, inputs, layout)
+        layouts = given(function, params, inputs, layout)
         state: Any = params
         pools: dict[str, jax.Array] = {}
         for i, member in enumerate(self.members):
@@ -322,31 +321,6 @@ def _selected(member: Member, params: Params) -> dict[str, Any]:
 def _any_layout(state: Any) -> bool:
     leaves = jax.tree.leaves(resolved(state), is_leaf=is_weight)
     return any(matrices_of(leaf)[1] is not None for leaf in leaves)
-
-
-def _layouts(
-    function: Callable[..., Any] | None,
-    params: Params,
-    inputs: Sequence[Any],
-    layout: Layouts | Mapping[str, Layout] | None,
-) -> Layouts:
-    """What is known of the leaves, from what `attach` is given."""
-    if not isinstance(inputs, (tuple, list)):
-        raise ValueError(
-            f"attach got inputs= of type {type(inputs).__name__}: give a tuple, inputs=(x,)"
-        )
-    if function is not None:
-        if layout is not None:
-            raise ValueError("attach got function= and layout=: give one of them")
-        return proved(function, params, *inputs)
-    if inputs:
-        raise ValueError("attach got inputs= and no function=: give the function that takes them")
-    if layout is None:
-        return Layouts({}, {})
-    if isinstance(layout, Layouts):
-        return layout
-    select(params, lambda path, leaf: path in layout)  # near misses by name
-    return Layouts(layout, {})
 
 
 def _as_matrices(path: str, leaf: Any, layouts: Layouts) -> tuple[Any, Axes | None]:

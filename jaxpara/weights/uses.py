@@ -14,7 +14,7 @@ the head, `h @ E.T`, the width is the input and the vocabulary the output.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jaxpara import compat
 from jaxpara.jaxprs import called
-from jaxpara.tree import is_matrix, path_of
+from jaxpara.tree import is_matrix, path_of, select
 from jaxpara.types import Params
 from jaxpara.weights.conv import kernel_of
 from jaxpara.weights.lazy import Atom, Lazy, array, is_lazy, sizes
@@ -294,6 +294,42 @@ def layout(function: Callable[..., Any], params: Params, *inputs: Any, **keyword
         else:
             unknown[path] = "there is no product with it"
     return Layouts(known, unknown)
+
+
+def given(
+    function: Callable[..., Any] | None,
+    params: Params,
+    inputs: Sequence[Any],
+    known: Layouts | Mapping[str, Layout] | None,
+) -> Layouts:
+    """What is known of the leaves, from what `attach` is given.
+
+    Args:
+      function, params, inputs: as for `attach`.
+      known: its `layout`.
+
+    Returns:
+      The layouts; none where nothing is given.
+
+    Raises:
+      ValueError: arguments that do not go together, or a path that is not in the parameters.
+    """
+    if not isinstance(inputs, (tuple, list)):
+        raise ValueError(
+            f"attach got inputs= of type {type(inputs).__name__}: give a tuple, inputs=(x,)"
+        )
+    if function is not None:
+        if known is not None:
+            raise ValueError("attach got function= and layout=: give one of them")
+        return layout(function, params, *inputs)
+    if inputs:
+        raise ValueError("attach got inputs= and no function=: give the function that takes them")
+    if known is None:
+        return Layouts({}, {})
+    if isinstance(known, Layouts):
+        return known
+    select(params, lambda path, leaf: path in known)  # near misses by name
+    return Layouts(known, {})
 
 
 def _axes(use: _Use) -> str:

@@ -3,10 +3,11 @@
 Windows of time run one after the other with the exact state between them. In a window, chunks
 advance side by side from guessed starts through the true step, and carry the product P of their
 Jacobians; the starts are corrected in delta form, `s'[c+1] = e[c] + P[c] (s'[c] - s[c])`, until
-every end meets the next start. Every pass writes the states that it computes, so that the pass
-which is confirmed is the answer; what a budget leaves open is completed step by step. Each lane
-(one element of the batch, one channel) is a system of its own: it stops, counts, is capped and is
-completed by itself, so that its states never depend on its neighbours. [shooting] [pararnn]
+the next correction would be rounding (see `certificate`). Every pass writes the states that it
+computes, so that the pass which is confirmed is the answer; what a budget leaves open is completed
+step by step. Each lane (one element of the batch, one channel) is a system of its own: it stops,
+counts, is capped and is completed by itself, so that its states never depend on its neighbours.
+[shooting] [pararnn]
 """
 
 import functools
