@@ -57,6 +57,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace", "rounding"), SECTION),
     # what is trained, and for how long
     "name": TEXT,
+    "trust": Rule("words", null=True),
     "seed": SEED,
     "seeds": SEED._replace(many=True),
     "steps": whole(1, "training steps"),
@@ -101,6 +102,7 @@ RULES: dict[str, Rule] = {
     "conv_taps": whole(1, "positions"),
     "tied": SWITCH,
     "compute_dtype": Rule("text", choices=("float32", "bfloat16", "float16", "float64")),
+    "mlp_adapter": ANY,  # null, or a section of its own
     "mixer.scale": Rule("number", unit="the bound of the first weights", **POSITIVE),
     "mixer.clip": Rule("number", unit="the bound of the weights", **POSITIVE),
     "decays": number(-1, 1, "decays", many=True),
@@ -167,8 +169,8 @@ RULES: dict[str, Rule] = {
     "metric": OPTIONAL_TEXT,
     "better": Rule("text", null=True, choices=("min", "max")),
     "sort": OPTIONAL_TEXT,
-    "x": TEXT,
-    "y": OPTIONAL_TEXT,
+    "plot.x": TEXT,
+    **dict.fromkeys(("plot.y", "mixers.y"), OPTIONAL_TEXT),
     "log_x": SWITCH,
     "log_y": SWITCH,
     # measurements

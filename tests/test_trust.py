@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ from test_finetune import SMALL
 
 from experiments import (
     build,
+    commandline,
     evaluate,
     export_adapters,
     finetune,
@@ -135,7 +137,8 @@ def test_the_users_own_package_needs_trust_on_the_command_line(tmp_path, run, mo
     assert "trust=theirs_7" in said and "theirs_7" not in sys.modules, "not even imported"
     said = call(generate, tmp_path, f"run={run}", "trust=theirs")
     assert "trust=theirs_7" in said and not mark.exists()
-    assert call(generate, tmp_path, f"run={run}", "trust=theirs_7") == 1  # it makes no model
+    said = call(generate, tmp_path, f"run={run}", "trust=theirs_7")
+    assert "model= makes a NoneType" in said
     assert mark.read_text() == "run"
     # What the package has imported itself is not the package.
     edited(run, model={"_target_": "theirs_7.os.system", "command": "true"})
@@ -177,12 +180,15 @@ def test_only_what_does_not_build_reads_a_config_without_asking():
         "finetune",
         "train",
         "trust",
+        "evaluate",  # asks whether keys are there
+        "bench_rows",  # its own settings, for whether rows are of them
     }  # `twin`, resume's check
     root = runs.REPOSITORY / "experiments"
     found = {p.stem for p in root.rglob("*.py") if "load_config(" in p.read_text()} - {"runs"}
     assert found <= reading
-    for module in (generate, evaluate, export_adapters, mixers):
-        assert "from_command_line" in inspect.getsource(module)
+    assert "from_command_line" in inspect.getsource(commandline.guarded)
+    for module in (generate, evaluate, export_adapters, mixers, train, finetune):
+        assert re.search(r"guarded\(.*, cfg\)", inspect.getsource(module))
 
 
 @pytest.mark.parametrize("data", hostile.DATA, ids=str)

@@ -30,7 +30,7 @@ class TooLarge(Exception):
 
 def unrelated(size: int) -> Entry:
     """The entry of an axis whose indices are related to nothing."""
-    return () if size == 1 else (-size,)
+    return (-size,) if size not in (0, 1) else ()
 
 
 def whole_axes(cut: Sequence[Shape]) -> tuple[Entry, ...]:
@@ -55,6 +55,8 @@ def split_entry(
         while size != 1 and rest:
             atom, rest = rest[0], rest[1:]
             extent = -atom if atom < 0 else shape[atom]
+            if extent == 0:
+                return [unrelated(n) for n in sizes]
             if size % extent == 0:
                 piece.append(atom)
                 size //= extent

@@ -210,7 +210,7 @@ def slstm(
         # n = 0 marks the empty start, where m is log 0 and not 0: else exp(i - m') underflows
         # for i < -87 and h is 0 / 0. From then on n >= 1. A branch on n would jump, and a solver
         # could not tell the error of a state from its next correction.
-        empty = jnp.maximum(1 - 2 * n, 0) * float(jnp.finfo(n.dtype).max / 4)
+        empty = jnp.maximum(1 - 2 * n, 0) * float(jnp.finfo(n.dtype).max) ** 0.75
         log_keep = jax.nn.log_sigmoid(x_f + a["forget"] * h) + m - empty
         o = jax.nn.sigmoid(x_o + a["output"] * h)
         m = jnp.maximum(log_keep, log_input)
