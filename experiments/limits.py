@@ -54,7 +54,9 @@ POSITIVE = {"low": 0.0, "high": FINITE, "inside": True}
 # A key's rule is that of its whole path, with the command's name before it or without, of its last
 # two names, or of its last name.
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace", "rounding"), SECTION),
+    **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace"), SECTION),
+    "finetune.rounding": SECTION,
+    "trust": WORDS._replace(null=True),
     # what is trained, and for how long
     "name": TEXT,
     "trust": Rule("words", null=True),
@@ -101,6 +103,10 @@ RULES: dict[str, Rule] = {
     "prefix": whole(1, "positions"),
     "conv_taps": whole(1, "positions"),
     "tied": SWITCH,
+    "mlp_adapter": SECTION._replace(null=True),
+    "mlp_adapter.scale": Rule("number", unit="a scale", **POSITIVE),
+    "reads": Rule("text", choices=("input", "output")),
+    "biases": SWITCH,
     "compute_dtype": Rule("text", choices=("float32", "bfloat16", "float16", "float64")),
     "mlp_adapter": ANY,  # null, or a section of its own
     "mixer.scale": Rule("number", unit="the bound of the first weights", **POSITIVE),
@@ -109,6 +115,7 @@ RULES: dict[str, Rule] = {
     "time_constants": Rule("number", unit="steps", many=True, **POSITIVE),
     "chunks": whole(1, "chunks"),
     "max_iters": whole(1, "iterations", null=True),
+    "limit": number(0, math.inf, "times the cost of lax.scan", inside=True, null=True),
     # transforms
     "where": ANY,
     "bits": whole(1, "bits", high=32),
@@ -117,6 +124,12 @@ RULES: dict[str, Rule] = {
     "group": whole(1, "inputs", null=True),
     "problem.group": TEXT,
     "letters": Rule("text", choices=("all", "generators")),
+    "dropout": number(0, 1, "a probability"),
+    "rounding": TEXT,
+    "fake_quant.rounding": Rule("text", choices=("nearest", "stochastic")),
+    "easy_quant.by": Rule("text", choices=("column", "layer")),
+    "lsq.full": SWITCH,
+    "lr_qat.full": SWITCH,
     "scale_block": whole(1, "values", null=True),
     "budget": whole(1, "ranks"),
     "shards": whole(1, "shards"),

@@ -163,11 +163,31 @@ def test_what_is_shipped_passes_and_every_setting_has_a_rule(command):
 
 
 @pytest.mark.parametrize(
-    "group", ["mixer", "optim", "task", "solver", "projection", "data", "cell"]
+    "group",
+    [
+        "mixer",
+        "optim",
+        "task",
+        "solver",
+        "projection",
+        "data",
+        "cell",
+        "transform",
+        "model",
+        "suite",
+    ],
 )
 def test_every_member_of_every_group_passes(group):
     for path in sorted((CONF / group).rglob("*.yaml")):
         checks.check_settings(OmegaConf.create({group: OmegaConf.load(path)}), "train")
+
+
+def test_a_rounding_is_a_word_in_a_transform_and_a_section_of_finetune():
+    found = OmegaConf.create({"transform": {"fake_quant": {"rounding": "down"}}})
+    with pytest.raises(RunError, match=r"rounding='down': expected one of nearest, stochastic"):
+        checks.check_settings(found, "finetune")
+    with pytest.raises(RunError, match="rounding='nearest': expected settings of its own"):
+        checks.check_settings(OmegaConf.create({"rounding": "nearest"}), "finetune")
 
 
 def test_suggested_values_fit_their_rules():
