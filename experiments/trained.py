@@ -58,6 +58,11 @@ def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
     trained = trust.open_config(folder)
     runs.need(trained, folder, "model")
     model = build_model(trained)
+    if not isinstance(model, Model):
+        made_by = OmegaConf.select(trained, "model._target_")
+        raise runs.RunError(
+            f"{folder / runs.CONFIG}: model={made_by} made {model!r:.80}; expected a jaxpara.Model"
+        )
     like = jax.eval_shape(model.init, jax.random.key(0))
     tokenizer = tokenizer_of(folder, trained)
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -272,5 +272,5 @@ def test_solvers_and_derivatives_that_do_not_exist():
         jp.shooting(chunks=0)
     with pytest.raises(ValueError, match="tol is -1.0; expected a positive number"):
         jp.newton(tol=-1.0)
-    with pytest.raises(ValueError, match="linear is 'fast'; expected one of sequential"):
+    with pytest.raises(ValueError, match="linear is 'fast'; expected None or one of sequential"):
         jp.newton(linear="fast")

@@ -135,11 +135,18 @@ def test_the_users_own_package_needs_trust_on_the_command_line(tmp_path, run, mo
     assert "trust=theirs_7" in said and "theirs_7" not in sys.modules, "not even imported"
     said = call(generate, tmp_path, f"run={run}", "trust=theirs")
     assert "trust=theirs_7" in said and not mark.exists()
-    assert call(generate, tmp_path, f"run={run}", "trust=theirs_7") == 1  # it makes no model
+    said = call(generate, tmp_path, f"run={run}", "trust=theirs_7")
+    assert "theirs_7.make made None" in said and said.count("\n") < 3
     assert mark.read_text() == "run"
     # What the package has imported itself is not the package.
     edited(run, model={"_target_": "theirs_7.os.system", "command": "true"})
-    assert "theirs_7.os.system, which" in call(generate, tmp_path, f"run={run}", "trust=[theirs_7]")
+    said = call(generate, tmp_path, f"run={run}", "trust=[theirs_7]")
+    assert "theirs_7.os.system, which was not made in theirs_7" in said
+    # What was typed already is not asked for again.
+    edited(run, model={"_target_": "theirs_7.mkae"})
+    said = call(generate, tmp_path, f"run={run}", "trust=theirs_7")
+    assert "theirs_7.mkae, which Python does not find" in said and "repeat" not in said
+    assert "repeat the command with trust=theirs_7" in call(generate, tmp_path, f"run={run}")
 
 
 def test_a_module_in_the_folder_is_not_imported(tmp_path, run, monkeypatch):
@@ -171,13 +178,8 @@ def test_every_program_that_opens_a_folder_refuses(tmp_path, run, name):
 
 
 def test_only_what_does_not_build_reads_a_config_without_asking():
-    reading = {
-        "run_sets",
-        "finetune_figure",
-        "finetune",
-        "train",
-        "trust",
-    }  # `twin`, resume's check
+    reading = {"run_sets", "finetune_figure", "trust", "evaluate", "bench_rows"}
+    reading |= {"finetune", "train"}  # `twin`, resume's check
     root = runs.REPOSITORY / "experiments"
     found = {p.stem for p in root.rglob("*.py") if "load_config(" in p.read_text()} - {"runs"}
     assert found <= reading

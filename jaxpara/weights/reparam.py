@@ -14,14 +14,13 @@ import jax.numpy as jnp
 
 from jaxpara.tree import Where, is_matrix, matcher, path_of, select
 from jaxpara.types import Key, Model, Params
-from jaxpara.weights import notice, trained
+from jaxpara.weights import notice, told, trained
 from jaxpara.weights.lazy import Axes
 from jaxpara.weights.lift import Report, lift, report
-from jaxpara.weights.matrices import Layout, axes_for, in_matrices, matrices_of, put_back
+from jaxpara.weights.matrices import Layout, matrices_of, put_back
 from jaxpara.weights.parts import owned
 from jaxpara.weights.sampling import key_of, sampled
 from jaxpara.weights.uses import Layouts
-from jaxpara.weights.uses import layout as proved
 from jaxpara.weights.weight import (
     Method,
     Pooled,
@@ -131,7 +130,7 @@ class Reparam(NamedTuple):
           >>> adapters["a"].shape, adapters["b"].shape
           ((100, 1), (1, 300))
         """
-        layouts = _layouts(function, params, inputs, layout)
+        layouts = told.layouts_of(function, params, inputs, layout)
         state: Any = params
         pools: dict[str, jax.Array] = {}
         for i, member in enumerate(self.members):
@@ -153,7 +152,7 @@ class Reparam(NamedTuple):
             leaves, axes = {}, {}
             for path, leaf in ((path_of(keys), leaf) for keys, leaf in found):
                 if path in selected:
-                    leaf, axes[path] = _as_matrices(path, leaf, layouts)
+                    leaf, axes[path] = told.as_matrices(path, leaf, layouts)
                     leaves[path] = resolved(Pooled(leaf, pools))
             new, made = _attached(member.method, jax.random.fold_in(key, i), leaves, axes)
             pools |= {f"{i}_{name}": pool for name, pool in made.items()}
@@ -305,7 +304,7 @@ class Reparam(NamedTuple):
             what it is multiplied with is not quantised, the backward pass is not sparse.
         """
         found = report(function, state, *inputs)
-        for line in notice.about_uses(found.uses, told=_any_layout(state)):
+        for line in notice.about_uses(found.uses, told=told.any_known(state)):
             notice.warn(f"report: {line}")
         return found
 
@@ -317,45 +316,6 @@ def _selected(member: Member, params: Params) -> dict[str, Any]:
         if not any(wanted(path_of(keys), leaf) for keys, leaf in leaves):
             return {}
     return select(params, member.where)
-
-
-def _any_layout(state: Any) -> bool:
-    leaves = jax.tree.leaves(resolved(state), is_leaf=is_weight)
-    return any(matrices_of(leaf)[1] is not None for leaf in leaves)
-
-
-def _layouts(
-    function: Callable[..., Any] | None,
-    params: Params,
-    inputs: Sequence[Any],
-    layout: Layouts | Mapping[str, Layout] | None,
-) -> Layouts:
-    """What is known of the leaves, from what `attach` is given."""
-    if not isinstance(inputs, (tuple, list)):
-        raise ValueError(
-            f"attach got inputs= of type {type(inputs).__name__}: give a tuple, inputs=(x,)"
-        )
-    if function is not None:
-        if layout is not None:
-            raise ValueError("attach got function= and layout=: give one of them")
-        return proved(function, params, *inputs)
-    if inputs:
-        raise ValueError("attach got inputs= and no function=: give the function that takes them")
-    if layout is None:
-        return Layouts({}, {})
-    if isinstance(layout, Layouts):
-        return layout
-    select(params, lambda path, leaf: path in layout)  # near misses by name
-    return Layouts(layout, {})
-
-
-def _as_matrices(path: str, leaf: Any, layouts: Layouts) -> tuple[Any, Axes | None]:
-    """A leaf of a state as `[*batch, inputs, outputs]`, and how to put it back."""
-    if is_weight(leaf):
-        return matrices_of(leaf)
-    layout = layouts.known.get(path)
-    axes = None if layout is None else axes_for(layout, jnp.shape(leaf))
-    return (leaf if axes is None else in_matrices(leaf, axes)), axes
 
 
 def _without_window(method: Method) -> Method:
