@@ -110,7 +110,10 @@ def test_without_a_function_a_state_is_what_it_was():
         ({"inputs": (ROW,)}, "inputs= and no function="),
         ({"function": product, "inputs": ROW}, r"inputs= of type ndarray: give a tuple"),
         ({"function": product, "inputs": (ROW,), "layout": {}}, "give one of them"),
-        ({"layout": {"v": Layout((0,), (1,))}}, "'v', which is no leaf of the parameters; near it are 'w'"),
+        (
+            {"layout": {"v": Layout((0,), (1,))}},
+            "'v', which is no leaf .*; near it are 'w'",
+        ),
         ({"layout": {"w": Layout((0,), (0,))}}, "give each of 0 to 1 once"),
         ({"layout": {"w": Layout((0,), (1,), (2,))}}, "give each of 0 to 1 once"),
         ({"layout": {"w": Layout((), (1, 0))}}, "has no inputs"),

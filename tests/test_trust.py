@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ from test_finetune import SMALL
 
 from experiments import (
     build,
+    commandline,
     evaluate,
     export_adapters,
     finetune,
@@ -184,7 +186,8 @@ def test_only_what_does_not_build_reads_a_config_without_asking():
     found = {p.stem for p in root.rglob("*.py") if "load_config(" in p.read_text()} - {"runs"}
     assert found <= reading
     for module in (generate, evaluate, export_adapters, mixers):
-        assert "from_command_line" in inspect.getsource(module)
+        assert re.search(r"\bguarded\(.*, cfg\)", inspect.getsource(module))
+    assert "from_command_line(cfg)" in inspect.getsource(commandline.guarded)
 
 
 @pytest.mark.parametrize("data", hostile.DATA, ids=str)
