@@ -102,7 +102,7 @@ def main(cfg: DictConfig) -> None:
         for line in left_out:
             print(f"left out: {line}")
         target = plot(runs, **values)
-        print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} run{"s" * (len(runs) != 1)}")
+        print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
 
     guarded(program, cfg)
 
