@@ -1,5 +1,6 @@
 """Adapting a trained language model as a Task: what is trained is a reparameterisation of it."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,13 @@ def finetuned(
     tuned = begun if transform is None else transform(begun)
     try:
         batches = data.batches(seed=seed, batch_size=batch_size, length=window)
-        shapes = jax.eval_shape(tuned.init, jax.random.key(0))
+        with warnings.catch_warnings(record=True) as told:
+            shapes = jax.eval_shape(tuned.init, jax.random.key(0))
     except ValueError as error:
         raise runs.RunError(str(error)) from error
-    check_ranks(shapes)
+    check_ranks(shapes)  # first: one refusal, instead of a warning for every leaf before it
+    for warning in told:
+        warnings.warn(warning.message, stacklevel=2)
     judged = cut_held_out(data, count=evaluation["windows"], length=evaluation["length"])
 
     def scorer(of: Model):

@@ -98,12 +98,7 @@ def open_config(folder: Path) -> DictConfig:
     for key, name in _targets(OmegaConf.to_container(cfg, resolve=False), ""):
         if not _is_allowed(name):
             shown = name if isinstance(name, str) else repr(name)
-            raise RunError(
-                f"{folder / runs.CONFIG} asks for {key}={shown}, which is neither shipped nor a "
-                "public name of jaxpara or optax, and a run's folder may be anybody's.\n"
-                f"If you know that code and mean to run it, repeat the command with "
-                f"{TRUST}={_package_of(name)}"
-            )
+            raise RunError(f"{folder / runs.CONFIG} asks for {key}={shown}, which {_refusal(name)}")
     copy = folder / runs.TOKENIZER
     for group in (cfg.get("data"), OmegaConf.select(cfg, "task.data")):
         if isinstance(group, DictConfig) and group.get("tokenizer") and copy.is_file():
@@ -257,8 +252,32 @@ def shipped() -> frozenset[str]:
 def _is_allowed(name: Any) -> bool:
     if not isinstance(name, str) or PACKAGE.fullmatch(name) is None:
         return False
-    packages = [one for one in _GIVEN.get() if PACKAGE.fullmatch(one)]
-    return name in shipped() or is_public(name) or is_made_in(name, packages)
+    return name in shipped() or is_public(name) or is_made_in(name, _packages())
+
+
+def _packages() -> list[str]:
+    """The packages that the command line trusts."""
+    return [one for one in _GIVEN.get() if PACKAGE.fullmatch(one)]
+
+
+def _refusal(name: Any) -> str:
+    """Why a constructor is not called, and what to type."""
+    covers = [one for one in _packages() if isinstance(name, str) and name.startswith(f"{one}.")]
+    if not covers:
+        return (
+            "is neither shipped nor a public name of jaxpara or optax, and a run's folder may be "
+            "anybody's.\nIf you know that code and mean to run it, repeat the command with "
+            f"{TRUST}={_package_of(name)}"
+        )
+    if locate(name) is None:
+        return (
+            f"Python does not find, although {TRUST}={covers[0]} is given:\n"
+            "install that package, or start the command where `python -m` can import it"
+        )
+    return (
+        f"was not made in {covers[0]}, and {TRUST}={covers[0]} covers only what was:\n"
+        "write the name in the config as the module that defines it has it, and trust that one"
+    )
 
 
 def _package_of(name: Any) -> str:

@@ -137,6 +137,10 @@ def test_a_limit_is_obeyed_either_way():
     assert not chosen(math.inf).refused
     with pytest.raises(ValueError, match="limit is -1; expected how many times"):
         jp.newton(limit=-1)
+    with pytest.raises(ValueError, match="limit is '4'; expected how many times"):
+        jp.shooting(limit="4")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="tol is '1e-6'; expected a positive number"):
+        jp.shooting(tol="1e-6")  # pyright: ignore[reportArgumentType]
 
 
 def test_one_line_is_logged_once(caplog):

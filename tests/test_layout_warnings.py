@@ -110,7 +110,10 @@ def test_without_a_function_a_state_is_what_it_was():
         ({"inputs": (ROW,)}, "inputs= and no function="),
         ({"function": product, "inputs": ROW}, r"inputs= of type ndarray: give a tuple"),
         ({"function": product, "inputs": (ROW,), "layout": {}}, "give one of them"),
-        ({"layout": {"v": Layout((0,), (1,))}}, "selects none of the 1 leaves; near it are 'w'"),
+        (
+            {"layout": {"v": Layout((0,), (1,))}},
+            "'v', which is no leaf .*; near it are 'w'",
+        ),
         ({"layout": {"w": Layout((0,), (0,))}}, "give each of 0 to 1 once"),
         ({"layout": {"w": Layout((0,), (1,), (2,))}}, "give each of 0 to 1 once"),
         ({"layout": {"w": Layout((), (1, 0))}}, "has no inputs"),
@@ -120,3 +123,10 @@ def test_without_a_function_a_state_is_what_it_was():
 def test_a_layout_that_cannot_be_is_refused(how, message):
     with pytest.raises(ValueError, match=message):
         jp.lora(rank=2).attach(KEY, W, **how)
+
+
+def test_a_layout_of_no_leaf_is_refused_by_name():
+    layout = Layout((1,), (0,))
+    for given in ({"kernle": layout}, {"w": layout, "kernle": layout}):
+        with pytest.raises(ValueError, match="layout= of 'kernle', .*; near it are 'w'"):
+            jp.lora(rank=1).attach(KEY, W, layout=given)

@@ -198,6 +198,13 @@ def test_empty_batches():
     assert_is_lax_scan(step, jnp.zeros((0, 2)), jnp.zeros((5, 0, 2)))
     out = jax.grad(lambda h: jnp.sum(ours(step, h, jnp.zeros((5, 0, 2)))[0]))(jnp.zeros((0, 2)))
     assert out.shape == (0, 2)
+    # The structure of an empty carry is that of a full one, through reshapes too.
+    for batch in (0, 3):
+        f = lambda h, x: (jnp.tanh(h.reshape(-1) + x).reshape(h.shape), h)  # noqa: E731
+        found = jp.jacobian_structure(f, jnp.zeros((batch, 2)), jnp.zeros(2 * batch))
+        assert isinstance(found, jp.Diagonal), found
+    merged = lambda h, x: (jnp.tanh(h + x), h.reshape(-1, 4))  # noqa: E731
+    assert_is_lax_scan(merged, jnp.zeros((0, 2)), jnp.zeros((5, 0, 2)))
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5, 7, 50])

@@ -114,7 +114,7 @@ def test_a_proved_structure_is_a_structure_and_the_choice_holds_it(f, shape, kin
     assert isinstance(found, jp.Structure) and isinstance(found, kind)
     choice = jp.explain_choice(f, h, jnp.ones((16, *shape)), solver=jp.shooting())
     assert isinstance(choice, jp.Choice) and choice.structure == found
-    assert choice.length == 16 and str(choice).startswith("shoot, implicit adjoint")
+    assert choice.length == 16 and str(choice).startswith("shooting, implicit adjoint")
 
 
 def test_the_choice_says_what_makes_a_step_sequential():

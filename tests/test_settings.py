@@ -178,8 +178,18 @@ def test_what_is_shipped_passes_and_every_setting_has_a_rule(command):
     ],
 )
 def test_every_member_of_every_group_passes(group):
+    command = "finetune" if group == "transform" else "train"
     for path in sorted((CONF / group).rglob("*.yaml")):
-        checks.check_settings(OmegaConf.create({group: OmegaConf.load(path)}), "train")
+        checks.check_settings(OmegaConf.create({group: OmegaConf.load(path)}), command)
+
+
+def test_a_setting_of_a_transform_is_not_the_section_of_its_name():
+    checks.check_settings(composed("finetune", "transform=[lora,fake_quant]"), "finetune")
+    wrong = composed("finetune", "transform=[fake_quant]", "transform.fake_quant.rounding=up")
+    with pytest.raises(RunError, match="expected one of nearest, stochastic"):
+        checks.check_settings(wrong, "finetune")
+    with pytest.raises(RunError, match="rounding=3: expected settings of its own"):
+        checks.check_settings(composed("finetune", "rounding=3"), "finetune")
 
 
 def test_a_rounding_is_a_word_in_a_transform_and_a_section_of_finetune():

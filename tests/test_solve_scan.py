@@ -202,7 +202,7 @@ def test_resets_that_are_no_flags_are_refused():
 
 def test_explain_choice_says_what_and_why():
     params, init, xs = draw()
-    for solver, name in ((SHOOTING, "shoot"), (jp.newton(), "newton"), (jp.jacobi(), "jacobi")):
+    for solver, name in ((SHOOTING, "shooting"), (jp.newton(), "newton"), (jp.jacobi(), "jacobi")):
         text = str(jp.explain_choice(gru(params), init, xs, solver=solver))
         assert text.startswith(name) and "Diagonal" in text and "asked for" in text
     text = str(jp.explain_choice(gru(params), init, xs))

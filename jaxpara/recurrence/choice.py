@@ -63,7 +63,7 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         if self.solver is None:
             return f"lax.scan with its own derivative: {self.reason}"
-        how = self.solver.solve.__name__
+        how = cost.name_of(self.solver)
         return f"{how}, implicit adjoint ({self.derivative}), {self.structure}: {self.reason}"
 
 

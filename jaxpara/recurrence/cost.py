@@ -253,10 +253,21 @@ def refusal(
     allowed = Cost(max(SECONDS, limit * base.seconds), max(BYTES, limit * base.bytes))
     if own.seconds <= allowed.seconds and own.bytes <= allowed.bytes:
         return None
-    name = "shooting" if solver.solve is shoot else solver.solve.__name__
     return (
-        f"{name} was asked for, but with blocks of {block} x {block} it would take "
+        f"{name_of(solver)} was asked for, but with blocks of {block} x {block} it would take "
         f"about {own.seconds / base.seconds:.3g} times the time of lax.scan and "
         f"{own.bytes / 1e9:.2g} GB; the limits are {allowed.seconds / base.seconds:.3g} times and "
         f"{allowed.bytes / 1e9:.2g} GB (limit=math.inf on the solver runs it all the same)"
     )
+
+
+def name_of(solver: Solver) -> str:
+    """What a solver is called in `jp`.
+
+    Args:
+      solver: any.
+
+    Returns:
+      The name of the function that makes it; of a user's own, that of its `solve`.
+    """
+    return "shooting" if solver.solve is shoot else solver.solve.__name__

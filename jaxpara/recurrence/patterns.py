@@ -29,8 +29,8 @@ class TooLarge(Exception):
 
 
 def unrelated(size: int) -> Entry:
-    """The entry of an axis whose indices are related to nothing."""
-    return (-size,) if size not in (0, 1) else ()
+    """The entry of an axis whose indices are related to nothing; an empty axis has none."""
+    return () if size in (0, 1) else (-size,)
 
 
 def whole_axes(cut: Sequence[Shape]) -> tuple[Entry, ...]:
@@ -55,9 +55,12 @@ def split_entry(
         while size != 1 and rest:
             atom, rest = rest[0], rest[1:]
             extent = -atom if atom < 0 else shape[atom]
-            if extent == 0:
+            if size == extent:
+                piece.append(atom)
+                size = 1
+            elif 0 in (size, extent):  # an empty axis is not a part of any other
                 return [unrelated(n) for n in sizes]
-            if size % extent == 0:
+            elif size % extent == 0:
                 piece.append(atom)
                 size //= extent
             elif extent % size == 0:

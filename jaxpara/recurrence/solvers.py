@@ -1,5 +1,7 @@
 """The solvers, configured: `jp.shooting(tol=1e-6)` gives a solver for `newton_scan`."""
 
+import numbers
+
 from jaxpara.recurrence import pointwise
 from jaxpara.recurrence.affine import METHODS
 from jaxpara.recurrence.choice import Auto
@@ -18,13 +20,17 @@ IMPLEMENTATIONS = (
 )
 
 
+def _positive(value) -> bool:
+    return isinstance(value, numbers.Real) and value > 0
+
+
 def _settings(**given) -> Settings:
     settings = Settings(**given)
     for name in ("chunks", "window", "max_iters"):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; expected a positive integer")
-    if settings.tol is not None and not settings.tol > 0:
+    if settings.tol is not None and not _positive(settings.tol):
         raise ValueError(f"tol is {settings.tol!r}; expected a positive number, such as 1e-6")
     if not isinstance(settings.structure, Diagonal | Block | Dense | Unchecked | None):
         raise TypeError(
@@ -37,7 +43,7 @@ def _settings(**given) -> Settings:
     if settings.linear not in (*METHODS, "auto"):
         known = ", ".join(METHODS)
         raise ValueError(f"linear is {settings.linear!r}; expected None or one of {known}")
-    if settings.limit is not None and not settings.limit > 0:
+    if settings.limit is not None and not _positive(settings.limit):
         raise ValueError(
             f"limit is {settings.limit!r}; expected how many times the cost of lax.scan a solve "
             "may have, such as 4.0, math.inf for no limit, or None for the default"
