@@ -12,9 +12,12 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    counts when `|d_c| <= FINE` ulp of scale at every boundary, or in two passes in a row `<= COARSE`
    ulp, where rounding inside the chunks keeps it. Where the starts are corrected by `d` once more
    before they are rolled out, what remains is of second order, and `COARSE` ulp count at once. A
-   `d` that is not finite, or beyond what a
-   correction may be (`CAP`), never counts.
-2. Otherwise the solve counts when every `r_c` is 0, bit for bit: narrower states round by as much
+   `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
+   A correction may cross a kink, behind which it says nothing. So, outside of kernels, the `d`
+   of the corrected starts is held to `COARSE` ulp after the last roll-out as well; a solver that
+   rolls nothing out wants two passes in a row.
+2. Otherwise the solve counts when every `r_c` is 0, bit for bit, the sign of zeros included
+   (their reciprocals differ; it is wanted by rule 1 as well): narrower states round by as much
    as they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.
 3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
    counts by 2 alone.

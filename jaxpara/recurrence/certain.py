@@ -13,9 +13,13 @@ from enum import IntEnum
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from jaxpara import compat, jaxprs
+
+# Ways to multiply matrices that round nothing before they multiply.
+_WIDE = frozenset({"DEFAULT", "F32_F32_F32", "F64_F64_F64"})
 
 
 class Link(IntEnum):
@@ -131,11 +135,27 @@ def _cast(eqn: Any, link: Link) -> Link:
     return link if wide and jnp.finfo(new).maxexp >= jnp.finfo(old).maxexp else Link.BROKEN
 
 
+def _narrows(eqn: Any, operands: list[Link]) -> bool:
+    """Whether an equation rounds what it is given, to a narrower result or on the way to it."""
+    if "precision" in eqn.params and not _as_wide(eqn.params["precision"]):
+        return True
+    given = [v.aval.dtype for v, link in zip(eqn.invars, operands, strict=True) if link]
+    most = max((jnp.finfo(d).nmant for d in given if jnp.issubdtype(d, jnp.inexact)), default=0)
+    made = [v.aval.dtype for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    return any(jnp.finfo(d).nmant < most for d in made)
+
+
+def _as_wide(precision: Any) -> bool:
+    """Whether a matrix product keeps the bits of its operands; None is the platform's own way."""
+    several = precision if isinstance(precision, tuple) else (precision,)
+    return all(p is None or isinstance(p, lax.Precision) or str(p) in _WIDE for p in several)
+
+
 def _primitive(eqn: Any, operands: list[Link]) -> Link:
     name, link = eqn.primitive.name, _worst(operands)
     if name == "convert_element_type":
         return _cast(eqn, link)
-    if name not in _CONTINUOUS:
+    if name not in _CONTINUOUS or _narrows(eqn, operands):
         return Link.BROKEN
     choosing = _CHOOSING.get(name, lambda n: ())(len(operands))
     return Link.BROKEN if any(operands[i] is not Link.NONE for i in choosing) else link

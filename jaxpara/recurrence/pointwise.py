@@ -9,8 +9,8 @@ and updates the whole trajectory:
 
 After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
-within rounding, the other two when all states agree with the step bit for bit: their updates
-understate the error. [deer] [elk] [pararnn]
+within rounding twice in a row, for an update may cross a kink. The other two are done when all
+states agree with the step bit for bit: their updates understate the error. [deer] [elk] [pararnn]
 """
 
 import functools
@@ -33,6 +33,7 @@ from jaxpara.recurrence.system import (
     Solution,
     System,
     excess,
+    opposite,
     residuals,
     scales,
 )
@@ -40,7 +41,7 @@ from pallas_kernels import certificate
 
 # Iterations of Newton's own that may follow those of a solver whose updates bound nothing, for
 # blocks up to this size; behind larger ones its states must agree bit for bit.
-_CLOSING, _SMALL = 3, 8
+_CLOSING, _SMALL = 4, 8
 
 
 def newton(
@@ -131,6 +132,8 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
         linear = settings._replace(chunks=None)
         delta = forward(operator, gap, still, linear, system.reverse)
         new = [s + d for s, d in zip(states, delta, strict=True)]
+        # Of two zeros the one that the step makes: their reciprocals differ.
+        new = [jnp.where(n == a, a, n) for n, a in zip(new, after, strict=True)]
         fits = [jnp.isfinite(n) for n in new]
         bound = [jnp.where(f, d, jnp.inf) for f, d in zip(fits, delta, strict=True)]
         return [jnp.where(f, n, a) for f, n, a in zip(fits, new, after, strict=True)], bound
@@ -162,6 +165,7 @@ def _solve(
             # Steps as far back as shooting looks in its chunks.
             window = certificate.WINDOW * math.isqrt(steps)
             units = excess(bound, scales(after, after, init, window), settings.tol)
+            units = jnp.where(opposite(after, states), jnp.inf, units)
         return Attempt(exact, units, everywhere(worst), new)
 
     def run(states: Leaves, correct: Callable, bounding: bool, budget: int, guessed: bool):
@@ -172,6 +176,7 @@ def _solve(
             init,
             everywhere=everywhere,
             guessed=guessed,
+            twice=bounding,
         )
 
     if guess is None:
