@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
-from jaxpara.recurrence.certain import certain
+from jaxpara.recurrence.certain import Proof, certain
 
 X = np.float32([0.3, -0.2, 0.5])
 W = np.float32([[0.1, 0.2, 0.3], [0.0, 0.5, 0.1], [0.2, 0.2, 0.2]])
@@ -63,6 +63,9 @@ PROVED = {
     "jit and remat": lambda h: jax.jit(jax.checkpoint(jnp.cos))(h),
     "a branch of the input": lambda h: lax.cond(X[0] > 0, jnp.sin, jnp.cos, h),
     "widening": lambda h: h.astype(jnp.float32).astype(jnp.float32) * 2,
+    "exact products": lambda h: (
+        jnp.dot(h, W, precision="highest") + jnp.dot(h, W, precision="F32_F32_F32")
+    ),
     "a solve": lambda h: jax.scipy.linalg.solve_triangular(np.eye(3, dtype=np.float32) + W, h),
     "an update": lambda h: h.at[1].set(h[0] * 2),
 }
@@ -74,6 +77,10 @@ BROKEN = {
     "sign": lambda h: h + jnp.sign(h),
     "reduce_precision": lambda h: lax.reduce_precision(h, 8, 7),
     "through bfloat16": lambda h: (h.astype(jnp.bfloat16) * 2).astype(jnp.float32),
+    "a product that rounds": lambda h: jnp.dot(h, W, preferred_element_type=jnp.bfloat16).astype(
+        jnp.float32
+    ),
+    "a product of rounded factors": lambda h: jnp.dot(h, W, precision="BF16_BF16_F32"),
     "through integers": lambda h: h + h.astype(jnp.int32).astype(jnp.float32),
     "a jump": lambda h: jnp.where(h > 0, h + 1, h),
     "a flag as a number": lambda h: h + (h > 0),
@@ -98,6 +105,13 @@ def proved(f, like=X):
 @pytest.mark.parametrize("name", PROVED)
 def test_true_derivatives_are_proved(name):
     assert proved(PROVED[name])
+
+
+def test_kinks_are_told_from_smooth_steps():
+    for name in ("a kink", "relu"):
+        assert proved(PROVED[name]) is Proof.KINKED
+    for name in ("a dense layer", "a scan", "a gate of the input"):
+        assert proved(PROVED[name]) is Proof.SMOOTH
 
 
 @pytest.mark.parametrize("name", BROKEN)

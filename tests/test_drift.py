@@ -213,3 +213,87 @@ def test_growth_inside_a_chunk_is_no_growth_of_its_error():
         exact = np.asarray(jax.jit(lambda h, x: lax.scan(step, h, x)[1])(*wide))
     lost = np.abs(np.asarray(plain) - exact).max()
     assert np.abs(np.asarray(states) - exact).max() <= 1e-5 * np.abs(exact).max() + 2 * lost
+
+
+@functools.cache
+def followed(margin):
+    """A convex step, and a sum of by how much its state exceeds a reference that is `margin` less.
+
+    Newton comes from one side: where its error exceeds the margin, the sum stands still and so does
+    its derivative, though the next correction crosses the kink at every step.
+    """
+    xs = np.float32(0.05) * np.sin(np.arange(2048, dtype=np.float32) / 9)
+
+    def step(state, inputs):
+        p, total = state
+        x, reference = inputs
+        new = (F32(0.45) * p * p + F32(0.1) + x, total + jax.nn.relu(p - reference))
+        return new, new
+
+    with jax.enable_x64(True):
+        begin = (np.float64(F32(0.2)), np.float64(1))
+        wide = xs.astype(np.float64)
+        path = np.asarray(lax.scan(step, begin, (wide, wide))[1][0])
+        before = np.concatenate([[begin[0]], path[:-1]])
+        inputs = (xs, (before - margin).astype(np.float32))
+        exact = lax.scan(step, begin, jax.tree.map(lambda a: a.astype(np.float64), inputs))[1]
+    return step, inputs, before, np.asarray(exact[1])
+
+
+@pytest.mark.parametrize("off", [-1.3e-3, 1.4e-3, -1.6e-3])
+def test_a_correction_that_crosses_a_kink_is_tested_behind_it(off):
+    step, inputs, before, exact = followed(6e-7)
+    init = (F32(0.2), F32(1))
+    plain = jax.jit(lambda h, x: lax.scan(step, h, x))(init, inputs)[1][1]
+    lost = np.abs(plain - exact).max()
+    run = jax.jit(
+        lambda h, x, g: jp.solve_scan(step, h, x, solver=jp.newton(), guess=g),
+        compiler_options=QUICK,
+    )
+    guess = [(before + off).astype(np.float32), np.ones(len(before), np.float32)]
+    (_, (_, total)), info = run(init, inputs, guess)
+    assert info.converged
+    assert np.abs(total - exact).max() <= 1e-5 * exact.max() + 2 * lost
+    # What a solve that stands on the wrong side returns, and would call converged.
+    assert exact.max() - 1 > 20 * (1e-5 + 2 * lost)
+
+
+def path_and_gains(rate):
+    """Deviations from a path shrink by `rate` a step, grow 2000-fold in the middle, shrink again.
+
+    Nothing of that shows on the path itself, on which `lax.scan` stays without an error.
+    """
+    time = 2048
+    path = (np.sin(np.arange(time + 1) / 7) + 2).astype(np.float32)
+    gains = np.full(time, rate, np.float32)
+    gains[1024:1280], gains[1280:] = 1.03, 0.97
+
+    def step(h, inputs):
+        gain, before, after = inputs
+        return (after + gain * jnp.tanh(h - before),) * 2
+
+    return step, path, (gains, path[:-1], path[1:])
+
+
+@pytest.mark.parametrize("iterations", [2, 3, 4])
+def test_what_is_completed_starts_from_corrected_states(iterations):
+    step, path, _ = path_and_gains(0.9)
+    for solver in (jp.shooting(max_iters=iterations), jp.newton(max_iters=iterations)):
+        run = jax.jit(
+            lambda h, x, s=solver: jp.solve_scan(step, h, x, solver=s), compiler_options=QUICK
+        )
+        for rate in (0.8, 0.9, 0.92):
+            (_, states), _ = run(path[0], path_and_gains(rate)[2])
+            assert np.abs(states - path[1:]).max() <= 1e-5 * path.max(), (solver, rate)
+
+
+@pytest.mark.parametrize("solver", ["shooting", "newton", "jacobi"])
+def test_zeros_keep_their_sign(solver):
+    """A correction of 0 does not tell 0 from -0; a reciprocal and an angle do."""
+    f = lambda h, x: (-h, (h, 1 / h, jnp.arctan2(h, F32(-1))))  # noqa: E731
+    solver = jp.shooting(chunks=7) if solver == "shooting" else SOLVERS[solver]
+    run = jax.jit(lambda h, x: jp.newton_scan(f, h, x, solver=solver), compiler_options=QUICK)
+    found, plain = run(F32(0), still(35))[1], lax.scan(f, F32(0), still(35))[1]
+    np.testing.assert_array_equal(np.signbit(found[0]), np.arange(35) % 2 == 1)
+    for ours, wanted in zip(found, plain, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-6)

@@ -13,9 +13,13 @@ from enum import IntEnum
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from jaxpara import compat, jaxprs
+
+# Ways to multiply matrices that round nothing before they multiply.
+_WIDE = frozenset({"DEFAULT", "F32_F32_F32", "F64_F64_F64"})
 
 
 class Link(IntEnum):
@@ -23,7 +27,16 @@ class Link(IntEnum):
 
     NONE = 0
     TRUE = 1
-    BROKEN = 2
+    KINKED = 2
+    BROKEN = 3
+
+
+class Proof(IntEnum):
+    """What is proved of a step's derivative; false where nothing is."""
+
+    NOTHING = 0
+    KINKED = 1
+    SMOOTH = 2
 
 
 # Continuous, and with JAX's derivative equal to the true one wherever that exists. What is not
@@ -41,6 +54,13 @@ _CONTINUOUS = frozenset(
     """.split()
 )
 
+# Continuous with a jump of the derivative; of JAX's own custom rules some have one, too.
+_KINKS = frozenset(
+    """
+    abs clamp cummax cummin max min reduce_max reduce_min reduce_window_max reduce_window_min
+    """.split()
+)
+
 # Operands that choose instead of entering: predicates and indices. They must not depend on the
 # carry, or a small move jumps.
 _CHOOSING = {
@@ -55,7 +75,7 @@ _CHOOSING = {
 
 
 @functools.lru_cache(maxsize=512)
-def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> bool:
+def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> Proof:
     """Whether the carry reaches the new carry by true derivatives alone, in float32 or wider.
 
     Args:
@@ -63,14 +83,15 @@ def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -
       carry_in, carry_out: positions of the floating carry leaves among inputs and outputs.
 
     Returns:
-      False where that is not proved.
+      Whether that is proved, and whether there is a kink on the way.
     """
     opened = compat.open_jaxpr(jaxpr)
     if any(jnp.finfo(opened.invars[i].aval.dtype).bits < 32 for i in carry_in):
-        return False
+        return Proof.NOTHING
     ins = [Link.TRUE if i in carry_in else Link.NONE for i in range(len(opened.invars))]
     outs = _flow(jaxpr, ins)
-    return all(outs[i] is not Link.BROKEN for i in carry_out)
+    worst = _worst([outs[i] for i in carry_out])
+    return {Link.BROKEN: Proof.NOTHING, Link.KINKED: Proof.KINKED}.get(worst, Proof.SMOOTH)
 
 
 def _worst(links: Collection[Link]) -> Link:
@@ -131,14 +152,32 @@ def _cast(eqn: Any, link: Link) -> Link:
     return link if wide and jnp.finfo(new).maxexp >= jnp.finfo(old).maxexp else Link.BROKEN
 
 
+def _narrows(eqn: Any, operands: list[Link]) -> bool:
+    """Whether an equation rounds what it is given, to a narrower result or on the way to it."""
+    if "precision" in eqn.params and not _as_wide(eqn.params["precision"]):
+        return True
+    given = [v.aval.dtype for v, link in zip(eqn.invars, operands, strict=True) if link]
+    most = max((jnp.finfo(d).nmant for d in given if jnp.issubdtype(d, jnp.inexact)), default=0)
+    made = [v.aval.dtype for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    return any(jnp.finfo(d).nmant < most for d in made)
+
+
+def _as_wide(precision: Any) -> bool:
+    """Whether a matrix product keeps the bits of its operands; None is the platform's own way."""
+    several = precision if isinstance(precision, tuple) else (precision,)
+    return all(p is None or isinstance(p, lax.Precision) or str(p) in _WIDE for p in several)
+
+
 def _primitive(eqn: Any, operands: list[Link]) -> Link:
     name, link = eqn.primitive.name, _worst(operands)
     if name == "convert_element_type":
         return _cast(eqn, link)
-    if name not in _CONTINUOUS:
+    if name not in _CONTINUOUS or _narrows(eqn, operands):
         return Link.BROKEN
     choosing = _CHOOSING.get(name, lambda n: ())(len(operands))
-    return Link.BROKEN if any(operands[i] is not Link.NONE for i in choosing) else link
+    if any(operands[i] is not Link.NONE for i in choosing):
+        return Link.BROKEN
+    return max(link, Link.KINKED) if name in _KINKS else link
 
 
 def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
@@ -151,11 +190,11 @@ def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
         worst = _worst(operands)
-        if worst is not Link.TRUE:
+        if worst in (Link.NONE, Link.BROKEN):
             outs = [worst] * len(eqn.outvars)
         elif eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
             kept = eqn.primitive.name == "custom_jvp_call" and compat.jax_rule(eqn)
-            outs = [Link.TRUE if kept else Link.BROKEN] * len(eqn.outvars)
+            outs = [Link.KINKED if kept else Link.BROKEN] * len(eqn.outvars)
         elif (inner := jaxprs.called(eqn)) is not None:
             outs = _flow(inner, operands)
         elif eqn.primitive.name in _CONTROL:

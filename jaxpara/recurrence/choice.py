@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence import cost, explicit, fused, rule
 from jaxpara.recurrence.blocks import Groups, block_size, elements, is_number
-from jaxpara.recurrence.certain import certain
+from jaxpara.recurrence.certain import Proof, certain
 from jaxpara.recurrence.claims import require
 from jaxpara.recurrence.cotangents import all_linear
 from jaxpara.recurrence.kinds import Dense
@@ -54,7 +54,7 @@ class Choice(NamedTuple):
     derivative: str
     structure: Structure | None
     groups: Groups
-    certain: bool
+    certain: Proof
     vjp_only: bool
     length: int
     reason: str
@@ -131,7 +131,9 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     shapes = [tuple(a.shape) for a in avals]
     groups = structure.resolve(shapes)
     trusted = isinstance(given, Unchecked)
-    sure = not (vjp_only or trusted) and certain(body.jaxpr, positions, body.floats)
+    sure = Proof.NOTHING
+    if not (vjp_only or trusted):
+        sure = certain(body.jaxpr, positions, body.floats)
     sizes = [block_size(group, shapes) for group in groups]
     if not all(map(is_number, sizes)):
         symbolic = next(size for size in sizes if not is_number(size))
@@ -198,7 +200,7 @@ def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:
             f"time is sharded over {axis!r}, but this step can only run sequentially: {why}; "
             "gather the sequence first"
         )
-    return Choice(None, "general", None, (), False, False, traced.length, why)
+    return Choice(None, "general", None, (), Proof.NOTHING, False, traced.length, why)
 
 
 @functools.lru_cache(maxsize=512)

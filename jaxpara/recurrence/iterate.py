@@ -40,7 +40,8 @@ class Outcome(NamedTuple):
     """How the loop ended.
 
     Attributes:
-      values: the ones that counted, corrected; or, without success, the ones tested last.
+      values: the ones that counted, corrected; or, without success, the ones tested last, of
+        which the opening rows are corrected.
       done: whether they counted.
       used: attempts until then.
       opening: how many of the tested values hold before the first that does not.
@@ -63,6 +64,7 @@ def iterate(
     *,
     everywhere: Callable[[jax.Array], jax.Array],
     guessed: bool = True,
+    twice: bool = False,
 ) -> Outcome:
     """Repeats `attempt` until it is done or the budget is used up.
 
@@ -77,34 +79,45 @@ def iterate(
       like: arrays that vary over the same mesh axes as the values.
       everywhere: the largest of a number on all devices that share the solve.
       guessed: the values hold no correction yet: they count by bitwise agreement alone.
+      twice: what a correction proves must be proved again behind that correction, which may have
+        crossed a kink; for callers that do not evaluate the steps once more themselves.
     """
     budget = max(1, max_iters)
 
     def body(carry):
-        number, now = carry
+        number, before, now = carry  # before: which rows held in the last attempt
         exact, units, residual, corrected, deltas = attempt(now.values)
-        holds = exact
+        holds = held = exact
         if units is not None:
-            holds = exact | ((units <= 1) & ((number > 0) | (not guessed)))
+            held = exact | (units <= 1)
+            holds = exact | (held & (before if twice else (number > 0) | (not guessed)))
         done = everywhere(jnp.any(~holds).astype(jnp.float32)) == 0
-        keep = now.done | (~done & (number + 1 >= budget))
-        return number + 1, Outcome(
-            select(keep, now.values, corrected),
-            now.done | done,
-            jnp.where(now.done, now.used, now.used + 1),
-            jnp.where(now.done, now.opening, leading(holds)),
-            jnp.where(now.done, now.residual, residual),
-            select(now.done, now.deltas, deltas),
+        # Without success the rows that hold are corrected all the same: others start from them.
+        rows = jnp.arange(holds.shape[0]) < leading(holds)
+        fix = ~now.done & (done | (number + 1 < budget) | rows)
+        return (
+            number + 1,
+            held,
+            Outcome(
+                select(fix, corrected, now.values),
+                now.done | done,
+                jnp.where(now.done, now.used, now.used + 1),
+                jnp.where(now.done, now.opening, leading(holds)),
+                jnp.where(now.done, now.residual, residual),
+                select(now.done, now.deltas, deltas),
+            ),
         )
 
     zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     values = list(values)
-    deltas = [jnp.zeros_like(v) for v in jax.eval_shape(attempt, values).deltas]
+    shapes = jax.eval_shape(attempt, values)
+    deltas = [jnp.zeros_like(v) for v in shapes.deltas]
     fresh = Outcome(values, jnp.zeros((), bool), zero, zero, nothing, deltas)
-    _, end = lax.while_loop(
-        lambda carry: any_lane(~carry[1].done) & (carry[0] < budget),
+    none = vary_like(jnp.zeros(shapes.exact.shape, bool), like)
+    _, _, end = lax.while_loop(
+        lambda carry: any_lane(~carry[2].done) & (carry[0] < budget),
         body,
-        (zero, vary_like(fresh, like)),
+        (zero, none, vary_like(fresh, like)),
     )
     return end
 

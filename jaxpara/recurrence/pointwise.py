@@ -9,9 +9,10 @@ and updates the whole trajectory:
 
 After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
-within rounding. The updates of the other two understate the error: where they are within rounding,
-a few iterations of Newton's own decide, for small blocks; behind larger ones all states must agree
-with the step bit for bit. [deer] [elk] [pararnn]
+within rounding, twice in a row where the step has kinks, which an update may cross. The updates of
+the other two understate the error: where they are within rounding, a few iterations of Newton's own
+decide, for small blocks; behind larger ones all states must agree with the step bit for bit.
+[deer] [elk] [pararnn]
 """
 
 import functools
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jaxpara.recurrence import jacobian, timeaxis
 from jaxpara.recurrence.affine import block_operator, forward, held, step_operator
 from jaxpara.recurrence.blocks import Group, Groups, block_size, coupled_axes, coupled_size
+from jaxpara.recurrence.certain import Proof
 from jaxpara.recurrence.complete import complete
 from jaxpara.recurrence.iterate import Attempt, iterate
 from jaxpara.recurrence.lanes import select, vary_like
@@ -34,6 +36,7 @@ from jaxpara.recurrence.system import (
     Solution,
     System,
     excess,
+    opposite,
     residuals,
     scales,
 )
@@ -41,7 +44,7 @@ from pallas_kernels import certificate
 
 # Iterations of Newton's own that may follow those of a solver whose updates bound nothing, for
 # blocks up to this size; behind larger ones its states must agree bit for bit.
-_CLOSING, _SMALL = 3, 8
+_CLOSING, _SMALL = 4, 8
 
 
 def newton(
@@ -132,6 +135,8 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
         linear = settings._replace(chunks=None)
         delta = forward(operator, gap, still, linear, system.reverse)
         new = [s + d for s, d in zip(states, delta, strict=True)]
+        # Of two zeros the one that the step makes: their reciprocals differ.
+        new = [jnp.where(n == a, a, n) for n, a in zip(new, after, strict=True)]
         fits = [jnp.isfinite(n) for n in new]
         bound = [jnp.where(f, d, jnp.inf) for f, d in zip(fits, delta, strict=True)]
         return [jnp.where(f, n, a) for f, n, a in zip(fits, new, after, strict=True)], bound
@@ -163,6 +168,7 @@ def _solve(
             # Steps as far back as shooting looks in its chunks.
             window = certificate.WINDOW * math.isqrt(steps)
             units = excess(bound, scales(after, after, init, window), settings.tol)
+            units = jnp.where(opposite(after, states), jnp.inf, units)
         return Attempt(exact, units, everywhere(worst), new)
 
     def run(states: Leaves, correct: Callable, bounding: bool, budget: int, guessed: bool):
@@ -173,6 +179,7 @@ def _solve(
             init,
             everywhere=everywhere,
             guessed=guessed,
+            twice=bounding and system.certain is not Proof.SMOOTH,
         )
 
     if guess is None:

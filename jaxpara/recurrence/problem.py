@@ -14,6 +14,7 @@ from jaxpara.recurrence.affine import (
     elementwise,
 )
 from jaxpara.recurrence.blocks import Groups, block_size, restricted
+from jaxpara.recurrence.certain import Proof
 from jaxpara.recurrence.flow import Flow
 from jaxpara.recurrence.leaves import differentiable
 from jaxpara.recurrence.system import Leaves, Solver, System
@@ -36,7 +37,7 @@ class Problem(NamedTuple):
 
     step: Callable[..., Any]
     groups: Groups
-    certain: bool
+    certain: Proof
     solver: Solver
     vjp_only: bool
     reverse: bool

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.recurrence.blocks import Groups
+from jaxpara.recurrence.certain import Proof
 from jaxpara.recurrence.lanes import vary_like
 from pallas_kernels import certificate
 
@@ -73,7 +74,7 @@ class System(NamedTuple):
     xs: Any
     length: int
     groups: Groups
-    certain: bool = False
+    certain: Proof = Proof.NOTHING
     reverse: bool = False
     unroll: int | bool = 1
 
@@ -169,18 +170,30 @@ def residuals(ends: Leaves, starts: Leaves) -> tuple[jax.Array, jax.Array]:
     """Compares `ends[n, *leaf]` with the `starts[n, *leaf]` that they should equal.
 
     Returns:
-      `exact[n]`, whether a row agrees bit for bit (a NaN agrees with nothing), and the largest
-      residual, infinite where there is a NaN.
+      `exact[n]`, whether a row agrees bit for bit (a NaN agrees with nothing, and the two zeros
+      not with each other: their reciprocals do not), and the largest residual, infinite where
+      there is a NaN.
     """
     exact = jnp.ones(ends[0].shape[0], bool)
     worst = jnp.zeros((), jnp.float32)
     for end, start in zip(ends, starts, strict=True):
-        same = jnp.all(end == start, axis=tuple(range(1, end.ndim)))
+        equal = (end == start) & (jnp.signbit(end) == jnp.signbit(start))
+        same = jnp.all(equal, axis=tuple(range(1, end.ndim)))
         exact = vary_like(exact, same) & same
         difference = jnp.abs(_wide(end) - _wide(start))
         finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)
         worst = jnp.maximum(worst, jnp.max(finite, initial=0.0).astype(jnp.float32))
     return exact, worst
+
+
+def opposite(ends: Leaves, starts: Leaves) -> jax.Array:
+    """`[n]`, whether a row holds the other zero than its predecessor: no correction tells."""
+    found = jnp.zeros(ends[0].shape[0], bool)
+    for end, start in zip(ends, starts, strict=True):
+        other = (end == 0) & (start == 0) & (jnp.signbit(end) != jnp.signbit(start))
+        other = jnp.any(other, axis=tuple(range(1, end.ndim)))
+        found = vary_like(found, other) | other
+    return found
 
 
 def magnitude(leaves: Leaves) -> list[jax.Array]:
