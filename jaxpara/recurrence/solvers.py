@@ -21,7 +21,7 @@ IMPLEMENTATIONS = (
 
 
 def _positive(value) -> bool:
-    return isinstance(value, numbers.Real) and value > 0
+    return isinstance(value, numbers.Real) and float(value) > 0
 
 
 def _settings(**given) -> Settings:
