@@ -49,6 +49,8 @@ def split_entry(
 
     A carry axis that would have to be cut is unrelated to its parts, and noted in `cuts`.
     """
+    if 0 in sizes:  # nothing to relate, and nothing divides by it
+        return [unrelated(n) for n in sizes]
     rest, entries = list(reversed(entry)), []
     for size in reversed(sizes):  # the innermost first
         piece: list[int] = []
