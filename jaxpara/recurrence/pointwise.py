@@ -191,8 +191,9 @@ def _solve(
         end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
     small = all(block_size(g, [i.shape for i in init]) <= _SMALL for g in system.groups)
-    closing = system.certain and not exactly and small
-    end = run(states, correct, system.certain and (exactly or small), settings.max_iters, True)
+    bounding = bool(system.certain) and (exactly or small)
+    closing = bounding and not exactly
+    end = run(states, correct, bounding, settings.max_iters, True)
     if closing:
         # Their own updates understate the error; Newton's tells it, and is small by now.
         last = run(end.values, _exact(system, settings), True, _CLOSING, False)
