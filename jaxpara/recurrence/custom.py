@@ -18,7 +18,7 @@ from jaxpara.recurrence.propagate import NotAnalysable, propagate
 def backward(eqn: Any) -> Any:
     """The closed jaxpr of (residuals, output cotangents) -> operand cotangents."""
     count = eqn.params["num_res"]
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    shapes = [_like(v.aval) for v in eqn.invars]
 
     def pulled(residuals, cotangents):
         def pushed(*tangents):
@@ -26,8 +26,16 @@ def backward(eqn: Any) -> Any:
 
         return jax.linear_transpose(pushed, *shapes[count:])(list(cotangents))
 
-    out = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+    out = [_like(v.aval) for v in eqn.outvars]
     return jax.make_jaxpr(pulled)(shapes[:count], out)
+
+
+def _like(aval: Any) -> jax.ShapeDtypeStruct:
+    """Its shape, on the Explicit mesh that it was traced on."""
+    mesh = aval.sharding.mesh
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, sharding=None if mesh.empty else aval.sharding
+    )
 
 
 def custom_lin(eqn: Any, operands: list, domain: Any) -> list:

@@ -28,7 +28,7 @@ from jaxpara.recurrence.affine import block_operator, forward, held, step_operat
 from jaxpara.recurrence.blocks import Group, Groups, block_size, coupled_axes, coupled_size
 from jaxpara.recurrence.certain import Proof
 from jaxpara.recurrence.complete import complete
-from jaxpara.recurrence.iterate import Attempt, iterate
+from jaxpara.recurrence.iterate import Attempt, iterate, leading
 from jaxpara.recurrence.lanes import select, vary_like
 from jaxpara.recurrence.system import (
     Leaves,
@@ -194,22 +194,23 @@ def _solve(
     bounding = bool(system.certain) and (exactly or small)
     closing = bounding and not exactly
     end = run(states, correct, bounding, settings.max_iters, True)
+    found, values, used = end, end.values, end.used
     if closing:
         # Their own updates understate the error; Newton's tells it, and is small by now.
-        last = run(end.values, _exact(system, settings), True, _CLOSING, False)
-        end = end._replace(
-            values=select(end.done, last.values, end.values),
-            done=end.done & last.done,
-            used=jnp.where(end.done, end.used + last.used, end.used),
-            opening=jnp.where(end.done, last.opening, end.opening),
-        )
-    before = timeaxis.preceding(axis, init, end.values)
-    ys = jax.vmap(lambda s, x: system.step(s, x)[1])(before, system.xs)
-    rows = jax.tree.map(lambda r: r[:, None], (list(end.values), ys))
+        found = run(end.values, _exact(system, settings), True, _CLOSING, False)
+        values = select(end.done, found.values, end.values)
+        used = jnp.where(end.done, end.used + found.used, end.used)
+    before = timeaxis.preceding(axis, init, values)
+    after, ys = jax.vmap(system.step)(before, system.xs)
+    exact, worst = residuals(list(after), values)
+    # Where the solver itself did not finish, only what is exact needs no completion.
+    opening = jnp.where(end.done | (not closing), found.opening, leading(exact))
+    done = end.done & found.done
+    rows = jax.tree.map(lambda r: r[:, None], (list(values), ys))
     xs = jax.tree.map(lambda x: x[None], system.xs)
-    rows, fallback = finish(system, rows, xs, None, before, end.done, end.opening, axis, (steps, 1))
+    rows, fallback = finish(system, rows, xs, None, before, done, opening, axis, (steps, 1))
     states, ys = jax.tree.map(lambda r: r[:, 0], rows)
-    return Solution(states, ys, end.done, end.used, end.residual, fallback, before)
+    return Solution(states, ys, done, used, everywhere(worst), fallback, before)
 
 
 def _check_guess(guess: Leaves, init: Leaves, steps: int) -> None:
