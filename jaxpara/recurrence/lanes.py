@@ -39,7 +39,9 @@ def min_lane(value: jax.Array) -> jax.Array:
 @min_lane.def_vmap
 def _min_lane_vmap(axis_size, in_batched, value):
     del axis_size, in_batched
-    return min_lane(jnp.min(value, axis=0)), False
+    # Without lanes the largest number: nothing is left to do.
+    most = jnp.iinfo(value.dtype).max
+    return min_lane(jnp.min(value, axis=0, initial=most)), False
 
 
 def vary_over(tree: Any, *axes: str) -> Any:

@@ -13,6 +13,7 @@ the head, `h @ E.T`, the width is the input and the vocabulary the output.
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -328,7 +329,14 @@ def given(
         return Layouts({}, {})
     if isinstance(known, Layouts):
         return known
-    select(params, lambda path, leaf: path in known)  # near misses by name
+    paths = select(params, "**")
+    for path in known:
+        if path not in paths:
+            near = difflib.get_close_matches(path, paths, n=3, cutoff=0.3) or list(paths)[:3]
+            raise ValueError(
+                f"attach got layout= of {path!r}, which is no leaf of the parameters; near it are "
+                f"{', '.join(map(repr, near))}"
+            )
     return Layouts(known, {})
 
 
