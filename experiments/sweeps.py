@@ -221,6 +221,10 @@ def check_plugins(arguments: Sequence[str]) -> None:
             raise SystemExit(f"error: {argument} needs {package}: pip install -e '.[sweeps]'")
 
 
+def _sweeps() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def start(
     main: Callable[[], None], prepare: Callable[[list[str]], list[str]] = lambda given: given
 ) -> None:
@@ -247,7 +251,13 @@ def start(
         code = end.code
     except KeyboardInterrupt:
         code = 130
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    except Exception:
+        # A launcher whose process was killed raises it once all others have ended.
+        if not _sweeps():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _sweeps():
         sweep = Path(HydraConfig.get().sweep.dir).absolute()
         jobs = jobs_since(sweep, began)
         if jobs and not report(sweep, jobs):

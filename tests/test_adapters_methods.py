@@ -165,7 +165,7 @@ def test_ia3_multiplies_outputs_or_inputs(double):
 CONVOLUTIONS = {
     "NHWC, HWIO": (("NHWC", "HWIO", "NHWC"), {}, "r"),
     "NCHW out": (("NHWC", "HWIO", "NCHW"), {"window_strides": (2, 1), "rhs_dilation": (1, 2)}, "r"),
-    "groups": (("NHWC", "HWIO", "NHWC"), {"feature_group_count": 2}, "d"),
+    "groups": (("NHWC", "HWIO", "NHWC"), {"feature_group_count": 2}, "r"),
 }
 
 

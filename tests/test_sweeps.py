@@ -219,7 +219,7 @@ def test_a_launcher_runs_jobs_in_processes_of_their_own(tmp_path, launcher, seco
     process = launch(tmp_path, "-m", f"act=finish,{second}", f"hydra/launcher={launcher}")
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 1, said
-    assert statuses(said) == {"act=finish": "finished", f"act={second}": ending}
+    assert statuses(said) == {"act=finish": "finished", f"act={second}": ending}, said
     assert set(jobs(tmp_path)) == {"act-finish", f"act-{second}"}
 
 
