@@ -31,7 +31,7 @@ METHODS = ("sequential", "associative", "chunked", "kernel")
 # Jacobians are materialised up to these block sizes: a batched evaluation over all
 # steps and a tight recurrence beat re-evaluating the step inside it, until the
 # blocks outgrow the states that they come from.
-MATERIALISED = {"sequential": 8, "associative": 128, "chunked": 8, "kernel": 8}
+MATERIALISED = {"sequential": 16, "associative": 128, "chunked": 8, "kernel": 8}
 
 
 class Operator(NamedTuple):

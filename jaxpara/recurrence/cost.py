@@ -28,7 +28,9 @@ SECONDS, BYTES = 10e-3, 2**30
 SMALL_BLOCK = 8
 
 # Iterations on a mild cell; what one of them costs decides, not how many there are.
-_ITERATIONS = {shoot: 3, fused: 3, pointwise.newton: 5, pointwise.quasi_newton: 8}
+_ITERATIONS = {shoot: 3, fused: 3, pointwise.newton: 5, pointwise.quasi_newton: 6}
+# Of Newton's, that follow those of quasi-Newton.
+_CLOSING = 2
 
 
 class Machine(NamedTuple):
@@ -194,20 +196,36 @@ def solve(
         chunks, length = plan(steps, settings.chunks)
         seconds = iterations * (side_by_side + pushed + (length + chunks) * machine.launch)
         return Cost(seconds + side_by_side, itemsize * chunks * block * column)
-    linear, bytes_ = settings.linear, itemsize * steps * block * column
-    if kind is pointwise.quasi_newton:
-        after = steps * machine.launch if linear == "sequential" else 0.0
-        return Cost(iterations * (side_by_side + pushed + after), bytes_)
+    newton = _newton_iteration(settings.linear, work, steps, elements, block, itemsize, machine)
+    if kind is pointwise.newton:
+        return Cost(iterations * newton.seconds, newton.bytes)
+    after = steps * machine.launch if settings.linear == "sequential" else 0.0
+    seconds = iterations * (side_by_side + pushed + after) + _CLOSING * newton.seconds
+    return Cost(seconds, max(itemsize * steps * block * column, newton.bytes))
+
+
+def _newton_iteration(
+    linear: str,
+    work: Work,
+    steps: int,
+    elements: int,
+    block: int,
+    itemsize: int,
+    machine: Machine,
+) -> Cost:
+    side_by_side = steps * work.whole / machine.together
+    pushed = block * steps * work.moved / machine.together
+    column = 3.0 * elements + 2.0 * work.largest
     if block > MATERIALISED[linear]:  # the step's own tangents, one a step or K a chunk
         if linear == "sequential":
             after = steps * (machine.launch + 2 * work.moved / machine.alone)
-            return Cost(iterations * (2 * side_by_side + after), itemsize * steps * column)
+            return Cost(2 * side_by_side + after, itemsize * steps * column)
         chunks = plan(steps, None)[0]
-        seconds = iterations * (side_by_side + 2 * pushed + 2 * steps / chunks * machine.launch)
+        seconds = side_by_side + 2 * pushed + 2 * steps / chunks * machine.launch
         return Cost(seconds, itemsize * (chunks * block * column + steps * elements))
     products = 2.0 * 2 * steps * elements * block**2 / machine.together
     after = {"sequential": steps * machine.launch, "associative": products}.get(linear, products)
-    return Cost(iterations * (side_by_side + pushed + after), 2 * bytes_)
+    return Cost(side_by_side + pushed + after, 2 * itemsize * steps * block * column)
 
 
 def refusal(

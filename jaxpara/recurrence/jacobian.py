@@ -21,8 +21,9 @@ from jaxpara.recurrence.lanes import vary_like
 
 Leaves = Sequence[jax.Array]
 
-# Above this block size a batched matrix product beats unrolled multiply-adds.
-_UNROLLED = 8
+# Above these block sizes a batched matrix product beats unrolled multiply-adds: of a block with a
+# vector, of two blocks.
+_VECTOR, _MATRIX = 16, 8
 
 
 def _shapes(leaves: Leaves) -> list[tuple[int, ...]]:
@@ -105,7 +106,7 @@ def apply(matrices: Leaves, lanes: Leaves, transpose: bool = False) -> list[jax.
         rows = matrix.shape[0]
         if rows == 1:
             return matrix[0] * vector
-        if rows <= _UNROLLED:
+        if rows <= _VECTOR:
             if transpose:
                 return jnp.sum(matrix * vector[:, None], axis=0)
             return jnp.sum(matrix * vector[None], axis=1)
@@ -121,7 +122,7 @@ def multiply(left: Leaves, right: Leaves) -> list[jax.Array]:
     def one(a, b):
         if a.shape[0] == 1:
             return a * b
-        if a.shape[0] <= _UNROLLED:
+        if a.shape[0] <= _MATRIX:
             return jnp.sum(a[:, :, None] * b[None], axis=1)
         return jnp.einsum("ikn,kjn->ijn", a, b, precision=lax.Precision.HIGHEST)
 

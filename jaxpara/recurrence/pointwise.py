@@ -10,8 +10,9 @@ and updates the whole trajectory:
 After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
 within rounding, twice in a row where the step has kinks, which an update may cross. The updates of
-the other two understate the error: where they are within rounding, a few iterations of Newton's own
-decide, for small blocks; behind larger ones all states must agree with the step bit for bit.
+the other two understate the error, so they only bring the states near, and a few iterations of
+Newton decide. Where those would need Jacobians that the solver is there to avoid, all states must
+agree with the step bit for bit.
 [deer] [elk] [pararnn]
 """
 
@@ -36,15 +37,16 @@ from jaxpara.recurrence.system import (
     Solution,
     System,
     excess,
+    limit,
     opposite,
     residuals,
     scales,
 )
 from pallas_kernels import certificate
 
-# Iterations of Newton's own that may follow those of a solver whose updates bound nothing, for
-# blocks up to this size; behind larger ones its states must agree bit for bit.
-_CLOSING, _SMALL = 4, 8
+# Iterations of Newton that may follow those of a solver whose updates bound nothing, once these are
+# below this power of what counts: Newton squares an error, so two or three are wanted.
+_CLOSING, _NEAR = 8, 0.25
 
 
 def newton(
@@ -58,7 +60,7 @@ def newton(
 
     `finish` does what the budget left open, see `shooting.shoot`.
     """
-    return _solve(system, settings, guess, _exact(system, settings), True, finish)
+    return _solve(system, settings, guess, None, True, finish)
 
 
 def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
@@ -75,7 +77,9 @@ def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None
         rows = jax.vmap(own)(*pushed)
         return [r.reshape(r.shape[0], 1, 1, math.prod(r.shape[1:])) for r in rows]
 
-    return _solve(system, settings, guess, _newton_correction(diagonal, settings, blocks), False)
+    # Its diagonals are read off as many tangents as Newton's Jacobians.
+    correct = _newton_correction(diagonal, settings, blocks)
+    return _solve(system, settings, guess, correct, True)
 
 
 def jacobi(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
@@ -84,7 +88,14 @@ def jacobi(system: System, settings: Settings, guess: Leaves | None = None) -> S
     def correct(system, before, after, states, xs):
         return after, [a - s for a, s in zip(after, states, strict=True)]
 
-    return _solve(system, settings, guess, correct, False)
+    # No Jacobian larger than it would hold for the adjoint.
+    small = held(system.groups, system.init, Settings(linear="sequential"))
+    return _solve(system, settings, guess, correct, small or _one_by_one(settings))
+
+
+def _one_by_one(settings: Settings) -> bool:
+    """Whether linear recurrences are solved step by step, with nothing held for large blocks."""
+    return settings.linear == "sequential" and settings.axis is None
 
 
 def _exact(system: System, settings: Settings) -> Callable:
@@ -145,12 +156,20 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
 
 
 def _solve(
-    system: System, settings: Settings, guess, correct, exactly: bool, finish=complete
+    system: System, settings: Settings, guess, approach, certifying: bool, finish=complete
 ) -> Solution:
-    """Iterates `correct`; `exactly`: it is Newton's own, and bounds the error of the states."""
+    """Iterates Newton's correction, where there is an `approach` after that one's.
+
+    Args:
+      system, settings, guess: as for every solver.
+      approach: a correction that brings the states near, or None.
+      certifying: Newton's corrections may follow; without them only bitwise agreement counts.
+      finish: see `newton`.
+    """
     axis = timeaxis.along(settings.axis, system.reverse)
     init = vary_like(list(system.init), system.xs)
     steps = system.length
+    certain = bool(system.certain) and certifying
 
     def apply(before):
         return list(jax.vmap(lambda s, x: system.step(s, x)[0])(list(before), system.xs))
@@ -158,29 +177,34 @@ def _solve(
     def everywhere(number: jax.Array) -> jax.Array:
         return number if axis is None else jnp.max(axis.gather(number))
 
-    def attempt(correct: Callable, bounding: bool, states: Leaves) -> Attempt:
+    def attempt(correct: Callable, scale_of: Callable, tol, states: Leaves) -> Attempt:
         before = timeaxis.preceding(axis, init, states)
         after = apply(before)
         exact, worst = residuals(after, states)
         new, bound = correct(system, before, after, states, system.xs)
         units = None
-        if bounding:
-            # Steps as far back as shooting looks in its chunks.
-            window = certificate.WINDOW * math.isqrt(steps)
-            units = excess(bound, scales(after, after, init, window), settings.tol)
+        if certain:
+            units = excess(bound, scale_of(after), tol)
             units = jnp.where(opposite(after, states), jnp.inf, units)
         return Attempt(exact, units, everywhere(worst), new)
 
-    def run(states: Leaves, correct: Callable, bounding: bool, budget: int, guessed: bool):
+    def run(states: Leaves, correct: Callable, scale_of: Callable, tol, budget: int, **options):
         return iterate(
-            functools.partial(attempt, correct, bounding),
+            functools.partial(attempt, correct, scale_of, tol),
             states,
             budget,
             init,
             everywhere=everywhere,
-            guessed=guessed,
-            twice=bounding and system.certain is not Proof.SMOOTH,
+            **options,
         )
+
+    def scale_lately(after: Leaves) -> Leaves:
+        # Steps as far back as shooting looks in its chunks.
+        window = certificate.WINDOW * math.isqrt(steps)
+        return scales(after, after, init, window, one_by_one=_one_by_one(settings))
+
+    def scale_now(after: Leaves) -> Leaves:
+        return scales(after, after, init)
 
     if guess is None:
         # One application of the step saves about one iteration over a constant guess.
@@ -190,22 +214,29 @@ def _solve(
         last = [g[-1] for g in guess]
         end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
-    small = all(block_size(g, [i.shape for i in init]) <= _SMALL for g in system.groups)
-    bounding = bool(system.certain) and (exactly or small)
-    closing = bounding and not exactly
-    end = run(states, correct, bounding, settings.max_iters, True)
-    found, values, used = end, end.values, end.used
-    if closing:
-        # Their own updates understate the error; Newton's tells it, and is small by now.
-        found = run(end.values, _exact(system, settings), True, _CLOSING, False)
-        values = select(end.done, found.values, end.values)
-        used = jnp.where(end.done, end.used + found.used, end.used)
+    newton_correction = _exact(system, settings)
+    proving = functools.partial(run, correct=newton_correction, scale_of=scale_lately)
+    proving = functools.partial(
+        proving, tol=settings.tol, twice=certain and system.certain is not Proof.SMOOTH
+    )
+    if approach is None:
+        found = proving(states, budget=settings.max_iters, guessed=True)
+        values, used, near = found.values, found.used, jnp.ones((), bool)
+    else:
+        tol = max((limit(i.dtype, settings.tol) for i in init), default=0.0) ** _NEAR
+        end = run(states, approach, scale_now, tol, settings.max_iters)
+        found, values, used, near = end, end.values, end.used, end.done
+        if certain:
+            # From near by Newton converges in a few iterations, and its updates tell the error.
+            found = proving(end.values, budget=_CLOSING, guessed=False)
+            values = select(near, found.values, end.values)
+            used = jnp.where(near, end.used + found.used, end.used)
     before = timeaxis.preceding(axis, init, values)
     after, ys = jax.vmap(system.step)(before, system.xs)
     exact, worst = residuals(list(after), values)
-    # Where the solver itself did not finish, only what is exact needs no completion.
-    opening = jnp.where(end.done | (not closing), found.opening, leading(exact))
-    done = end.done & found.done
+    # Where the approach did not come near, only what is exact needs no completion.
+    opening = jnp.where(near | (not certain), found.opening, leading(exact))
+    done = near & found.done
     rows = jax.tree.map(lambda r: r[:, None], (list(values), ys))
     xs = jax.tree.map(lambda x: x[None], system.xs)
     rows, fallback = finish(system, rows, xs, None, before, done, opening, axis, (steps, 1))

@@ -209,6 +209,7 @@ def quasi_newton(
 
     For dense cells: the linear recurrence of an iteration is diagonal, in exchange for
     more iterations. The diagonal is read off K tangents, K being the size of a block.
+    Once its updates are small a few iterations of `newton` follow, which certify the states.
     The same as `newton` for diagonal cells. The adjoint always uses the full Jacobian.
 
     Args:
@@ -245,8 +246,9 @@ def jacobi(
 ) -> Solver:
     """Jacobi (Picard) iteration: the step applied to all times at once.
 
-    Converges in about as many iterations as the recurrence has memory; no Jacobians
-    but for the adjoint.
+    Converges in about as many iterations as the recurrence has memory. Once its updates are
+    small a few iterations of `newton` follow, which certify the states; they hold no Jacobians
+    larger than 16 x 16. The adjoint takes one.
 
     Args:
       tol, max_iters, axis, structure, debug: as for `shooting`.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpara.recurrence.blocks import Groups
 from jaxpara.recurrence.certain import Proof
@@ -108,7 +109,12 @@ def _wide(leaf: jax.Array) -> jax.Array:
 
 
 def scales(
-    peaks: Leaves, ends: Leaves, first: Leaves, window: int = certificate.WINDOW
+    peaks: Leaves,
+    ends: Leaves,
+    first: Leaves,
+    window: int = certificate.WINDOW,
+    *,
+    one_by_one: bool = False,
 ) -> list[jax.Array]:
     """The magnitude that every element has had lately, `[n, *leaf]`.
 
@@ -120,19 +126,45 @@ def scales(
       ends: where it arrives, `[n, *leaf]`.
       first: the state before row 0.
       window: rows to look back on, rounded up to a power of two.
+      one_by_one: walk the rows, which costs a CPU a third of what looking back in parallel does;
+        `window` is then the farthest row that counts, and half of it the nearest that may not.
     """
+    lately = _walked if one_by_one else _looked_back
 
     def one(peak, end, before):
         peak, end, before = (jnp.abs(_wide(v)) for v in (peak, end, before))
         arrived = jnp.concatenate([before[None], end])
-        scale = jnp.concatenate([before[None], jnp.maximum(peak, end)])
-        shift = 1
-        while shift < min(window, end.shape[0] + 1):
-            earlier = jnp.concatenate([scale[:1]] * shift + [scale[:-shift]])
-            scale, shift = jnp.maximum(scale, earlier), 2 * shift
+        scale = lately(jnp.concatenate([before[None], jnp.maximum(peak, end)]), window)
         return jnp.minimum(scale[1:], certificate.SLACK * jnp.maximum(arrived[1:], arrived[:-1]))
 
     return [one(*leaves) for leaves in zip(peaks, ends, first, strict=True)]
+
+
+def _looked_back(rows: jax.Array, window: int) -> jax.Array:
+    """The largest of the last `window` rows, at each of them, in parallel."""
+    shift = 1
+    while shift < min(window, rows.shape[0]):
+        earlier = jnp.concatenate([rows[:1]] * shift + [rows[:-shift]])
+        rows, shift = jnp.maximum(rows, earlier), 2 * shift
+    return rows
+
+
+def _walked(rows: jax.Array, window: int) -> jax.Array:
+    """The largest of the block of `window / 2` rows before, and of this one so far."""
+    count, size = rows.shape[0], max(window // 2, 1)
+    blocks = -(-count // size)
+    # Magnitudes: zeros are never the largest.
+    rows = jnp.pad(rows, [(0, blocks * size - count)] + [(0, 0)] * (rows.ndim - 1))
+    rows = rows.reshape(blocks, size, *rows.shape[1:])
+    peaks = jnp.max(rows, axis=1)
+    before = jnp.concatenate([jnp.zeros_like(peaks[:1]), peaks[:-1]])
+
+    def further(largest, row):
+        largest = jnp.maximum(largest, row)
+        return largest, largest
+
+    found = lax.scan(further, before, jnp.moveaxis(rows, 1, 0))[1]
+    return jnp.moveaxis(found, 0, 1).reshape(blocks * size, *rows.shape[2:])[:count]
 
 
 def excess(deltas: Leaves, scale: Leaves, tol: float | None) -> jax.Array:
