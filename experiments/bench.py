@@ -22,12 +22,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from experiments import bench_figure, bench_rows, records, runs
-from experiments.commandline import command, guarded
-from experiments.contest import Row, contest
-from experiments.progress import clock
-from experiments.recurrence_problem import PASSES, make_problem
-from experiments.rivals import RIVALS
+from experiments.contest import bench_figure, bench_rows
+from experiments.contest.contest import Row, contest
+from experiments.contest.recurrence_problem import PASSES, make_problem
+from experiments.contest.rivals import RIVALS
+from experiments.run import folders, records
+from experiments.run.progress import clock
+from experiments.shell.commandline import command, guarded
 
 COLUMNS = (
     "T, B, D",
@@ -54,13 +55,13 @@ def check(suite: dict[str, Any]) -> None:
     """
     for which in suite["passes"]:
         if which not in PASSES:
-            raise runs.RunError(f"suite.passes has {which!r}; expected some of {list(PASSES)}")
+            raise folders.RunError(f"suite.passes has {which!r}; expected some of {list(PASSES)}")
     for name in suite["rivals"]:
         if name not in RIVALS:
-            raise runs.RunError(f"suite.rivals has {name!r}; expected some of {list(RIVALS)}")
+            raise folders.RunError(f"suite.rivals has {name!r}; expected some of {list(RIVALS)}")
     for shape in suite["shapes"]:
         if len(shape) != 3 or min(shape) < 1:
-            raise runs.RunError(
+            raise folders.RunError(
                 f"suite.shapes has {list(shape)}; expected [T, B, D], each at least 1"
             )
 
@@ -111,7 +112,7 @@ def machine() -> str:
     Returns:
       Device, cores, versions, commit.
     """
-    known = runs.environment()
+    known = folders.environment()
     dirty = " with uncommitted changes" if known["git_dirty"] else ""
     commit = (known["git_commit"] or "unknown")[:10] + dirty
     return (
@@ -228,7 +229,7 @@ def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, 
     _show(console, suite, rows, line)
     console.print(f"{folder}/results.png, .csv and .md", highlight=False, soft_wrap=True)
     bad = [row for row in rows if row.name in suite["solvers"] and row.verdict != "ok"]
-    runs.close_run(
+    folders.close_run(
         folder,
         {
             "seconds": time.perf_counter() - began,
@@ -239,7 +240,7 @@ def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, 
         },
     )
     if bad:
-        raise runs.RunError(
+        raise folders.RunError(
             f"{len(bad)} of our own rows are not ok: "
             + ", ".join(f"{r.name} at {r.time, r.batch, r.state}: {r.verdict}" for r in bad[:5])
         )
@@ -282,7 +283,7 @@ def place(cfg: DictConfig, folder: Path) -> Path:
     """
     found = None if cfg.fresh else bench_rows.find(folder, cfg)
     if found is None:
-        runs.open_run(folder, cfg)
+        folders.open_run(folder, cfg)
         return folder
     if found != folder:
         records.discard(folder)
@@ -299,7 +300,7 @@ def main(cfg: DictConfig) -> None:
         try:
             make_problem(suite["cell"], 1, 1, 1, scale=suite["scale"], seed=cfg.seed)
         except ValueError as error:
-            raise runs.RunError(str(error)) from error
+            raise folders.RunError(str(error)) from error
         folder = place(cfg, Path(HydraConfig.get().runtime.output_dir))
         try:
             bench(suite, folder, rounds=cfg.rounds, budget_s=cfg.budget_s, seed=cfg.seed)

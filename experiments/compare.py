@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.commandline import command, guarded
 from experiments.plot import pick_y
-from experiments.run_sets import Run, differing_keys, read_all, short_names
-from experiments.runs import RunError
+from experiments.run.folders import RunError
+from experiments.shell.commandline import command, guarded
+from experiments.sweep.run_sets import Run, differing_keys, read_all, short_names
 
 RESULTS = (
     "steps_done",

@@ -9,14 +9,15 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from experiments import checkpoints, run_sets, runs, tables, trust
-from experiments.build import build_data
-from experiments.commandline import command, guarded
 from experiments.data.baselines import baselines
 from experiments.data.corpus import digest
-from experiments.folder_arguments import quote_folders
-from experiments.judging import bits_per_byte
-from experiments.trained import open_model
+from experiments.run import checkpoints, folders, tables, trust
+from experiments.run.build import build_data
+from experiments.run.folder_arguments import quote_folders
+from experiments.run.trained import open_model
+from experiments.shell.commandline import command, guarded
+from experiments.sweep import run_sets
+from experiments.text.judging import bits_per_byte
 
 
 def find_runs(given: Any) -> list[Path]:
@@ -35,7 +36,7 @@ def find_runs(given: Any) -> list[Path]:
         return run_sets.expand(map(str, given))
     if given and glob.has_magic(given) and not Path(given).is_dir():
         return run_sets.expand(given)
-    return [runs.find_run(given)]
+    return [folders.find_run(given)]
 
 
 def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -67,11 +68,11 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {"data": data, "own": "data" not in cfg, **numbers}
 
 
-def score(folders: list[Path], where: dict[str, Any]) -> dict[str, float]:
+def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
     """Scores runs on the same windows, and shows them beside compressors.
 
     Args:
-      folders: of the runs.
+      judged: folders of the runs.
       where: from `judged_on`.
 
     Returns:
@@ -85,13 +86,13 @@ def score(folders: list[Path], where: dict[str, Any]) -> dict[str, float]:
     try:
         held_out = data.held_out(count=where["windows"], length=where["length"])
     except ValueError as error:
-        raise runs.RunError(str(error)) from error
+        raise folders.RunError(str(error)) from error
     scored = {}
-    for folder in folders:
+    for folder in judged:
         if where["own"]:
             known = checkpoints.data_of(folder).get("held-out text")
             if known not in (None, digest(data.validation)):
-                raise runs.RunError(
+                raise folders.RunError(
                     f"{folder} was judged by other held-out text than {data.source} holds: its "
                     f"digest was {known!r} and is {digest(data.validation)!r}. Put back what it "
                     "was, or choose the text with data=SOURCE"
@@ -124,12 +125,12 @@ def job(cfg: DictConfig) -> dict[str, float]:
     """
     together: dict[str, list[Path]] = {}
     for folder in find_runs(cfg.run):
-        runs.need(runs.load_config(folder), folder, "model", "data", "evaluation")
+        folders.need(folders.load_config(folder), folder, "model", "data", "evaluation")
         where = judged_on(cfg, folder)
         together.setdefault(json.dumps(where), []).append(folder)
     scored = {}
-    for where, folders in together.items():
-        scored.update(score(folders, json.loads(where)))
+    for where, judged in together.items():
+        scored.update(score(judged, json.loads(where)))
     return scored
 
 

@@ -7,10 +7,11 @@ import hydra
 import jax
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import checkpoints, peft_files, runs, trust
-from experiments.build import build_model
-from experiments.commandline import command, guarded
-from experiments.folder_arguments import quote_folders
+from experiments.adapt import peft_files
+from experiments.run import checkpoints, folders, trust
+from experiments.run.build import build_model
+from experiments.run.folder_arguments import quote_folders
+from experiments.shell.commandline import command, guarded
 
 
 def export(cfg: DictConfig) -> None:
@@ -22,9 +23,9 @@ def export(cfg: DictConfig) -> None:
     Raises:
       RunError: no such run, or its transforms are not LoRA alone.
     """
-    folder = runs.find_run(cfg.run)
+    folder = folders.find_run(cfg.run)
     trained = trust.open_config(folder)
-    runs.need(trained, folder, "model")
+    folders.need(trained, folder, "model")
     like = jax.eval_shape(build_model(trained).init, jax.random.key(0))
     state = checkpoints.load_params(folder, like, which="last")
     output = Path(cfg.output) if cfg.output else folder / "peft"

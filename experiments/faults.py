@@ -28,9 +28,19 @@ import yaml
 from omegaconf import DictConfig
 
 import jaxpara as jp
-from experiments import adapter_files, checkpoints, claim, hostile, runs, seals, trust
+from experiments.adapt import adapter_files
 from experiments.data.tokens import open_tokenizer
-from experiments.injection import Event, flip, is_right, judge, restore, save_steps, state_after
+from experiments.inject import hostile
+from experiments.inject.injection import (
+    Event,
+    flip,
+    is_right,
+    judge,
+    restore,
+    save_steps,
+    state_after,
+)
+from experiments.run import checkpoints, claim, folders, seals, trust
 
 LIMITS = (0, 1, 100, 500, 1000, 2000, 4000, 8000)  # bytes that a file may have on a "full disk"
 PATIENCE = 120  # seconds for a child on a machine that does much else
@@ -131,8 +141,8 @@ def damaged_steps(place: Path, rng: np.random.Generator, share: float) -> Iterat
 def _child(*arguments: Any, **options: Any) -> subprocess.Popen:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.fault_children", *map(str, arguments)],
-        cwd=runs.REPOSITORY,
+        [sys.executable, "-m", "experiments.inject.fault_children", *map(str, arguments)],
+        cwd=folders.REPOSITORY,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -203,7 +213,7 @@ def two_processes(place: Path, rng: np.random.Generator, share: float) -> Iterat
 
 
 def _opened(run: Path, values: dict[str, Any], *, read: bool = False) -> DictConfig:
-    (run / runs.CONFIG).write_text(yaml.safe_dump(values))
+    (run / folders.CONFIG).write_text(yaml.safe_dump(values))
     cfg = trust.open_config(run)
     if read:
         trust.check_paths(cfg, run)
@@ -266,7 +276,7 @@ def garbage(place: Path, rng: np.random.Generator, share: float) -> Iterator[Eve
             try:
                 open_tokenizer(str(tokenizer))
             except ValueError as error:  # the programs make one line of it
-                raise runs.RunError(str(error)) from error
+                raise folders.RunError(str(error)) from error
 
         yield judge("a tokenizer", read, lambda found: False)
 

@@ -14,20 +14,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from experiments import runs, trust
-from experiments.commandline import guarded
-from experiments.folder_arguments import quote_folders
-from experiments.resuming import resume_arguments
-from experiments.run_sets import METRICS
-from experiments.sweep_folders import plain_config
-from experiments.sweeps import once, start
+from experiments.run import folders, trust
+from experiments.run.folder_arguments import quote_folders
+from experiments.run.resuming import resume_arguments
+from experiments.run.trained import tokenizer_of
+from experiments.shell.commandline import guarded
+from experiments.sweep.run_sets import METRICS
+from experiments.sweep.sweep_folders import plain_config
+from experiments.sweep.sweeps import once, start
 from experiments.train import job as train_job
-from experiments.trained import tokenizer_of
 
 NUMBERS = ("bits", "rank")
 FOLDERS = ("from", "data.path", "data.root", "data.tokenizer", trust.TRUST)
-BASE = f"{runs.MAKE} data=stdlib_base name=base hydra.run.dir=runs/base"
-TRANSFORMS = runs.REPOSITORY / "experiments" / "conf" / "transform"
+BASE = f"{folders.MAKE} data=stdlib_base name=base hydra.run.dir=runs/base"
+TRANSFORMS = folders.REPOSITORY / "experiments" / "conf" / "transform"
 OF_THE_BASE = ("model", "mixer", "cell", "solver", "contender", "data.tokenizer")
 
 
@@ -51,11 +51,11 @@ def check_transforms(arguments: Sequence[str]) -> None:
             names = [name.strip() for name in chosen.strip("[]").split(",") if name.strip()]
             for name in names:
                 if name not in (*there, "null"):
-                    raise runs.RunError(
+                    raise folders.RunError(
                         f"transform={chosen}: there is no {name}; there are {', '.join(there)}"
                     )
                 if names.count(name) > 1:
-                    raise runs.RunError(
+                    raise folders.RunError(
                         f"transform={chosen}: {name} stands in it {names.count(name)} times, and "
                         "a chain has each transform once"
                     )
@@ -73,19 +73,19 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         override of what is taken from it.
     """
     if OmegaConf.is_missing(cfg, "from"):
-        runs.find_run(None, key="from", make=BASE)
+        folders.find_run(None, key="from", make=BASE)
     if cfg["from"] is None:
         return
-    base = runs.find_run(cfg["from"], key="from", make=BASE)
+    base = folders.find_run(cfg["from"], key="from", make=BASE)
     trained = trust.open_config(base)
     if "model" not in trained:
-        raise runs.RunError(
+        raise folders.RunError(
             f"from={cfg['from']!r} is not of a language model: give a run of\n  {BASE}"
         )
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].replace("/", ".")
         if any(key == one or key.startswith(f"{one}.") for one in OF_THE_BASE):
-            raise runs.RunError(
+            raise folders.RunError(
                 f"{override}: from={cfg['from']} brings its model and its tokenizer; leave it out, "
                 "or give from=null to train a model of your own from scratch"
             )
@@ -123,20 +123,20 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
     def used(config: DictConfig) -> dict[str, Any]:
         return {key: value for key, value in plain_config(config).items() if key not in idle}
 
-    for path in sorted(folder.parent.glob(f"*/{runs.CONFIG}")) if idle else []:
+    for path in sorted(folder.parent.glob(f"*/{folders.CONFIG}")) if idle else []:
         other = path.parent
-        if other != folder and runs.status(other) == "finished":
-            if used(runs.load_config(other)) == used(cfg):
+        if other != folder and folders.status(other) == "finished":
+            if used(folders.load_config(other)) == used(cfg):
                 return other
     return None
 
 
 def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
     """The run of a twin under this config, marked."""
-    runs.open_run(folder, cfg)
+    folders.open_run(folder, cfg)
     shutil.copy(twin / METRICS, folder)
-    summary = runs.read_summary(twin)
-    runs.close_run(folder, {**summary, "same_as": summary.get("same_as", str(twin))})
+    summary = folders.read_summary(twin)
+    folders.close_run(folder, {**summary, "same_as": summary.get("same_as", str(twin))})
     print(f"the transforms have no {' or '.join(sorted(unused(cfg)))}: the same run as {twin}")
 
 
@@ -150,7 +150,7 @@ def job(cfg: DictConfig) -> None:
       RunError: something to put right at the keyboard.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    goes_on = bool(cfg.resume) and (folder / runs.CONFIG).is_file()
+    goes_on = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
     if not goes_on:  # a run that goes on does so with its own config
         take_model(cfg, list(HydraConfig.get().overrides.task))
         chosen = " > ".join(cfg.get("transform") or {}) or "full"

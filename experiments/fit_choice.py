@@ -21,9 +21,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import jaxpara as jp
-from experiments.commandline import command, guarded
-from experiments.recurrence_problem import make_problem
-from experiments.timing import measure, prepare
+from experiments.contest.recurrence_problem import make_problem
+from experiments.contest.timing import measure, prepare
+from experiments.shell.commandline import command, guarded
 
 
 def forward_backward(scan: Callable[..., Any], step: Any) -> Callable[..., Any]:

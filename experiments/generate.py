@@ -8,12 +8,12 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from experiments import runs, trust
-from experiments.commandline import command, guarded, quote_text
-from experiments.folder_arguments import quote_folders
-from experiments.prompts import check_output, read_prompts, stop_strings
-from experiments.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
-from experiments.trained import open_model
+from experiments.run import folders, trust
+from experiments.run.folder_arguments import quote_folders
+from experiments.run.trained import open_model
+from experiments.shell.commandline import command, guarded, quote_text
+from experiments.text.prompts import check_output, read_prompts, stop_strings
+from experiments.text.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
 from jaxpara.types import Params
 
 DEFAULT_PROMPT = "def "
@@ -34,11 +34,11 @@ def read_requests(cfg: DictConfig) -> list[Request]:
       RunError: no or two sources of prompts, or a file that cannot be used.
     """
     if cfg.prompt is not None and cfg.prompts is not None:
-        raise runs.RunError(
+        raise folders.RunError(
             f"prompt={cfg.prompt!r} and prompts={cfg.prompts!r}: give one or the other"
         )
     if cfg.samples < 1:
-        raise runs.RunError(f"samples={cfg.samples} for each prompt: give at least 1")
+        raise folders.RunError(f"samples={cfg.samples} for each prompt: give at least 1")
     if cfg.prompts is not None:
         prompts = read_prompts(str(cfg.prompts), field=cfg.field)
     else:
@@ -77,7 +77,7 @@ def job(cfg: DictConfig) -> None:
     Raises:
       RunError: no such run, or settings that cannot be served.
     """
-    folder = runs.find_run(cfg.run)
+    folder = folders.find_run(cfg.run)
     requests = read_requests(cfg)
     check_output(cfg.output)
     rule = Rule(cfg.length, cfg.temperature, cfg.top_k, cfg.top_p, stop_strings(cfg.stop))
@@ -92,7 +92,7 @@ def job(cfg: DictConfig) -> None:
                 sys.stdout.flush()
             sys.stdout.write("\n")
     except ValueError as error:
-        raise runs.RunError(str(error)) from error
+        raise folders.RunError(str(error)) from error
     print(writer.decode.watch.report(), file=sys.stderr)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import curves
-from experiments.commandline import command, guarded
-from experiments.run_sets import Run, check_keys, differing_keys, group, read_all
-from experiments.runs import RunError
+from experiments.run.folders import RunError
+from experiments.shell.commandline import command, guarded
+from experiments.studies import curves
+from experiments.sweep.run_sets import Run, check_keys, differing_keys, group, read_all
 
 SUFFIXES = (".png", ".pdf", ".svg")
 

@@ -28,9 +28,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from experiments.explanations import explain
-from experiments.runs import REPOSITORY, RunError, read_summary
-from experiments.tables import show
+from experiments.run.folders import REPOSITORY, RunError, read_summary
+from experiments.run.tables import show
+from experiments.shell.explanations import explain
 
 EXPERIMENTS = REPOSITORY / "experiments" / "conf" / "experiment"
 COMMAND = re.compile(r"# python -m (experiments\.\w+)(.*)")

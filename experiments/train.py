@@ -7,18 +7,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import checkpoints, runs, trust
-from experiments.build import build
-from experiments.checks import check_settings
-from experiments.claim import claimed
-from experiments.commandline import guarded, quote_text
-from experiments.folder_arguments import quote_folders
-from experiments.memory import check_step
-from experiments.resuming import check_overrides, resume_arguments
-from experiments.settings import make_settings
-from experiments.stopping import pass_on
-from experiments.sweeps import once, start
-from experiments.trainer import train
+from experiments.run import checkpoints, folders, trust
+from experiments.run.build import build
+from experiments.run.checks import check_settings
+from experiments.run.claim import claimed
+from experiments.run.folder_arguments import quote_folders
+from experiments.run.memory import check_step
+from experiments.run.resuming import check_overrides, resume_arguments
+from experiments.run.settings import make_settings
+from experiments.run.stopping import pass_on
+from experiments.run.trainer import train
+from experiments.shell.commandline import guarded, quote_text
+from experiments.sweep.sweeps import once, start
 
 FOLDERS = ("data.path", "data.root", "data.tokenizer", trust.TRUST)
 
@@ -39,13 +39,13 @@ def job(cfg: DictConfig) -> None:
 
 def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
     """`job` in a folder, which it holds as soon as it writes there."""
-    resume = bool(cfg.resume) and (folder / runs.CONFIG).is_file()
+    resume = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
     if resume:
         held.enter_context(claimed(folder))
-        stored = runs.load_config(folder)
+        stored = folders.load_config(folder)
         overrides = list(HydraConfig.get().overrides.task)
         check_overrides(overrides, cfg=cfg, stored=stored, folder=folder)
-        if runs.status(folder) == "finished":
+        if folders.status(folder) == "finished":
             print(f"the run is finished, nothing is left to do: {folder}")
             return
         cfg = trust.open_config(folder)
@@ -59,11 +59,11 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
     parts = build(cfg)
     check_step(parts.task, parts.optimizer, accumulate=settings.accumulate)
     if resume:
-        runs.reopen_run(folder)
+        folders.reopen_run(folder)
     else:
-        runs.check_inert(values, "the config")
+        folders.check_inert(values, "the config")
         held.enter_context(claimed(folder))
-        runs.open_run(folder, cfg)
+        folders.open_run(folder, cfg)
     result = train(
         parts.task,
         optimizer=parts.optimizer,

@@ -7,9 +7,9 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.commandline import command, guarded
 from experiments.data.tokens import END_OF_TEXT, open_tokenizer
-from experiments.runs import RunError
+from experiments.run.folders import RunError
+from experiments.shell.commandline import command, guarded
 
 
 def up_to(documents: Iterable[bytes], size: int) -> Iterator[str]:

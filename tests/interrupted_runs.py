@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 
-from experiments import checkpoints, metrics, trainer
+from experiments.run import checkpoints, metrics, trainer
 
 # Of the machine, not of the run.
 MEASURED = {"seconds", "tokens_per_second", "memory_bytes", "model_flops_per_second"}

@@ -6,10 +6,10 @@ import numpy as np
 from omegaconf import OmegaConf
 from programs import ending
 
-from experiments import checkpoints
-from experiments.build import build_model
-from experiments.commandline import quote_text
 from experiments.generate import FREE_TEXT
+from experiments.run import checkpoints
+from experiments.run.build import build_model
+from experiments.shell.commandline import quote_text
 from jaxpara.types import TrainState
 
 MODEL = {

@@ -9,22 +9,22 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from experiments import runs
-from experiments.sweeps import once, start
+from experiments.run import folders
+from experiments.sweep.sweeps import once, start
 
 
 def job(cfg):
     folder = Path(HydraConfig.get().runtime.output_dir)
-    begun = (folder / runs.CONFIG).exists()
-    if begun and runs.status(folder) == "finished":
+    begun = (folder / folders.CONFIG).exists()
+    if begun and folders.status(folder) == "finished":
         return
     if not begun:
-        OmegaConf.save(cfg, folder / runs.CONFIG, resolve=True)
+        OmegaConf.save(cfg, folder / folders.CONFIG, resolve=True)
     with (folder / "visits").open("a") as file:
         file.write("goes on\n" if cfg.resume else "begins\n")
     mended = (Path.cwd() / "mended").exists()
     if cfg.act == "fail" and not mended:
-        raise runs.RunError("act=fail: give act=finish")
+        raise folders.RunError("act=fail: give act=finish")
     if cfg.act == "bug" and not mended:
         raise ZeroDivisionError("a bug")
     if cfg.act == "stop" and not mended:
@@ -34,7 +34,7 @@ def job(cfg):
     if cfg.act == "sleep":
         time.sleep(1000)
     summary = {"status": "finished", "judged_by": ["loss", "min"], "loss": (cfg.x - 3) ** 2}
-    runs.write_json(folder / runs.SUMMARY, summary)
+    folders.write_json(folder / folders.SUMMARY, summary)
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="sweep_program")

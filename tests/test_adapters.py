@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxpara as jp
-from experiments import peft_files
-from experiments.runs import RunError
+from experiments.adapt import peft_files
+from experiments.run.folders import RunError
 
 KEY = jax.random.key(0)
 

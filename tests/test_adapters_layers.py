@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 import jaxpara as jp
-from experiments import build, runs
+from experiments.run import build, folders
 from jaxpara import nn
 
 KEY = jax.random.key(0)
@@ -308,7 +308,7 @@ def test_what_cannot_be_is_refused():
         nn.adapted_mixer(nn.mixers.attention(), reads="both")
 
 
-CONFIGS = sorted((runs.REPOSITORY / "experiments/conf/mixer").glob("*.yaml"))
+CONFIGS = sorted((folders.REPOSITORY / "experiments/conf/mixer").glob("*.yaml"))
 
 
 @pytest.mark.slow

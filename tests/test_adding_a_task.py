@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import checkpoints, metrics, train
+from experiments import train
+from experiments.run import checkpoints, metrics
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "adding_a_task.md").read_text()
 

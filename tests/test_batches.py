@@ -17,7 +17,7 @@ import pytest
 from experiments.data import huggingface, jsonl, packing, parquet, splits, stdlib, text, windows
 from experiments.data.corpus import from_documents
 from experiments.data.tokens import BYTES, tokenize
-from experiments.runs import RunError
+from experiments.run.folders import RunError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Lengths from 1 byte to many rows; a byte that no other document has tells them apart.

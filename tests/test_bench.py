@@ -12,12 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import rivals
 from experiments.bench import check
-from experiments.contest import REFERENCE, contest, judge
-from experiments.recurrence_problem import both_passes, floor_bytes, grid, make_problem, through
-from experiments.runs import RunError
-from experiments.timing import Prepared, largest_error, measure, prepare, prepare_copy
+from experiments.contest import rivals
+from experiments.contest.contest import REFERENCE, contest, judge
+from experiments.contest.recurrence_problem import (
+    both_passes,
+    floor_bytes,
+    grid,
+    make_problem,
+    through,
+)
+from experiments.contest.timing import (
+    Prepared,
+    largest_error,
+    measure,
+    prepare,
+    prepare_copy,
+)
+from experiments.run.folders import RunError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -5,9 +5,11 @@ import csv
 import pytest
 from programs import ending
 
-from experiments import bench, bench_figure, bench_rows, runs
-from experiments.contest import REFERENCE, Row
-from experiments.runs import RunError
+from experiments import bench
+from experiments.contest import bench_figure, bench_rows
+from experiments.contest.contest import REFERENCE, Row
+from experiments.run import folders
+from experiments.run.folders import RunError
 
 SUITE = ["suite.shapes=[[4,1,2],[8,1,2]]", "suite.rivals=[]", "rounds=3", "budget_s=0.1"]
 SUITE += [f"~suite.solvers.{name}" for name in ("newton", "quasi_newton", "jacobi", "auto")]
@@ -33,7 +35,7 @@ def contests(monkeypatch):
         ]
 
     monkeypatch.setattr(bench, "contest", contest)
-    monkeypatch.setattr(runs, "_git", lambda *arguments: "0" * 40)
+    monkeypatch.setattr(folders, "_git", lambda *arguments: "0" * 40)
     return asked, stop_at
 
 
@@ -80,7 +82,7 @@ def test_other_work_has_a_folder_of_its_own(tmp_path, contests, monkeypatch):
     assert "holds a run already" in ending(bench, tmp_path, *SUITE, "rounds=4", place)
     here = f"hydra.run.dir={tmp_path / 'other'}"
     assert ending(bench, tmp_path, *SUITE, "seed=1", here) is None and len(asked) == 8
-    monkeypatch.setattr(runs, "_git", lambda *arguments: "1" * 40)  # other code
+    monkeypatch.setattr(folders, "_git", lambda *arguments: "1" * 40)  # other code
     last = f"hydra.run.dir={tmp_path / 'last'}"
     assert ending(bench, tmp_path, *SUITE, last) is None and len(asked) == 12
 

@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpara as jp
-from experiments import adapter_files, checkpoints, seals
-from experiments.injection import flip
-from experiments.runs import RunError
-from experiments.seals import Damaged
+from experiments.adapt import adapter_files
+from experiments.inject.injection import flip
+from experiments.run import checkpoints, seals
+from experiments.run.folders import RunError
+from experiments.run.seals import Damaged
 from jaxpara.train import init_state, make_step
 from jaxpara.types import Model
 

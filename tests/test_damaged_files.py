@@ -14,27 +14,23 @@ from run_folders import config, make_run
 from saved_run import save_run
 
 from experiments import (
-    adapter_files,
     compare,
     evaluate,
     export_adapters,
     finetune,
-    finetune_figure,
     generate,
-    metrics,
-    mixers,
-    peft_files,
     plot,
     reproduce,
-    run_sets,
-    runs,
-    state_tracking_figure,
     train,
 )
+from experiments.adapt import adapter_files, peft_files
 from experiments.data import files, huggingface, jsonl, parquet
-from experiments.explanations import explain
-from experiments.prompts import read_prompts, stop_strings
-from experiments.runs import RunError
+from experiments.run import folders, metrics
+from experiments.run.folders import RunError
+from experiments.shell.explanations import explain
+from experiments.studies import finetune_figure, mixers, state_tracking_figure
+from experiments.sweep import run_sets
+from experiments.text.prompts import read_prompts, stop_strings
 
 ROOT = Path(__file__).resolve().parent.parent
 DEEP = "[" * 100_000
@@ -163,14 +159,14 @@ def test_yaml_that_stands_for_more_than_memory_holds_is_refused(tmp_path):
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     with pytest.raises(RunError, match="YAML aliases"):
-        runs.load_config(tmp_path)
+        folders.load_config(tmp_path)
     for deep in ("a: " + "[" * 150 + "]" * 150, "- " * 150 + "x", "? " * 150):
         (tmp_path / "config.yaml").write_text(deep)
         with pytest.raises(RunError, match="nests more than 100 deep"):
-            runs.load_config(tmp_path)
-    (tmp_path / "config.yaml").write_text("a: " + "x" * runs.LARGEST_CONFIG)
+            folders.load_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("a: " + "x" * folders.LARGEST_CONFIG)
     with pytest.raises(RunError, match="characters"):
-        runs.load_config(tmp_path)
+        folders.load_config(tmp_path)
 
 
 def test_what_a_run_lacks_is_named(tmp_path):
@@ -181,12 +177,12 @@ def test_what_a_run_lacks_is_named(tmp_path):
 
 def test_a_damaged_summary_counts_as_unfinished_and_a_damaged_environment_is_kept(tmp_path, capsys):
     (tmp_path / "summary.json").write_text('{"status": "finis')
-    assert runs.status(tmp_path) is None and "counts as unfinished" in capsys.readouterr().out
+    assert folders.status(tmp_path) is None and "counts as unfinished" in capsys.readouterr().out
     (tmp_path / "env.json").write_text("{")
-    runs.close_run(tmp_path, {"status": "finished", "seconds": 2.0})
+    folders.close_run(tmp_path, {"status": "finished", "seconds": 2.0})
     assert (tmp_path / "env.damaged.json").read_text() == "{"
     assert json.loads((tmp_path / "env.json").read_text()) == {"seconds": 2.0}
-    assert runs.status(tmp_path) == "finished"
+    assert folders.status(tmp_path) == "finished"
 
 
 # -- tables

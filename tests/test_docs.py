@@ -164,7 +164,9 @@ def test_the_commands_of_the_documents_exist(document):
             assert words[1] in targets, f"{document}: `{command}`: no such target"
             continue
         module = words[2].removeprefix("experiments.")
-        assert (ROOT / f"experiments/{module}.py").exists(), f"{document}: `{command}`"
+        assert (ROOT / f"experiments/{module.replace('.', '/')}.py").exists(), (
+            f"{document}: `{command}`"
+        )
         groups = r"(?<![\w.])(experiment|suite|sweep|model|cell|solver|mixer|optim|projection|task"
         groups += r"|contender|data)=([\w/]+)"
         for group, value in re.findall(groups, command):

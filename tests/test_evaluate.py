@@ -10,9 +10,10 @@ import pytest
 from omegaconf import OmegaConf
 from saved_run import EVALUATION, MODEL, call, save_run
 
-from experiments import checkpoints, evaluate
-from experiments.build import build_data, build_model
+from experiments import evaluate
 from experiments.data.windows import evenly_spaced
+from experiments.run import checkpoints
+from experiments.run.build import build_data, build_model
 
 
 def source(root):

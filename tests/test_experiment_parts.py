@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
 
-from experiments import figures, metrics, progress, runs
-from experiments.commandline import quote_text
-from experiments.judging import bits_per_byte
-from experiments.loop import Diverged, run_loop
-from experiments.speed import Speedometer
-from experiments.stopping import pass_on, stop_signal
+from experiments.run import figures, folders, metrics, progress
+from experiments.run.loop import Diverged, run_loop
+from experiments.run.speed import Speedometer
+from experiments.run.stopping import pass_on, stop_signal
+from experiments.shell.commandline import quote_text
+from experiments.text.judging import bits_per_byte
 from jaxpara.nn import decoder, mixers
 from jaxpara.recurrence import cells
 from jaxpara.types import TrainState
@@ -339,16 +339,16 @@ def test_only_free_text_is_quoted():
 
 def test_a_missing_run_is_answered_with_the_newest_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(runs.RunError, match="give run=FOLDER.*there is none here yet"):
-        runs.find_run(None)
+    with pytest.raises(folders.RunError, match="give run=FOLDER.*there is none here yet"):
+        folders.find_run(None)
     for age, name in ((5, "new"), (50, "old")):
         folder = tmp_path / "runs" / "lm" / name
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text("steps: 1\n")
         os.utime(folder, (1e9 - age, 1e9 - age))
-    with pytest.raises(runs.RunError, match="'gone': no such folder.*run=runs/lm/new"):
-        runs.find_run("gone")
+    with pytest.raises(folders.RunError, match="'gone': no such folder.*run=runs/lm/new"):
+        folders.find_run("gone")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(runs.RunError, match="'empty' holds no config.yaml"):
-        runs.find_run("empty")
-    assert runs.load_config(runs.find_run("runs/lm/old")).steps == 1
+    with pytest.raises(folders.RunError, match="'empty' holds no config.yaml"):
+        folders.find_run("empty")
+    assert folders.load_config(folders.find_run("runs/lm/old")).steps == 1

@@ -15,10 +15,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from programs import call
 
-from experiments import checkpoints, evaluate, generate, metrics, runs, train
-from experiments.build import build, build_model
-from experiments.language_model import SOLVER_COLUMNS
-from experiments.trainer import metric_columns
+from experiments import evaluate, generate, train
+from experiments.run import checkpoints, folders, metrics
+from experiments.run.build import build, build_model
+from experiments.run.trainer import metric_columns
+from experiments.text.language_model import SOLVER_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "experiments" / "conf"
@@ -137,7 +138,7 @@ def test_a_run_leaves_a_complete_folder(finished, text):
 def test_a_run_measures_what_it_says(finished):
     _, folder = finished
     table = metrics.read(folder / "metrics.csv")
-    assert tuple(table) == metric_columns(build(runs.load_config(folder)).task)
+    assert tuple(table) == metric_columns(build(folders.load_config(folder)).task)
     trained = [s for s, loss in zip(table["step"], table["train_loss_nats"], strict=True) if loss]
     judged = {
         step: bits
@@ -259,11 +260,11 @@ def test_a_sweep_gives_every_job_a_folder_and_a_seed_repeats_a_run_bit_for_bit(
 ):
     assert call(train, tmp_path, "-m", "seed=0,1", f"data.root={text}", *TINY) == 0
     [sweep] = (tmp_path / "multirun" / "lm").iterdir()
-    folders = sorted(path for path in sweep.iterdir() if path.is_dir())
-    assert [runs.load_config(folder).seed for folder in folders] == [0, 1]
-    like = jax.eval_shape(build_model(runs.load_config(folders[0])).init, jax.random.key(0))
+    jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert [folders.load_config(folder).seed for folder in jobs] == [0, 1]
+    like = jax.eval_shape(build_model(folders.load_config(jobs[0])).init, jax.random.key(0))
     first, again, other = (
-        jax.tree.leaves(checkpoints.load_params(f, like)) for f in (finished[1], *folders)
+        jax.tree.leaves(checkpoints.load_params(f, like)) for f in (finished[1], *jobs)
     )
     assert all(map(np.array_equal, first, again))
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True) if a.ndim > 2)

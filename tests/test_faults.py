@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from programs import ending
 
-from experiments import claim, fault_children, faults, injection, runs, seals, trust
-from experiments.runs import RunError
+from experiments import faults
+from experiments.inject import fault_children, injection
+from experiments.run import claim, folders, seals, trust
+from experiments.run.folders import RunError
 
-PAGE = (runs.REPOSITORY / "docs/faults.md").read_text()
+PAGE = (folders.REPOSITORY / "docs/faults.md").read_text()
 TABLE = [line for line in PAGE.splitlines() if line.count("|") == 7 and "--" not in line]
 # Those that start processes of their own, which take seconds each.
 QUICK = {"flips": 0.05, "damage": 0.125, "hostile": 1, "garbage": 0.3}

@@ -15,9 +15,11 @@ from programs import ending
 from saved_run import MODEL, random_params, save_run
 
 import jaxpara as jp
-from experiments import adapter_files, build, checkpoints, export_adapters, finetune, runs
-from experiments.finetuning import slow_scales, started_from
-from experiments.storage import bits_per_weight
+from experiments import export_adapters, finetune
+from experiments.adapt import adapter_files
+from experiments.adapt.finetuning import slow_scales, started_from
+from experiments.adapt.storage import bits_per_weight
+from experiments.run import build, checkpoints, folders
 from jaxpara.types import TrainState
 
 KEY = jax.random.key(0)
@@ -51,7 +53,7 @@ def tuned(place, name, *overrides):
 
 def state_of(folder):
     """The trained state, its transform, and the summary."""
-    cfg = runs.load_config(folder)
+    cfg = folders.load_config(folder)
     model = build.build_model(cfg)
     params = checkpoints.load_params(folder, jax.eval_shape(model.init, KEY), which="last")
     transform = build.chain_of(cfg.transform, cfg.where)
@@ -86,7 +88,7 @@ def test_the_order_on_the_command_line_is_the_order_of_the_chain():
     ],
 )
 def test_a_transform_that_is_none_or_stands_twice_is_refused_before_hydra_runs(given, said):
-    with pytest.raises(runs.RunError, match=said):
+    with pytest.raises(folders.RunError, match=said):
         finetune.check_transforms(["from=x", given])
     for fine in ("transform=full,[lora],[nf4,lora]", "transform=[]", "transform=choice([lora],x)"):
         finetune.check_transforms([fine, "name=lorra"])
@@ -94,8 +96,8 @@ def test_a_transform_that_is_none_or_stands_twice_is_refused_before_hydra_runs(g
 
 def test_the_page_and_the_help_set_what_one_transform_has_besides():
     override = "+transform.lora.alpha=16"
-    assert f"`{override}`" in (runs.REPOSITORY / "docs/finetuning.md").read_text()
-    assert f" {override} " in (runs.REPOSITORY / "experiments/conf/finetune.yaml").read_text()
+    assert f"`{override}`" in (folders.REPOSITORY / "docs/finetuning.md").read_text()
+    assert f" {override} " in (folders.REPOSITORY / "experiments/conf/finetune.yaml").read_text()
     cfg = composed("transform=[lora,fake_quant]", override)
     assert build.chain_of(cfg.transform, cfg.where).members[0].method.settings.scale == 16 / 8
 
@@ -103,14 +105,14 @@ def test_the_page_and_the_help_set_what_one_transform_has_besides():
 def test_a_setting_that_a_transform_refuses_is_said_with_its_name():
     for overrides, said in (("rank=0", "lora: rank=0"), ("+transform.lora.rnk=2", "lora: .*rnk")):
         cfg = composed("transform=[lora]", overrides)
-        with pytest.raises(runs.RunError, match=said):
+        with pytest.raises(folders.RunError, match=said):
             build.chain_of(cfg.transform, cfg.where)
 
 
 QUICK = ("full", "fake_quant")
 TRANSFORMS = [
     pytest.param(path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow])
-    for path in sorted((runs.REPOSITORY / "experiments/conf/transform").glob("*.yaml"))
+    for path in sorted((folders.REPOSITORY / "experiments/conf/transform").glob("*.yaml"))
 ]
 
 
@@ -192,7 +194,7 @@ def test_a_finetuned_run_trains_its_adapters_merges_to_the_same_and_says_so(plac
     again = jp.weights.with_adapters(transform.attach(KEY, base), adapter_files.load(folder))
     jax.tree.map(np.testing.assert_array_equal, state, again)
     # Somebody may begin from it again: with what it computes, whatever it was made of.
-    model = build.build_model(OmegaConf.create({"model": runs.load_config(folder).model}))
+    model = build.build_model(OmegaConf.create({"model": folders.load_config(folder).model}))
     first = started_from(model, str(folder)).init(KEY)
     jax.tree.map(np.testing.assert_array_equal, first, jax.jit(transform.effective)(state))
 
@@ -232,7 +234,7 @@ def test_going_on_with_a_finetuned_run_equals_not_stopping(place):
 def test_what_cannot_be_started_from_is_said(place, tmp_path):
     (tmp_path / "other").mkdir()
     OmegaConf.save(OmegaConf.create({"task": 1}), tmp_path / "other/config.yaml")
-    with pytest.raises(runs.RunError, match="is not of a language model"):
+    with pytest.raises(folders.RunError, match="is not of a language model"):
         finetune.take_model(OmegaConf.create({"from": str(tmp_path / "other")}))
     missing = ending(finetune, place, *SMALL, "from=nowhere")
     assert "from='nowhere': no such folder" in missing and "data=stdlib_base" in missing
@@ -245,7 +247,7 @@ def test_what_cannot_be_started_from_is_said(place, tmp_path):
     assert "is not of a language model that reads this data, which has 256 tokens" in letters
     nothing = ending(finetune, place, *SMALL, f"from={place / 'base'}", "where=kern", "data=stdlib")
     assert "where='kern' selects none" in nothing
-    with pytest.raises(runs.RunError, match="holds no adapters"):
+    with pytest.raises(folders.RunError, match="holds no adapters"):
         adapter_files.load(tmp_path)
 
 

@@ -6,9 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 from run_folders import make_run
 
-from experiments import finetune, finetune_figure
-from experiments.run_sets import read
-from experiments.runs import RunError
+from experiments import finetune
+from experiments.run.folders import RunError
+from experiments.studies import finetune_figure
+from experiments.sweep.run_sets import read
 
 LORA = {"lora": {"_target_": "jaxpara.lora", "rank": 8}}
 QUANT = {"fake_quant": {"_target_": "jaxpara.fake_quant", "bits": 4}}

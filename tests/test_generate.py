@@ -11,12 +11,13 @@ import pytest
 from omegaconf import OmegaConf
 from saved_run import MODEL, call, random_params, save_run
 
-from experiments import generate, sampling
+from experiments import generate
 from experiments.data.tokens import BYTES, Tokenizer
-from experiments.prompts import check_output, read_prompts, stop_strings
-from experiments.runs import RunError
-from experiments.sampling import Rule, check_generation, complete, sample_text
-from experiments.transcript import Transcript
+from experiments.run.folders import RunError
+from experiments.text import sampling
+from experiments.text.prompts import check_output, read_prompts, stop_strings
+from experiments.text.sampling import Rule, check_generation, complete, sample_text
+from experiments.text.transcript import Transcript
 from jaxpara.nn import decoder, mixers
 
 WORDS = ["de", "f ", "é", "end", " ", "x"]

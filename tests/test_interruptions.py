@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoints, metrics, runs
-from experiments.build import build_model
+from experiments.run import checkpoints, folders, metrics
+from experiments.run.build import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDLESS = (
@@ -195,6 +195,6 @@ def test_no_row_is_lost_or_written_twice_through_all_of_it(life):
         if loss is not None
     ]
     assert trained == list(range(1, end.after[-1] + 1))
-    like = jax.eval_shape(build_model(runs.load_config(folder)).init, jax.random.key(0))
+    like = jax.eval_shape(build_model(folders.load_config(folder)).init, jax.random.key(0))
     params = checkpoints.load_params(folder, like)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

@@ -8,9 +8,9 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from experiments import loggers, metrics
-from experiments.loggers import Place
-from experiments.runs import RunError
+from experiments.run import loggers, metrics
+from experiments.run.folders import RunError
+from experiments.run.loggers import Place
 
 ROWS = {1: {"loss": 2.0, "rate": None}, 2: {"loss": 1.5, "rate": 3.0}}
 

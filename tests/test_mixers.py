@@ -7,9 +7,9 @@ import optax
 import pytest
 from run_folders import config, make_run
 
-from experiments import mixers
-from experiments.run_sets import read_all
-from experiments.runs import RunError
+from experiments.run.folders import RunError
+from experiments.studies import mixers
+from experiments.sweep.run_sets import read_all
 from jaxpara import cells
 from jaxpara.nn import decoder
 from jaxpara.nn import mixers as token_mixers

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
-from experiments import peft_files
+from experiments.adapt import peft_files
 
 peft = pytest.importorskip("peft", reason="pip install torch peft")
 torch = pytest.importorskip("torch")

@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 from recurrence_cases import QUICK
 
-from experiments import published
-from experiments.recurrence_problem import make_problem
-from experiments.rivals import RIVALS, CannotRun
+from experiments.contest import published
+from experiments.contest.recurrence_problem import make_problem
+from experiments.contest.rivals import RIVALS, CannotRun
 
 TIME, WIDTH = 16, 3
 

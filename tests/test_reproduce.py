@@ -9,7 +9,7 @@ import pytest
 
 from experiments import reproduce
 from experiments.reproduce import Trial, read_figures, read_head
-from experiments.runs import RunError
+from experiments.run.folders import RunError
 
 HEAD = """# @package _global_
 # python -m experiments.train experiment=toy

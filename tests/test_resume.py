@@ -16,10 +16,11 @@ import pytest
 from interrupted_runs import check_same_files, check_same_state, stopper
 from omegaconf import OmegaConf
 
-from experiments import checkpoints, injection, metrics, runs, trainer
-from experiments.loggers import Logger
-from experiments.settings import make_settings
-from experiments.task import Table, Task
+from experiments.inject import injection
+from experiments.run import checkpoints, folders, metrics, trainer
+from experiments.run.loggers import Logger
+from experiments.run.settings import make_settings
+from experiments.run.task import Table, Task
 from jaxpara.train import init_state
 from jaxpara.types import Model
 
@@ -88,7 +89,7 @@ def toy():
 
 def run_toy(folder, *, resume=False, sinks=(), **changes):
     if not resume:
-        runs.open_run(folder, OmegaConf.create(NUMBERS))
+        folders.open_run(folder, OmegaConf.create(NUMBERS))
     return trainer.train(
         toy()._replace(**changes),
         optimizer=OPTIMIZER,
@@ -121,7 +122,7 @@ def test_a_run_interrupted_and_resumed_equals_one_that_was_not(tmp_path, whole_t
     folder = tmp_path / "run"
     stop_after(at)
     assert run_toy(folder) == ("interrupted", signal.SIGINT, at)
-    assert runs.status(folder) == "interrupted" and checkpoints.steps(folder)[-1] == at
+    assert folders.status(folder) == "interrupted" and checkpoints.steps(folder)[-1] == at
     assert max(metrics.read(folder / "metrics.csv")["step"]) <= at
     stop_after(None)
     assert run_toy(folder, resume=True) == ("finished", None, STEPS)
@@ -157,7 +158,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, whole_t
     run_toy(folder)
     shutil.rmtree(folder / "checkpoints")
     (folder / "summary.json").unlink()
-    assert runs.status(folder) is None
+    assert folders.status(folder) is None
     stop_after(None)
     assert run_toy(folder, resume=True) == ("finished", None, STEPS)
     check_same_files(folder, whole_toy)
@@ -192,7 +193,7 @@ def test_a_solved_task_that_was_interrupted_while_finishing_trains_no_further(tm
     solved = {"solved": lambda figures: True}
     with pytest.raises(RuntimeError, match="killed"):
         run_toy(tmp_path / "run", finish=fail, **solved)
-    assert runs.status(tmp_path / "run") == "failed"
+    assert folders.status(tmp_path / "run") == "failed"
     assert run_toy(tmp_path / "run", resume=True, **solved) == ("finished", None, 4)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["norm"] == summary["end"]
@@ -205,7 +206,7 @@ def test_ctrl_c_while_finishing_is_an_interruption_that_says_how_to_go_on(tmp_pa
     folder, solved = tmp_path / "run", {"solved": lambda figures: True}
     with pytest.raises(KeyboardInterrupt):
         run_toy(folder, finish=press, **solved)
-    assert runs.status(folder) == "interrupted"
+    assert folders.status(folder) == "interrupted"
     said = capsys.readouterr().out
     assert f"interrupted. The last checkpoint is {checkpoints.path_of(folder, 4)}. Go on" in said
     assert checkpoints.resume_command(folder) in said
@@ -228,21 +229,21 @@ def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(
 
         return Logger(write, lambda: None)
 
-    with pytest.raises(runs.RunError) as caught:
+    with pytest.raises(folders.RunError) as caught:
         run_toy(folder, sinks=[full])
     assert re.search(
         rf"{os.strerror(code)}. The last checkpoint is {folder}/checkpoints/4. {remedy}, "
         rf"then go on with\n  python -m experiments.train resume={folder}$",
         str(caught.value),
     )
-    assert runs.status(folder) == "failed"
+    assert folders.status(folder) == "failed"
     assert run_toy(folder, resume=True).status == "finished"
     check_same_files(folder, whole_toy)
 
 
 def test_a_config_of_another_version_is_said_to_be_one():
     old = {name: value for name, value in NUMBERS.items() if name != "trace"}
-    with pytest.raises(runs.RunError, match="the config has no trace: another version"):
+    with pytest.raises(folders.RunError, match="the config has no trace: another version"):
         make_settings(old)
 
 
@@ -263,7 +264,7 @@ def test_a_config_of_another_version_is_said_to_be_one():
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(changes, message):
-    with pytest.raises(runs.RunError, match=message):
+    with pytest.raises(folders.RunError, match=message):
         make_settings({**NUMBERS, **changes})
 
 
@@ -278,8 +279,8 @@ def test_recording_the_environment_writes_nothing_into_the_repository(tmp_path, 
     git("commit", "-m", "one")
     os.utime(tmp_path / "file", (1, 1))  # `git status` would note in the index that it is the same
     index = (tmp_path / ".git" / "index").read_bytes()
-    monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
-    known = runs.environment()
+    monkeypatch.setattr(folders, "REPOSITORY", tmp_path)
+    known = folders.environment()
     assert len(known["git_commit"]) == 40 and known["git_dirty"] is False
     assert (tmp_path / ".git" / "index").read_bytes() == index
     git("status")

@@ -15,10 +15,11 @@ from interrupted_runs import check_same_files, check_same_state, stopper
 from omegaconf import OmegaConf
 from programs import call
 
-from experiments import claim, evaluate, generate, runs, train
-from experiments.build import build, build_data
-from experiments.folder_arguments import quote_folders, quote_value
-from experiments.resuming import check_overrides, cut_table, resume_arguments
+from experiments import evaluate, generate, train
+from experiments.run import claim, folders
+from experiments.run.build import build, build_data
+from experiments.run.folder_arguments import quote_folders, quote_value
+from experiments.run.resuming import check_overrides, cut_table, resume_arguments
 from jaxpara.train import init_state
 
 TINY = (
@@ -65,7 +66,7 @@ def test_a_language_model_interrupted_and_resumed_equals_one_that_was_not(
     assert f"asks to read data.root={text}" in capsys.readouterr().err
     assert call(train, ".", *command.groups()) == 0
     assert "goes on after step 5 of 10" in capsys.readouterr().out
-    parts = build(runs.load_config(folder))
+    parts = build(folders.load_config(folder))
     key = jax.random.key(0)
     like = jax.eval_shape(lambda: init_state(parts.task.model, parts.optimizer, key))
     check_same_files(folder, whole)
@@ -171,7 +172,7 @@ def test_a_second_process_in_a_folder_is_refused_at_once_and_a_killed_one_leaves
         said = capsys.readouterr().err
         assert f"error: {whole} is in use by process 7 on there since noon, and one" in said
         (whole / claim.HOLDER).write_text("{")
-        with pytest.raises(runs.RunError, match="is in use, and one process at a time"):
+        with pytest.raises(folders.RunError, match="is in use, and one process at a time"):
             with claim.claimed(whole):
                 pass
         other.send_signal(signal.SIGKILL)
@@ -185,7 +186,9 @@ def test_a_second_process_in_a_folder_is_refused_at_once_and_a_killed_one_leaves
 def test_a_folder_that_cannot_be_made_or_written_to_is_said_to_be_one(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(runs.RunError, match=f"{folder} cannot be written to: (Not a|File ex)"):
+        with pytest.raises(
+            folders.RunError, match=f"{folder} cannot be written to: (Not a|File ex)"
+        ):
             with claim.claimed(folder):
                 pass
 
@@ -198,7 +201,7 @@ def test_a_run_in_a_folder_with_brackets_is_continued_and_read(tmp_path, text, s
     assert call(train, ".", *given) == 130
     stop_after(None)
     assert call(train, ".", f"resume={folder}", f"trust={text}") == 0
-    assert runs.status(folder) == "finished"
+    assert folders.status(folder) == "finished"
     capsys.readouterr()
     [run] = quote_folders([f"run={folder}"], keys=["run"])
     assert call(evaluate, ".", run, f"trust={text}") == 0
@@ -217,7 +220,7 @@ def test_a_run_is_neither_continued_nor_judged_where_its_text_has_changed(
     path.write_text(path.read_text().replace(str(text), str(other)))
     (folder / "summary.json").unlink()
     given = f"trust={other}"
-    trained_on = set(build_data(runs.load_config(folder)).documents())
+    trained_on = set(build_data(folders.load_config(folder)).documents())
     sides = {file.read_bytes() in trained_on: file for file in sorted(other.iterdir())}
     for is_trained_on, name in ((True, "training"), (False, "held-out")):
         kept = sides[is_trained_on].read_text()

@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 from programs import call
 from run_folders import ATTENTION, LSTM, config, make_run
 
-from experiments import compare, curves, plot, run_sets
-from experiments.runs import RunError
+from experiments import compare, plot
+from experiments.run.folders import RunError
+from experiments.studies import curves
+from experiments.sweep import run_sets
 
 Y = "validation_bits_per_byte"
 

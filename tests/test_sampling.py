@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from saved_run import random_params
 
-from experiments import decoding, sampling
 from experiments.data.tokens import Tokenizer
-from experiments.sampling import Request, Rule, Sampler, complete, drawing, row_key, sample_text
+from experiments.text import decoding, sampling
+from experiments.text.sampling import (
+    Request,
+    Rule,
+    Sampler,
+    complete,
+    drawing,
+    row_key,
+    sample_text,
+)
 from jaxpara.nn import decoder, mixers
 
 WIDTH, LENGTH = 16, 12

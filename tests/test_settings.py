@@ -17,28 +17,23 @@ from programs import call, ending
 import jaxpara as jp
 from experiments import (
     bench,
-    checks,
     compare,
     evaluate,
     export_adapters,
     finetune,
-    finetune_figure,
     fit_choice,
     generate,
-    limits,
-    memory,
-    mixers,
-    near_misses,
     plot,
-    solver_study,
-    state_tracking_figure,
     train,
     train_tokenizer,
 )
-from experiments.explanations import explain, typed_key
-from experiments.finetuning import check_ranks
-from experiments.runs import RunError
-from experiments.task import Task
+from experiments.adapt.finetuning import check_ranks
+from experiments.run import checks, limits, memory
+from experiments.run.folders import RunError
+from experiments.run.task import Task
+from experiments.shell import near_misses
+from experiments.shell.explanations import explain, typed_key
+from experiments.studies import finetune_figure, mixers, solver_study, state_tracking_figure
 from jaxpara.train import init_state, make_step
 from jaxpara.types import Model
 

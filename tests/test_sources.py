@@ -18,8 +18,8 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 import experiments.data
 from experiments.data import files, huggingface, jsonl, parquet, splits, text, tokens
 from experiments.data.corpus import Sampler
-from experiments.explanations import explain
-from experiments.runs import RunError
+from experiments.run.folders import RunError
+from experiments.shell.explanations import explain
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,17 +20,19 @@ from jax import lax
 from run_folders import make_run
 
 import jaxpara as jp
-from experiments import metrics, solver_study, state_tracking_figure, study_figure, train
-from experiments.answers import answer_loss, first_answers, judge, last_answers, share
-from experiments.build import build
-from experiments.run_sets import read_all
-from experiments.runs import RunError
-from experiments.solver_study import Setting, Way
-from experiments.state_tracking import state_tracking
+from experiments import train
+from experiments.run import metrics
+from experiments.run.build import build
+from experiments.run.folders import RunError
+from experiments.studies import solver_study, state_tracking_figure, study_figure
+from experiments.studies.solver_study import Setting, Way
+from experiments.studies.unfinished import unfinished_newton, unfinished_shooting
+from experiments.sweep.run_sets import read_all
+from experiments.tasks.answers import answer_loss, first_answers, judge, last_answers, share
 from experiments.tasks.problem import Examples
 from experiments.tasks.recall import recall
+from experiments.tasks.state_tracking import state_tracking
 from experiments.tasks.words import parity
-from experiments.unfinished import unfinished_newton, unfinished_shooting
 from jaxpara.types import Model
 
 CONF = Path(__file__).resolve().parent.parent / "experiments" / "conf"
@@ -91,7 +93,7 @@ def test_judging_counts_every_position_of_every_held_out_sequence():
         known = jnp.where(jnp.arange(tokens.shape[1]) % 2, targets[: len(tokens)], 0)
         return jax.nn.one_hot(known, 7)
 
-    from experiments.answers import _JUDGE
+    from experiments.tasks.answers import _JUDGE
     from experiments.tasks.problem import sample
 
     for length in (8, 12):

@@ -14,10 +14,10 @@ import pytest
 from jax import lax
 from omegaconf import OmegaConf
 
-from experiments import metrics, profiling, runs, step_cost, trainer
-from experiments.profiling import Operation, Program, Trace, divide, read_program
-from experiments.settings import make_settings
-from experiments.task import Task
+from experiments.run import folders, metrics, profiling, step_cost, trainer
+from experiments.run.profiling import Operation, Program, Trace, divide, read_program
+from experiments.run.settings import make_settings
+from experiments.run.task import Task
 from jaxpara.nn import decoder, mixers
 from jaxpara.recurrence import cells
 from jaxpara.train import init_state, make_step, next_token_loss, optimizer
@@ -300,7 +300,7 @@ def test_a_run_records_its_cost_and_its_profile(tmp_path, capsys):
         finish=lambda folder, params, summary: None,
         about="a toy",
     )
-    runs.open_run(tmp_path, OmegaConf.create(SETTINGS))
+    folders.open_run(tmp_path, OmegaConf.create(SETTINGS))
     trainer.train(
         task,
         optimizer=optax.sgd(0.1),
@@ -335,7 +335,7 @@ def test_a_run_records_its_cost_and_its_profile(tmp_path, capsys):
     ],
 )
 def test_steps_that_cannot_be_traced_are_refused(changes, message):
-    with pytest.raises(runs.RunError, match=message):
+    with pytest.raises(folders.RunError, match=message):
         make_settings({**SETTINGS, "trace": changes})
     if changes["start"]:  # what does not fit this run alone is idle without a profile
         assert make_settings({**SETTINGS, "trace": changes, "profile": False})

@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
-from experiments import sweeps
-from experiments.sweep_folders import job_folder, name_sweep
+from experiments.sweep import sweeps
+from experiments.sweep.sweep_folders import job_folder, name_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "experiments" / "conf"

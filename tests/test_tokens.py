@@ -8,13 +8,14 @@ import pytest
 from documents import WORDS, config, write_texts
 from omegaconf import OmegaConf
 
-from experiments import checkpoints, injection, runs, trust
 from experiments.data import text, tokens
 from experiments.data.streaming import StreamBatches
-from experiments.runs import RunError
+from experiments.inject import injection
+from experiments.run import checkpoints, folders, trust
+from experiments.run.folders import RunError
+from experiments.run.trained import tokenizer_of
 from experiments.train_tokenizer import job as train_job
 from experiments.train_tokenizer import train as train_tokenizer
-from experiments.trained import tokenizer_of
 
 EXPECTED = [word.encode() for word in WORDS]
 
@@ -145,7 +146,7 @@ def test_a_run_keeps_its_tokenizer_and_refuses_another(tokenizer, tmp_path):
         {"data": {"_target_": "experiments.data.text.load", "path": "x", "tokenizer": tokenizer}}
     )
     folder = tmp_path / "run"
-    runs.open_run(folder, cfg)
+    folders.open_run(folder, cfg)
     assert (folder / "tokenizer.json").read_bytes() == Path(tokenizer).read_bytes()
     opened = trust.open_config(folder)
     assert opened.data.tokenizer == str(folder / "tokenizer.json")

@@ -15,21 +15,13 @@ from omegaconf import OmegaConf
 from saved_run import MODEL, call, save_run
 from test_finetune import SMALL
 
-from experiments import (
-    build,
-    commandline,
-    evaluate,
-    export_adapters,
-    finetune,
-    generate,
-    hostile,
-    mixers,
-    runs,
-    train,
-    trust,
-)
-from experiments.folder_arguments import quote_value
-from experiments.resuming import _choices
+from experiments import evaluate, export_adapters, finetune, generate, train
+from experiments.inject import hostile
+from experiments.run import build, folders, trust
+from experiments.run.folder_arguments import quote_value
+from experiments.run.resuming import _choices
+from experiments.shell import commandline
+from experiments.studies import mixers
 
 MARK = "marker.txt"
 # What each of these would do if it were called: leave a file behind.
@@ -76,7 +68,7 @@ def test_a_constructor_of_anybodys_is_refused_wherever_it_stands(tmp_path, run, 
 def test_names_that_are_not_of_what_is_built_are_refused(run, name):
     for form in hostile.FORMS.values():
         edited(run, model={**MODEL, "mixer": form(name)})
-        with pytest.raises(runs.RunError, match="which is neither shipped nor"):
+        with pytest.raises(folders.RunError, match="which is neither shipped nor"):
             trust.open_config(run)
 
 
@@ -107,7 +99,7 @@ def test_everything_that_a_shipped_config_names_is_built():
 @pytest.mark.parametrize("node", hostile.GETTERS, ids=str)
 def test_a_getter_takes_one_path_and_nothing_besides(run, node):
     edited(run, model={**MODEL, "mixer": node})
-    with pytest.raises(runs.RunError, match="_target_=hydra.utils.get_"):
+    with pytest.raises(folders.RunError, match="_target_=hydra.utils.get_"):
         trust.open_config(run)
 
 
@@ -122,8 +114,8 @@ def test_nothing_in_a_folder_is_interpolated(tmp_path, run, monkeypatch, text):
 
 def test_a_config_with_an_interpolated_text_is_refused_before_its_run_begins(tmp_path):
     cfg = OmegaConf.create({"sample": {"prompt": "\\${x}"}})
-    with pytest.raises(runs.RunError, match="the config: sample.prompt holds"):
-        runs.open_run(tmp_path / "new", cfg)
+    with pytest.raises(folders.RunError, match="the config: sample.prompt holds"):
+        folders.open_run(tmp_path / "new", cfg)
     assert not (tmp_path / "new").exists()
 
 
@@ -183,8 +175,8 @@ def test_only_what_does_not_build_reads_a_config_without_asking():
         "evaluate",  # asks whether keys are there
         "bench_rows",  # its own settings, for whether rows are of them
     }  # `twin`, resume's check
-    root = runs.REPOSITORY / "experiments"
-    found = {p.stem for p in root.rglob("*.py") if "load_config(" in p.read_text()} - {"runs"}
+    root = folders.REPOSITORY / "experiments"
+    found = {p.stem for p in root.rglob("*.py") if "load_config(" in p.read_text()} - {"folders"}
     assert found <= reading
     assert "from_command_line" in inspect.getsource(commandline.guarded)
     for module in (generate, evaluate, export_adapters, mixers, train, finetune):
@@ -197,14 +189,14 @@ def test_a_file_outside_the_folder_is_read_only_if_the_user_names_it(tmp_path, r
     edited(run, data=data, trust="/")
     [path] = [p for _, p in trust._paths(data, "")]
     cfg = trust.open_config(run)
-    with pytest.raises(runs.RunError, match="which is not in that folder") as caught:
+    with pytest.raises(folders.RunError, match="which is not in that folder") as caught:
         trust.check_paths(cfg, run)
     [override] = shlex.split(str(caught.value).split("with ")[1])
     said = OverridesParser.create().parse_override(override).value()
     for given in (path, said):
         with trust.granted([given]):
             trust.check_paths(cfg, run)
-    with trust.granted(["/nowhere", "x", "./x"]), pytest.raises(runs.RunError):
+    with trust.granted(["/nowhere", "x", "./x"]), pytest.raises(folders.RunError):
         trust.check_paths(cfg, run)
 
 
@@ -231,7 +223,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path, run):
     trust.open_config(run)
     (run / "metrics.csv").symlink_to(tmp_path / "precious.txt")
     with pytest.raises(
-        runs.RunError, match="metrics.csv is a link to .*precious.txt, which is not"
+        folders.RunError, match="metrics.csv is a link to .*precious.txt, which is not"
     ):
         trust.open_config(run)
     with trust.granted([str(tmp_path / "precious.txt")]):

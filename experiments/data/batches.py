@@ -10,8 +10,8 @@ from typing import Any
 
 import grain
 
-from experiments.runs import RunError
-from experiments.task import Batches
+from experiments.run.folders import RunError
+from experiments.run.task import Batches
 
 # "Without end" for Grain, which wants a length: no run has that many steps.
 ENDLESS = 2**62

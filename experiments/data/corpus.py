@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from experiments.data.batches import by_step, only_for
 from experiments.data.splits import Split
 from experiments.data.tokens import Tokenizer, Tokens, open_tokenizer, tokenize
-from experiments.task import Batches
+from experiments.run.task import Batches
 
 Batch = dict[str, np.ndarray]
 

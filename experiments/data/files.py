@@ -3,7 +3,7 @@
 import glob
 from pathlib import Path
 
-from experiments.memory import machine_bytes, readable
+from experiments.run.memory import machine_bytes, readable
 
 # How much of a file an error message quotes.
 QUOTED = 40

@@ -1,0 +1,211 @@
+"""A command's config against the table of `limits`, before anything is built.
+
+A mistake costs a second then, and not a compilation. Objects that `_target_` names check what only
+they know.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from experiments.run.folders import RunError
+from experiments.run.limits import FINITE, LARGEST, RULES, TEXT, Rule, rule_for
+
+# The table speaks for objects of these packages; a user's own may give the names other meanings.
+OURS = ("jaxpara.", "experiments.", "builtins.tuple", "hydra.utils.get_")
+
+
+def fits(value: Any, rule: Rule) -> bool:
+    """Whether a value is what a rule asks for.
+
+    Args:
+      value: plain.
+      rule: from the table.
+
+    Returns:
+      True if it is.
+    """
+    if value is None:
+        return rule.null
+    if rule.many:
+        single = rule._replace(many=False)
+        each = isinstance(value, Sequence) and not isinstance(value, str)
+        each = each and (len(value) > 0 or rule.kind == "text")
+        return each and all(fits(v, rule if isinstance(v, list) else single) for v in value)
+    if rule.kind == "any":
+        return True
+    if rule.kind == "section":
+        return False  # a mapping is entered, and never gets here
+    if rule.kind == "words":
+        words = value if isinstance(value, list) else [value]
+        return all(fits(word, TEXT) for word in words)
+    if rule.kind == "switch":
+        return isinstance(value, bool)
+    if rule.kind == "text":
+        # A folder may be called 2024: what Hydra reads as a number is text here.
+        text = isinstance(value, str | int | float) and not isinstance(value, bool)
+        return text and (not rule.choices or value in rule.choices)
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return False
+    if rule.kind == "whole" and not isinstance(value, int):
+        return False
+    if rule.inside and value == math.inf == rule.high:
+        return True
+    if rule.inside:
+        return rule.low < value < rule.high
+    return rule.low <= value <= rule.high
+
+
+def _bounds(rule: Rule) -> str:
+    if rule.inside:
+        high = "" if rule.high >= FINITE else f" and below {rule.high:g}"
+        return f" above {rule.low:g}{high}"
+    if rule.high in (FINITE, LARGEST, math.inf):
+        return f", at least {rule.low:g}"
+    return f" from {rule.low:.10g} to {rule.high:.10g}"
+
+
+def expected(rule: Rule) -> str:
+    """What a rule asks for, in words.
+
+    Args:
+      rule: from the table.
+
+    Returns:
+      One line.
+    """
+    unit = f" ({rule.unit})" if rule.unit else ""
+    if rule.kind == "switch":
+        text = "true or false"
+    elif rule.kind == "section":
+        text = "settings of its own, and no value"
+    elif rule.kind == "words":
+        text = "text or a list of texts"
+    elif rule.kind == "text" and rule.many:
+        text = "a list of texts"
+    elif rule.kind == "text":
+        text = f"one of {', '.join(rule.choices)}" if rule.choices else "text"
+    else:
+        many = {"whole": "whole numbers", "number": "numbers"}
+        one = {"whole": "a whole number", "number": "a number"}
+        text = f"a list of {many[rule.kind]}" if rule.many else one[rule.kind]
+        text += _bounds(rule) + unit
+    return f"{text}, or null" if rule.null else text
+
+
+def instead(value: Any, rule: Rule) -> str:
+    """A value that fits, near the one that was given.
+
+    Args:
+      value: that does not fit.
+      rule: that it breaks.
+
+    Returns:
+      As it is typed.
+    """
+    if rule.many:
+        given = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        single = rule._replace(many=False)
+        if any(isinstance(v, Sequence) and not isinstance(v, str) for v in given):
+            return "[[128,1,32]]" if rule is RULES["shapes"] else instead([], rule)
+        near = [str(v) if fits(v, single) else instead(v, single) for v in given or [None]]
+        return f"[{','.join(near)}]"
+    if rule.kind == "switch":
+        return "true" if str(value).lower() in ("1", "yes", "on", "ture") else "false"
+    if rule.kind in ("words", "section"):
+        return "TEXT" if rule.kind == "words" else ""
+    if rule.kind == "text":
+        if not rule.choices and isinstance(value, str):
+            return value
+        near = difflib.get_close_matches(str(value), rule.choices, n=1, cutoff=0.0)
+        return near[0] if near else "TEXT"
+    usable = isinstance(value, int | float) and math.isfinite(value) and not isinstance(value, bool)
+    if rule.kind == "whole":
+        near = min(max(math.ceil(value) if usable else 0, int(rule.low)), int(rule.high))
+        return str(near)
+    if usable and rule.low < -value < rule.high:
+        return f"{-value:g}"  # a minus sign too many
+    top = rule.high if rule.high < FINITE else max(2 * rule.low, rule.low + 1)
+    if rule.inside:
+        return f"{(rule.low + top) / 2:g}"
+    return f"{top if usable and value > 0 else rule.low:g}"
+
+
+def settings_of(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a config that a person can override: what is no reference to another one.
+
+    Args:
+      node: composed.
+      prefix: the path to it.
+
+    Yields:
+      Path and plain value; objects and groups are entered.
+    """
+    ours = str(node.get("_target_", OURS[0])).startswith(OURS)
+    for key in node:
+        path = f"{prefix}{key}"
+        if key == "hydra" or str(key) in ("_target_", "_convert_", "_recursive_"):
+            continue
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig):
+            yield from settings_of(value, f"{path}.")
+        elif isinstance(value, ListConfig):
+            inner = dict(_objects_in(value, path))
+            for place, item in inner.items():
+                yield from settings_of(item, f"{place}.")
+            if ours and not inner:
+                yield path, OmegaConf.to_container(value, resolve=True)
+        elif ours:
+            yield path, value
+
+
+def _objects_in(node: ListConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """The mappings of a list, at any depth, by their paths."""
+    for i in range(len(node)):
+        if OmegaConf.is_interpolation(node, i):
+            continue
+        if isinstance(node[i], DictConfig):
+            yield f"{path}.{i}", node[i]
+        elif isinstance(node[i], ListConfig):
+            yield from _objects_in(node[i], f"{path}.{i}")
+
+
+def check_settings(cfg: DictConfig, command: str = "") -> None:
+    """Refuses a config whose settings are not what the table asks for.
+
+    Args:
+      cfg: composed.
+      command: whose it is, `train`.
+
+    Raises:
+      RunError: what was given, what was expected, what to type.
+    """
+    for key, value in settings_of(cfg):
+        rule = rule_for(key, command)
+        if rule is None or fits(value, rule):
+            if rule is not None and rule.kind in ("text", "words"):
+                _as_text(cfg, key, value)
+            continue
+        shown = {True: "true", False: "false", None: "null"}.get(value) if _plain(value) else None
+        shown = shown or (f"{value!r}" if isinstance(value, str) else str(value))
+        near = f"{key}={instead(value, rule)}"
+        if rule.kind == "section":
+            near = f"{key}.KEY=VALUE, as --cfg job shows them"
+        raise RunError(f"{key}={shown}: expected {expected(rule)};\ntype for example {near}")
+
+
+def _as_text(cfg: DictConfig, key: str, value: Any) -> None:
+    """A folder may be called 2024, which Hydra reads as a number."""
+    words = value if isinstance(value, list) else [value]
+    if any(isinstance(word, int | float) for word in words):
+        text = [str(word) for word in words]
+        OmegaConf.update(cfg, key, text if isinstance(value, list) else text[0])
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool)

@@ -1,0 +1,70 @@
+"""One process at a time trains in a run's folder.
+
+The lock is the operating system's (`flock`, by the library filelock): it ends with the process that
+holds it, however that ends, so that a killed run leaves none behind.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from experiments.run.folders import RunError
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCK, HOLDER = ".lock", ".lock.json"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Holds a run's folder; made if missing.
+
+    Args:
+      folder: of the run.
+
+    Raises:
+      RunError: another process holds it, or it cannot be written to; at once.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"{folder}: its file system has no locks, so nothing keeps other processes out")
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
+        (folder / HOLDER).write_text(json.dumps(about) + "\n")
+    except Timeout:  # an OSError, so before it
+        raise RunError(
+            f"{folder} is in use{_holder(folder)}, and one process at a time trains in a folder: "
+            "wait for it, stop it, or give another folder"
+        ) from None
+    except OSError as error:
+        lock.release()
+        raise RunError(
+            f"{folder} cannot be written to: {error.strerror}; give another hydra.run.dir"
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """Who holds it, if that can be read."""
+    try:
+        about = json.loads((folder / HOLDER).read_text())
+        return f" by process {int(about['pid'])} on {about['host']} since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,347 @@
+"""One run is one folder: what was asked, what was measured, on what machine."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.run import records
+from experiments.run.folder_arguments import TRUST
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "env.json"
+SUMMARY = "summary.json"
+TOKENIZER = "tokenizer.json"
+LARGEST_CONFIG, DEEPEST_CONFIG = 200_000, 100  # characters, nested lists and mappings
+MAKE = "python -m experiments.train experiment=lm"
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
+
+
+class RunError(Exception):
+    """Something a person at the keyboard can put right; its text says how."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that people can read.
+
+    Args:
+      path: the file.
+      value: plain Python values.
+    """
+    # Whole or not at all: a run may be killed at any moment.
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of an object.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The object, as plain Python values.
+
+    Raises:
+      RunError: the file is cut, no JSON, nested too deep, or of something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged ({_first_line(error)}): put back a copy of it, or leave it out"
+        ) from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} holds {type(value).__name__} where an object was expected")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The result of a run; nothing where it has none, or a damaged one.
+
+    A run that goes on writes it anew, so a damaged one is as good as none.
+
+    Args:
+      folder: of a run.
+
+    Returns:
+      The summary, perhaps empty.
+    """
+    path = folder / SUMMARY
+    try:
+        return read_json(path) if path.is_file() else {}
+    except RunError as error:
+        print(f"{error}; it counts as unfinished", flush=True)
+        return {}
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    """What is known of the machine; a damaged file is kept beside the new one."""
+    path = folder / ENVIRONMENT
+    try:
+        return read_json(path) if path.is_file() else {}
+    except RunError as error:
+        aside = path.with_suffix(".damaged.json")
+        os.replace(path, aside)
+        print(f"{error}; it is kept as {aside.name}", flush=True)
+        return {}
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about this repository; None without git or outside a checkout."""
+    try:
+        done = subprocess.run(
+            # It reads alone: a run that dies meanwhile must leave no lock in a repository.
+            ["git", "--no-optional-locks", "-C", str(REPOSITORY), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """What a stranger needs to know to judge or repeat a run.
+
+    Returns:
+      Versions, device, machine, commit and whether the tree was dirty.
+    """
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain") if commit else None
+    device = jax.devices()[0]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "backend": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+        "git_commit": commit,
+        "git_dirty": None if changes is None else bool(changes),
+    }
+
+
+def open_run(folder: Path, cfg: DictConfig) -> None:
+    """Writes what is known before a run begins: config, tokenizer and environment.
+
+    What the command line trusts is not written: a folder grants nothing.
+
+    Args:
+      folder: made if missing.
+      cfg: the composed config.
+
+    Raises:
+      RunError: the folder holds a run already, or the config could not be read back.
+    """
+    if (folder / CONFIG).exists():
+        raise RunError(
+            f"{folder} holds a run already, and one run is one folder: "
+            "leave hydra.run.dir alone or give a folder that does not exist; "
+            f"`python -m experiments.train resume={folder}` goes on with it"
+        )
+    kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key != TRUST])
+    check_inert(OmegaConf.to_container(kept, resolve=True), "the config")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = OmegaConf.select(cfg, "data.tokenizer")
+    if tokenizer is not None and Path(tokenizer).is_file():
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+    OmegaConf.save(kept, folder / CONFIG, resolve=True)
+    records.write(folder, cfg)
+    write_json(folder / ENVIRONMENT, environment())
+
+
+def reopen_run(folder: Path) -> None:
+    """Adds to what is known of a run that it goes on, on what machine and with what versions.
+
+    Args:
+      folder: of a run that `open_run` opened.
+    """
+    known = _read_environment(folder)
+    again = [*known.get("resumed", []), environment()]
+    write_json(folder / ENVIRONMENT, {**known, "resumed": again})
+
+
+def status(folder: Path) -> str | None:
+    """How a run ended.
+
+    Args:
+      folder: of a run.
+
+    Returns:
+      "finished", "interrupted", "diverged" or "failed"; None where it did not come to an end.
+    """
+    return read_summary(folder).get("status")
+
+
+def close_run(folder: Path, summary: dict[str, Any]) -> None:
+    """Writes the result, and adds the seconds it took to the environment.
+
+    Args:
+      folder: of the run.
+      summary: plain Python values, with `seconds`.
+    """
+    write_json(folder / SUMMARY, summary)
+    known = _read_environment(folder)
+    write_json(folder / ENVIRONMENT, {**known, "seconds": summary["seconds"]})
+
+
+def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
+    """Turns `run=FOLDER` into a path.
+
+    Args:
+      run: a run's folder as the user gave it.
+      key: how the user calls it.
+      make: a command that makes such a run.
+
+    Returns:
+      The folder; it holds a config.
+
+    Raises:
+      RunError: nothing given, no such folder, or not a run; names the newest run there is.
+    """
+    known = sorted(
+        (
+            path.parent
+            for root in ("runs", "multirun")
+            for path in Path(root).rglob(CONFIG)
+            if path.parent.name != ".hydra"
+        ),
+        key=lambda path: path.stat().st_mtime,
+    )
+    hint = (
+        f"the newest here is {key}={known[-1]}"
+        if known
+        else f"there is none here yet: `{make}` makes one"
+    )
+    if not run:
+        raise RunError(f"give {key}=FOLDER, the folder of a training run; {hint}")
+    folder = Path(str(run)).expanduser()  # a folder may be called 2024
+    if not folder.is_dir():
+        raise RunError(f"{key}={run!r}: no such folder (looked in {Path.cwd()}); {hint}")
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{key}={run!r} holds no {CONFIG}, so it is not a run's folder; {hint}")
+    return folder
+
+
+def need(cfg: DictConfig, folder: Path, *keys: str) -> None:
+    """Refuses a run whose config lacks what is to be built.
+
+    Args:
+      cfg: from `load_config`.
+      folder: of the run.
+      *keys: that the config must have.
+
+    Raises:
+      RunError: with the keys that are missing.
+    """
+    if lacking := [key for key in keys if key not in cfg or cfg._get_node(key) is None]:
+        raise RunError(
+            f"{folder / CONFIG} has no {', '.join(lacking)}: it is not of a language model, or "
+            f"damaged; give a run of `{MAKE}`"
+        )
+
+
+def _depth(text: str) -> int:
+    """How deep brackets or dashes nest at most: YAML's reader takes quadratic time over them."""
+    deepest = depth = 0
+    for mark in re.findall(r"[\[\]{}]", text):
+        depth += 1 if mark in "[{" else -1
+        deepest = max(deepest, depth)
+    return max(deepest, *(len(run) // 2 for run in re.findall(r"(?:[-?] )+", text)), 0)
+
+
+def load_config(folder: Path) -> DictConfig:
+    """Reads the resolved config of a run, to look at; `trust.open_config` reads it to build from.
+
+    Args:
+      folder: from `find_run`.
+
+    Returns:
+      The config that `open_run` wrote: values alone, no interpolations.
+
+    Raises:
+      RunError: the file is missing, cut, or no config, or it holds an interpolation, which
+        `open_run` never writes.
+    """
+    path = folder / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if len(text) > LARGEST_CONFIG:
+            raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
+        if _depth(text) > DEEPEST_CONFIG:
+            raise ValueError(f"it nests more than {DEEPEST_CONFIG} deep")
+        # References between nodes could stand for more than memory holds; we write none.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has YAML aliases, which no run writes")
+        cfg = OmegaConf.create(text)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}): give another run") from error
+    except (
+        ValueError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        RecursionError,
+        AssertionError,
+    ) as error:
+        raise RunError(
+            f"{path} is damaged ({_first_line(error)}): put back a copy of it, or give another run"
+        ) from error
+    if not isinstance(cfg, DictConfig) or not cfg:
+        raise RunError(f"{path} is empty or no config: put back a copy of it, or give another run")
+    check_inert(OmegaConf.to_container(cfg, resolve=False), str(path))
+    return cfg
+
+
+def check_inert(node: Any, where: str, key: str = "") -> None:
+    """Refuses texts that OmegaConf would evaluate; in a file they could read the environment.
+
+    Args:
+      node: plain values.
+      where: names them in the message.
+      key: of the node.
+
+    Raises:
+      RunError: names the key.
+    """
+    if isinstance(node, str) and "${" in node:
+        raise RunError(
+            f"{where}: {key} holds {node!r}, and ${{ begins something to be evaluated, which the "
+            "config of a run must not hold: write it without the brace"
+        )
+    if isinstance(node, dict):
+        for name, child in node.items():
+            check_inert(name, where, f"the name {name!r}")
+            check_inert(child, where, f"{key}.{name}" if key else str(name))
+    if isinstance(node, list):
+        for number, child in enumerate(node):
+            check_inert(child, where, f"{key}[{number}]")

@@ -1,0 +1,226 @@
+"""What every setting may be: its type, its range and its unit, in one table.
+
+`experiments.run.checks` compares a command's config with it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+LARGEST = 2**31 - 1  # of whole numbers: XLA's sizes and a run's steps have 32 bits
+
+
+class Rule(NamedTuple):
+    """What a setting may be.
+
+    Attributes:
+      kind: "whole", "number", "switch", "text", "words" (a text or a list of texts), "section"
+        (keys of its own) or "any".
+      low: the least value.
+      high: the largest value.
+      unit: what is counted, for the message.
+      inside: whether the bounds themselves are excluded.
+      null: whether null is a value.
+      many: whether it is a list, at any depth, of such values; never an empty one.
+      choices: of a text, if not all are.
+    """
+
+    kind: str
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""
+    inside: bool = False
+    null: bool = False
+    many: bool = False
+    choices: tuple[str, ...] = ()
+
+
+def whole(low: int, unit: str, **more: Any) -> Rule:
+    """A whole number from `low` on."""
+    return Rule("whole", low, more.pop("high", LARGEST), unit, **more)
+
+
+def number(low: float, high: float, unit: str, **more: Any) -> Rule:
+    """A finite number from `low` to `high`; infinite only where `high` is and `low` is not less."""
+    return Rule("number", low, high, unit, **more)
+
+
+SEED = whole(0, "a seed", high=2**32 - 1)
+SWITCH, TEXT, ANY = Rule("switch"), Rule("text"), Rule("any", null=True)
+OPTIONAL_TEXT = Rule("text", null=True)
+TEXTS, WORDS, SECTION = Rule("text", many=True), Rule("words"), Rule("section")
+FINITE = 3.4e38  # float32's largest
+POSITIVE = {"low": 0.0, "high": FINITE, "inside": True}
+
+# A key's rule is that of its whole path, with the command's name before it or without, of its last
+# two names, or of its last name.
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace"), SECTION),
+    "finetune.rounding": SECTION,
+    "trust": WORDS._replace(null=True),
+    # what is trained, and for how long
+    "name": TEXT,
+    "seed": SEED,
+    "seeds": SEED._replace(many=True),
+    "steps": whole(1, "training steps"),
+    "batch_size": whole(1, "sequences"),
+    "evaluate.batch_size": whole(1, "windows", null=True),
+    "accumulate": whole(1, "parts of a batch"),
+    "window": whole(1, "tokens"),
+    "length": whole(1, "tokens"),
+    "evaluate.length": whole(1, "tokens", null=True),
+    "windows": whole(1, "windows"),
+    "evaluate.windows": whole(1, "windows", null=True),
+    "log_every": whole(1, "steps"),
+    "eval_every": whole(1, "steps"),
+    "resume": SWITCH,
+    "checkpoint.every": whole(1, "steps"),
+    "keep_last": whole(1, "checkpoints"),
+    "keep_best": whole(0, "checkpoints"),
+    "profile": SWITCH,
+    "trace.start": whole(1, "steps, of which the first compiles"),
+    "trace.steps": whole(1, "steps"),
+    "peak_flops": Rule("number", unit="FLOP/s", null=True, **POSITIVE),
+    # optimisers and projections
+    "learning_rate": Rule("number", unit="a step size", **POSITIVE),
+    "warmup": number(0, 1, "a share of the steps"),
+    "floor": number(0, 1, "a share of the peak rate"),
+    "b1": number(0, 1, "a decay a step"),
+    "b2": number(0, 1, "a decay a step"),
+    "weight_decay": number(0, FINITE, "a decay a step"),
+    "optim.clip": number(0, math.inf, "the largest norm of a gradient", inside=True),
+    "optimizer.clip": number(0, math.inf, "the largest norm of a gradient", inside=True),
+    "factor": number(0, FINITE, "a factor of the learning rate"),
+    "bound": number(0, math.inf, "the largest weight", inside=True),
+    # models
+    "vocab_size": whole(1, "tokens"),
+    "train_tokenizer.vocab_size": whole(257, "tokens, of which 256 are bytes"),
+    "width": whole(1, "features"),
+    "layers": whole(1, "layers"),
+    "mlp_hidden": whole(1, "features", null=True),
+    "mlp_adapter": SECTION._replace(null=True),
+    "hidden": whole(1, "units", null=True),
+    "heads": whole(1, "heads"),
+    "prefix": whole(1, "positions"),
+    "conv_taps": whole(1, "positions"),
+    "tied": SWITCH,
+    "mlp_adapter.scale": Rule("number", unit="a scale", **POSITIVE),
+    "reads": Rule("text", choices=("input", "output")),
+    "biases": SWITCH,
+    "compute_dtype": Rule("text", choices=("float32", "bfloat16", "float16", "float64")),
+    "mixer.scale": Rule("number", unit="the bound of the first weights", **POSITIVE),
+    "mixer.clip": Rule("number", unit="the bound of the weights", **POSITIVE),
+    "decays": number(-1, 1, "decays", many=True),
+    "time_constants": Rule("number", unit="steps", many=True, **POSITIVE),
+    "chunks": whole(1, "chunks"),
+    "max_iters": whole(1, "iterations", null=True),
+    "limit": number(0, math.inf, "times the cost of lax.scan", inside=True, null=True),
+    # transforms
+    "where": ANY,
+    "bits": whole(1, "bits", high=32),
+    "rank": whole(1, "rank"),
+    "alpha": Rule("number", unit="a scale", null=True, **POSITIVE),
+    "dropout": number(0, 1, "a share of the inputs"),
+    "downcast": TEXT,
+    "group": whole(1, "inputs", null=True),
+    "problem.group": TEXT,
+    "letters": Rule("text", choices=("all", "generators")),
+    "rounding": TEXT,
+    "fake_quant.rounding": Rule("text", choices=("nearest", "stochastic")),
+    "easy_quant.by": Rule("text", choices=("column", "layer")),
+    "lsq.full": SWITCH,
+    "lr_qat.full": SWITCH,
+    "scale_block": whole(1, "values", null=True),
+    "budget": whole(1, "ranks"),
+    "shards": whole(1, "shards"),
+    "n": whole(1, "kept of m"),
+    "m": whole(1, "values"),
+    # data
+    "data.path": TEXT,
+    "data.name": OPTIONAL_TEXT,
+    "data.field": TEXT,
+    "encoding": TEXT,
+    "piece_size": whole(1, "characters", null=True),
+    "prefetch": whole(0, "batches"),
+    "tokenizer": OPTIONAL_TEXT,
+    "data.root": OPTIONAL_TEXT,
+    "data.only": TEXTS,
+    "data.without": TEXTS,
+    "validation_bytes": whole(1, "bytes", high=2**62),
+    "validation_fraction": number(0, 1, "the share held out", inside=True),
+    "validation_split": OPTIONAL_TEXT,
+    "data.block": whole(1, "steps"),
+    # tasks
+    "test_lengths": whole(1, "tokens", many=True),
+    "test_sequences": whole(1, "sequences"),
+    "grow_steps": whole(0, "steps"),
+    "grow_from": whole(1, "positions"),
+    "alphabet": whole(1, "letters"),
+    "hops": whole(1, "hops"),
+    "keys": whole(1, "keys"),
+    "values": whole(1, "values"),
+    "pairs": whole(1, "pairs"),
+    "modulus": whole(2, "numbers"),
+    # texts that are drawn
+    "prompt": OPTIONAL_TEXT,
+    "prompts": OPTIONAL_TEXT,
+    "generate.field": TEXT,
+    "temperature": number(0, FINITE, "a temperature"),
+    "top_k": whole(1, "candidates", null=True),
+    "top_p": Rule("number", 0, 1, "a share of the probability", null=True),
+    "samples": whole(1, "continuations of each prompt"),
+    "generate.block": whole(1, "tokens"),
+    # tables and figures
+    "run": WORDS._replace(null=True),
+    "runs": WORDS._replace(null=True),
+    "group_by": WORDS,
+    "columns": TEXTS._replace(null=True),
+    "lines": TEXTS._replace(null=True),
+    "from": OPTIONAL_TEXT,
+    "output": OPTIONAL_TEXT,
+    "title": OPTIONAL_TEXT,
+    "metric": OPTIONAL_TEXT,
+    "better": Rule("text", null=True, choices=("min", "max")),
+    "sort": OPTIONAL_TEXT,
+    "plot.x": TEXT,
+    **dict.fromkeys(("plot.y", "mixers.y"), OPTIONAL_TEXT),
+    "log_x": SWITCH,
+    "log_y": SWITCH,
+    # measurements
+    "mixers.prompt": whole(1, "tokens"),
+    "rounds": whole(3, "samples of each, for a spread"),
+    "mixers.rounds": whole(1, "counts"),
+    "budget_s": Rule("number", unit="seconds", **POSITIVE),
+    "fresh": SWITCH,
+    "suite.cell": TEXT,
+    "suite.passes": TEXTS,
+    "suite.rivals": TEXTS,
+    "suite.scale": Rule("number", unit="the bound of the weights", **POSITIVE),
+    "shapes": whole(1, "steps, sequences or units", many=True),
+    "lengths": whole(1, "steps", many=True),
+    "batches": whole(1, "sequences", many=True),
+    "widths": whole(1, "units", many=True),
+    "grid": ANY,
+    "values_tol": Rule("number", unit="an error", **POSITIVE),
+    "gradients_tol": Rule("number", unit="an error", **POSITIVE),
+    "budgets": whole(1, "evaluations", many=True),
+    "tols": Rule("number", unit="relative corrections", many=True, **POSITIVE),
+    "unlimited": whole(1, "evaluations"),
+    "size": whole(1, "bytes", high=2**62),
+}
+
+
+def rule_for(key: str, command: str = "") -> Rule | None:
+    """The rule of a setting.
+
+    Args:
+      key: its path, `optim.learning_rate`.
+      command: whose setting it is, `train`.
+
+    Returns:
+      The rule; None where the table has none, and what reads the setting judges it.
+    """
+    names = key.split(".")
+    for path in (f"{command}.{key}", key, ".".join(names[-2:]), names[-1]):
+        if path in RULES:
+            return RULES[path]
+    return None

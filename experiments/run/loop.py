@@ -1,0 +1,200 @@
+"""The training loop: dispatch step t, read the numbers of step t - 1, evaluate and save at times.
+
+Everything it needs is an argument; it knows no config and no file. Reading one step late
+keeps the device busy while Python books the last result.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.run.folders import RunError
+from experiments.run.progress import Progress, Status
+from experiments.run.speed import Speedometer
+from experiments.run.task import Batches
+from jaxpara.types import Params, Step, TrainState
+
+
+class Diverged(RunError):
+    """The loss is not finite."""
+
+
+class Row(NamedTuple):
+    """What was measured since the last row.
+
+    Attributes:
+      step: steps done.
+      seconds: since the start, compilation and evaluations included.
+      loss: mean training loss in nats per token since the last row.
+      tokens_per_second: since the last row, compilation and evaluations not counted.
+      gradient_norm: of the last step, before clipping; None where the step gives none.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    tokens_per_second: float
+    gradient_norm: float | None
+
+
+class Memory(NamedTuple):
+    """What the loop knows besides the training state; a run that goes on begins with it.
+
+    Attributes:
+      losses: of the steps since the last row.
+      seconds: since the start of the run.
+      timed: steps whose time counts, and the seconds they took together.
+      enough: whether the task was solved, so that no further step is due.
+    """
+
+    losses: Sequence[float] = ()
+    seconds: float = 0.0
+    timed: tuple[int, float] = (0, 0.0)
+    enough: bool = False
+
+
+class Ending(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      state: the last training state.
+      stopped: whether it was stopped from outside.
+      seconds: since the start of the run.
+      tokens_per_second: of training alone, compilation and evaluations not counted.
+    """
+
+    state: TrainState
+    stopped: bool
+    seconds: float
+    tokens_per_second: float
+
+
+def run_loop(
+    *,
+    state: TrainState,
+    step: Step,
+    batches: Batches,
+    steps: int,
+    tokens_per_step: int,
+    log_every: int,
+    eval_every: int,
+    save_every: int,
+    write_row: Callable[[Row], None],
+    look_up: Callable[[int, Params], dict[str, float]],
+    save: Callable[[TrainState, Memory, dict[str, float] | None], None],
+    seconds: Callable[[], float],
+    progress: Progress,
+    stopped: Callable[[], Any],
+    begin: int = 0,
+    memory: Memory = Memory(),  # noqa: B008 (immutable)
+    bytes_per_token: float | None = None,
+    solved: Callable[[dict[str, float]], bool] | None = None,
+) -> Ending:
+    """Trains up to a number of steps.
+
+    Args:
+      state: to begin with; its buffers are given away.
+      step: one training step; its metrics hold `loss` in nats per token.
+      batches: from the position that belongs to the state.
+      steps: how many in all.
+      tokens_per_step: predicted tokens in a batch.
+      log_every: steps between two rows.
+      eval_every: steps between two evaluations; a new run is evaluated before its first step too,
+        and every run after its last.
+      save_every: steps between two checkpoints; the last step has one too.
+      write_row: takes each row.
+      look_up: evaluates parameters after so many steps; its time is not training time.
+      save: takes the state after a step, what else the run needs to go on, and the figures of
+        that step if it was evaluated. The state must be copied before it returns.
+      seconds: since the start of the run, what came before an interruption included.
+      progress: shows every step.
+      stopped: says whether to stop after this step.
+      begin: steps done already; `state`, `batches` and `memory` are from then.
+      memory: what `save` was given then.
+      bytes_per_token: of text, to show bits per byte; None shows the loss alone.
+      solved: says of the figures of an evaluation whether they are all that was wanted.
+
+    Returns:
+      The ending.
+
+    Raises:
+      Diverged: the loss became NaN or infinite, or the gradient of a state to be judged or saved.
+    """
+    last_finite: tuple[int, float] | None = None
+    losses = list(memory.losses)
+    speed = Speedometer(tokens_per_step, before=memory.timed)
+
+    def refuse(what: str, number: int) -> Diverged:
+        before = "no step before it had a finite one"
+        if last_finite is not None:
+            before = f"the last finite loss was {last_finite[1]:.4f} at step {last_finite[0]}"
+        return Diverged(
+            f"{what} at step {number} of {steps}; {before}. "
+            "Try a lower optim.learning_rate, or more optim.warmup"
+        )
+
+    def book(number: int, metrics: dict[str, jax.Array]) -> None:
+        nonlocal last_finite
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise refuse(f"the loss is {loss}", number)
+        last_finite = (number, loss)
+        losses.append(loss)
+        speed.tick()
+        bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+        progress.update(
+            Status(
+                step=number,
+                steps=steps,
+                loss=loss,
+                bits_per_byte=bits,
+                tokens_per_second=speed.lately(),
+                seconds_left=speed.seconds_for(steps - number),
+            )
+        )
+        if number % log_every == 0 or number == steps:
+            norm = metrics.get("grad_norm")
+            write_row(
+                Row(
+                    step=number,
+                    seconds=seconds(),
+                    loss=sum(losses) / len(losses),
+                    tokens_per_second=speed.since_mark(),
+                    gradient_norm=None if norm is None else float(norm),
+                )
+            )
+            losses.clear()
+            speed.mark()
+
+    # Evaluating before the first step finds what does not fit before minutes are spent.
+    if begin == 0:
+        look_up(0, state.params)
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    stop = False
+    for number in range(begin + 1, 0 if memory.enough else steps + 1):
+        state, metrics = step(state, next(batches))
+        if pending is not None:
+            book(*pending)
+        pending = (number, metrics)
+        stop = bool(stopped())
+        evaluated = number % eval_every == 0 or number == steps
+        saved = stop or number % save_every == 0 or number == steps
+        if not (evaluated or saved):
+            continue
+        book(*pending)
+        pending = None
+        norm = float(metrics.get("grad_norm", 0.0))
+        if not math.isfinite(norm):  # the loss was finite, what came of it is not
+            raise refuse(f"the gradient's norm is {norm}", number)
+        with speed.paused():
+            # What is due at this step is measured before a stop too, or a run that goes on
+            # would lack it.
+            figures = look_up(number, state.params) if evaluated else None
+            enough = figures is not None and solved is not None and solved(figures)
+            if saved or enough:
+                save(state, Memory(tuple(losses), seconds(), speed.timed(), enough), figures)
+        if stop or enough:
+            break
+    return Ending(state, stop, seconds(), speed.overall())

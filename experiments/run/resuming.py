@@ -1,0 +1,114 @@
+"""Going on with a run: which folder, whether the command line agrees with it, and its tables."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.run.folder_arguments import TRUST, quote_value
+from experiments.run.folders import RunError, find_run
+
+# What may differ: whether to go on, where, and with what trust.
+FREE = ("resume", "hydra", TRUST)
+
+
+def resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """Turns `resume=FOLDER` into what Hydra needs to work in that folder.
+
+    Args:
+      arguments: of the command line, without the program. `resume=true` and `resume=false`
+        pass as they are.
+
+    Returns:
+      Arguments with `resume=true hydra.run.dir=FOLDER`; Hydra's record of how the run was
+      begun is left as it is.
+
+    Raises:
+      RunError: the folder is not a run's.
+    """
+    changed = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "resume" and value.lower() not in ("true", "false", ""):
+            name = value if Path(value).is_dir() else value.strip("'\"")
+            folder = quote_value(str(find_run(name, key="resume")))
+            changed += ["resume=true", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+        else:
+            changed.append(argument)
+    return changed
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def check_overrides(
+    overrides: Sequence[str], *, cfg: DictConfig, stored: DictConfig, folder: Path
+) -> None:
+    """Refuses a command line that contradicts the run it is to go on with.
+
+    Args:
+      overrides: as given, `KEY=VALUE` or `GROUP=MEMBER`.
+      cfg: composed with them.
+      stored: the run's own config, which is what it goes on with.
+      folder: of the run.
+
+    Raises:
+      RunError: names the first key that differs, and both values.
+    """
+    choices = _choices(folder)
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key.split(".")[0].split("/")[0] in FREE:
+            continue
+        path = key.partition("@")[2] or key
+        path = path.replace("/", ".")
+        given = _plain(OmegaConf.select(cfg, path))
+        if given is None and key in choices:  # a group that writes to the top level
+            given, known = value, choices[key]
+        else:
+            known = _plain(OmegaConf.select(stored, path))
+        if given != known:
+            shown = known if not isinstance(known, dict) else choices.get(key, "another one")
+            raise RunError(
+                f"{override} contradicts the run in {folder}, which has {key}={shown}: leave it "
+                "out to go on with that run, or begin a new one without resume"
+            )
+
+
+def _choices(folder: Path) -> dict[str, Any]:
+    """Which member of each group the run was begun with; empty where Hydra kept no record."""
+    record = folder / ".hydra" / "hydra.yaml"
+    if not record.is_file():
+        return {}
+    # Read as plain values: nothing that stands in a folder is evaluated.
+    node = OmegaConf.to_container(OmegaConf.load(record), resolve=False)
+    for key in ("hydra", "runtime", "choices"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return {str(key): value for key, value in node.items()} if isinstance(node, dict) else {}
+
+
+def cut_table(path: Path, *, last: int) -> None:
+    """Removes the rows after a step, and what a killed process left of a row.
+
+    Args:
+      path: a CSV file with a column `step`; nothing happens where there is none.
+      last: the last step that stays.
+    """
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    if not rows:
+        path.unlink()
+        return
+    header, *rows = rows
+    at = header.index("step")
+    kept = [row for row in rows if len(row) == len(header) and float(row[at]) <= last]
+    whole = path.with_suffix(".tmp")
+    with whole.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *kept])
+    os.replace(whole, path)

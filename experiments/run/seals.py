@@ -1,0 +1,213 @@
+"""Whether files and arrays are what was written: digests of them, kept beside them.
+
+A sealed folder holds `digests.json`, with a digest of every file below it and one of itself.
+Digests of arrays are taken in memory before they are written, so that they also find what went
+wrong on the way to the disk. All are BLAKE2b, of 128 bits.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.run.folders import RunError
+
+SEAL = "digests.json"
+# What Orbax writes after it has called us for the last time; sealed a moment later.
+LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
+CHUNK = 1 << 20
+
+
+class Damaged(RunError):
+    """Something on disk is not what was written; the text names it."""
+
+
+def of_text(value: Any) -> str:
+    """The digest of plain values.
+
+    Args:
+      value: JSON-able.
+
+    Returns:
+      Hexadecimal digits.
+    """
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def of_file(path: Path) -> str:
+    """The digest of a file's content.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Hexadecimal digits.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def of_arrays(tree: Any) -> dict[str, str]:
+    """The digests of arrays.
+
+    Args:
+      tree: of arrays. Those that lie partly in other processes are left out.
+
+    Returns:
+      Digits by path in the tree; they depend on dtype, shape and every bit.
+    """
+    found = {}
+    for keys, leaf in jax.tree.leaves_with_path(tree):
+        if getattr(leaf, "is_fully_addressable", True):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            array = np.ascontiguousarray(leaf)
+            digest = hashlib.blake2b(f"{array.dtype} {array.shape} ".encode(), digest_size=16)
+            digest.update(array.reshape(-1).view(np.uint8))
+            found[jax.tree_util.keystr(keys)] = digest.hexdigest()
+    return found
+
+
+def check_arrays(tree: Any, known: Mapping[str, str], where: str) -> None:
+    """Refuses arrays that are not those of which digests were taken.
+
+    Args:
+      tree: as read.
+      known: from `of_arrays`, before writing; what it left out is not checked.
+      where: names their place in the message.
+
+    Raises:
+      Damaged: names the first array that differs.
+    """
+    for path, digest in of_arrays(tree).items():
+        if known.get(path, digest) != digest:
+            raise Damaged(f"{where}: the array {path} is damaged: it is not what was saved")
+
+
+def seal(folder: Path, *, late: bool = True) -> None:
+    """Writes the digests of all files below a folder.
+
+    Args:
+      folder: whole, and not written to meanwhile.
+      late: whether `LATE` is written by now.
+    """
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    left_out = {SEAL} if late else {SEAL, *LATE}
+    digests = {name: of_file(path) for name, path in files.items() if name not in left_out}
+    part = folder / f"{SEAL}.part"
+    part.write_text(_text(digests))
+    os.replace(part, folder / SEAL)
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder's seal covers what Orbax writes late.
+
+    Args:
+      folder: of a checkpoint.
+
+    Returns:
+      False also where there is no seal, or it cannot be read.
+    """
+    try:
+        return LATE[0] in json.loads((folder / SEAL).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def check(folder: Path, parts: Sequence[str] | None = None) -> None:
+    """Refuses a folder that is not as it was sealed.
+
+    Args:
+      folder: sealed.
+      parts: the folders in it that are read, besides the files at its top; None is all.
+
+    Raises:
+      Damaged: names the first file that is changed, missing, or was not there.
+    """
+    known = _read(folder)
+    for name, digest in known.items():
+        if parts is not None and "/" in name and name.partition("/")[0] not in parts:
+            continue
+        try:
+            found = of_file(folder / name)
+        except FileNotFoundError:
+            raise Damaged(f"{folder / name} is missing") from None
+        except OSError as error:
+            raise Damaged(f"{folder / name} cannot be read: {error.strerror}") from error
+        if found != digest:
+            raise Damaged(f"{folder / name} is damaged: it is not what was written")
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in (*known, SEAL, f"{SEAL}.part", *LATE):
+            raise Damaged(f"{path} was not written with the rest of {folder}")
+
+
+def _text(digests: Mapping[str, str]) -> str:
+    """What a seal holds."""
+    return json.dumps({"files": digests, "digest": of_text(digests)}, indent=1) + "\n"
+
+
+def _read(folder: Path) -> dict[str, str]:
+    path = folder / SEAL
+    try:
+        content = path.read_bytes()
+        digests = dict(json.loads(content)["files"])
+        whole = content == _text(digests).encode()  # to the last blank
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing: {folder} was not written to its end") from None
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{path} is damaged: it is not what was written")
+    return digests
+
+
+def first_whole(order: Sequence[int], read: Callable[[int], Any]) -> Any:
+    """Reads the first of some checkpoints that is not damaged; says which were.
+
+    Args:
+      order: steps, the one that is wanted first.
+      read: takes a step; raises `Damaged`.
+
+    Returns:
+      What `read` returns.
+
+    Raises:
+      Damaged: none is whole; names what is damaged in the first.
+    """
+    damage: list[Damaged] = []
+    for step in order:
+        try:
+            found = read(step)
+        except Damaged as error:
+            damage.append(error)
+            continue
+        if damage:
+            say(f"{damage[0]}; the checkpoint of step {step} is read instead")
+        return found
+    raise Damaged(
+        f"{damage[0]}; no other checkpoint is whole. "
+        "Take the run's folder from a copy, or begin a new run"
+    ) from damage[0]
+
+
+def say(text: str) -> None:
+    """Says one line to the person at the keyboard.
+
+    Args:
+      text: the line.
+    """
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,77 @@
+"""The trainer's numbers, and which of them do not fit together."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from experiments.run.checks import check_settings
+from experiments.run.folders import RunError
+
+
+class Keep(NamedTuple):
+    """When checkpoints are written and which stay, as in conf/train.yaml."""
+
+    every: int
+    keep_last: int
+    keep_best: int
+
+
+class Traced(NamedTuple):
+    """Which steps `profile=true` traces, as in conf/train.yaml."""
+
+    start: int
+    steps: int
+
+
+class Settings(NamedTuple):
+    """The numbers of a run, named and explained in conf/train.yaml."""
+
+    name: str
+    seed: int
+    steps: int
+    batch_size: int
+    accumulate: int
+    log_every: int
+    eval_every: int
+    checkpoint: Keep
+    profile: bool
+    trace: Traced
+    peak_flops: float | None
+
+
+def make_settings(values: Mapping[str, Any]) -> Settings:
+    """Picks the trainer's numbers out of a config and refuses what does not fit together.
+
+    Args:
+      values: of a whole config, plain.
+
+    Returns:
+      The settings.
+
+    Raises:
+      RunError: what was given, and what to change.
+    """
+    missing = [name for name in Settings._fields if name not in values]
+    if missing:
+        raise RunError(
+            f"the config has no {', '.join(missing)}: another version of this program wrote it, "
+            "and that version can go on with it"
+        )
+    check_settings(OmegaConf.create({name: values[name] for name in Settings._fields}))
+    settings = Settings(**{name: values[name] for name in Settings._fields})
+    settings = settings._replace(
+        checkpoint=Keep(**values["checkpoint"]), trace=Traced(**values["trace"])
+    )
+    if settings.profile:
+        if sum(settings.trace) > settings.steps:
+            raise RunError(
+                f"trace.start={settings.trace.start} and trace.steps={settings.trace.steps} do "
+                f"not fit steps={settings.steps}: together they may be no more"
+            )
+    if settings.batch_size % settings.accumulate:
+        raise RunError(
+            f"accumulate={settings.accumulate} does not divide batch_size={settings.batch_size}: "
+            "give a batch_size that is a multiple of it"
+        )
+    return settings

@@ -1,0 +1,378 @@
+"""What a run's folder may make a program do: build what is shipped, and read its own files.
+
+A folder comes from anybody, and its `config.yaml` names constructors and files. Only constructors
+that the shipped configs name and the public ones of jaxpara and optax are built from it, and only
+files inside it are read. The rest must be given on the command line: `trust=their.package`,
+`trust=PATH`, or the setting itself once more (`data.path=PATH`). Nothing in a folder grants it.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.run import folders
+from experiments.run.folder_arguments import TRUST, quote_value
+from experiments.run.folders import RunError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+GETTERS = ("hydra.utils.get_method", "hydra.utils.get_object")
+OPEN = ("jaxpara", "optax")
+# Arguments of constructors that are files, folders, globs or names of data sets.
+FILES = ("path", "root", "data_files", "tokenizer", "base")
+# Kinds of files, as `path` of a data set whose files are in `data_files`.
+KINDS = ("json", "parquet", "text")
+PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+_GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
+
+
+@contextmanager
+def from_command_line(cfg: DictConfig) -> Iterator[None]:
+    """Trusts, while a program runs, what its command line names.
+
+    Args:
+      cfg: composed by Hydra, from the command line and the user's own configs alone. `trust` is a
+        package, a path, or a list of them; files and data sets that it names elsewhere count too.
+    """
+    values = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(values, dict)
+    given = _texts(values.get(TRUST)) + _texts(values.get("from"))
+    given += [path for _, path in _paths(values, "")]
+    with granted(given):
+        yield
+
+
+@contextmanager
+def granted(given: Sequence[str]) -> Iterator[None]:
+    """Trusts packages and paths inside the block.
+
+    Args:
+      given: their names.
+    """
+    token = _GIVEN.set((*_GIVEN.get(), *given))
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text in plain or OmegaConf's values."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [text for one in value for text in _texts(one)]
+    return [] if value is None else [str(value)]
+
+
+def open_config(folder: Path) -> DictConfig:
+    """Reads the config of a run to build from.
+
+    Args:
+      folder: from `folders.find_run`.
+
+    Returns:
+      The config: every constructor in it may be called, and its tokenizer is the folder's own copy
+      where there is one.
+
+    Raises:
+      RunError: it names a constructor that is not trusted, a link in the folder leads out of it,
+        or Python would import the folder's files.
+    """
+    check_place(folder)
+    cfg = folders.load_config(folder)
+    for key, name in _targets(OmegaConf.to_container(cfg, resolve=False), ""):
+        if not _is_allowed(name):
+            shown = name if isinstance(name, str) else repr(name)
+            raise RunError(
+                f"{folder / folders.CONFIG} asks for {key}={shown}, which {_refusal(name)}"
+            )
+    copy = folder / folders.TOKENIZER
+    for group in (cfg.get("data"), OmegaConf.select(cfg, "task.data")):
+        if isinstance(group, DictConfig) and group.get("tokenizer") and copy.is_file():
+            group.tokenizer = str(copy)
+    return cfg
+
+
+def check_paths(cfg: DictConfig, folder: Path, *, key: str = "") -> None:
+    """Refuses files and data sets outside a run's folder that the user did not name.
+
+    Args:
+      cfg: from `open_config`, or a part of it.
+      folder: of the run.
+      key: of the part.
+
+    Raises:
+      RunError: names the setting and what to repeat.
+    """
+    for name, value in _paths(OmegaConf.to_container(cfg, resolve=False), key):
+        # A task repeats what stands in groups of their own.
+        check_path(value, folder, key=name.removeprefix("task."))
+
+
+def check_path(value: str, folder: Path, *, key: str) -> None:
+    """Refuses a file or data set outside a run's folder that the user did not name.
+
+    Args:
+      value: the path, glob, or name of a data set.
+      folder: of the run.
+      key: of the setting.
+
+    Raises:
+      RunError: says what to repeat.
+    """
+    if not _is_ours(value, folder):
+        raise RunError(
+            f"{folder / folders.CONFIG} asks to read {key}={value}, which is not in that folder.\n"
+            f"If you mean it to be read, repeat the command with {argument([value])}"
+        )
+
+
+def argument(paths: Sequence[str]) -> str:
+    """What to type to trust paths.
+
+    Args:
+      paths: files, folders, globs, names of data sets.
+
+    Returns:
+      `trust=PATH`, quoted for a shell.
+    """
+    quoted = [quote_value(_as_path(path)) for path in paths]
+    value = quoted[0] if len(quoted) == 1 else f"[{','.join(quoted)}]"
+    return shlex.quote(f"{TRUST}={value}")
+
+
+def outside(folder: Path, *, but: Sequence[str] = ()) -> list[str]:
+    """What a run reads besides its own folder when it continues.
+
+    Args:
+      folder: of a run.
+      but: arguments that will not be read.
+
+    Returns:
+      Paths and names of data sets, to be given as `trust=`; empty for most runs.
+    """
+    try:
+        values = OmegaConf.to_container(folders.load_config(folder), resolve=False)
+    except (RunError, OSError):
+        return []
+    copied = (folder / folders.TOKENIZER).is_file()
+    found = {}
+    for key, value in _paths(values, ""):
+        last = key.split(".")[-1]
+        own = last == "tokenizer" and copied
+        if not (own or last in but or _is_inside(value, folder)):
+            found[value] = None
+    return list(found)
+
+
+def check_place(folder: Path) -> None:
+    """Refuses a folder whose files Python would import, or whose links lead out of it.
+
+    Args:
+      folder: of a run.
+
+    Raises:
+      RunError: says what to do.
+    """
+    whole = folder.resolve()
+    for entry in sys.path:
+        if Path(entry or ".").resolve().is_relative_to(whole):
+            raise RunError(
+                f"Python imports from {Path(entry or '.').resolve()}, which is in the run's folder "
+                f"{folder}: its files would be run as code. Start the program from another folder"
+            )
+    for place, inner, files in os.walk(folder):
+        for path in (Path(place) / name for name in (*inner, *files)):
+            if path.is_symlink() and not _is_ours(str(path), folder):
+                raise RunError(
+                    f"{path} is a link to {path.resolve()}, which is not in the run's folder: "
+                    f"replace it by what it points to, or give {TRUST}={path.resolve()}"
+                )
+
+
+def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Every name that a config asks to be looked up, with the key where it stands."""
+    if isinstance(node, list):
+        for number, child in enumerate(node):
+            yield from _targets(child, f"{key}[{number}]")
+    if not isinstance(node, dict):
+        return
+    here = f"{key}." if key else ""
+    if "_target_" in node:
+        name, rest = node["_target_"], set(node) - {"_target_", "_convert_", "_recursive_"}
+        if name in GETTERS and rest == {"path"}:
+            yield f"{here}path", node["path"]
+        else:  # a getter with anything else is no shipped name either
+            yield f"{here}_target_", name
+    for name, child in node.items():
+        yield from _targets(child, f"{here}{name}")
+
+
+def _paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every file or data set that a config asks to be read, with its key."""
+    if isinstance(node, list):
+        for number, child in enumerate(node):
+            yield from _paths(child, f"{key}[{number}]")
+    if not isinstance(node, dict):
+        return
+    here = f"{key}." if key else ""
+    for name in FILES if "_target_" in node and node["_target_"] not in GETTERS else ():
+        for text in _texts(node.get(name)):
+            if not (name == "path" and node.get("data_files") and text in KINDS):
+                yield f"{here}{name}", text
+    for name, child in node.items():
+        yield from _paths(child, f"{here}{name}")
+
+
+@cache
+def shipped() -> frozenset[str]:
+    """The names of constructors, functions and objects in `experiments/conf`."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found = set()
+    for path in CONF.rglob("*.yaml"):
+        values = yaml.load(path.read_text(encoding="utf-8"), loader) or {}
+        values.pop("hydra", None)
+        found |= {name for _, name in _targets(values, "") if isinstance(name, str)}
+    return frozenset(found)
+
+
+def _is_allowed(name: Any) -> bool:
+    if not isinstance(name, str) or PACKAGE.fullmatch(name) is None:
+        return False
+    return name in shipped() or is_public(name) or is_made_in(name, _packages())
+
+
+def _packages() -> list[str]:
+    """The packages that the command line trusts."""
+    return [one for one in _GIVEN.get() if PACKAGE.fullmatch(one)]
+
+
+def _refusal(name: Any) -> str:
+    """Why a constructor is not called, and what to type."""
+    covers = [one for one in _packages() if isinstance(name, str) and name.startswith(f"{one}.")]
+    if not covers:
+        return (
+            "is neither shipped nor a public name of jaxpara or optax, and a run's folder may be "
+            "anybody's.\nIf you know that code and mean to run it, repeat the command with "
+            f"{TRUST}={_package_of(name)}"
+        )
+    if locate(name) is None:
+        return (
+            f"Python does not find, although {TRUST}={covers[0]} is given:\n"
+            "install that package, or start the command where `python -m` can import it"
+        )
+    return (
+        f"was not made in {covers[0]}, and {TRUST}={covers[0]} covers only what was:\n"
+        "write the name in the config as the module that defines it has it, and trust that one"
+    )
+
+
+def _package_of(name: Any) -> str:
+    return name.partition(".")[0] if isinstance(name, str) and name else "their.package"
+
+
+def is_public(name: str) -> bool:
+    """Whether a dotted name is public in jaxpara or optax, and made there.
+
+    Args:
+      name: such as `optax.adamw`.
+
+    Returns:
+      False for what such a module has imported from elsewhere, for modules, for attributes of
+      objects, and for names with an underscore at the front.
+    """
+    parts = name.split(".")
+    if any(part.startswith("_") for part in parts) or not is_made_in(name, OPEN):
+        return False
+    *modules, last = parts
+    module = locate(".".join(modules))
+    return isinstance(module, types.ModuleType) and last in getattr(module, "__all__", [last])
+
+
+def is_made_in(name: str, packages: Sequence[str]) -> bool:
+    """Whether a dotted name is in a package and everything on the way to it was made there.
+
+    Args:
+      name: such as `optax.adamw`.
+      packages: names of packages.
+
+    Returns:
+      False where the way leads through something imported from elsewhere, as in
+      `their.package.os.system`, and for modules.
+    """
+    if not any(name.startswith(f"{package}.") for package in packages):
+        return False
+    parts = name.split(".")
+    found = None
+    for end in range(1, len(parts) + 1):
+        found = locate(".".join(parts[:end]))
+        if isinstance(found, types.ModuleType):
+            home = found.__name__
+        else:
+            home = getattr(found, "__module__", None) or type(found).__module__
+        roots = [package.partition(".")[0] for package in packages]
+        if not any(f"{home}.".startswith(f"{root}.") for root in roots):
+            return False
+    return found is not None and not isinstance(found, types.ModuleType)
+
+
+def locate(name: str) -> Any:
+    """What a dotted name stands for; None where there is nothing of that name.
+
+    Args:
+      name: of a module, or of what is in one.
+
+    Returns:
+      The object.
+    """
+    first, *rest = name.split(".")
+    try:
+        found = importlib.import_module(first)
+        here = first
+        for part in rest:
+            here += f".{part}"
+            if not hasattr(found, part):
+                importlib.import_module(here)
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return found
+
+
+def _as_path(value: str) -> str:
+    """A value as it can be given to `trust=` and be taken for a path."""
+    return value if os.sep in value or "://" in value else f".{os.sep}{value}"
+
+
+def _is_inside(value: str, folder: Path) -> bool:
+    """Whether a path, a folder or a glob leads nowhere but into a folder."""
+    if "://" in value or "\0" in value:
+        return False
+    return Path(value).expanduser().resolve().is_relative_to(folder.expanduser().resolve())
+
+
+def _is_ours(value: str, folder: Path) -> bool:
+    if _is_inside(value, folder):
+        return True
+    for one in _GIVEN.get():
+        if value == one or _as_path(value) == one:
+            return True
+        looks_like_a_path = os.sep in one or one.startswith((".", "~"))
+        if looks_like_a_path and "://" not in value + one and _is_inside(value, Path(one)):
+            return True
+    return False

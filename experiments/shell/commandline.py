@@ -1,0 +1,156 @@
+"""What stands between the shell and Hydra: settings checked, errors as lines, prompts as typed."""
+
+import contextlib
+import contextvars
+import functools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from experiments.run import records, trust
+from experiments.run.checks import check_settings
+from experiments.shell.explanations import FULL_ERROR, explain
+from experiments.shell.near_misses import check_additions
+
+_short = contextvars.ContextVar("short", default=False)  # whether errors end as lines
+
+
+def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
+    """Quotes free text for Hydra, whose grammar would otherwise strip and parse it.
+
+    `prompt=def f(x): ` reaches the program with its brackets and its last space.
+    What the user already put in quotes is left alone.
+
+    Args:
+      arguments: of the command line, without the program.
+      keys: the overrides that hold free text.
+
+    Returns:
+      The arguments for Hydra.
+    """
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        if equals and key.lstrip("+") in keys and not already:
+            # A backslash is itself to Hydra, except where it stands before a quote, at the
+            # end, or before an interpolation: there it is doubled.
+            body = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", value)
+            body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), body)
+            argument = f"{key}='{body}'"
+        quoted.append(argument)
+    return quoted
+
+
+def guarded(program: Callable[[], Any], cfg: DictConfig | None = None) -> Any:
+    """Runs a program once its settings are checked; a refused one leaves no folder.
+
+    Args:
+      program: the body of `main`.
+      cfg: its config, whose settings are checked before anything is built; what its command line
+        names is trusted.
+
+    Returns:
+      What the program returns.
+
+    Raises:
+      SystemExit: with the text, exit code 1, below `launch`; elsewhere and in a sweep, whose other
+        jobs go on, the error itself.
+    """
+    known = HydraConfig.initialized()
+    sweeps = known and HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        if cfg is not None and not sweeps:  # the jobs of a sweep check theirs, see `once`
+            check(cfg)
+        with contextlib.nullcontext() if cfg is None else trust.from_command_line(cfg):
+            return program()
+    except BaseException as error:
+        if known and not sweeps:
+            records.discard(Path(HydraConfig.get().runtime.output_dir))
+        text = explain(error, cfg) if isinstance(error, Exception) else None
+        if text is None or sweeps or not _short.get():
+            raise
+        sys.stdout.flush()
+        raise SystemExit(f"error: {text}") from None
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses settings that are not what the table of `limits` asks for.
+
+    Args:
+      cfg: composed by Hydra, whose record says of what command and with what overrides.
+
+    Raises:
+      RunError: what was given, what was expected, what to type.
+    """
+    known = HydraConfig.get()
+    check_settings(cfg, str(known.job.config_name))
+    check_additions(list(known.overrides.task), cfg)
+
+
+def launch(main: Callable[[], Any]) -> Any:
+    """Calls a program that Hydra decorates; what Hydra refuses ends it with a few lines as well.
+
+    Args:
+      main: decorated by `hydra.main`.
+
+    Returns:
+      What it returns.
+
+    Raises:
+      SystemExit: with the text, exit code 1.
+    """
+    before = os.environ.get(FULL_ERROR)
+    # With it Hydra lets errors out, and `explain` says them in fewer lines.
+    os.environ[FULL_ERROR] = "1"
+    token = _short.set(before != "1")
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
+    try:
+        return main()
+    except Exception as error:
+        text = explain(error)
+        if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
+            text = str(error)
+        if isinstance(error, ValueError) and "Config group override" in str(error):
+            text = "a group takes the name of a member, GROUP=NAME; --help lists groups and members"
+        if text is None or before == "1":
+            raise
+        sys.stdout.flush()
+        raise SystemExit(f"error: {text}") from None
+    finally:
+        _short.reset(token)
+        os.environ.pop(FULL_ERROR)
+        if before is not None:
+            os.environ[FULL_ERROR] = before
+
+
+def command(main: Callable[[], Any]) -> Callable[[], Any]:
+    """A command's `main`: Hydra's, without tracebacks for what a person can cause.
+
+    Args:
+      main: decorated by `hydra.main`.
+
+    Returns:
+      A function that ends with the exit codes shells expect: 130 after Ctrl-C.
+    """
+
+    @functools.wraps(main)
+    def run() -> Any:
+        try:
+            return launch(main)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+
+    return run

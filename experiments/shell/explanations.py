@@ -1,0 +1,229 @@
+"""Errors in the words of who typed the command: what was given, what is wrong, what to type."""
+
+import errno
+import functools
+import inspect
+import os
+import re
+import sys
+from typing import Any
+
+import yaml
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from experiments.run.checks import settings_of
+from experiments.run.folders import RunError
+from experiments.shell.near_misses import near_misses
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks instead of lines
+LINES = 3  # of an error at most
+
+
+def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
+    """The lines that say how to put right what a person at the keyboard can put right.
+
+    Args:
+      error: from composing, building or running.
+      cfg: the command's config, in which the setting to change is looked up.
+
+    Returns:
+      The text, at most three lines; None where the traceback is worth its lines.
+    """
+    text = _text_of(error, cfg)
+    if text is None:
+        return None
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[:LINES])
+
+
+def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
+    cause = error.__cause__
+    if isinstance(cause, InstantiationException):  # an object inside another one
+        return _text_of(cause, cfg)
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, InstantiationException):
+        return _of_target(error, cfg)
+    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+        missing = re.search(r"[Mm]issing mandatory value: (\S+)", str(error))
+        name = missing[1] if missing else "a setting without a default"
+        # A task reads the data and the model where they stand in groups of their own.
+        name = re.sub(r"^task\.(data|model)\.", r"\1.", name)
+        return f"{name} must be given: {name}=VALUE on the command line"
+    if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
+        return _of_config(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        first = str(error).splitlines()[:1] or ["no room"]
+        return (
+            f"the memory is not enough: {first[0][:200]}\n"
+            "give a smaller batch_size, window or model, or accumulate=N"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return _of_file(error)
+    return None
+
+
+def _of_file(error: OSError) -> str:
+    place = error.filename2 or error.filename
+    hint = {
+        errno.ENOSPC: "make room, then give the same command again",
+        errno.EDQUOT: "make room, then give the same command again",
+        errno.EACCES: "give another place, or take the right to use this one",
+        errno.EPERM: "give another place, or take the right to use this one",
+        errno.EROFS: "give a place that can be written to",
+        errno.EISDIR: "give a file",
+        errno.ENOTDIR: "one part of this path is a file: give another",
+        errno.ENAMETOOLONG: "give a shorter name",
+    }.get(error.errno or 0, "give another path")
+    where = "" if place is None else f"{_shown(place)}: "
+    return f"{where}{error.strerror}; {hint}"
+
+
+def _shown(place: Any) -> str:
+    return os.fsdecode(place) if isinstance(place, str | bytes | os.PathLike) else str(place)
+
+
+def _of_config(error: BaseException) -> str:
+    """What Hydra and OmegaConf say, shorter, with the key that was perhaps meant."""
+    text, cause = str(error), error.__cause__
+    wrong = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
+    root = getattr(getattr(cause, "parent_node", None), "_get_root", lambda: None)()
+    if wrong and isinstance(root, DictConfig):
+        groups = [str(key) for key in root if isinstance(root._get_node(key), DictConfig)]
+        there = list(dict.fromkeys([key for key, _ in settings_of(root)] + groups))
+        near = near_misses(wrong[1], [key for key in there if not key.startswith("hydra")])
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        outer = wrong[1].rpartition(".")[0]
+        beside = [key for key in there if outer and key.startswith(f"{outer}.")]
+        meant = meant or (f"; there are {', '.join(beside)}" if beside else "")
+        return (
+            f"{wrong[1]}: there is no such setting{meant}\n"
+            "--cfg job shows all settings, --help the groups"
+        )
+    if several := re.search(r"Ambiguous value for argument '(([^=]+)=([^']*))'", text):
+        return (
+            f"{several[1]}: several values need -m before them, for a run each; "
+            f"a list is typed {several[2]}=[{several[3]}]"
+        )
+    if isinstance(error, OverrideParseException):
+        told = repr(error.override)
+        return f"{told}: this cannot be read; give KEY=VALUE, and text as KEY=\"'TEXT'\""
+    missing = re.search(r"Could not find '([^']+)'", text)
+    if missing and (options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text)):
+        group, _, member = missing[1].rpartition("/")
+        there = options[1].split()
+        near = near_misses(member, there, count=1)
+        meant = f"did you mean {group}={near[0]}? " if near else ""
+        return f"{group}={member}: no such member; {meant}there are {', '.join(there)}"
+    key = getattr(error, "full_key", None)
+    text = text.partition("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "See "))]
+    return (f"{key}: " if key else "") + "\n".join(kept[:LINES])
+
+
+def typed_key(cfg: DictConfig | None, key: str) -> str:
+    """The key by which a node is overridden: `model` where `task.model` is `${model}`.
+
+    Args:
+      cfg: composed, its references as they are.
+      key: of a node.
+
+    Returns:
+      The key; the same one where nothing refers.
+    """
+    if cfg is None:
+        return key
+    path = ""
+    for name in key.split("."):
+        parent = OmegaConf.select(cfg, path) if path else cfg
+        path = f"{path}.{name}" if path else name
+        if (
+            isinstance(parent, DictConfig)
+            and name in parent
+            and not OmegaConf.is_missing(parent, name)
+        ):
+            node = parent._get_node(name)
+            reference = re.fullmatch(r"\$\{([\w.]+)\}", str(getattr(node, "_value", lambda: "")()))
+            path = reference[1] if reference else path
+    return path
+
+
+def _of_target(error: InstantiationException, cfg: DictConfig | None) -> str | None:
+    """What an object refused, with the override that changes it."""
+    cause = error.__cause__
+    if isinstance(cause, RunError):
+        return str(cause)
+    if isinstance(cause, MemoryError):
+        return _text_of(cause, cfg)
+    found = re.search(r"full_key: (\S+)", str(error))
+    key = typed_key(cfg, found[1]) if found else "config"
+    if isinstance(cause, TypeError):
+        called = re.search(r"target '([\w.<>]+)'", str(error))
+        return _of_signature(key, called[1] if called else "it", cause)
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"{key}: {_of_file(cause)}"
+    if "'hydra.utils.get_" in str(error):
+        node = OmegaConf.select(cfg, key) if cfg is not None else None
+        path = str(node.path) if isinstance(node, DictConfig) and "path" in node else ""
+        if path and not isinstance(cause, RunError):
+            return _of_name(f"{key}.path", path)
+    if located := re.match(r"Error locating target '([^']+)'", str(error)):
+        return _of_name(f"{key}._target_", located[1])
+    if isinstance(cause, ValueError | OSError):
+        text = str(cause)
+        name = re.match(r"(\w+)=", text)
+        node = OmegaConf.select(cfg, key) if cfg is not None and found else None
+        if name and isinstance(node, DictConfig) and name[1] in node:
+            return f"{key}.{text}\nchange it with {key}.{name[1]}=VALUE"
+        return text if text.startswith(f"{key}.") else f"{key}: {text}"
+    if cause is None or isinstance(cause, ImportError | AttributeError | InstantiationException):
+        return f"{key}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _of_name(key: str, path: str) -> str:
+    """A path that leads to no function or object."""
+    outer, _, last = path.rpartition(".")
+    parts, place = outer.split("."), None
+    if parts[0] in sys.modules:
+        place = functools.reduce(
+            lambda at, name: getattr(at, name, None), parts[1:], sys.modules[parts[0]]
+        )
+    there = [name for name in vars(place) if name[0] != "_"] if hasattr(place, "__dict__") else []
+    near = near_misses(last, there)
+    meant = f"; did you mean {' or '.join(f'{outer}.{name}' for name in near)}?" if near else ""
+    return f"{key}={path}: there is no such name{meant}"
+
+
+def _of_signature(key: str, called: str, cause: TypeError) -> str | None:
+    """A setting that an object does not have, lacks, or cannot use."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+    if unknown:
+        there = _parameters(called)
+        near = near_misses(unknown[1], there, count=1)
+        meant = f"did you mean {key}.{near[0]}? " if near else ""
+        has = f"it has {', '.join(there)}" if there else "see its documentation"
+        return f"{key}.{unknown[1]}: {called} has no such setting; {meant}{has}"
+    lacking = re.search(r"missing \d+ required [\w -]*arguments?: (.+)", str(cause))
+    if lacking:
+        names = re.findall(r"'(\w+)'", lacking[1])
+        typed = " ".join(f"+{key}.{name}=VALUE" for name in names)
+        return f"{key}: {called} needs {', '.join(names)}; type {typed}"
+    where = f"{FULL_ERROR}=1 before the command shows where"
+    return f"{key}: {called} refuses its settings: {cause}\n{where}"
+
+
+def _parameters(called: str) -> list[str]:
+    module, _, name = called.rpartition(".")
+    function = getattr(sys.modules.get(module), name, None)
+    try:
+        return list(inspect.signature(function).parameters) if callable(function) else []
+    except (TypeError, ValueError):
+        return []

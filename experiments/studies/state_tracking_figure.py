@@ -1,0 +1,168 @@
+"""Who solves what at which length.
+
+    python -m experiments.studies.state_tracking_figure runs=FOLDER
+
+From the tables of runs alone: a panel for each problem, a line for each mixer, accuracy at the
+last evaluation against the length of the test; the mean over seeds and their range.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import hydra
+import numpy as np
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.run.folders import RunError
+from experiments.shell.commandline import command, guarded
+from experiments.studies.curves import styles
+from experiments.sweep.run_sets import Run, differing_keys, group, need, read_all
+
+ACCURACY, LAST = "accuracy_", "last_"
+COLUMNS = ("problem", "method", "seed", "length", "accuracy", "last", "steps", "parameters")
+
+
+def final(run: Run) -> list[dict[str, float]]:
+    """The last evaluation of a run, a row for each length of the test.
+
+    Args:
+      run: of a state tracking task.
+
+    Returns:
+      Rows with `length`, `accuracy` and `last`, by increasing length.
+    """
+    rows = []
+    for name in run.columns:
+        if name.startswith(ACCURACY):
+            length = name.removeprefix(ACCURACY)
+            at = [
+                [value for value in run.columns[column] if value is not None]
+                for column in (name, LAST + length)
+            ]
+            if all(at):
+                rows.append({"length": int(length), "accuracy": at[0][-1], "last": at[1][-1]})
+    return sorted(rows, key=lambda row: row["length"])
+
+
+def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Puts together the runs of a method, whatever their problem and seed.
+
+    Args:
+      runs: of state tracking tasks.
+
+    Returns:
+      Label -> runs.
+
+    Raises:
+      RunError: none of them has accuracies.
+    """
+    by_problem: dict[str, list[Run]] = {}
+    for run in runs:
+        if final(run):
+            by_problem.setdefault(problem_of(run), []).append(run)
+    if not by_problem:
+        raise RunError(
+            f"none of the {len(runs)} runs has a column {ACCURACY}N: give runs of a state tracking "
+            "task, `python -m experiments.train experiment=state_tracking sweep=state_tracking`"
+        )
+    # What tells the runs of one problem apart is the method; across problems the task differs too.
+    keys = differing_keys(max(by_problem.values(), key=len))
+    return group([run for members in by_problem.values() for run in members], keys)
+
+
+def problem_of(run: Run) -> str:
+    """The name of a run's problem."""
+    return str(run.summary.get("problem", "?"))
+
+
+def draw(by_method: Mapping[str, Sequence[Run]]) -> Figure:
+    """Accuracy against length, a panel for each problem.
+
+    Args:
+      by_method: from `methods`.
+
+    Returns:
+      The figure.
+    """
+    problems = list(dict.fromkeys(problem_of(r) for runs in by_method.values() for r in runs))
+    width = max(6.0, 3.6 * len(problems))
+    columns = int(width // 4.5)  # of the legend, whose labels are long
+    figure = Figure(figsize=(width, 4.6 + 0.18 * len(by_method) / columns), layout="constrained")
+    panels = figure.subplots(1, len(problems), squeeze=False, sharey=True)[0]
+    lines = {}
+    for problem, axes in zip(problems, panels, strict=True):
+        for (label, runs), (colour, style) in zip(
+            by_method.items(), styles(list(by_method)), strict=True
+        ):
+            found: dict[int, list[float]] = {}
+            for row in (row for run in runs if problem_of(run) == problem for row in final(run)):
+                found.setdefault(int(row["length"]), []).append(row["accuracy"])
+            lengths = sorted(found)
+            mean = [np.mean(found[n]) for n in lengths]
+            (line,) = axes.plot(lengths, mean, style, color=colour, marker="o", ms=4)
+            low, high = ([f(found[n]) for n in lengths] for f in (min, max))
+            axes.fill_between(lengths, low, high, color=colour, alpha=0.15, lw=0)
+            if lengths:
+                lines[label] = line
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.set_title(problem)
+        axes.set_xlabel("length of the test (tokens)")
+        axes.set_ylim(0, 1.03)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (share of answers)")
+    figure.suptitle("mean over seeds, and their range")
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=8
+    )
+    return figure
+
+
+def write(path: Path, by_method: Mapping[str, Sequence[Run]]) -> None:
+    """The numbers of the figure as CSV.
+
+    Args:
+      path: the file.
+      by_method: from `methods`.
+    """
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for label, runs in by_method.items():
+            for run in runs:
+                need(run, config=("seed",))
+                known = {
+                    "problem": problem_of(run),
+                    "method": label,
+                    "seed": run.config["seed"],
+                    "steps": run.summary.get("steps", ""),
+                    "parameters": run.summary.get("parameters", ""),
+                }
+                writer.writerows({**known, **row} for row in final(run))
+
+
+@command
+@hydra.main(version_base="1.3", config_path="../conf", config_name="state_tracking_figure")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry."""
+
+    def program() -> None:
+        values = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(values, dict)
+        runs, left_out = read_all(values["runs"])
+        for line in left_out:
+            print(f"left out: {line}")
+        by_method = methods(runs)
+        target = Path(values["output"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(by_method).savefig(target, dpi=120)
+        write(target.with_suffix(".csv"), by_method)
+        print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
+
+    guarded(program, cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Sets of runs, read from their folders: in what they differ, and which belong together.
+
+A run is described by its `config.yaml`, flattened: an object becomes the last name of what builds
+it, so that `cell` is "gru" and `mixer.heads` is 4. Runs that differ only in seeds belong together.
+"""
+
+import difflib
+import glob
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.run import metrics
+from experiments.run.folders import CONFIG, ENVIRONMENT, SUMMARY, RunError, load_config, read_json
+
+METRICS = "metrics.csv"
+# What a run leaves and how it is watched does not change what it computes.
+NOT_COMPARED = ("checkpoint", "logger", "profile", "trace", "resume")
+ABSENT = ""  # the value of a key that a run's config has not
+
+
+class Run(NamedTuple):
+    """One run's folder, read.
+
+    Attributes:
+      folder: where it is.
+      config: flattened, see `flatten`.
+      columns: of `metrics.csv`; None where a cell is empty.
+      summary: of `summary.json`; empty while the run goes on.
+      environment: of `env.json`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    columns: dict[str, list[float | None]]
+    summary: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def flatten(node: Any) -> Any:
+    """Turns a config into one level, `outer.inner` -> value.
+
+    Args:
+      node: plain values, as of a resolved config.
+
+    Returns:
+      The flat mapping; of something that is no mapping, a value to compare and to print.
+    """
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return "+".join(str(_name(item)) for item in node)
+    if not isinstance(node, Mapping):
+        return node
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            name = _name(value)
+            if name is not value:
+                flat[str(key)] = name
+            hidden = {"_target_", "_args_"} | ({"path"} if _is_getter(value) else set())
+            inner = flatten(value).items()
+            flat.update({f"{key}.{k}": v for k, v in inner if k not in hidden})
+        else:
+            flat[str(key)] = flatten(value)
+    return flat
+
+
+def _is_getter(node: Mapping[str, Any]) -> bool:
+    """Whether an object is a function or class that `path` names."""
+    return str(node.get("_target_")).startswith("hydra.utils.get_")
+
+
+def _name(node: Any) -> Any:
+    """What an object is called; the node itself if it is none."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return flatten(node) if isinstance(node, list | tuple) else node
+    target = str(node["_target_"])
+    if target == "builtins.tuple":
+        return flatten(node["_args_"][0])
+    if _is_getter(node):
+        target = str(node["path"])
+    return target.rpartition(".")[2]
+
+
+def expand(patterns: str | Iterable[str] | None) -> list[Path]:
+    """Finds runs by folder, by glob, or by a folder that holds runs at any depth.
+
+    Args:
+      patterns: one or several.
+
+    Returns:
+      Folders with a config, in order, each once.
+
+    Raises:
+      RunError: nothing given, or a pattern under which there is no run.
+    """
+    given = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    if not given:
+        raise RunError(
+            "give runs=FOLDER or 'runs=[FOLDER,GLOB,...]': folders of runs, or what holds them, "
+            "for example runs=runs/lm or 'runs=multirun/lm/*'"
+        )
+    found: dict[Path, None] = {}
+    for pattern in given:
+        place = Path(pattern).expanduser()
+        # A folder may be called like a glob.
+        places = [place] if place.is_dir() else [Path(p) for p in sorted(glob.glob(str(place)))]
+        inside = [
+            folder
+            for place in places
+            for folder in sorted(path.parent for path in place.rglob(CONFIG))
+            # the run's own config, not Hydra's copy nor one in a checkpoint
+            if not any(part.startswith(".") for part in folder.relative_to(place).parts)
+        ]
+        if not inside:
+            what = "no such folder" if not places else f"no {CONFIG} in or below it"
+            raise RunError(f"runs: {pattern!r}: {what} (looked in {Path.cwd()})")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def read(folder: Path) -> Run:
+    """Reads a run.
+
+    Args:
+      folder: from `expand`.
+
+    Returns:
+      The run.
+
+    Raises:
+      RunError: its table is missing or has no row.
+    """
+    table = folder / METRICS
+    if not table.is_file():
+        raise RunError(f"{folder} has no {METRICS}: it is not a training run, or did not begin")
+    try:
+        columns = metrics.read(table)
+    except (ValueError, OSError) as error:
+        raise RunError(f"{table} is not a table of numbers: {error}") from error
+    if not any(columns.values()):
+        raise RunError(f"{table} is empty: the run measured nothing; leave it out")
+    try:
+        config = flatten(OmegaConf.to_container(load_config(folder), resolve=True))
+        summary, environment = _json(folder / SUMMARY), _json(folder / ENVIRONMENT)
+    except (OmegaConfBaseException, OSError, IndexError, RecursionError) as error:
+        raise RunError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
+    judged = summary.get("judged_by", ["", "min"])
+    if not isinstance(judged, list) or len(judged) != 2 or judged[1] not in ("min", "max"):
+        raise RunError(f"{folder / SUMMARY} is damaged: judged_by={judged!r}; leave the run out")
+    return Run(folder, config, columns, summary, environment)
+
+
+def need(run: Run, *, config: Sequence[str] = (), summary: Sequence[str] = ()) -> None:
+    """Refuses a run that lacks what a table is made of.
+
+    Args:
+      run: read.
+      config: keys that its config must have.
+      summary: keys that its summary must have.
+
+    Raises:
+      RunError: with the file and what it lacks.
+    """
+    for name, keys, there in ((CONFIG, config, run.config), (SUMMARY, summary, run.summary)):
+        if lacking := [key for key in keys if key not in there]:
+            raise RunError(
+                f"{run.folder / name} has no {', '.join(lacking)}: leave that run out of runs="
+            )
+
+
+def read_all(patterns: str | Iterable[str] | None) -> tuple[list[Run], list[str]]:
+    """Reads every run that is found; those without numbers are named and left out.
+
+    Args:
+      patterns: as for `expand`.
+
+    Returns:
+      The runs, and a line for each that was left out.
+
+    Raises:
+      RunError: no run has numbers.
+    """
+    found, left_out = [], []
+    for folder in expand(patterns):
+        try:
+            found.append(read(folder))
+        except RunError as error:
+            left_out.append(str(error))
+    if not found:
+        raise RunError("no run with numbers:\n  " + "\n  ".join(left_out))
+    return found, left_out
+
+
+def _is_seed(runs: Sequence[Run], key: str) -> bool:
+    """The seed of a run, or a copy of it; a seed that chooses other data is none."""
+    copied = key.endswith(".seed") and _values(runs, key) == _values(runs, "seed")
+    return key == "seed" or copied
+
+
+def _values(runs: Sequence[Run], key: str) -> tuple[str, ...]:
+    return tuple(str(run.config.get(key, ABSENT)) for run in runs)
+
+
+def _follows(values: Sequence[Any], known: Sequence[Sequence[Any]]) -> bool:
+    """Whether runs that agree in all that is known agree here too."""
+    seen: dict[tuple, Any] = {}
+    return all(
+        seen.setdefault(at, value) == value
+        for at, value in zip(zip(*known, strict=True), values, strict=True)
+    )
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """The keys of the config in which runs differ, seeds apart, each difference once.
+
+    A config is resolved, so that one choice shows in many places: `mixer=attention` also changes
+    `model.mixer` and `mixer.heads`. Left out are keys that follow from others and either lie
+    inside one of them or repeat its values.
+
+    Args:
+      runs: any number.
+
+    Returns:
+      Keys, outer ones first; the run's name only if nothing else tells runs apart.
+    """
+    every = dict.fromkeys(key for run in runs for key in run.config)
+    differing = [
+        key
+        for key in every
+        if not _is_seed(runs, key)
+        and key.split(".")[0] not in NOT_COMPARED
+        and len(set(_values(runs, key))) > 1
+    ]
+    kept: list[str] = []
+    for key in sorted(differing, key=lambda key: (key == "name", key.count("."))):
+        values = _values(runs, key)
+        known = [_values(runs, k) for k in kept]
+        repeats = values in known or any(k in key.split(".") for k in kept) or key == "name"
+        if not (kept and repeats and _follows(values, known)):
+            kept.append(key)
+    return sorted((_where_it_acts(runs, key, every) for key in kept), key=lambda k: k.count("."))
+
+
+def _where_it_acts(runs: Sequence[Run], key: str, every: Iterable[str]) -> str:
+    """`mixer.cell` for `cell` where some runs' mixer has no cell: the choice is idle in those."""
+    for inner in every:
+        if inner.split(".")[1:] == [key]:
+            there = [run for run in runs if inner in run.config]
+            if len(there) < len(runs) and _values(there, inner) == _values(there, key):
+                return inner
+    return key
+
+
+def check_keys(runs: Sequence[Run], keys: Iterable[str]) -> list[str]:
+    """Refuses keys that no run's config has.
+
+    Args:
+      runs: at least one.
+      keys: of the flattened config.
+
+    Returns:
+      The keys.
+
+    Raises:
+      RunError: names the nearest keys there are.
+    """
+    there = list(dict.fromkeys(key for run in runs for key in run.config))
+    wanted = list(keys)
+    for key in wanted:
+        if key not in there:
+            near = difflib.get_close_matches(key, there, n=5, cutoff=0.4) or there[:20]
+            raise RunError(f"no run's config has the key {key!r}; near it: {', '.join(near)}")
+    return wanted
+
+
+def group(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, list[Run]]:
+    """Puts runs together that agree in some keys.
+
+    Args:
+      runs: any number.
+      keys: of the flattened config.
+
+    Returns:
+      Label -> runs, in natural order of the keys' values; without keys one group, labelled
+      with the runs' name.
+    """
+    if not keys:
+        return {str(runs[0].config.get("name", runs[0].folder.name)): list(runs)}
+
+    def values(run: Run) -> tuple:
+        return tuple(run.config.get(key, ABSENT) for key in keys)
+
+    def order(run: Run) -> list[tuple]:
+        numbers = (int, float)
+        return [(0, v, "") if isinstance(v, numbers) else (1, 0, str(v)) for v in values(run)]
+
+    groups: dict[tuple, list[Run]] = {}
+    for run in sorted(runs, key=order):
+        groups.setdefault(values(run), []).append(run)
+
+    def text(at: tuple) -> str:
+        there = [label(k, v) for k, v in zip(keys, at, strict=True) if v != ABSENT]
+        return ", ".join(there) or "none"
+
+    return {text(at): members for at, members in groups.items()}
+
+
+def label(key: str, value: Any) -> str:
+    """A key and its value for people.
+
+    Args:
+      key: of the flattened config.
+      value: its value.
+
+    Returns:
+      `key=value`, the key without what stands before its last dot but one.
+    """
+    short = ".".join(key.split(".")[-2:])
+    return f"{short}={'null' if value is None else value}"
+
+
+def short_names(runs: Sequence[Run]) -> list[str]:
+    """The runs' folders without what they have in common.
+
+    Args:
+      runs: any number.
+
+    Returns:
+      A name for each; the folder's own for a single run.
+    """
+    folders = [str(run.folder) for run in runs]
+    common = os.path.commonpath(folders) if len(folders) > 1 else str(runs[0].folder.parent)
+    return [os.path.relpath(folder, common) for folder in folders]

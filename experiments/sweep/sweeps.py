@@ -1,0 +1,266 @@
+"""Sweeps that survive their jobs: what fails is recorded, what is finished is not run again.
+
+A job's folder depends on its config alone (see `sweep_folders`), and a job that finds a run
+there goes on with it. So the same command, repeated, does what is left to do.
+"""
+
+import importlib.util
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from experiments.run import folders, records
+from experiments.run.tables import show
+from experiments.shell.commandline import check, launch
+from experiments.shell.explanations import explain
+from experiments.sweep.sweep_folders import name_sweep
+
+ERROR = "error.txt"
+REFUSED = "refused"  # a file for each job that was refused: it has no folder
+OVERRIDES = Path(".hydra") / "overrides.yaml"
+# Which plugin of Hydra a choice needs; all are in the extra `sweeps`.
+PLUGINS = {
+    "hydra/launcher=joblib": "hydra_joblib_launcher",
+    "hydra/launcher=submitit_local": "hydra_submitit_launcher",
+    "hydra/launcher=submitit_slurm": "hydra_submitit_launcher",
+    "hydra/launcher=local": "hydra_submitit_launcher",
+    "hydra/launcher=slurm": "hydra_submitit_launcher",
+    "hydra/sweeper=optuna": "hydra_optuna_sweeper",
+    "sweep=optuna": "hydra_optuna_sweeper",
+}
+
+
+class Job(NamedTuple):
+    """What became of one job.
+
+    Attributes:
+      number: in the sweep.
+      folder: of its run.
+      overrides: as Hydra was given them.
+      status: "finished", "finished before", "interrupted", "failed", "refused" before it began, or
+        "no ending" where it was killed or goes on.
+      figure: what the run is judged by, after its last evaluation; None without one.
+      column: the name of that figure.
+      error: one line, for a job that failed or was refused.
+    """
+
+    number: int
+    folder: Path
+    overrides: list[str]
+    status: str
+    figure: float | None
+    column: str | None
+    error: str | None
+
+
+class Announce(Callback):
+    """Lets `start` know, after a sweep, which one it was: `hydra.callbacks.sweep` in the config."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra itself sets this only inside jobs."""
+        del kwargs
+        HydraConfig.instance().set_config(config)
+
+
+def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
+    """Runs a job; in a sweep, goes on with what its folder holds and lets no error out.
+
+    Args:
+      cfg: composed by Hydra, with `resume`.
+      job: runs or resumes in Hydra's output folder.
+
+    Returns:
+      In a sweep the run's figure, for sweepers that learn from it; None where the job failed.
+
+    Raises:
+      Exception: whatever the job raises, outside a sweep.
+    """
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return job(cfg)
+    known = HydraConfig.get()
+    folder = Path(known.runtime.output_dir)
+    (folder / ERROR).unlink(missing_ok=True)
+    if (folder / folders.CONFIG).is_file():
+        with open_dict(cfg):
+            cfg.resume = True
+    records.write(folder, cfg)
+    refused = Path(known.sweep.dir) / REFUSED / f"{folder.name}.json"
+    refused.unlink(missing_ok=True)
+    try:
+        check(cfg)
+        job(cfg)
+    except Exception as error:
+        text = explain(error, cfg)
+        said = text or f"{type(error).__name__}: {error}"
+        sys.stdout.flush()
+        if text is not None and not (folder / folders.CONFIG).is_file():
+            refused.parent.mkdir(exist_ok=True)
+            job_of = {"number": known.job.num, "overrides": list(known.overrides.task)}
+            folders.write_json(refused, {**job_of, "folder": str(folder), "error": text})
+            records.discard(folder)
+            print(f"error: {said}", file=sys.stderr, flush=True)
+            return None
+        (folder / ERROR).write_text(f"{said}\n\n{traceback.format_exc()}")
+        print(f"error: {said}\nthe traceback is in {folder / ERROR}", file=sys.stderr, flush=True)
+        return None
+    return judge(folder)[1]
+
+
+def judge(folder: Path) -> tuple[str | None, float | None]:
+    """What a run is judged by.
+
+    Args:
+      folder: of a run.
+
+    Returns:
+      The figure's name and its last value; None where the run left none.
+    """
+    summary = folders.read_summary(folder)
+    column = (summary.get("judged_by") or [None])[0]
+    return column, summary.get(column)
+
+
+def jobs_since(sweep: Path, began: float) -> list[Job]:
+    """The jobs of a sweep that were launched after some moment.
+
+    Args:
+      sweep: the sweep's folder.
+      began: seconds since the epoch.
+
+    Returns:
+      The jobs, in order.
+    """
+    launched = [path for path in sweep.rglob(str(OVERRIDES)) if path.stat().st_mtime >= began]
+    refused = [p for p in (sweep / REFUSED).glob("*.json") if p.stat().st_mtime >= began]
+    jobs = [_read_job(path, began) for path in launched] + [_read_refused(p) for p in refused]
+    return sorted(jobs, key=lambda job: job.number)
+
+
+def _read_refused(path: Path) -> Job:
+    known = folders.read_json(path)
+    told = (known["number"], Path(known["folder"]), known["overrides"])
+    return Job(*told, "refused", None, None, known["error"].replace("\n", " "))
+
+
+def _read_job(record: Path, began: float) -> Job:
+    folder = record.parent.parent
+    status, error = folders.status(folder) or "no ending", None
+    if (folder / ERROR).is_file():
+        status, error = "failed", (folder / ERROR).read_text().split("\n")[0]
+    elif status == "finished" and (folder / folders.SUMMARY).stat().st_mtime < began:
+        status = "finished before"
+    overrides = OmegaConf.to_container(OmegaConf.load(record))
+    assert isinstance(overrides, list)
+    column, figure = judge(folder)
+    # The file is long, and OmegaConf takes its time over it.
+    number = re.search(r"^    num: (\d+)$", record.with_name("hydra.yaml").read_text(), re.M)
+    return Job(int(number[1]) if number else 0, folder, overrides, status, figure, column, error)
+
+
+def report(sweep: Path, jobs: Sequence[Job]) -> bool:
+    """Prints what became of the jobs of a sweep, and what to do next.
+
+    Args:
+      sweep: the sweep's folder.
+      jobs: of the sweep.
+
+    Returns:
+      Whether all of them are finished.
+    """
+    alike = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    columns = {job.column for job in jobs if job.column}
+    rows = []
+    for job in jobs:
+        own = " ".join(line for line in job.overrides if line not in alike)
+        figure = "-" if job.figure is None else f"{job.figure:.4g}"
+        rows.append((str(job.number), own, job.status, figure, job.folder.name))
+    shown = _from_here(sweep)
+    names = ("job", "overrides", "status", "/".join(sorted(columns)) or "figure", "folder")
+    show(f"\n{shown}: {len(jobs)} jobs", names, rows)
+    for job in jobs:
+        if job.error:
+            print(f"job {job.number}: {job.error}")
+    done = [job for job in jobs if job.status.startswith("finished")]
+    if done:
+        print("next:")
+        print(f"  python -m experiments.compare runs={shown}")
+        print(f"  python -m experiments.plot runs={shown}")
+    if len(done) < len(jobs):
+        print(f"{len(jobs) - len(done)} of {len(jobs)} jobs are not finished: the same command")
+        print("again runs them, from their last checkpoints, and leaves out what is finished")
+    return len(done) == len(jobs)
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def check_plugins(arguments: Sequence[str]) -> None:
+    """Refuses a launcher or sweeper whose plugin is not installed.
+
+    Args:
+      arguments: of the command line, without the program.
+
+    Raises:
+      SystemExit: names the package and the extra.
+    """
+    there = importlib.util.find_spec("hydra_plugins") is not None
+    for argument in arguments:
+        plugin = PLUGINS.get(argument)
+        if plugin and not (there and importlib.util.find_spec(f"hydra_plugins.{plugin}")):
+            package = plugin.replace("_", "-")
+            raise SystemExit(f"error: {argument} needs {package}: pip install -e '.[sweeps]'")
+
+
+def _sweeps() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def start(
+    main: Callable[[], None], prepare: Callable[[list[str]], list[str]] = lambda given: given
+) -> None:
+    """Runs a program whose command line may ask for a sweep, and reports on the sweep at its end.
+
+    Args:
+      main: decorated by Hydra.
+      prepare: changes the arguments before Hydra sees them.
+
+    Raises:
+      SystemExit: not 0 if a job is not finished.
+    """
+    HydraConfig.instance().cfg = None  # of an earlier program in this process
+
+    def prepared() -> None:
+        sys.argv[1:] = name_sweep(prepare(sys.argv[1:]))
+
+    launch(prepared)
+    check_plugins(sys.argv[1:])
+    began, code = time.time(), None
+    try:
+        launch(main)
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        # A launcher whose process was killed raises it once all others have ended.
+        if not _sweeps():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _sweeps():
+        sweep = Path(HydraConfig.get().sweep.dir).absolute()
+        jobs = jobs_since(sweep, began)
+        if jobs and not report(sweep, jobs):
+            code = code or 1
+    if code:
+        raise SystemExit(code)

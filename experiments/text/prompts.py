@@ -1,0 +1,116 @@
+"""Prompts from a file: one a line, or JSON Lines with the prompt in a field."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.run.folders import RunError
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+def read_prompts(path: str, *, field: str) -> list[str]:
+    """Reads the prompts of a file.
+
+    Args:
+      path: JSON Lines if it ends in .jsonl or .ndjson; else each line is a prompt, without its
+        line end.
+      field: of each object that holds the prompt.
+
+    Returns:
+      The prompts, at least one and none of them empty.
+
+    Raises:
+      RunError: no such file, no text, or a line that is no prompt; says which.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise RunError(
+            f"prompts={path!r} cannot be read ({error.strerror}): give a file with a prompt on "
+            "each line, or JSON Lines (*.jsonl)"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RunError(
+            f"prompts={path!r} is not UTF-8 (byte {error.start}): convert it, "
+            "for example with iconv -f latin-1 -t utf-8"
+        ) from error
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise RunError(f"prompts={path!r} is empty: give a file with a prompt on each line")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        where, line = f"prompts={path!r}, line {number}", line.removesuffix("\r")
+        if path.lower().endswith(JSON_LINES):
+            line = _of_record(line, field, where)
+        if not line:
+            raise RunError(
+                f"{where} is empty, and the model needs one token to start from: leave the line "
+                'out; for a prompt that is a line break use JSON Lines, {"prompt": "\\n"}'
+            )
+        prompts.append(line)
+    return prompts
+
+
+def _of_record(line: str, field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{where} is no JSON ({error}): give an object on each line, such as "
+            '{"prompt": "def "}, or plain lines in a file that does not end in .jsonl'
+        ) from error
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise RunError(f"{where} has no text in the field {field!r} ({there}): give field=NAME")
+    return record[field]
+
+
+def stop_strings(given: Any) -> tuple[str, ...]:
+    """Stop strings as the command line or a config gives them.
+
+    Args:
+      given: None, a list of strings, or text: a JSON list such as `["\\n\\n", "def "]`, or else
+        one stop string as it was typed.
+
+    Returns:
+      The strings.
+
+    Raises:
+      RunError: a list that is not JSON.
+    """
+    if given is None:
+        return ()
+    if not isinstance(given, str):
+        return tuple(map(str, given))
+    if not given.startswith("["):
+        return (given,)
+    try:
+        strings = json.loads(given)
+        if all(isinstance(string, str) for string in strings):
+            return tuple(strings)
+    except (ValueError, RecursionError):
+        pass
+    raise RunError(
+        f"stop={given} is not a JSON list of strings: put it in single quotes, so that the shell "
+        'leaves the double ones alone: \'stop=["\\n\\n", "def "]\''
+    )
+
+
+def check_output(path: str | None) -> None:
+    """Refuses to write over a file or into a folder that is not there.
+
+    Args:
+      path: of a file to be written, or None.
+
+    Raises:
+      RunError: with what to change.
+    """
+    if path is None:
+        return
+    if Path(path).exists():
+        raise RunError(f"output={path!r} exists: give another name, or remove it first")
+    if not Path(path).absolute().parent.is_dir():
+        raise RunError(f"output={path!r}: no such folder: make it, or give another name")
