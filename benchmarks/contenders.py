@@ -16,7 +16,8 @@ import jaxpara as jp
 from benchmarks import recurrences
 from benchmarks.points import KERNEL, SCAN, SOLVER, Point
 from benchmarks.recurrences import Recurrence
-from jaxpara.recurrence import linear_kernel, rule
+from jaxpara.recurrence import rule
+from jaxpara.recurrence.solve import linear_kernel
 from pallas_kernels import linear_recurrence, nonlinear_recurrence
 
 # Asked for by name: a kernel that cannot take a call then fails, instead of being replaced.

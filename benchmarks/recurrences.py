@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpara as jp
-from jaxpara.recurrence import elementwise
+from jaxpara.recurrence.kernel import elementwise
 from pallas_kernels.shapes import Leaves, Shape
 
 Arrays = Sequence[jax.Array]

@@ -1,7 +1,7 @@
 """What a kernel receives of the user's step: ready elementwise functions.
 
-`jaxpara.recurrence.elementwise` prepares them from a traced step. Every function takes lists of
-arrays of one common shape, whatever that shape is (a tile of the kernel's own), computes in
+`jaxpara.recurrence.kernel.elementwise` prepares them from a traced step. Every function takes lists
+of arrays of one common shape, whatever that shape is (a tile of the kernel's own), computes in
 float32 and uses elementwise primitives alone, so that a kernel body may call it on values in
 registers. Values that the step keeps in a narrower type are rounded to it inside.
 """

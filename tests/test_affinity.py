@@ -13,7 +13,7 @@ from jax import lax
 from recurrence_cases import assert_close, in_float64
 
 import jaxpara as jp
-from jaxpara.recurrence.elementwise import prepare
+from jaxpara.recurrence.kernel.elementwise import prepare
 
 W = jnp.asarray([0.5, -0.3, 0.2])
 

@@ -13,8 +13,9 @@ from recurrence_cases import QUICK, assert_close
 
 import jaxpara as jp
 from jaxpara import linen
-from jaxpara.recurrence import choice, cost
-from jaxpara.recurrence.affine import MATERIALISED
+from jaxpara.recurrence import choice
+from jaxpara.recurrence.solve import cost
+from jaxpara.recurrence.solve.affine import MATERIALISED
 
 PARALLEL = {
     "shooting": jp.shooting,

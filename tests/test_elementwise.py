@@ -12,8 +12,8 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import jaxpara as jp
-from jaxpara.recurrence.elementwise import prepare
-from jaxpara.recurrence.replay import TABLE, UnsupportedCell
+from jaxpara.recurrence.kernel.elementwise import prepare
+from jaxpara.recurrence.kernel.replay import TABLE, UnsupportedCell
 from pallas_kernels.compat import version as pallas_version
 from pallas_kernels.nonlinear_recurrence import gpu, gpu_backward, tpu
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from recurrence_cases import QUICK
 
 import jaxpara as jp
-from jaxpara.recurrence import explicit
+from jaxpara.recurrence.solve import explicit
 
 TIME, BATCH, WIDTH = 6, 4, 4
 SOLVERS = {

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from recurrence_cases import QUICK, assert_close, in_float64
 
 import jaxpara as jp
-from jaxpara.recurrence import linear_kernel, rule
+from jaxpara.recurrence import rule
+from jaxpara.recurrence.solve import linear_kernel
 from pallas_kernels import compat, linear_recurrence, nonlinear_recurrence
 from pallas_kernels.linear_recurrence import affine_cell
 from pallas_kernels.linear_recurrence import reference as linear_reference

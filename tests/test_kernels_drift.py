@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from recurrence_cases import QUICK
 
-from jaxpara.recurrence.elementwise import prepare
+from jaxpara.recurrence.kernel.elementwise import prepare
 from pallas_kernels import compat, nonlinear_recurrence
 
 T, BLOCK = 64, 16

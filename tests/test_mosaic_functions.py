@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxpara.recurrence.elementwise import prepare
+from jaxpara.recurrence.kernel.elementwise import prepare
 from pallas_kernels import compat, mosaic, mosaic_functions
 from pallas_kernels.nonlinear_recurrence import gpu
 

@@ -18,10 +18,10 @@ from jax.extend import core
 from jax.interpreters import ad
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence import moves
-from jaxpara.recurrence.custom import RULES
-from jaxpara.recurrence.patterns import axis_patterns, element_sets
-from jaxpara.recurrence.propagate import propagate
+from jaxpara.recurrence.structure import moves
+from jaxpara.recurrence.structure.custom import RULES
+from jaxpara.recurrence.structure.patterns import axis_patterns, element_sets
+from jaxpara.recurrence.structure.propagate import propagate
 
 SHAPE = (2, 3, 4)
 KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 2)), jnp.float32)

@@ -8,7 +8,7 @@ from jax import lax
 from recurrence_cases import solver_rows
 
 import jaxpara as jp
-from jaxpara.recurrence import linear_kernel
+from jaxpara.recurrence.solve import linear_kernel
 
 SOLVERS = {
     "shooting": jp.shooting(),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpara as jp
-from jaxpara.recurrence.sequential import sequential
+from jaxpara.recurrence.solve.sequential import sequential
 
 KEY = jax.random.key(0)
 

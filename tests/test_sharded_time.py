@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from recurrence_cases import CASES, EVERYDAY, QUICK, assert_close, cotangents, in_float64, weighted
 
 import jaxpara as jp
-from jaxpara.recurrence import shooting, timeaxis
-from jaxpara.recurrence.blocks import Group
+from jaxpara.recurrence.solve import shooting, timeaxis
+from jaxpara.recurrence.structure.blocks import Group
 
 TIME = 24
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxpara.recurrence import jacobian
-from jaxpara.recurrence.structure import Block, Dense, Diagonal, jacobian_structure
+from jaxpara.recurrence.solve import jacobian
+from jaxpara.recurrence.structure.proof import Block, Dense, Diagonal, jacobian_structure
 
 B, D, H, W = 2, 4, 2, 3
 RNG = np.random.default_rng(0)

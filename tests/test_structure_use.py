@@ -11,10 +11,10 @@ from jax import lax
 from jax.extend import core
 
 import jaxpara as jp
-from jaxpara.recurrence import jacobian
-from jaxpara.recurrence.blocks import Group
-from jaxpara.recurrence.claims import check_structure, require
-from jaxpara.recurrence.structure import (
+from jaxpara.recurrence.solve import jacobian
+from jaxpara.recurrence.solve.claims import check_structure, require
+from jaxpara.recurrence.structure.blocks import Group
+from jaxpara.recurrence.structure.proof import (
     Block,
     Dense,
     Diagonal,

@@ -7,7 +7,7 @@ adjoint is taken at them. What other libraries do in silence is here asked for b
 
 import jax.numpy as jnp
 
-from jaxpara.recurrence import pointwise, shooting
+from jaxpara.recurrence.solve import pointwise, shooting
 from jaxpara.recurrence.system import Settings, Solution, Solver, System
 
 

@@ -9,15 +9,16 @@ import jax
 from jaxtyping import PyTree
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence import cost, explicit, fused, rule
-from jaxpara.recurrence.blocks import Groups, block_size, elements, is_number
-from jaxpara.recurrence.certain import Proof, certain
-from jaxpara.recurrence.claims import require
-from jaxpara.recurrence.cotangents import all_linear
-from jaxpara.recurrence.kinds import Dense
+from jaxpara.recurrence import rule
 from jaxpara.recurrence.lanes import shaped
-from jaxpara.recurrence.sequential import sequential
-from jaxpara.recurrence.structure import Structure, Unchecked, structure_of
+from jaxpara.recurrence.solve import cost, explicit, fused
+from jaxpara.recurrence.solve.claims import require
+from jaxpara.recurrence.solve.sequential import sequential
+from jaxpara.recurrence.structure.blocks import Groups, block_size, elements, is_number
+from jaxpara.recurrence.structure.certain import Proof, certain
+from jaxpara.recurrence.structure.cotangents import all_linear
+from jaxpara.recurrence.structure.kinds import Dense
+from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
 from jaxpara.recurrence.system import Settings, Solver
 from jaxpara.recurrence.traced import Body, Traced, trace
 from pallas_kernels import unfit

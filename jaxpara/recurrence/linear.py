@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxpara.recurrence import explicit
-from jaxpara.recurrence.adjoint import linear_solve
-from jaxpara.recurrence.affine import METHODS, block_operator
-from jaxpara.recurrence.blocks import Group, Groups
 from jaxpara.recurrence.lanes import vary_over
+from jaxpara.recurrence.solve import explicit
+from jaxpara.recurrence.solve.adjoint import linear_solve
+from jaxpara.recurrence.solve.affine import METHODS, block_operator
+from jaxpara.recurrence.structure.blocks import Group, Groups
 from jaxpara.recurrence.system import Settings
 from pallas_kernels.dispatch import choose
 

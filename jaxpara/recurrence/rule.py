@@ -11,9 +11,9 @@ import json
 import math
 from typing import Any
 
-from jaxpara.recurrence.fused import fused
-from jaxpara.recurrence.sequential import sequential
-from jaxpara.recurrence.shooting import shoot
+from jaxpara.recurrence.solve.fused import fused
+from jaxpara.recurrence.solve.sequential import sequential
+from jaxpara.recurrence.solve.shooting import shoot
 from jaxpara.recurrence.system import Settings, Solver
 
 # What a point of the map can name, besides plain `lax.scan`.

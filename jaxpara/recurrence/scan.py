@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpara import compat
-from jaxpara.recurrence import explicit, timeaxis
-from jaxpara.recurrence.adjoint import Problem, solve
 from jaxpara.recurrence.choice import Auto, Choice, decide, say
-from jaxpara.recurrence.claims import check_structure
 from jaxpara.recurrence.lanes import vary_over
+from jaxpara.recurrence.solve import explicit, timeaxis
+from jaxpara.recurrence.solve.adjoint import Problem, solve
+from jaxpara.recurrence.solve.claims import check_structure
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import SOLVE_NAME, Body, Traced, flow_of, trace
 

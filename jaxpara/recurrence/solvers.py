@@ -2,13 +2,13 @@
 
 import numbers
 
-from jaxpara.recurrence import pointwise
-from jaxpara.recurrence.affine import METHODS
 from jaxpara.recurrence.choice import Auto
-from jaxpara.recurrence.fused import fused as run_fused
-from jaxpara.recurrence.sequential import sequential as run_sequential
-from jaxpara.recurrence.shooting import shoot
-from jaxpara.recurrence.structure import Block, Dense, Diagonal, Structure, Unchecked
+from jaxpara.recurrence.solve import pointwise
+from jaxpara.recurrence.solve.affine import METHODS
+from jaxpara.recurrence.solve.fused import fused as run_fused
+from jaxpara.recurrence.solve.sequential import sequential as run_sequential
+from jaxpara.recurrence.solve.shooting import shoot
+from jaxpara.recurrence.structure.proof import Block, Dense, Diagonal, Structure, Unchecked
 from jaxpara.recurrence.system import Settings, Solver
 
 IMPLEMENTATIONS = (

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence.blocks import Groups
-from jaxpara.recurrence.certain import Proof
 from jaxpara.recurrence.lanes import vary_like
+from jaxpara.recurrence.structure.blocks import Groups
+from jaxpara.recurrence.structure.certain import Proof
 from pallas_kernels import certificate
 
 Leaves = Sequence[jax.Array]

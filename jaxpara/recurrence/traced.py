@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence import explicit
-from jaxpara.recurrence.flow import Flow, flow
+from jaxpara.recurrence.solve import explicit
+from jaxpara.recurrence.structure.flow import Flow, flow
 
 # The name under which our own solve appears in a jaxpr. Its inside is known to be
 # pure and is not searched for effects, collectives or custom rules of the user.

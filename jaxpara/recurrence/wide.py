@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.flat import RULED
+from jaxpara.recurrence.structure.flat import RULED
 
 # They move numbers and round none.
 _MOVES = frozenset(

@@ -5,18 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpara.recurrence import jacobian
-from jaxpara.recurrence.affine import (
+from jaxpara.recurrence.solve import jacobian
+from jaxpara.recurrence.solve.affine import (
     MATERIALISED,
     Operator,
     block_operator,
     column_operator,
     elementwise,
 )
-from jaxpara.recurrence.blocks import Groups, block_size, restricted
-from jaxpara.recurrence.certain import Proof
-from jaxpara.recurrence.flow import Flow
-from jaxpara.recurrence.leaves import differentiable
+from jaxpara.recurrence.solve.leaves import differentiable
+from jaxpara.recurrence.structure.blocks import Groups, block_size, restricted
+from jaxpara.recurrence.structure.certain import Proof
+from jaxpara.recurrence.structure.flow import Flow
 from jaxpara.recurrence.system import Leaves, Solver, System
 from jaxpara.recurrence.wide import widened
 

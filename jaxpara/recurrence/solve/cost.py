@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence import pointwise
-from jaxpara.recurrence.affine import MATERIALISED
-from jaxpara.recurrence.fused import fused
-from jaxpara.recurrence.shooting import plan, shoot
+from jaxpara.recurrence.solve import pointwise
+from jaxpara.recurrence.solve.affine import MATERIALISED
+from jaxpara.recurrence.solve.fused import fused
+from jaxpara.recurrence.solve.shooting import plan, shoot
 from jaxpara.recurrence.system import Settings, Solver
 from pallas_kernels import linear_recurrence
 

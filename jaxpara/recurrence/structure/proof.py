@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxpara import compat
-from jaxpara.recurrence import custom
-from jaxpara.recurrence.blocks import (
+from jaxpara.recurrence.structure import custom
+from jaxpara.recurrence.structure.blocks import (
     Group,
     Groups,
     Shape,
@@ -26,7 +26,7 @@ from jaxpara.recurrence.blocks import (
     coupled_axes,
     coupled_size,
 )
-from jaxpara.recurrence.kinds import (
+from jaxpara.recurrence.structure.kinds import (
     Block,
     Dense,
     Diagonal,
@@ -35,7 +35,7 @@ from jaxpara.recurrence.kinds import (
     largest,
     unchecked,
 )
-from jaxpara.recurrence.patterns import (
+from jaxpara.recurrence.structure.patterns import (
     Cuts,
     TooLarge,
     axis_patterns,
@@ -43,7 +43,7 @@ from jaxpara.recurrence.patterns import (
     split_entry,
     whole_axes,
 )
-from jaxpara.recurrence.propagate import NotAnalysable, Rules, propagate
+from jaxpara.recurrence.structure.propagate import NotAnalysable, Rules, propagate
 
 # Made in kinds.py, found here.
 __all__ = ["Block", "Dense", "Diagonal", "Structure", "Unchecked", "unchecked"]

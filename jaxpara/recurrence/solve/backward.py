@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
-from jaxpara.recurrence import fused, timeaxis
-from jaxpara.recurrence.affine import transposed
-from jaxpara.recurrence.leaves import floating, known, unfill, without_zeros
-from jaxpara.recurrence.problem import Problem, operator_of, steps_of
+from jaxpara.recurrence.solve import fused, timeaxis
+from jaxpara.recurrence.solve.affine import transposed
+from jaxpara.recurrence.solve.leaves import floating, known, unfill, without_zeros
+from jaxpara.recurrence.solve.problem import Problem, operator_of, steps_of
 from jaxpara.recurrence.system import Leaves
 
 

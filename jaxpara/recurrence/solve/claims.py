@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Key
 
-from jaxpara.recurrence import jacobian
-from jaxpara.recurrence.blocks import Groups, Shape
-from jaxpara.recurrence.kinds import Structure
-from jaxpara.recurrence.structure import Edges, edges_of, ones, shapes_in, structure_of
+from jaxpara.recurrence.solve import jacobian
+from jaxpara.recurrence.structure.blocks import Groups, Shape
+from jaxpara.recurrence.structure.kinds import Structure
+from jaxpara.recurrence.structure.proof import Edges, edges_of, ones, shapes_in, structure_of
 
 
 def require(

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxpara import compat
-from jaxpara.recurrence.flat import Flat, Node, flatten, needed, slots
+from jaxpara.recurrence.structure.flat import Flat, Node, flatten, needed, slots
 
 NARROW = ("bfloat16", "float16")
 NO_POWER = "the exponent is an array; kernels take a fixed number"

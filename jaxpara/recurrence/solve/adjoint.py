@@ -17,12 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence import timeaxis
-from jaxpara.recurrence.affine import Operator, forward, transposed
-from jaxpara.recurrence.backward import reverse_rule
-from jaxpara.recurrence.blocks import elements
-from jaxpara.recurrence.flow import merged
-from jaxpara.recurrence.leaves import (
+from jaxpara.recurrence.solve import timeaxis
+from jaxpara.recurrence.solve.affine import Operator, forward, transposed
+from jaxpara.recurrence.solve.backward import reverse_rule
+from jaxpara.recurrence.solve.leaves import (
     as_before,
     as_float,
     differentiable,
@@ -32,8 +30,10 @@ from jaxpara.recurrence.leaves import (
     shapes_of,
     without_zeros,
 )
-from jaxpara.recurrence.problem import Problem, operator_of, steps_of, system_of
-from jaxpara.recurrence.sequential import only_kept, sequential
+from jaxpara.recurrence.solve.problem import Problem, operator_of, steps_of, system_of
+from jaxpara.recurrence.solve.sequential import only_kept, sequential
+from jaxpara.recurrence.structure.blocks import elements
+from jaxpara.recurrence.structure.flow import merged
 from jaxpara.recurrence.system import Leaves, Settings
 from jaxpara.recurrence.wide import narrow
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxpara.recurrence.moves import Sources, moves, reshape_groups, reshape_order
-from jaxpara.recurrence.propagate import Domain
+from jaxpara.recurrence.structure.moves import Sources, moves, reshape_groups, reshape_order
+from jaxpara.recurrence.structure.propagate import Domain
 
 Shape = tuple[int, ...]
 # Carry axes merged in this order; -n stands for n indices that are related to nothing. The sizes

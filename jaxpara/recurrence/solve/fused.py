@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence import explicit, timeaxis
-from jaxpara.recurrence.elementwise import prepare
+from jaxpara.recurrence.kernel.elementwise import prepare
 from jaxpara.recurrence.lanes import vary_like
-from jaxpara.recurrence.leaves import floating
-from jaxpara.recurrence.linear_kernel import KERNELS, say
-from jaxpara.recurrence.shooting import shoot
+from jaxpara.recurrence.solve import explicit, timeaxis
+from jaxpara.recurrence.solve.leaves import floating
+from jaxpara.recurrence.solve.linear_kernel import KERNELS, say
+from jaxpara.recurrence.solve.shooting import shoot
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System
 from pallas_kernels import nonlinear_recurrence
 

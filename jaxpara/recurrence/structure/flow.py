@@ -12,7 +12,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.propagate import CONTROL, Domain, NotAnalysable, propagate
+from jaxpara.recurrence.structure.propagate import CONTROL, Domain, NotAnalysable, propagate
 
 
 class Fed(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence import explicit, jacobian
-from jaxpara.recurrence.blocks import block_size
-from jaxpara.recurrence.elementwise import rows
+from jaxpara.recurrence.kernel.elementwise import rows
 from jaxpara.recurrence.lanes import vary_like
+from jaxpara.recurrence.solve import explicit, jacobian
+from jaxpara.recurrence.structure.blocks import block_size
 from jaxpara.recurrence.system import Leaves
 from pallas_kernels import linear_recurrence
 

@@ -15,10 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara import jaxprs
-from jaxpara.recurrence.affinity import affine_in
-from jaxpara.recurrence.flat import RULED, Flat, Node, flatten, needed, run, slots
-from jaxpara.recurrence.lanes import shaped
-from jaxpara.recurrence.replay import (
+from jaxpara.recurrence.kernel.replay import (
     NARROW,
     NO_POWER,
     TABLE,
@@ -29,6 +26,9 @@ from jaxpara.recurrence.replay import (
     refuse,
     rounding,
 )
+from jaxpara.recurrence.lanes import shaped
+from jaxpara.recurrence.structure.affinity import affine_in
+from jaxpara.recurrence.structure.flat import RULED, Flat, Node, flatten, needed, run, slots
 from jaxpara.recurrence.system import Leaves
 from jaxpara.recurrence.wide import widened
 from pallas_kernels.cell import ElementwiseCell

@@ -16,8 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence.blocks import Groups, block_count, block_size, coupled_axes, coupled_size
 from jaxpara.recurrence.lanes import vary_like
+from jaxpara.recurrence.structure.blocks import (
+    Groups,
+    block_count,
+    block_size,
+    coupled_axes,
+    coupled_size,
+)
 
 Leaves = Sequence[jax.Array]
 

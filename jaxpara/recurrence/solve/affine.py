@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence import jacobian, linear_kernel, timeaxis
-from jaxpara.recurrence.blocks import Groups, block_size
-from jaxpara.recurrence.certain import Proof
 from jaxpara.recurrence.lanes import any_lane, vary_like
-from jaxpara.recurrence.shooting import shoot
+from jaxpara.recurrence.solve import jacobian, linear_kernel, timeaxis
+from jaxpara.recurrence.solve.shooting import shoot
+from jaxpara.recurrence.structure.blocks import Groups, block_size
+from jaxpara.recurrence.structure.certain import Proof
 from jaxpara.recurrence.system import Leaves, Settings, System
 
 METHODS = ("sequential", "associative", "chunked", "kernel")

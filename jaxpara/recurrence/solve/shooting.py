@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence import jacobian, timeaxis
-from jaxpara.recurrence.complete import complete
-from jaxpara.recurrence.iterate import Attempt, iterate, leading
 from jaxpara.recurrence.lanes import select, vary_like
+from jaxpara.recurrence.solve import jacobian, timeaxis
+from jaxpara.recurrence.solve.complete import complete
+from jaxpara.recurrence.solve.iterate import Attempt, iterate, leading
 from jaxpara.recurrence.system import (
     Leaves,
     Settings,

@@ -24,13 +24,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence import jacobian, timeaxis
-from jaxpara.recurrence.affine import block_operator, forward, held, step_operator
-from jaxpara.recurrence.blocks import Group, Groups, block_size, coupled_axes, coupled_size
-from jaxpara.recurrence.certain import Proof
-from jaxpara.recurrence.complete import complete
-from jaxpara.recurrence.iterate import Attempt, iterate, leading
 from jaxpara.recurrence.lanes import select, vary_like
+from jaxpara.recurrence.solve import jacobian, timeaxis
+from jaxpara.recurrence.solve.affine import block_operator, forward, held, step_operator
+from jaxpara.recurrence.solve.complete import complete
+from jaxpara.recurrence.solve.iterate import Attempt, iterate, leading
+from jaxpara.recurrence.structure.blocks import (
+    Group,
+    Groups,
+    block_size,
+    coupled_axes,
+    coupled_size,
+)
+from jaxpara.recurrence.structure.certain import Proof
 from jaxpara.recurrence.system import (
     Leaves,
     Settings,

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from jaxpara import compat
-from jaxpara.recurrence.moves import Sources
-from jaxpara.recurrence.patterns import axis_patterns, whole_axes
-from jaxpara.recurrence.propagate import NotAnalysable, propagate
+from jaxpara.recurrence.structure.moves import Sources
+from jaxpara.recurrence.structure.patterns import axis_patterns, whole_axes
+from jaxpara.recurrence.structure.propagate import NotAnalysable, propagate
 
 
 def backward(eqn: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import jax.numpy as jnp
 
-from jaxpara.recurrence.flat import Flat, Node, slots
+from jaxpara.recurrence.structure.flat import Flat, Node, slots
 
 # Linear in all their operands together.
 _LINEAR = frozenset(
