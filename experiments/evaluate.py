@@ -12,12 +12,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from experiments.data.baselines import baselines
 from experiments.data.corpus import digest
 from experiments.run import checkpoints, folders, tables, trust
-from experiments.run.build import build_data
 from experiments.run.folder_arguments import quote_folders
-from experiments.run.trained import open_model
+from experiments.shell.build import build_data
 from experiments.shell.commandline import command, guarded
 from experiments.sweep import run_sets
 from experiments.text.judging import bits_per_byte
+from experiments.text.trained import open_model
 
 
 def find_runs(given: Any) -> list[Path]:

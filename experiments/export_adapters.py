@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.adapt import peft_files
 from experiments.run import checkpoints, folders, trust
-from experiments.run.build import build_model
 from experiments.run.folder_arguments import quote_folders
+from experiments.shell.build import build_model
 from experiments.shell.commandline import command, guarded
 
 

@@ -14,17 +14,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from experiments.adapt.shared_numbers import unused
 from experiments.run import folders, trust
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.resuming import resume_arguments
-from experiments.run.trained import tokenizer_of
 from experiments.shell.commandline import guarded
 from experiments.sweep.run_sets import METRICS
 from experiments.sweep.sweep_folders import plain_config
 from experiments.sweep.sweeps import once, start
+from experiments.text.trained import tokenizer_of
 from experiments.train import job as train_job
 
-NUMBERS = ("bits", "rank")
 FOLDERS = ("from", "data.path", "data.root", "data.tokenizer", trust.TRUST)
 BASE = f"{folders.MAKE} data=stdlib_base name=base hydra.run.dir=runs/base"
 TRANSFORMS = folders.REPOSITORY / "experiments" / "conf" / "transform"
@@ -93,19 +93,6 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
         cfg.model = trained.model
         cfg.data.tokenizer = OmegaConf.select(trained, "data.tokenizer")
     tokenizer_of(base, trained)
-
-
-def unused(cfg: DictConfig) -> set[str]:
-    """Which of the numbers `bits` and `rank` no transform of a config has.
-
-    Args:
-      cfg: composed, or of a run.
-
-    Returns:
-      Their names.
-    """
-    members = [node for node in (cfg.get("transform") or {}).values() if node is not None]
-    return {name for name in NUMBERS if not any(name in node for node in members)}
 
 
 def twin(cfg: DictConfig, folder: Path) -> Path | None:

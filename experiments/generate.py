@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 
 from experiments.run import folders, trust
 from experiments.run.folder_arguments import quote_folders
-from experiments.run.trained import open_model
 from experiments.shell.commandline import command, guarded, quote_text
 from experiments.text.prompts import check_output, read_prompts, stop_strings
 from experiments.text.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
+from experiments.text.trained import open_model
 from jaxpara.types import Params
 
 DEFAULT_PROMPT = "def "

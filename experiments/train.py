@@ -8,7 +8,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run import checkpoints, folders, trust
-from experiments.run.build import build
 from experiments.run.checks import check_settings
 from experiments.run.claim import claimed
 from experiments.run.folder_arguments import quote_folders
@@ -17,6 +16,7 @@ from experiments.run.resuming import check_overrides, resume_arguments
 from experiments.run.settings import make_settings
 from experiments.run.stopping import pass_on
 from experiments.run.trainer import train
+from experiments.shell.build import build
 from experiments.shell.commandline import guarded, quote_text
 from experiments.sweep.sweeps import once, start
 

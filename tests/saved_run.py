@@ -8,7 +8,7 @@ from programs import ending
 
 from experiments.generate import FREE_TEXT
 from experiments.run import checkpoints
-from experiments.run.build import build_model
+from experiments.shell.build import build_model
 from experiments.shell.commandline import quote_text
 from jaxpara.types import TrainState
 

@@ -7,7 +7,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 import jaxpara as jp
-from experiments.run import build, folders
+from experiments.run import folders
+from experiments.shell import build
 from jaxpara import nn
 
 KEY = jax.random.key(0)

@@ -13,7 +13,7 @@ from saved_run import EVALUATION, MODEL, call, save_run
 from experiments import evaluate
 from experiments.data.windows import evenly_spaced
 from experiments.run import checkpoints
-from experiments.run.build import build_data, build_model
+from experiments.shell.build import build_data, build_model
 
 
 def source(root):

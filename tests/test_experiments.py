@@ -17,8 +17,8 @@ from programs import call
 
 from experiments import evaluate, generate, train
 from experiments.run import checkpoints, folders, metrics
-from experiments.run.build import build, build_model
 from experiments.run.trainer import metric_columns
+from experiments.shell.build import build, build_model
 from experiments.text.language_model import SOLVER_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent

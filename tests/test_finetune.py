@@ -19,7 +19,8 @@ from experiments import export_adapters, finetune
 from experiments.adapt import adapter_files
 from experiments.adapt.finetuning import slow_scales, started_from
 from experiments.adapt.storage import bits_per_weight
-from experiments.run import build, checkpoints, folders
+from experiments.run import checkpoints, folders
+from experiments.shell import build
 from jaxpara.types import TrainState
 
 KEY = jax.random.key(0)

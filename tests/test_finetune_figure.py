@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from run_folders import make_run
 
 from experiments import finetune
+from experiments.adapt.shared_numbers import unused
 from experiments.run.folders import RunError
 from experiments.studies import finetune_figure
 from experiments.sweep.run_sets import read
@@ -124,12 +125,12 @@ def test_a_sweep_knows_a_run_that_differs_in_unused_numbers_alone(tmp_path):
     cfg = OmegaConf.load(first / "config.yaml")
     due = tmp_path / "due"
     due.mkdir()
-    assert finetune.unused(cfg) == {"bits"}
+    assert unused(cfg) == {"bits"}
     assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due) == first
     assert finetune.twin(OmegaConf.merge(cfg, {"rank": 4}), due) is None
     assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2, "seed": 1}), due) is None
     both = OmegaConf.merge(cfg, {"transform": QUANT})
-    assert finetune.unused(both) == set() and finetune.twin(both, due) is None
+    assert unused(both) == set() and finetune.twin(both, due) is None
     (first / "summary.json").write_text('{"status": "interrupted"}')
     assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due) is None
-    assert finetune.unused(OmegaConf.create({"transform": {}})) == {"bits", "rank"}
+    assert unused(OmegaConf.create({"transform": {}})) == {"bits", "rank"}

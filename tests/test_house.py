@@ -25,6 +25,26 @@ ALLOWED = {
 ADAPTERS = {"jaxpara/linen.py", "jaxpara/nnx.py"}  # the only two that know Flax
 SHARED = {"types", "compat", "jaxprs", "tree"}  # what every wing may import
 NOT_WINGS = {"nn", "train"}  # folders that may import wings
+# The rooms of a house, from the ground up: a folder or files; what is not named is above them all.
+FLOORS = {
+    "experiments": (
+        {"run"},
+        {"data"},
+        {"shell"},
+        {"tasks", "text"},
+        {"adapt"},
+        {"sweep"},
+        {"studies"},
+        {"contest"},
+        {"inject"},
+    ),
+    "jaxpara/recurrence": (
+        {"structure"},
+        {"lanes", "system", "wide"},
+        {"kernel"},
+        {"solve"},
+    ),
+}
 MAY_IMPORT_WINGS = {"nn", "train", "testing", "linen", "nnx", "__init__"}
 
 
@@ -68,6 +88,28 @@ def wing_crossings(source, path):
         if (parts := module.split("."))[0] == "jaxpara"
         and (len(parts) == 1 or parts[1] not in SHARED | own)
     ]
+
+
+def arrows_up(source, path):
+    """Imports of a room by one below it: a floor knows itself and those under it."""
+    found = []
+    for house, floors in FLOORS.items():
+        if not path.startswith(house + "/"):
+            continue
+
+        def floor(parts, floors=floors):
+            named = [n for n, rooms in enumerate(floors) if parts and parts[0] in rooms]
+            return named[0] if named else len(floors)
+
+        inside = path.removeprefix(house + "/").removesuffix(".py").split("/")
+        prefix = house.replace("/", ".") + "."
+        found += [
+            f"{path}:{line} imports {module}"
+            for line, module in imported(source, path)
+            if module.startswith(prefix)
+            and floor(module.removeprefix(prefix).split(".")) > floor(inside)
+        ]
+    return found
 
 
 def import_time_effects(source, path):
@@ -125,6 +167,7 @@ def too_long(source, path):
 RULES = {
     foreign_imports: LIBRARY,
     wing_crossings: [p for p in LIBRARY if name_of(p).startswith("jaxpara/")],
+    arrows_up: OURS,
     import_time_effects: LIBRARY,
     config_changes: LIBRARY,
     version_knowledge: LIBRARY,
@@ -151,6 +194,10 @@ def test_every_source_keeps_the_rule(rule):
         (wing_crossings, "jaxpara/recurrence/scan.py", "from ..weights import lora"),
         (wing_crossings, "jaxpara/tree.py", "from jaxpara.recurrence.scan import newton_scan"),
         (wing_crossings, "jaxpara/recurrence/scan.py", "import jaxpara as jp"),
+        (arrows_up, "experiments/run/loop.py", "from experiments.train import job"),
+        (arrows_up, "experiments/data/text.py", "from experiments.text import sampling"),
+        (arrows_up, "jaxpara/recurrence/structure/a.py", "from jaxpara.recurrence import lanes"),
+        (arrows_up, "jaxpara/recurrence/solve/a.py", "import jaxpara.recurrence.choice"),
         (import_time_effects, "jaxpara/a.py", "import os\nX = os.environ['A']"),
         (import_time_effects, "jaxpara/a.py", "def f(x=os.getenv('A')): pass"),
         (import_time_effects, "jaxpara/a.py", "jax.config.update('jax_enable_x64', True)"),
@@ -172,12 +219,26 @@ def test_each_rule_bites(rule, path, bad):
         (wing_crossings, "jaxpara/recurrence/scan.py", "from jaxpara.recurrence import linear"),
         (wing_crossings, "jaxpara/recurrence/scan.py", "from jaxpara import compat"),
         (wing_crossings, "jaxpara/nn/a.py", "from jaxpara.recurrence import cells"),
+        (arrows_up, "experiments/train.py", "from experiments.run import loop"),
+        (arrows_up, "experiments/text/a.py", "from experiments.tasks import words"),
+        (arrows_up, "jaxpara/recurrence/scan.py", "from jaxpara.recurrence.solve import cost"),
         (import_time_effects, "jaxpara/a.py", "def f():\n    return os.environ['A']"),
         (version_knowledge, "jaxpara/compat.py", "V = jax.__version_info__"),
     ],
 )
 def test_no_rule_bites_what_is_allowed(rule, path, good):
     assert rule(good, path) == []
+
+
+def test_every_room_is_there_and_holds_modules():
+    for house, floors in FLOORS.items():
+        for room in set().union(*floors):
+            path = ROOT / house / room
+            assert path.with_suffix(".py").exists() or list(path.glob("[a-z]*.py")), path
+    commands = sorted(p for p in (ROOT / "experiments").glob("[a-z]*.py"))
+    assert commands
+    for path in commands:
+        assert 'if __name__ == "__main__":' in path.read_text(), f"{path.name} is no command"
 
 
 def test_every_folder_of_the_library_is_a_package_and_the_wheel_holds_only_the_library():

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from experiments.run import checkpoints, folders, metrics
-from experiments.run.build import build_model
+from experiments.shell.build import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDLESS = (

@@ -17,9 +17,9 @@ from programs import call
 
 from experiments import evaluate, generate, train
 from experiments.run import claim, folders
-from experiments.run.build import build, build_data
 from experiments.run.folder_arguments import quote_folders, quote_value
 from experiments.run.resuming import check_overrides, cut_table, resume_arguments
+from experiments.shell.build import build, build_data
 from jaxpara.train import init_state
 
 TINY = (

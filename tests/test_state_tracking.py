@@ -22,8 +22,8 @@ from run_folders import make_run
 import jaxpara as jp
 from experiments import train
 from experiments.run import metrics
-from experiments.run.build import build
 from experiments.run.folders import RunError
+from experiments.shell.build import build
 from experiments.studies import solver_study, state_tracking_figure, study_figure
 from experiments.studies.solver_study import Setting, Way
 from experiments.studies.unfinished import unfinished_newton, unfinished_shooting

@@ -13,7 +13,7 @@ from experiments.data.streaming import StreamBatches
 from experiments.inject import injection
 from experiments.run import checkpoints, folders, trust
 from experiments.run.folders import RunError
-from experiments.run.trained import tokenizer_of
+from experiments.text.trained import tokenizer_of
 from experiments.train_tokenizer import job as train_job
 from experiments.train_tokenizer import train as train_tokenizer
 

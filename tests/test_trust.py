@@ -17,10 +17,10 @@ from test_finetune import SMALL
 
 from experiments import evaluate, export_adapters, finetune, generate, train
 from experiments.inject import hostile
-from experiments.run import build, folders, trust
+from experiments.run import folders, trust
 from experiments.run.folder_arguments import quote_value
 from experiments.run.resuming import _choices
-from experiments.shell import commandline
+from experiments.shell import build, commandline
 from experiments.studies import mixers
 
 MARK = "marker.txt"

@@ -14,9 +14,9 @@ from experiments.adapt.storage import bits_per_weight
 from experiments.data.baselines import baselines
 from experiments.data.corpus import Data
 from experiments.run import folders, tables, trust
-from experiments.run.build import chain_of
 from experiments.run.checkpoints import load_params
 from experiments.run.task import Task
+from experiments.shell.build import chain_of
 from experiments.text.judging import bits_per_byte
 from experiments.text.language_model import (
     BITS,

@@ -81,7 +81,7 @@ PLACES: dict[str, Callable[[dict[str, Any], Node], Node]] = {
     "deep in lists": lambda model, evil: {**model, "mixer": [[{"a": [evil]}]]},
     "as an argument that nothing takes": lambda model, evil: {**model, "unknown": evil},
     "not recursive": lambda model, evil: {
-        "_target_": "experiments.run.build.solve_in_ways",
+        "_target_": "experiments.shell.build.solve_in_ways",
         "_recursive_": False,
         "model": evil,
         "parallel": {"_target_": "jaxpara.shooting"},

@@ -20,7 +20,7 @@ import hydra
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from experiments.finetune import NUMBERS, unused
+from experiments.adapt.shared_numbers import NUMBERS, unused
 from experiments.run.folders import RunError, load_config
 from experiments.run.tables import show
 from experiments.shell.commandline import command, guarded, quote_text

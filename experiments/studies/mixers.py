@@ -20,14 +20,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run import trust
-from experiments.run.build import build_model
 from experiments.run.folders import RunError
 from experiments.run.tables import show
-from experiments.run.trained import open_model
+from experiments.shell.build import build_model
 from experiments.shell.commandline import command, guarded
 from experiments.studies import curves
 from experiments.sweep.run_sets import Run, need, read_all
 from experiments.text.decoding import decoder
+from experiments.text.trained import open_model
 from jaxpara.train import init_state, make_step, next_token_loss
 from jaxpara.types import Model, Params
 

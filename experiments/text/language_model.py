@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from experiments.data.baselines import baselines
 from experiments.data.corpus import Data
 from experiments.run import folders, tables
-from experiments.run.build import Solved
 from experiments.run.memory import check_tokens
 from experiments.run.task import Table, Task
+from experiments.shell.build import Solved
 from experiments.text import solver_check
 from experiments.text.judging import bits_per_byte, reading
 from experiments.text.sampling import check_generation, encode, sample_text

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.data.tokens import Tokenizer, open_tokenizer
 from experiments.run import checkpoints, folders, trust
-from experiments.run.build import build_model
+from experiments.shell.build import build_model
 from jaxpara.types import Model, Params
 
 
