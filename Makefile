@@ -37,7 +37,7 @@ reproduce: setup ## run every experiment, small, and check its figures (ARGS=ful
 	$(PY) -m experiments.reproduce $(ARGS)
 
 notebooks: setup ## execute the notebooks and their assertions
-	$(PY) -m pytest -q tests/test_notebooks.py $(ARGS)
+	$(PY) -m pytest -q tests/house/test_notebooks.py $(ARGS)
 
 compile: ## compile every kernel for H100, TPU v5e and v6e; needs no device, Python 3.12 or newer
 	@python="$${PYTHON:-$$(sh tools/python.sh 3.12 3.13 3.14)}" && \

@@ -1,6 +1,6 @@
 """Who adapts which use of a weight: `python -m benchmarks.contexts`, from the repository's root.
 
-Every context of `tests/lift_contexts.py` runs through jaxpara, qwix and quax, each cell in a
+Every context of `tests/weights/kit.py` runs through jaxpara, qwix and quax, each cell in a
 process of its own, since qwix's patches outlive a call. Asked is only this: is the value that of
 the function on the adapted weight, `f(W + s A B, x)` or `f(Q(W), x)`?
 
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpara as jp
-from tests.lift_contexts import CONTEXTS, Context
+from tests.weights.kit import CONTEXTS, Context
 
 OUTPUT = Path("benchmarks/results/contexts.md")
 RANK = 2

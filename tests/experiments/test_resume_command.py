@@ -1,0 +1,249 @@
+"""`resume=` on the command line: the folder's own config is what counts."""
+
+import errno
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from omegaconf import OmegaConf
+
+from experiments import evaluate, generate, train
+from experiments.run import claim, folders
+from experiments.run.folder_arguments import quote_folders, quote_value
+from experiments.run.resuming import check_overrides, cut_table, resume_arguments
+from experiments.shell.build import build, build_data
+from jaxpara.train import init_state
+from tests.experiments.interrupted_runs import check_same_files, check_same_state, stopper
+from tests.experiments.programs import call
+
+TINY = (
+    "steps=10 mixer=attention mixer.heads=2 model.width=8 model.layers=1 batch_size=2 window=16 "
+    "log_every=2 eval_every=4 "
+    "evaluation.windows=6 evaluation.length=16 evaluation.batch_size=4 check.batch_size=2 "
+    "check.length=16 sample.length=8"
+).split()
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    return stopper(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    root = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        (root / f"f{i}.py").write_text(f"def f_{i}(x):\n    return x + {i}\n" * 20)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text):
+    """A language model that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert call(train, ".", f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_a_language_model_interrupted_and_resumed_equals_one_that_was_not(
+    tmp_path, text, whole, stop_after, capsys
+):
+    folder = tmp_path / "run"
+    stop_after(5)
+    assert call(train, ".", f"hydra.run.dir={folder}", f"data.root={text}", *TINY) == 130
+    said = capsys.readouterr().out
+    assert "interrupted after step 5 of 10" in said
+    command = re.search(r"python -m experiments\.train (resume=\S+) (trust=\S+)$", said, re.M)
+    stop_after(None)
+    assert call(train, ".", command[1]) == 1, "its text is outside of its folder"
+    assert f"asks to read data.root={text}" in capsys.readouterr().err
+    assert call(train, ".", *command.groups()) == 0
+    assert "goes on after step 5 of 10" in capsys.readouterr().out
+    parts = build(folders.load_config(folder))
+    key = jax.random.key(0)
+    like = jax.eval_shape(lambda: init_state(parts.task.model, parts.optimizer, key))
+    check_same_files(folder, whole)
+    check_same_state(folder, whole, like)
+    assert (folder / "sample.txt").read_bytes() == (whole / "sample.txt").read_bytes()
+    known = json.loads((folder / "env.json").read_text())
+    assert len(known["resumed"]) == 1 and known["command"] != known["resumed"][0]["command"]
+    overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    assert "steps=10" in overrides, "how the run was begun is still there"
+
+
+def test_resume_true_begins_a_run_where_there_is_none_and_does_nothing_where_it_is_finished(
+    tmp_path, text, whole, capsys
+):
+    arguments = [f"hydra.run.dir={whole}", f"data.root={text}", *TINY, "resume=true"]
+    assert call(train, ".", *arguments) == 0
+    assert "the run is finished, nothing is left to do" in capsys.readouterr().out
+    arguments[0] = f"hydra.run.dir={tmp_path / 'new'}"
+    assert call(train, ".", *arguments, "steps=0") == 1
+    assert "steps=0: expected a whole number" in capsys.readouterr().err, "it goes about a new run"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["steps=20"], r"error: steps=20 contradicts the run in .*, which has steps=10: leave it"),
+        (["optim.learning_rate=1.0"], r"optim.learning_rate=1.0 contradicts .*=0.006"),
+        (["cell=para_lstm"], r"cell=para_lstm contradicts the run in .*, which has cell=para_gru"),
+        (["solver@parallel=newton"], r"solver@parallel=newton contradicts .*=shooting"),
+        (["model.layers=1", "seed=3"], "seed=3 contradicts .* which has seed=0"),
+        (["experiment=state_tracking"], "experiment=state_tracking contradicts .*experiment=lm"),
+    ],
+)
+def test_a_command_line_that_contradicts_the_folder_is_an_error_that_names_the_key(
+    whole, capsys, overrides, message
+):
+    before = (whole / "metrics.csv").read_bytes()
+    assert call(train, ".", f"resume={whole}", *overrides) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert (whole / "metrics.csv").read_bytes() == before
+
+
+def test_a_command_line_that_agrees_with_the_folder_is_taken(whole, capsys):
+    assert call(train, ".", f"resume={whole}", "experiment=lm", "steps=10", "cell=para_gru") == 0
+    assert "the run is finished" in capsys.readouterr().out
+
+
+def test_resume_of_no_run_makes_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(train, ".", "resume=gone") == 1
+    assert re.search("error: resume='gone': no such folder", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_folder_is_turned_into_arguments(whole):
+    plain = ["resume=true", "resume=false", "steps=3", "-m"]
+    assert resume_arguments(plain) == plain
+    changed = resume_arguments([f"resume={whole}"])
+    assert changed == ["resume=true", f"hydra.run.dir={whole}", "hydra.output_subdir=null"]
+
+
+def test_keys_that_hydra_alone_reads_contradict_nothing():
+    cfg = OmegaConf.create({"steps": 3})
+    check_overrides(["hydra.verbose=true", "resume=true"], cfg=cfg, stored=cfg, folder=Path("x"))
+
+
+@pytest.mark.parametrize(
+    "rows, last, kept",
+    [
+        ("0,a\n2,b\n4,c\n", 2, "0,a\n2,b\n"),
+        ("0,a\n2,b\n4", 4, "0,a\n2,b\n"),
+        ("0,a\n", -1, ""),
+    ],
+)
+def test_rows_after_the_checkpoint_are_cut_and_half_rows_too(tmp_path, rows, last, kept):
+    table = tmp_path / "t.csv"
+    table.write_text("step,x\n" + rows)
+    cut_table(table, last=last)
+    assert table.read_text().replace("\r", "") == "step,x\n" + kept
+    cut_table(tmp_path / "none.csv", last=3)
+    assert not (tmp_path / "none.csv").exists()
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_in_a_folder_is_refused_at_once_and_a_killed_one_leaves_no_lock(
+    whole, capsys
+):
+    lock = whole / claim.LOCK
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        (whole / claim.HOLDER).write_text('{"pid": 7, "host": "there", "since": "noon"}')
+        assert call(train, ".", f"resume={whole}") == 1
+        said = capsys.readouterr().err
+        assert f"error: {whole} is in use by process 7 on there since noon, and one" in said
+        (whole / claim.HOLDER).write_text("{")
+        with pytest.raises(folders.RunError, match="is in use, and one process at a time"):
+            with claim.claimed(whole):
+                pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        assert lock.exists(), "it is not the file that locks"
+    assert call(train, ".", f"resume={whole}") == 0
+    assert "the run is finished" in capsys.readouterr().out
+    assert not (whole / claim.HOLDER).exists()
+
+
+def test_a_folder_that_cannot_be_made_or_written_to_is_said_to_be_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(
+            folders.RunError, match=f"{folder} cannot be written to: (Not a|File ex)"
+        ):
+            with claim.claimed(folder):
+                pass
+
+
+@pytest.mark.slow
+def test_a_run_in_a_folder_with_brackets_is_continued_and_read(tmp_path, text, stop_after, capsys):
+    folder = tmp_path / "a[1],b=50%"
+    given = [f"data.root={text}", f"hydra.run.dir={quote_value(str(folder))}", *TINY]
+    stop_after(5)
+    assert call(train, ".", *given) == 130
+    stop_after(None)
+    assert call(train, ".", f"resume={folder}", f"trust={text}") == 0
+    assert folders.status(folder) == "finished"
+    capsys.readouterr()
+    [run] = quote_folders([f"run={folder}"], keys=["run"])
+    assert call(evaluate, ".", run, f"trust={text}") == 0
+    assert "a[1],b=50%" in capsys.readouterr().out
+    assert call(generate, ".", run, "length=4") == 0
+
+
+@pytest.mark.slow
+def test_a_run_is_neither_continued_nor_judged_where_its_text_has_changed(
+    tmp_path, whole, text, capsys
+):
+    folder, other = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(text, other)
+    shutil.copytree(whole, folder)
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace(str(text), str(other)))
+    (folder / "summary.json").unlink()
+    given = f"trust={other}"
+    trained_on = set(build_data(folders.load_config(folder)).documents())
+    sides = {file.read_bytes() in trained_on: file for file in sorted(other.iterdir())}
+    for is_trained_on, name in ((True, "training"), (False, "held-out")):
+        kept = sides[is_trained_on].read_text()
+        sides[is_trained_on].write_text(kept.replace("x", "y"))
+        assert call(train, ".", f"resume={folder}", given) == 1
+        said = capsys.readouterr().err
+        assert re.search(rf"saved for other data: {name} text was '\w+' and is '\w+'\. Give", said)
+        sides[is_trained_on].write_text(kept)
+    sides[False].write_text("y = 3\n" * 40)
+    assert call(evaluate, ".", f"run={folder}", given) == 1
+    said = capsys.readouterr().err
+    assert "was judged by other held-out text than" in said and "data=SOURCE" in said
+    assert call(evaluate, ".", f"run={folder}", "data=stdlib", f"data.root={other}") == 0
+    sides[False].write_text(kept)
+    assert call(evaluate, ".", f"run={folder}", given) == 0
+    assert call(train, ".", f"resume={folder}", given) == 0
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def acquire(self, timeout):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claim.FileLock, "acquire", acquire)
+    with claim.claimed(tmp_path / "run"):
+        assert (tmp_path / "run" / claim.HOLDER).is_file()
+    assert "has no locks" in capsys.readouterr().out

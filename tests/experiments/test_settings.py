@@ -1,0 +1,384 @@
+"""Settings are refused before anything is built, by one table; a refused command leaves nothing."""
+
+import copy
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+import jaxpara as jp
+from experiments import (
+    bench,
+    compare,
+    evaluate,
+    export_adapters,
+    finetune,
+    fit_choice,
+    generate,
+    plot,
+    train,
+    train_tokenizer,
+)
+from experiments.adapt.finetuning import check_ranks
+from experiments.run import checks, limits, memory
+from experiments.run.folders import RunError
+from experiments.run.task import Task
+from experiments.shell import near_misses
+from experiments.shell.explanations import explain, typed_key
+from experiments.studies import finetune_figure, mixers, solver_study, state_tracking_figure
+from jaxpara.train import init_state, make_step
+from jaxpara.types import Model
+from tests.experiments.programs import call, ending
+
+CONF = Path(limits.__file__).parent / "conf"
+COMMANDS = {
+    program.__name__.split(".")[-1]: program
+    for program in (
+        bench,
+        compare,
+        evaluate,
+        export_adapters,
+        finetune,
+        finetune_figure,
+        fit_choice,
+        generate,
+        mixers,
+        plot,
+        solver_study,
+        state_tracking_figure,
+        train,
+        train_tokenizer,
+    )
+}
+WRONG = [
+    ("train", "steps=1.5", "steps=2"),
+    ("train", "steps=0", "steps=1"),
+    ("train", "steps=many", "steps=1"),
+    ("train", "steps=true", "steps=1"),
+    ("train", "steps=null", "steps=1"),
+    ("train", "batch_size=-8", "batch_size=1"),
+    ("train", "batch_size=99999999999", "batch_size=2147483647"),
+    ("train", "seed=-1", "seed=0"),
+    ("train", "seed=4294967296", "seed=4294967295"),
+    ("train", "profile=1", "profile=true"),
+    ("train", "profile=yes_please", "profile=false"),
+    ("train", "optim.learning_rate=-0.01", "optim.learning_rate=0.01"),
+    ("train", "optim.learning_rate=nan", "optim.learning_rate=0.5"),
+    ("train", "optim.learning_rate=inf", "optim.learning_rate=0.5"),
+    ("train", "optim.learning_rate=fast", "optim.learning_rate=0.5"),
+    ("train", "optim.warmup=2", "optim.warmup=1"),
+    ("train", "optim.b1=-0.1", "optim.b1=0.1"),
+    ("train", "model.width=0", "model.width=1"),
+    ("train", "model.layers=[1,2]", "model.layers=1"),
+    ("train", "model.compute_dtype=bfloat61", "model.compute_dtype=bfloat16"),
+    ("train", "data.validation_fraction=1", "data.validation_fraction=0.5"),
+    ("train", "data.prefetch=-2", "data.prefetch=0"),
+    ("train", "checkpoint.keep_last=0", "checkpoint.keep_last=1"),
+    ("train", "trace.start=0", "trace.start=1"),
+    ("train", "evaluation.windows=null", "evaluation.windows=1"),
+    ("train", "sample.top_k=0", "sample.top_k=1"),
+    ("train", "+mixer.scale=-2", "mixer.scale=2"),
+    ("finetune", "rank=0.5", "rank=1"),
+    ("finetune", "bits=33", "bits=32"),
+    ("finetune", "learning_rate=0", "learning_rate=0.5"),
+    ("generate", "temperature=-1", "temperature=1"),
+    ("generate", "samples=two", "samples=1"),
+    ("generate", "block=0", "block=1"),
+    ("evaluate", "windows=1.5", "windows=2"),
+    ("evaluate", "batch_size=0", "batch_size=1"),
+    ("bench", "rounds=2", "rounds=3"),
+    ("bench", "budget_s=-1", "budget_s=1"),
+    ("bench", "suite.shapes=[[1,2,0]]", "suite.shapes=[[128,1,32]]"),
+    ("plot", "log_x=maybe", "log_x=false"),
+    ("compare", "better=mn", "better=min"),
+    ("mixers", "prompt=none", "prompt=1"),
+    ("train", "evaluation=3", "evaluation.KEY=VALUE, as --cfg job shows them"),
+    ("train", "checkpoint=null", "checkpoint.KEY=VALUE, as --cfg job shows them"),
+    ("train", "data.only=asyncio", "data.only=[asyncio]"),
+    ("compare", "columns=final", "columns=[final]"),
+    ("plot", "group_by=true", "group_by=TEXT"),
+    ("bench", "suite.rivals=deer", "suite.rivals=[deer]"),
+    ("solver_study", "seeds=[0,-1]", "seeds=[0,0]"),
+    ("solver_study", "test_lengths=[]", "test_lengths=[1]"),
+    ("solver_study", "tols=[0.0]", "tols=[0.5]"),
+    ("train_tokenizer", "vocab_size=256", "vocab_size=257"),
+    ("fit_choice", "rounds=none", "rounds=3"),
+]
+
+
+@functools.cache
+def shipped(command):
+    return composed(command)
+
+
+@pytest.mark.parametrize("command, override, instead", WRONG)
+def test_a_wrong_setting_is_refused_with_one_that_fits(command, override, instead):
+    cfg = copy.deepcopy(shipped(command))
+    key, _, typed = override.lstrip("+").partition("=")
+    value = OverridesParser.create().parse_override(f"x={typed}").value()
+    OmegaConf.update(cfg, key, value, force_add=True)
+    with pytest.raises(RunError) as raised:
+        checks.check_settings(cfg, command)
+    said = str(raised.value)
+    assert said.startswith(f"{key}=") and said.count("\n") == 1
+    assert said.endswith(f"type for example {instead}"), said
+
+
+FIRST = {command: override for command, override, _ in reversed(WRONG)}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_refuses_in_three_lines_and_leaves_nothing(tmp_path, command):
+    said = ending(COMMANDS[command], tmp_path, FIRST.get(command, "outptu=x"))
+    assert isinstance(said, str) and said.startswith("error: ") and said.count("\n") <= 2, said
+    assert list(tmp_path.iterdir()) == []  # no folder, no record
+
+
+def composed(command, *overrides):
+    with initialize_config_module("experiments.conf", version_base="1.3"):
+        return compose(command, overrides=list(overrides))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_what_is_shipped_passes_and_every_setting_has_a_rule(command):
+    cfg = shipped(command)
+    checks.check_settings(cfg, command)
+    free = {"names", "stop"}
+    free |= {key for key, _ in checks.settings_of(cfg) if key.startswith("grid.")}
+    for key, _ in checks.settings_of(cfg):
+        named = key in free or key.endswith((".path", ".derivative", "_args_"))
+        assert named or limits.rule_for(key, command), f"{key} of {command} has no rule"
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        "mixer",
+        "optim",
+        "task",
+        "solver",
+        "projection",
+        "data",
+        "cell",
+        "transform",
+        "model",
+        "suite",
+    ],
+)
+def test_every_member_of_every_group_passes(group):
+    command = "finetune" if group == "transform" else "train"
+    for path in sorted((CONF / group).rglob("*.yaml")):
+        checks.check_settings(OmegaConf.create({group: OmegaConf.load(path)}), command)
+
+
+def test_a_setting_of_a_transform_is_not_the_section_of_its_name():
+    checks.check_settings(composed("finetune", "transform=[lora,fake_quant]"), "finetune")
+    wrong = composed("finetune", "transform=[fake_quant]", "transform.fake_quant.rounding=up")
+    with pytest.raises(RunError, match="expected one of nearest, stochastic"):
+        checks.check_settings(wrong, "finetune")
+    with pytest.raises(RunError, match="rounding=3: expected settings of its own"):
+        checks.check_settings(composed("finetune", "rounding=3"), "finetune")
+
+
+def test_a_rounding_is_a_word_in_a_transform_and_a_section_of_finetune():
+    found = OmegaConf.create({"transform": {"fake_quant": {"rounding": "down"}}})
+    with pytest.raises(RunError, match=r"rounding='down': expected one of nearest, stochastic"):
+        checks.check_settings(found, "finetune")
+    with pytest.raises(RunError, match="rounding='nearest': expected settings of its own"):
+        checks.check_settings(OmegaConf.create({"rounding": "nearest"}), "finetune")
+
+
+def test_suggested_values_fit_their_rules():
+    for name, rule in limits.RULES.items():
+        for value in (-1, 0, 1.5, 1e40, math.nan, True, "x", [], ["x"], None):
+            if not checks.fits(value, rule) and rule.kind in ("whole", "number"):
+                typed = OmegaConf.create(f"x: {checks.instead(value, rule)}")
+                plain = OmegaConf.to_container(typed)["x"]
+                assert checks.fits(plain, rule), (name, value, plain)
+
+
+def test_objects_of_others_are_theirs_to_judge():
+    theirs = OmegaConf.create({"task": {"_target_": "mine.task", "width": -1, "group": "abc"}})
+    checks.check_settings(theirs)
+    ours = OmegaConf.create({"task": {"_target_": "jaxpara.nn.decoder", "width": -1}})
+    with pytest.raises(RunError, match="task.width=-1"):
+        checks.check_settings(ours)
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["widht=3"], "widht: there is no such setting; did you mean model.width?"),
+        (["model.widht=3"], "did you mean model.width?"),
+        (["stpes=3"], "did you mean steps or trace.steps?"),
+        (["mixr=attention"], "did you mean mixer?"),
+        (["optim=adamww"], "optim=adamww: no such member; did you mean optim=adamw? there are"),
+        (["+stpes=3"], "nothing reads stpes; did you mean steps?"),
+        (["+checkpoint.kep_last=2"], "did you mean checkpoint.keep_last?"),
+        (["+model.widht=3"], "did you mean model.width?"),
+        (["mixer=attention", "+mixer.hads=2"], "mixer.hads: jaxpara.nn.mixers.attention has no"),
+        (["mixer=attention", "mixer.heads=7"], "change it with model.width=VALUE"),
+        (["cell.path=jaxpara.cells.gruu"], "did you mean jaxpara.cells.gru"),
+        (["steps=1,2"], "several values need -m"),
+        (["a=["], "cannot be read"),
+        (["model.layers=4", "mixer=hybrid"], "layers=4 is not a multiple of the 3 mixers"),
+        (["data=text"], "data.path must be given"),
+        (["mixer=3"], "a group takes the name of a member"),
+        (["optim._target_=jaxpara.train.optimiser"], "did you mean jaxpara.train.optimizer"),
+        (["data=text", "data.path=nowhere"], "error: data.path='nowhere' is neither"),
+    ],
+)
+def test_near_misses_and_what_objects_refuse_name_the_override(tmp_path, overrides, said):
+    ended = ending(train, tmp_path, *overrides)
+    assert said in ended and ended.count("\n") <= 2 and "Traceback" not in ended
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_key_that_is_like_no_other_is_let_through():
+    cfg = composed("train", "+mine=3", "+checkpoint.zzz=1", "+model.anything=1")
+    near_misses.check_additions(["+mine=3", "+model.anything=1"], cfg)
+    with pytest.raises(RunError, match="did you mean window"):
+        near_misses.check_additions(["+windw=3"], composed("train", "+windw=3"))
+
+
+def test_keys_are_named_as_they_are_typed():
+    cfg = composed("train")
+    assert typed_key(cfg, "task.models.model.mixer.cell") == "cell"
+    assert typed_key(cfg, "task.data") == "data" and typed_key(cfg, "optim") == "optim"
+
+
+def test_a_number_is_text_where_text_is_expected():
+    cfg = OmegaConf.create({"runs": [2024, "a"], "title": 7, "group_by": 3, "x": "tokens"})
+    checks.check_settings(cfg, "plot")
+    assert cfg == {"runs": ["2024", "a"], "title": "7", "group_by": "3", "x": "tokens"}
+
+
+def test_the_traceback_is_there_for_who_asks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(RunError, match="steps=1.5"):
+        call(train, tmp_path, "steps=1.5")
+    assert explain(ZeroDivisionError("a bug")) is None  # a bug keeps its traceback
+
+
+def test_an_existing_folder_keeps_what_is_in_it(tmp_path):
+    own = tmp_path / "mine"
+    own.mkdir()
+    (own / "notes.txt").write_text("kept")
+    assert "steps=0" in ending(train, tmp_path, "steps=0", f"hydra.run.dir={own}")
+    assert [path.name for path in own.iterdir()] == ["notes.txt"]
+    (own / "config.yaml").write_text("name: a run\n")
+    (own / ".hydra").mkdir()
+    (own / ".hydra" / "overrides.yaml").write_text("- how it was begun\n")
+    assert ending(train, tmp_path, "steps=0", f"hydra.run.dir={own}")
+    assert "begun" in (own / ".hydra" / "overrides.yaml").read_text()
+
+
+def test_a_refused_job_of_a_sweep_leaves_no_folder_and_is_reported(tmp_path, capsys):
+    assert call(train, tmp_path, "-m", "steps=0,1.5") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("refused") == 2 and "job 1: steps=1.5: expected a whole number" in printed
+    [sweep] = tmp_path.glob("multirun/lm/*")
+    assert sorted(path.name for path in sweep.iterdir()) == ["multirun.yaml", "refused"]
+
+
+# -- memory
+
+
+def linear_task(width, rows):
+    """A model whose step is counted by hand: one matrix, squared errors."""
+
+    def init(key):
+        return {"kernel": jax.random.normal(key, (width, width))}
+
+    def loss(params, batch, key):
+        del key
+        value = jnp.mean(jnp.square(jnp.sin(batch @ params["kernel"])))
+        return value, {"loss": value}
+
+    nothing = dict.fromkeys(
+        ("batches", "tokens_per_step", "columns", "evaluate", "best", "describe", "finish")
+    )
+    like = jax.ShapeDtypeStruct((rows, width), jnp.float32)
+    model = Model(init, lambda params, x: x @ params["kernel"])
+    return Task(model=model, loss=loss, about="", batch_like=like, **nothing)
+
+
+def test_the_estimate_is_the_count_by_hand():
+    task = linear_task(8, 100)
+    found = memory.estimate(task, optax.adam(1e-3), accumulate=1)
+    assert found.parameters == found.gradients == 4 * 64
+    assert found.optimiser == 2 * 4 * 64 + 4  # two moments and a count
+    assert found.batch == 4 * 800
+    # the input, the cosine of the product, the sine that is squared
+    assert 3 * 3200 <= found.activations + found.parameters <= 3 * 3200 + 4 * 64 + 64
+    parts = memory.estimate(task, optax.adam(1e-3), accumulate=4)
+    assert parts.batch == found.batch and parts.activations < found.activations / 3
+
+
+def test_gradients_are_counted_of_what_is_trained_whatever_the_optimiser():
+    params = {"kernel": jnp.zeros((8, 8)), "frozen": jnp.zeros((8, 8))}
+    task = linear_task(8, 100)
+    task = task._replace(
+        model=task.model._replace(init=lambda key: params),
+        trainable=lambda params: {"kernel": True, "frozen": False},
+    )
+    for optimizer in (optax.sgd(0.1), optax.adam(0.1)):
+        found = memory.estimate(task, optimizer, accumulate=1)
+        assert (found.parameters, found.gradients) == (2 * 4 * 64, 4 * 64)
+
+
+def test_the_estimate_is_near_what_xla_accounts_for():
+    task = linear_task(64, 50_000)
+    optimizer = optax.adam(1e-3)
+    state = jax.eval_shape(lambda: init_state(task.model, optimizer, jax.random.key(0)))
+    step = jax.jit(make_step(task.loss, optimizer), donate_argnums=0)
+    account = step.lower(state, task.batch_like).compile().memory_analysis()
+    held = account.argument_size_in_bytes + account.temp_size_in_bytes
+    assert 0.5 < sum(memory.estimate(task, optimizer, accumulate=1)) / held < 2.5
+
+
+def test_a_step_beyond_the_memory_is_refused_with_the_numbers():
+    task, optimizer = linear_task(8, 100), optax.sgd(0.1)
+    needed = sum(memory.estimate(task, optimizer, accumulate=1))
+    memory.check_step(task, optimizer, accumulate=1, have=lambda: needed)
+    with pytest.raises(RunError, match=r"batch_size=100: .* KiB \(parameters 256 B.*\n.*=\d+ or"):
+        memory.check_step(task, optimizer, accumulate=1, have=lambda: needed - 1)
+    with pytest.raises(RunError, match="give a smaller model"):
+        memory.check_step(task, optimizer, accumulate=1, have=lambda: 300)
+
+
+def test_a_huge_batch_is_refused_by_the_command(tmp_path):
+    said = ending(train, tmp_path, "experiment=state_tracking", "batch_size=100000000")
+    assert said.startswith("error: batch_size=100000000: a training step needs about")
+    assert "activations" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    said = ending(train, tmp_path, "experiment=state_tracking", "task.test_sequences=2000000000")
+    assert "task.test_sequences=2000000000 of 256 tokens need" in said
+
+
+def test_likeness_is_of_whole_or_last_names():
+    assert near_misses.near_misses("widht", ["model.width", "height"]) == ["model.width"]
+    assert near_misses.near_misses("zzz", ["model.width"]) == []
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_rank_above_its_matrix_is_refused_with_the_leaf_and_its_size(chained):
+    params = {"mlp": {"kernel": jnp.ones((2, 6, 4))}}
+
+    def state(rank):
+        lora = jp.lora(rank=rank, where="**/kernel")
+        more = [jp.fake_quant(bits=4, where="**/kernel")] if chained else []
+        return jp.chain(lora, *more).attach(jax.random.key(0), params)
+
+    check_ranks(jax.eval_shape(lambda: state(4)))
+    with pytest.raises(
+        RunError, match="rank=5 is above what mlp/kernel .*\n?.*6 x 4:\ngive rank=4"
+    ):
+        check_ranks(jax.eval_shape(lambda: state(5)))

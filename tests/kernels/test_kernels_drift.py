@@ -1,0 +1,147 @@
+"""States that hardly move, through every path of the fused kernel: none is returned as it began.
+
+One step holds the kinds side by side, in blocks of 16 channels, for a GPU's block is solved as a
+whole: a counter that seldom counts, a clock, a slow average, and a gate so nearly closed that rough
+functions round it to 0. Judge: float64, and what `lax.scan` itself loses to rounding.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxpara.recurrence.kernel.elementwise import prepare
+from pallas_kernels import compat, nonlinear_recurrence
+from tests.recurrence.kit import QUICK
+
+T, BLOCK = 64, 16
+KINDS = ("counter", "clock", "average", "gate")
+GPU = pytest.param(
+    "mosaic_gpu_interpret",
+    marks=[
+        pytest.mark.skipif(compat.version() < (0, 12), reason="the simulator needs JAX 0.12"),
+        pytest.mark.slow,
+    ],
+)
+PATHS = ["xla", "mosaic_tpu_interpret", GPU]
+
+
+def step(h, x):
+    push, gate, goal = x
+    new = jnp.minimum(h + push + jax.nn.sigmoid(gate) * (jnp.tanh(goal) - h), 2e9)
+    return new.astype(h.dtype)
+
+
+def drifting(dtype):
+    """Initial state `[1, D]` and inputs `[T, 1, D]`, in float32 or a narrower type."""
+    narrow = dtype != jnp.float32
+    begin = {"counter": 256 if narrow else 1e7, "clock": 256 if narrow else 1e4}
+    begin |= {"average": 0.5, "gate": 0.5}
+    push, gate = np.zeros((T, 4)), np.full((T, 4), -200.0)
+    push[[3, 9, 40], 0] = 2.0 if narrow else 1.0
+    push[:, 1] = 1.25 if narrow else 2e-3
+    # 1e-6 a step; below float32 4e-3, which is stuck where its move is half a unit.
+    gate[:, 2] = -5.5 if narrow else -13.8
+    gate[:, 3] = -4.5 if narrow else -16.0
+
+    def wide(kinds, shape):
+        return jnp.asarray(np.repeat(kinds, BLOCK, axis=-1).reshape(shape), dtype)
+
+    init = wide(np.array([[begin[kind] for kind in KINDS]]), (1, -1))
+    goal = np.full((T, 4), 3.0)
+    return init, [wide(a, (T, 1, 4 * BLOCK)) for a in (push, gate, goal)]
+
+
+@functools.lru_cache
+def solver(implementation, certain, reverse, dtype, function=step):
+    init, xs = drifting(dtype)
+    prepared = prepare(lambda _, s, x: ([function(s[0], x)], []), [], [init], xs)
+
+    def run(init, xs):
+        inputs, params = prepared.operands([], xs)
+        return nonlinear_recurrence.forward(
+            prepared.cell,
+            [init],
+            inputs,
+            params,
+            certain=certain,
+            reverse=reverse,
+            chunks=8,
+            window=32,
+            implementation=implementation,
+        )
+
+    return jax.jit(run, compiler_options=QUICK)
+
+
+def scanned(init, xs, reverse):
+    def one(h, x):
+        h = step(h, x)
+        return h, h
+
+    return lax.scan(one, init, xs, reverse=reverse)[1]
+
+
+def in_float64(init, xs, reverse):
+    h, xs = np.asarray(init, np.float64), [np.asarray(x, np.float64) for x in xs]
+    states = np.zeros_like(xs[0])
+    for t in range(T)[::-1] if reverse else range(T):
+        h = h + xs[0][t] + (np.tanh(xs[2][t]) - h) / (1 + np.exp(-xs[1][t]))
+        states[t] = h
+    return states
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("certain", [True, False])
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_float32_state_that_hardly_moves_moves(implementation, certain, reverse):
+    init, xs = drifting(jnp.float32)
+    found = solver(implementation, certain, reverse, jnp.float32)(init, xs)
+    states, exact = np.asarray(found.states[0], np.float64), in_float64(init, xs, reverse)
+    lost = np.max(np.abs(np.asarray(scanned(init, xs, reverse), np.float64) - exact), (0, 1))
+    # A correction of eight units is left in each of two windows.
+    allowed = 2e-6 * np.abs(np.asarray(init[0], np.float64)) + 2 * lost
+    assert np.all(np.max(np.abs(states - exact), (0, 1)) <= allowed)
+    # What this would notice: a state that stays what it was. (The counter is exact or wrong.)
+    frozen = np.max(np.abs(np.asarray(init, np.float64) - exact), (0, 1))
+    assert np.all(frozen[BLOCK:] > 1.5 * allowed[BLOCK:])
+    np.testing.assert_array_equal(states[..., :BLOCK], exact[..., :BLOCK])
+    assert np.all(np.asarray(found.fallback_steps) == 0)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_bfloat16_state_is_lax_scans(implementation, reverse):
+    init, xs = drifting(jnp.bfloat16)
+    # Whatever is claimed: a state below float32 rounds by as much as it moves.
+    found = solver(implementation, True, reverse, jnp.bfloat16)(init, xs)
+    states = np.asarray(found.states[0], np.float32)
+    expected = np.asarray(scanned(init, xs, reverse), np.float32)
+    # Two programs round apart what falls near a tie.
+    assert np.max(np.abs(states - expected) / np.abs(expected)) <= 2.0**-7
+    end = expected[0 if reverse else -1]
+    assert np.all(np.abs(end - np.asarray(init, np.float32)) > 2.0**-6 * np.abs(end))
+
+
+def hidden(h, x):
+    """The derivative is hidden: only agreement bit for bit says that chunks meet."""
+    return lax.stop_gradient(h) + x[0]
+
+
+@pytest.mark.parametrize("implementation", ["mosaic_tpu_interpret", GPU])
+def test_a_hidden_derivative_counts_bit_for_bit_and_a_false_claim_is_wrong(implementation):
+    init = jnp.ones((1, 4 * BLOCK))
+    push = np.zeros((T, 1, 4 * BLOCK), np.float32)
+    push[::4] = 1.2e-7
+    xs = [jnp.asarray(push), *drifting(jnp.float32)[1][1:]]
+    end = lambda certain: np.asarray(  # noqa: E731
+        solver(implementation, certain, False, jnp.float32, hidden)(init, xs).states[0][-1]
+    )
+    expected = np.float32(1.0)
+    for x in push[:, 0, 0]:
+        expected = expected + x
+    np.testing.assert_array_equal(end(False), np.full((1, 4 * BLOCK), expected))
+    assert np.all(end(True) < expected)

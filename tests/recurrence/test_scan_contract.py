@@ -1,0 +1,283 @@
+"""`newton_scan` keeps `lax.scan`'s contract, whatever the step and the carry are."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxpara as jp
+from tests.recurrence.scan_checks import (
+    H0,
+    SHOOTING,
+    SOLVERS,
+    XS,
+    assert_is_lax_scan,
+    assert_same,
+    ours,
+    quick,
+    step,
+)
+
+# Structure ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_no_inputs_at_any_length(solver, length):
+    assert_is_lax_scan(
+        lambda h, _: (jnp.cos(h), h), jnp.ones(2), None, length, solver=SOLVERS[solver]
+    )
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_no_steps_and_one_step(length):
+    for reverse in (False, True):
+        assert_is_lax_scan(step, H0, XS[:length], reverse=reverse)
+
+
+def outputs_none(h, x):
+    return step(h, x)[0], None
+
+
+def outputs_duplicated(h, x):
+    h, y = step(h, x)
+    return h, {"a": (h, h), "b": [y, y, None], "c": x, "d": 3}
+
+
+def outputs_not_floating(h, x):
+    h, _ = step(h, x)
+    return h, (h > 0, jnp.argmax(h), jnp.uint8(7), h.astype(jnp.int8), jnp.any(x > 0))
+
+
+def outputs_of_the_state_before(h, x):
+    return step(h, x)[0], h
+
+
+@pytest.mark.parametrize(
+    "f", [outputs_none, outputs_duplicated, outputs_not_floating, outputs_of_the_state_before]
+)
+def test_outputs_may_be_anything(f):
+    assert_is_lax_scan(f, H0, XS)
+    assert_is_lax_scan(f, H0, XS, reverse=True, solver=jp.newton())
+
+
+def carry_unused(carry, x):
+    a, b = carry
+    return (jnp.tanh(a + x), jnp.ones_like(b)), a
+
+
+def carry_passed_through(carry, x):
+    a, b = carry
+    return (jnp.tanh(b * a + x), b), b
+
+
+def carry_swapped(carry, x):
+    a, b = carry
+    return (jnp.tanh(b + x), 0.5 * a), a
+
+
+def carry_ignored(carry, x):
+    return (x, 2 * x), None
+
+
+def inputs_ignored(carry, x):
+    a, b = carry
+    return (jnp.cos(a), jnp.sin(b * a)), a
+
+
+def becomes_the_input(carry, x):
+    a, b = carry
+    return (x, a), b
+
+
+@pytest.mark.parametrize(
+    "f",
+    [carry_unused, carry_passed_through, carry_swapped, carry_ignored, inputs_ignored,
+     becomes_the_input],
+)  # fmt: skip
+def test_carries_may_do_anything(f):
+    for solver in (SHOOTING, jp.newton()):
+        assert_is_lax_scan(f, (H0, 2 * H0), XS, solver=solver)
+    loss = lambda scan: jax.grad(  # noqa: E731
+        lambda i, x: sum(jnp.sum(v**2) for v in jax.tree.leaves(scan(f, i, x))), (0, 1)
+    )
+    assert_same(quick(loss(ours))((H0, 2 * H0), XS), quick(loss(lax.scan))((H0, 2 * H0), XS))
+
+
+# Carries that are not just floats -----------------------------------------------------
+
+
+def test_integer_and_key_carries_run_ahead_and_stay_exact():
+    def f(carry, x):
+        h, count, key = carry
+        key, now = jax.random.split(key)
+        h = jnp.tanh(0.5 * h + x + 0.1 * jax.random.normal(now, h.shape) + 0.01 * count)
+        return (h, count + 1, key), (h, count, jax.random.uniform(now))
+
+    init = (H0, jnp.int32(3), jax.random.key(0))
+    for reverse in (False, True):
+        assert_is_lax_scan(f, init, XS, reverse=reverse)
+    (_, info) = jp.solve_scan(f, init, XS, solver=SHOOTING)
+    assert info.iterations > 0 and info.fallback_steps == 0
+    grads = [
+        jax.grad(lambda h, x, s=s: jnp.sum(s(f, (h, *init[1:]), x)[1][0] ** 2), (0, 1))(H0, XS)
+        for s in (ours, lax.scan)
+    ]
+    assert_same(*grads)
+
+
+def test_integers_that_depend_on_floats_run_sequentially():
+    def f(carry, x):
+        h, crossings = carry
+        new = jnp.tanh(0.9 * h + x)
+        return (new, crossings + jnp.sum(new * h < 0)), crossings
+
+    assert_is_lax_scan(f, (H0, 0), XS)
+    assert "depends on the floating part" in str(jp.explain_choice(f, (H0, 0), XS, solver=SHOOTING))
+
+
+def test_complex_carries_run_sequentially():
+    assert_is_lax_scan(lambda h, x: (h * (0.3 + 0.4j) + x, h), H0 * (1 + 2j), XS)
+    choice = jp.explain_choice(lambda h, x: (h * 1j, h), H0 * (1 + 2j), XS, solver=SHOOTING)
+    assert "complex" in str(choice)
+
+
+def test_only_integers_in_the_carry():
+    assert_is_lax_scan(lambda n, x: (n + 1, n * x), 0, XS)
+
+
+def test_scalars_and_weak_types():
+    assert_is_lax_scan(lambda h, x: (0.5 * h + x, h), 0.0, XS[:, 0])
+    assert_is_lax_scan(lambda h, x: (0.5 * h, h), 1.0, None, 4)
+    assert_is_lax_scan(lambda h, x: (jnp.tanh(h + x), 1.0), jnp.float32(1.0), XS[:, 0])
+    assert_is_lax_scan(lambda h, x: (h * x, (2.0, 1, h)), 1, XS[:, 0])
+    for solver in (jp.shooting(), jp.newton(), jp.sequential()):
+        found = jp.newton_scan(lambda h, x: (0.5 * h, h), 1.0, None, 4, solver=solver)
+        wanted = lax.scan(lambda h, x: (0.5 * h, h), 1.0, None, 4)
+        weak = [leaf.weak_type for leaf in jax.tree.leaves(found)]
+        assert weak == [leaf.weak_type for leaf in jax.tree.leaves(wanted)] == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_small_floats_keep_their_dtype(dtype):
+    # One ulp of the carry is the resolution at which two programs can agree.
+    assert_is_lax_scan(
+        step, jnp.asarray(H0, dtype), jnp.asarray(XS, dtype), tol=2 * float(jnp.finfo(dtype).eps)
+    )
+    assert_is_lax_scan(
+        lambda h, x: (jnp.tanh(h + x).astype(dtype), (h * x).astype(jnp.float32)),
+        jnp.asarray(H0, dtype),
+        XS,
+        tol=2 * float(jnp.finfo(dtype).eps),
+    )
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        assert_is_lax_scan(step, H0.astype(np.float64), XS.astype(np.float64), tol=1e-14)
+        _, info = jp.solve_scan(step, H0.astype(np.float64), XS.astype(np.float64), solver=SHOOTING)
+        assert info.iterations > 0 and info.fallback_steps == 0
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_states_of_any_size(scale):
+    def f(h, x):
+        return scale * jnp.tanh(0.8 * h / scale + x), h / scale
+
+    wanted = lax.scan(f, scale * H0, XS)
+    found, info = jp.solve_scan(f, scale * H0, XS, solver=SHOOTING)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.max(np.abs(b)))
+    assert info.iterations > 0 and info.fallback_steps == 0
+
+
+def test_empty_batches():
+    assert_is_lax_scan(step, jnp.zeros((0, 2)), jnp.zeros((5, 0, 2)))
+    out = jax.grad(lambda h: jnp.sum(ours(step, h, jnp.zeros((5, 0, 2)))[0]))(jnp.zeros((0, 2)))
+    assert out.shape == (0, 2)
+    # The structure of an empty carry is that of a full one, through reshapes too.
+    for batch in (0, 3):
+        f = lambda h, x: (jnp.tanh(h.reshape(-1) + x).reshape(h.shape), h)  # noqa: E731
+        found = jp.jacobian_structure(f, jnp.zeros((batch, 2)), jnp.zeros(2 * batch))
+        assert isinstance(found, jp.Diagonal), found
+    merged = lambda h, x: (jnp.tanh(h + x), h.reshape(-1, 4))  # noqa: E731
+    assert_is_lax_scan(merged, jnp.zeros((0, 2)), jnp.zeros((5, 0, 2)))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5, 7, 50])
+def test_any_number_of_chunks(chunks):
+    assert_is_lax_scan(step, H0, XS, solver=jp.shooting(chunks=chunks))
+
+
+def test_linear_counters_and_exploding_linear_cells():
+    assert_is_lax_scan(lambda h, x: (h + 1.0, h), jnp.zeros(2), XS)
+    xs = np.tile(XS, (4, 1))
+
+    def run(scan):
+        def loss(gain, h):
+            carry, ys = scan(lambda h, x: (gain * h + x, h), h, xs)
+            return jnp.sum(carry), ys
+
+        return quick(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+    mine, theirs = run(ours), run(lax.scan)
+    for gain in (3.0, -5.0):
+        found, wanted = mine(gain, H0), theirs(gain, H0)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["shooting", "newton"])
+@pytest.mark.parametrize("size", [1e4, 1e8])
+def test_a_large_state_does_not_excuse_errors_in_the_small_ones_after_it(solver, size):
+    def f(h, inputs):
+        spike, x = inputs
+        h = jnp.tanh(0.9 * h + x) + spike
+        return h, h
+
+    rng = np.random.default_rng(0)
+    spikes = np.zeros((64, 1), np.float32)
+    spikes[29] = size
+    xs = (spikes, rng.standard_normal((64, 2)).astype(np.float32))
+    assert_is_lax_scan(
+        f, np.float32([size, -size]), xs, solver=jp.newton() if solver == "newton" else SHOOTING
+    )
+
+
+# Errors -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda scan: scan(lambda h, x: (h[:1], x), H0, XS),
+        lambda scan: scan(lambda h, x: ((h, h), x), H0, XS),
+        lambda scan: scan(lambda h, x: (h.astype(jnp.float16), x), H0, XS),
+        lambda scan: scan(lambda h, x: h, H0, XS),
+        lambda scan: scan(step, H0),
+        lambda scan: scan(step, H0, (XS, XS[:3])),
+        lambda scan: scan(step, H0, XS, length=3),
+        lambda scan: scan("no function", H0, XS),
+    ],
+)
+def test_errors_are_those_of_lax_scan(call):
+    with pytest.raises((TypeError, ValueError)) as theirs:
+        call(lax.scan)
+    with pytest.raises(theirs.type, match=re.escape(str(theirs.value).splitlines()[0])):
+        call(ours)
+
+
+def test_solvers_and_derivatives_that_do_not_exist():
+    with pytest.raises(TypeError, match=r"expected jp.shooting\(\).*mind the call"):
+        jp.newton_scan(step, H0, XS, solver=jp.shooting)
+    with pytest.raises(ValueError, match="derivative is 'revers'; expected None"):
+        jp.newton_scan(step, H0, XS, derivative="revers")
+    with pytest.raises(ValueError, match="chunks is 0; expected a positive integer"):
+        jp.shooting(chunks=0)
+    with pytest.raises(ValueError, match="tol is -1.0; expected a positive number"):
+        jp.newton(tol=-1.0)
+    with pytest.raises(ValueError, match="linear is 'fast'; expected None or one of sequential"):
+        jp.newton(linear="fast")
