@@ -3,7 +3,7 @@
     h' = h + s f(x)     parallel: beside the layer, from its input
     h' = h + s f(h)     sequential: behind it, from its output
 
-with `h = layer(x)`. docs/methods.md has the table; what is linear in a weight is a method of
+with `h = layer(x)`. docs/methods/index.md has the table; what is linear in a weight is a method of
 `jaxpara.weights` instead (`lora`, `ia3`), and a prefix is an option of `mixers.attention`.
 """
 

@@ -1,4 +1,4 @@
-"""docs/adding_a_task.md, followed as it stands: its files, its command, its claims."""
+"""docs/contributing/task.md, followed as it stands: its files, its command, its claims."""
 
 import importlib
 import json

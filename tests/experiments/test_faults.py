@@ -12,7 +12,7 @@ from experiments.run import claim, folders, seals, trust
 from experiments.run.folders import RunError
 from tests.experiments.programs import ending
 
-PAGE = (folders.REPOSITORY / "docs/faults.md").read_text()
+PAGE = (folders.REPOSITORY / "docs/measured/faults.md").read_text()
 TABLE = [line for line in PAGE.splitlines() if line.count("|") == 7 and "--" not in line]
 # Those that start processes of their own, which take seconds each.
 QUICK = {"flips": 0.05, "damage": 0.125, "hostile": 1, "garbage": 0.3}

@@ -97,7 +97,7 @@ def test_a_transform_that_is_none_or_stands_twice_is_refused_before_hydra_runs(g
 
 def test_the_page_and_the_help_set_what_one_transform_has_besides():
     override = "+transform.lora.alpha=16"
-    assert f"`{override}`" in (folders.REPOSITORY / "docs/finetuning.md").read_text()
+    assert f"`{override}`" in (folders.REPOSITORY / "docs/guides/finetuning.md").read_text()
     assert f" {override} " in (folders.REPOSITORY / "experiments/conf/finetune.yaml").read_text()
     cfg = composed("transform=[lora,fake_quant]", override)
     assert build.chain_of(cfg.transform, cfg.where).members[0].method.settings.scale == 16 / 8

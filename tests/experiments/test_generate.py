@@ -296,7 +296,7 @@ def test_a_run_with_a_tokenizer_speaks_its_tokens(tmp_path, capsys):
 
 def test_the_page_about_sampling_runs_and_its_settings_exist():
     root = pathlib.Path(__file__).resolve().parents[2]
-    page = (root / "docs/sampling.md").read_text()
+    page = (root / "docs/guides/sampling.md").read_text()
     [code] = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     exec(code, {})
     commands = re.findall(r"^python -m experiments\.(\w+) (.*)$", page, re.M)

@@ -280,7 +280,7 @@ def test_a_path_that_is_not_given_is_asked_for(name):
     assert explain(raised.value) == "data.path must be given: data.path=VALUE on the command line"
 
 
-PAGE = (pathlib.Path(__file__).resolve().parents[2] / "docs/data.md").read_text()
+PAGE = (pathlib.Path(__file__).resolve().parents[2] / "docs/guides/data.md").read_text()
 
 
 def block(language):

@@ -13,7 +13,11 @@ import pytest
 import jaxpara
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-METHODS = (ROOT / "docs/methods.md").read_text()
+# The pages with an entry for each public name; the index and the kernels' own page are prose.
+PROSE = ("index.md", "kernels.md")
+METHODS = "\n".join(
+    p.read_text() for p in sorted((ROOT / "docs/methods").glob("*.md")) if p.name not in PROSE
+)
 README = (ROOT / "README.md").read_text()
 KEYS = set(re.findall(r"^@\w+\{([\w-]+),", (ROOT / "docs/references.bib").read_text(), re.M))
 # A lone axis name in brackets is a shape, not a citation.
@@ -96,8 +100,8 @@ def test_is_annotated(name):
 
 @EVERY
 def test_has_an_entry_in_methods(name):
-    heading = rf"^### .*`(jp\.)?{re.escape(name)}`"
-    assert re.search(heading, METHODS, re.M), f"docs/methods.md has no entry ### `{name}`"
+    heading = rf"^## .*`(jp\.)?{re.escape(name)}`"
+    assert re.search(heading, METHODS, re.M), f"docs/methods has no entry ## `{name}`"
 
 
 @EVERY
@@ -108,18 +112,18 @@ def test_is_mentioned_in_a_test(name):
 
 
 def test_every_entry_of_methods_says_when_cost_source_and_the_command_that_shows_it():
-    entries = re.split(r"^### ", METHODS, flags=re.M)[1:]
+    entries = re.split(r"^## ", METHODS, flags=re.M)[1:]
     assert len(entries) > 10
     for entry in entries:
         title, body = entry.split("\n", 1)
         for label in ("When", "Cost", "Source", "Shown by"):
-            assert f"**{label}**" in body, f"docs/methods.md: {title} has no **{label}**"
+            assert f"**{label}**" in body, f"docs/methods: {title} has no **{label}**"
 
 
 def test_methods_describes_nothing_that_is_not_there():
-    for title in re.findall(r"^### (.*)$", METHODS, re.M):
+    for title in re.findall(r"^## (.*)$", METHODS, re.M):
         for name in re.findall(r"`(?:jp\.)?([\w.]+)`", title):
-            assert name in PUBLIC, f"docs/methods.md describes `{name}`, which jaxpara has not"
+            assert name in PUBLIC, f"docs/methods describes `{name}`, which jaxpara has not"
 
 
 def sources():
@@ -136,7 +140,7 @@ def test_every_citation_is_in_the_references():
                     found += 1
                     assert key in KEYS, f"{path.name}: [{key}] is not in docs/references.bib"
     for key in cited(METHODS):
-        assert key in KEYS, f"docs/methods.md: [{key}] is not in docs/references.bib"
+        assert key in KEYS, f"docs/methods: [{key}] is not in docs/references.bib"
     assert found > 5
     assert set(cited("as in [nobody2020], s'[cd], x[time], [batch] and [deer, elk]")) == {
         "nobody2020",
@@ -150,13 +154,16 @@ def commands(text):
     return re.findall(r"(?:^|`)(make [a-z][^\n`]*|python -m experiments\.[^\n`]*)", text, re.M)
 
 
-DOCUMENTS = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    "README.md",
+    *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")),
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_commands_of_the_documents_exist(document):
     found = commands((ROOT / document).read_text())
-    assert found or document not in ("README.md", "docs/methods.md")
+    assert found or document not in ("README.md", "docs/methods/recurrence.md")
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     for command in found:
         words = command.split("#")[0].split()
@@ -196,7 +203,9 @@ def test_the_code_of_the_readme_runs_and_the_custom_cell_has_ten_lines_or_fewer(
 SPEED = re.compile(r"TB/s|microsecond|[Ff]astest|wins|in one kernel|Pallas kernel|make gpu +#")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/methods.md", "docs/kernels.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/methods/recurrence.md", "docs/methods/kernels.md"]
+)
 def test_where_speed_on_a_device_is_spoken_of_it_is_said_that_no_kernel_has_run(document):
     spoken = 0
     for section in re.split(r"(?m)^(?=#+ )", (ROOT / document).read_text()):

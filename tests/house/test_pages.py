@@ -34,23 +34,23 @@ def sections(page):
         ("Haiku", "haiku"),
     ],
 )
-def test_the_examples_of_the_adapters_page_run_in_order(section, package):
+def test_the_examples_of_the_bridges_page_run_in_order(section, package):
     pytest.importorskip(package)
-    code = blocks(sections("adapters.md")[section])
+    code = blocks(sections("guides/bridges.md")[section])
     assert code and "assert " in "".join(code)
     namespace = {"__name__": "page"}
     for block in code:
-        exec(compile(block, f"docs/adapters.md, {section}", "exec"), namespace)
+        exec(compile(block, f"docs/guides/bridges.md, {section}", "exec"), namespace)
 
 
-def test_every_section_of_the_adapters_page_is_run():
-    with_code = {name for name, text in sections("adapters.md").items() if blocks(text)}
+def test_every_section_of_the_bridges_page_is_run():
+    with_code = {name for name, text in sections("guides/bridges.md").items() if blocks(text)}
     assert with_code == {"Flax Linen", "Flax NNX", "Equinox", "Haiku"}
 
 
 @pytest.mark.slow
 def test_the_page_on_adding_a_cell_can_be_followed(tmp_path, monkeypatch, capsys):
-    page = (DOCS / "adding_a_cell.md").read_text()
+    page = (DOCS / "contributing/cell.md").read_text()
     files = {block.split()[1]: block for block in blocks(page)}
     assert set(files) == {"mycells.py", "check_mycells.py"}
     for name, text in files.items():
