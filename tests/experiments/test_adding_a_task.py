@@ -10,30 +10,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import experiments
-from experiments import train
+from experiments import tasks, train
 from experiments.run import checkpoints, metrics
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "adding_a_task.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs/contributing/task.md").read_text()
 
 
 @pytest.fixture
 def followed(tmp_path, monkeypatch):
     """The page's files, in places of their own that Python and Hydra also look in."""
     blocks = re.findall(r"^```(?:python|yaml)\n# (experiments/\S+)\n(.*?)^```", PAGE, re.M | re.S)
-    names = ["experiments/marked.py", "experiments/conf/task/marked.yaml"]
+    names = ["experiments/tasks/marked.py", "experiments/conf/task/marked.yaml"]
     assert [name for name, _ in blocks] == names
     for name, text in blocks:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    path = [*experiments.__path__, str(tmp_path / "experiments")]
-    monkeypatch.setattr(experiments, "__path__", path)
+    path = [*tasks.__path__, str(tmp_path / "experiments" / "tasks")]
+    monkeypatch.setattr(tasks, "__path__", path)
     yield tmp_path
-    sys.modules.pop("experiments.marked", None)
+    sys.modules.pop("experiments.tasks.marked", None)
 
 
 def test_the_batches_are_what_the_page_says(followed):
-    marked = importlib.import_module("experiments.marked")
+    marked = importlib.import_module("experiments.tasks.marked")
     batch = marked.draw(0, 5, batch_size=64, length=7)
     for x, answer in zip(batch["x"], batch["answer"], strict=True):
         first, second = (number for number, mark in x if mark)

@@ -37,7 +37,7 @@ from jaxpara.train import init_state, make_step
 from jaxpara.types import Model
 from tests.experiments.programs import call, ending
 
-CONF = Path(limits.__file__).parent / "conf"
+CONF = Path(limits.__file__).parents[1] / "conf"
 COMMANDS = {
     program.__name__.split(".")[-1]: program
     for program in (
