@@ -40,6 +40,7 @@ from jaxpara.weights.lift import lift as lift
 from jaxpara.weights.lora import lora as lora
 from jaxpara.weights.mos import mos as mos
 from jaxpara.weights.paca import paca as paca
+from jaxpara.weights.pools import Pooled as Pooled
 from jaxpara.weights.quant.easy import easy_quant as easy_quant
 from jaxpara.weights.quant.fake import fake_quant as fake_quant
 from jaxpara.weights.quant.fake import ternary as ternary
@@ -54,7 +55,6 @@ from jaxpara.weights.reparam import Reparam as Reparam
 from jaxpara.weights.reparam import chain as chain
 from jaxpara.weights.sparse import bdwp as bdwp
 from jaxpara.weights.sparse import sparse_nm as sparse_nm
-from jaxpara.weights.weight import Pooled as Pooled
 from jaxpara.weights.weight import Weight as Weight
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpara.weights.weight import Weight, dense, is_weight, resolved
+from jaxpara.weights.pools import resolved
+from jaxpara.weights.weight import Weight, dense, is_weight
 
 FLOAT_BITS = 32
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat
+from jaxpara.weights.factors import Factors, Pick, Term, contract, spread
 from jaxpara.weights.lazy import Atom, Lazy, is_lazy, reshaped, split_atom
 from jaxpara.weights.products import (
     additive,
@@ -22,7 +23,7 @@ from jaxpara.weights.products import (
     own_product,
     scaling_of,
 )
-from jaxpara.weights.weight import Factors, Pick, Term, contract, shape_of, spread
+from jaxpara.weights.weight import shape_of
 
 
 class Kernel(NamedTuple):

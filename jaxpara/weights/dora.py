@@ -6,10 +6,12 @@ from jax import lax
 
 from jaxpara.tree import Where
 from jaxpara.weights import lora
+from jaxpara.weights.factors import Term, product
 from jaxpara.weights.lora import LowRank, lead_and_window, low_rank
+from jaxpara.weights.method import additive
 from jaxpara.weights.precision import norm, unfused, wide
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Method, Term, dense, product
+from jaxpara.weights.weight import dense
 
 
 def _sizes(settings: LowRank, v: jax.Array) -> jax.Array:
@@ -67,15 +69,13 @@ def dora(
     References: [dora].
     """
     settings = low_rank(rank, alpha, window=window)
-    method = Method(
-        name=f"dora(rank={settings.rank})",
-        settings=settings,
+    method = additive(
+        f"dora(rank={settings.rank})",
+        settings,
         init=_init,
-        effective=None,
         factors=lora.factors,
         axes=_axes,
         separable=_separable,
-        freezes=True,
         scaling=_scaling,
     )
     return reparam(method, where)

@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
-from jaxpara.weights.lora import every_axis
+from jaxpara.weights.factors import Factors, Term
+from jaxpara.weights.method import additive
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
-from jaxpara.weights.weight import Factors, Method, Term, shape_of
+from jaxpara.weights.weight import shape_of
 
 
 def _init(axis: int, key, base):
@@ -47,15 +48,12 @@ def ia3(*, axis: int = -1, where: Where = None) -> Reparam:
     axis = whole(axis=axis)
     if axis not in (-1, -2):
         raise ValueError(f"axis={axis}: give -1 to scale the outputs or -2 to scale the inputs")
-    method = Method(
-        name="ia3" if axis == -1 else "ia3(axis=-2)",
-        settings=axis,
+    method = additive(
+        "ia3" if axis == -1 else "ia3(axis=-2)",
+        axis,
         init=_init,
-        effective=None,
         factors=_factors,
         axes=_axes,
-        separable=every_axis,
-        freezes=True,
         scaling=_scaling,
     )
     return reparam(method, where)

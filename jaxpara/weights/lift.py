@@ -16,8 +16,9 @@ from jaxpara import compat
 from jaxpara.tree import path_of
 from jaxpara.weights.lazy import array, is_lazy
 from jaxpara.weights.matrices import lazy_leaf, matrices_of
+from jaxpara.weights.pools import is_pooled, resolved
 from jaxpara.weights.walk import Use, Walk
-from jaxpara.weights.weight import is_pooled, is_weight, resolved, shape_of
+from jaxpara.weights.weight import is_weight, shape_of
 
 LIFTED = "lifted_from"
 

@@ -1,15 +1,17 @@
 """LoRA: a frozen weight and a trained product of two thin ones, `W + (alpha / r) A B`. [lora]"""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
+from jaxpara.weights.factors import Factors, Term
+from jaxpara.weights.method import additive
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
-from jaxpara.weights.weight import Factors, Method, Term, shape_of
+from jaxpara.weights.weight import shape_of
 
 
 class LowRank(NamedTuple):
@@ -91,11 +93,6 @@ def dropped(settings: LowRank, key, shape: tuple[int, ...], parts):
     return {**parts, "a": jnp.where(mask, a / kept, 0).astype(a.dtype)}
 
 
-def every_axis(settings: Any, ndim: int):
-    """A slice along any axis is computed from slices."""
-    return frozenset(range(-ndim, 0))
-
-
 def lora(
     *,
     rank: int = 8,
@@ -135,15 +132,12 @@ def lora(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: give a probability from 0 to below 1")
     settings = low_rank(rank, alpha, rank_stabilised, window)._replace(dropout=float(dropout))
-    method = Method(
-        name=f"lora(rank={settings.rank})",
-        settings=settings,
+    method = additive(
+        f"lora(rank={settings.rank})",
+        settings,
         init=init,
-        effective=None,
         factors=factors,
         axes=axes,
-        separable=every_axis,
-        freezes=True,
         sample=dropped if dropout else None,
     )
     return reparam(method, where)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.weights.lazy import Atom, Axes, Lazy, arranged, lazy, reshaped
-from jaxpara.weights.weight import Method, Weight, is_weight, shape_of
+from jaxpara.weights.method import Method
+from jaxpara.weights.weight import Weight, is_weight, shape_of
 
 
 class Layout(NamedTuple):

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
+from jaxpara.weights.factors import Factors, Term
+from jaxpara.weights.method import Method, additive
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
-from jaxpara.weights.weight import Factors, Method, Term, Weight, shape_of
+from jaxpara.weights.weight import Weight, shape_of
 
 
 class _Settings(NamedTuple):
@@ -154,15 +156,12 @@ def mos(
             f"rank: give private={budget - 1} at most"
         )
     alpha = 2.0 * rank if alpha is None else alpha
-    method = Method(
-        name=f"mos(rank={rank}, budget={budget})",
-        settings=_Settings(rank, budget, shards, private, float(alpha / rank)),
-        init=None,
-        effective=None,
+    method = additive(
+        f"mos(rank={rank}, budget={budget})",
+        _Settings(rank, budget, shards, private, float(alpha / rank)),
         factors=_factors,
         axes=_axes,
         separable=_leading,
-        freezes=True,
         share=_share,
     )
     return reparam(method, where)

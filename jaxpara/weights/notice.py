@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxpara import compat
 from jaxpara.tree import path_of
 from jaxpara.weights.matrices import matrices_of
+from jaxpara.weights.pools import is_pooled, resolved
 from jaxpara.weights.walk import Use
-from jaxpara.weights.weight import is_pooled, is_weight, resolved, shape_of
+from jaxpara.weights.weight import is_weight, shape_of
 
 # Neither this library's lines nor those of JAX's transforms are the caller's.
 _OURS = tuple(

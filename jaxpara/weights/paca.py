@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
+from jaxpara.weights.factors import Factors, Pick, Term
+from jaxpara.weights.method import additive
 from jaxpara.weights.precision import narrowed, unfused, wide
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
-from jaxpara.weights.weight import Factors, Method, Pick, Term, shape_of
+from jaxpara.weights.weight import shape_of
 
 
 class _Settings(NamedTuple):
@@ -87,15 +89,13 @@ def paca(*, rank: int = 8, alpha: float | None = None, where: Where = None) -> R
     rank = whole(rank=rank)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
-    method = Method(
-        name=f"paca(rank={rank})",
-        settings=_Settings(rank, float((rank if alpha is None else alpha) / rank)),
+    method = additive(
+        f"paca(rank={rank})",
+        _Settings(rank, float((rank if alpha is None else alpha) / rank)),
         init=_init,
-        effective=None,
         factors=_factors,
         axes=_axes,
         separable=_separable,
-        freezes=True,
         merge=_merge,
     )
     return reparam(method, where)

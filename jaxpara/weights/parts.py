@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxpara import compat
 from jaxpara.tree import path_of
 from jaxpara.weights.matrices import matrices_of, put_back
+from jaxpara.weights.pools import Pooled, is_pooled
 from jaxpara.weights.trained import trainable, trains_itself
-from jaxpara.weights.weight import Pooled, Weight, is_pooled, is_weight
+from jaxpara.weights.weight import Weight, is_weight
 
 
 def _parts(weight: Weight) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat
+from jaxpara.weights.factors import Axes, Factors, Pick, Term, contract, product, spread
 from jaxpara.weights.lazy import (
     Lazy,
     arranged,
@@ -25,18 +26,7 @@ from jaxpara.weights.lazy import (
 )
 from jaxpara.weights.order import in_order
 from jaxpara.weights.precision import multiplied_as, narrowed, wide
-from jaxpara.weights.weight import (
-    Axes,
-    Factors,
-    Pick,
-    Term,
-    contract,
-    dense,
-    is_weight,
-    product,
-    shape_of,
-    spread,
-)
+from jaxpara.weights.weight import dense, is_weight, shape_of
 
 
 def additive(lazy: Lazy) -> bool:

@@ -18,18 +18,12 @@ from jaxpara.weights import notice, trained
 from jaxpara.weights.lazy import Axes
 from jaxpara.weights.lift import Report, lift, report
 from jaxpara.weights.matrices import Layout, axes_for, in_matrices, matrices_of, put_back
+from jaxpara.weights.method import Method
 from jaxpara.weights.parts import owned
+from jaxpara.weights.pools import Pooled, resolved, unresolved
 from jaxpara.weights.sampling import key_of, sampled
 from jaxpara.weights.uses import Layouts, given
-from jaxpara.weights.weight import (
-    Method,
-    Pooled,
-    Weight,
-    dense,
-    is_weight,
-    resolved,
-    unresolved,
-)
+from jaxpara.weights.weight import Weight, dense, is_weight
 
 
 class Member(NamedTuple):

@@ -14,7 +14,8 @@ import jax
 
 from jaxpara.tree import path_of
 from jaxpara.types import Key
-from jaxpara.weights.weight import Pooled, is_pooled, is_weight, shape_of
+from jaxpara.weights.pools import Pooled, is_pooled
+from jaxpara.weights.weight import is_weight, shape_of
 
 
 def key_of(key: Key, path: str) -> Key:

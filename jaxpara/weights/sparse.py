@@ -9,9 +9,10 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
 from jaxpara.tree import Where
+from jaxpara.weights.method import computed
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
-from jaxpara.weights.weight import Method, dense, shape_of
+from jaxpara.weights.weight import dense, shape_of
 
 
 class _Settings(NamedTuple):
@@ -148,15 +149,13 @@ def sparse_nm(*, n: int = 2, m: int = 4, decay: float = 2e-4, where: Where = Non
 
     References: [srste].
     """
-    method = Method(
-        name=f"sparse_nm({n}:{m})",
-        settings=_checked(n, m, decay),
+    method = computed(
+        f"sparse_nm({n}:{m})",
+        _checked(n, m, decay),
         init=_init,
         effective=_effective,
-        factors=None,
         axes=_none,
         separable=_between_groups,
-        freezes=False,
         penalty=_penalty,
     )
     return reparam(method, where)
@@ -184,15 +183,13 @@ def bdwp(*, n: int = 2, m: int = 4, where: Where = None) -> Reparam:
 
     References: [bdwp].
     """
-    method = Method(
-        name=f"bdwp({n}:{m})",
-        settings=_checked(n, m),
+    method = computed(
+        f"bdwp({n}:{m})",
+        _checked(n, m),
         init=_init_both,
         effective=_effective,
-        factors=None,
         axes=_none,
         separable=_leading,
-        freezes=False,
         product=_product,
         beyond="the backward pass is not sparse",
     )

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpara.weights.weight import Pooled, Weight, is_pooled, is_weight
+from jaxpara.weights.pools import Pooled, is_pooled
+from jaxpara.weights.weight import Weight, is_weight
 
 
 def _floating(leaf: Any) -> bool:

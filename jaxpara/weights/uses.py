@@ -29,8 +29,9 @@ from jaxpara.weights.conv import kernel_of
 from jaxpara.weights.lazy import Atom, Lazy, array, is_lazy, sizes
 from jaxpara.weights.lift import traced
 from jaxpara.weights.matrices import Layout
+from jaxpara.weights.method import Method
 from jaxpara.weights.walk import Walk
-from jaxpara.weights.weight import Method, Weight
+from jaxpara.weights.weight import Weight
 
 ELEMENTWISE = frozenset(
     "add sub mul div max min neg sign abs exp log log1p expm1 tanh sin cos logistic sqrt rsqrt pow "

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import jaxpara as jp
+from jaxpara.weights.factors import Factors, Pick, Term
+from jaxpara.weights.method import Method
 from jaxpara.weights.reparam import reparam
-from jaxpara.weights.weight import Factors, Method, Pick, Term, Weight, dense
+from jaxpara.weights.weight import Weight, dense
 from tests.recurrence.kit import QUICK
 
 KEY = jax.random.key(0)

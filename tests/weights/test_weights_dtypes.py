@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import jaxpara as jp
+from jaxpara.weights.pools import resolved
 from jaxpara.weights.precision import mean_size, narrowed, norm
 from jaxpara.weights.quant.nf4 import NF4
-from jaxpara.weights.weight import resolved
 from tests.recurrence.kit import QUICK
 
 slow = pytest.mark.slow

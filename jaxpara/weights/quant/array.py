@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from jaxpara.weights.method import Method, computed
 from jaxpara.weights.precision import multiplied_as, narrowed, wide
 from jaxpara.weights.quant.activations import (
     NOT_QUANTISED,
@@ -16,7 +17,7 @@ from jaxpara.weights.quant.activations import (
     fake_activations,
 )
 from jaxpara.weights.quant.grid import Grid, Parts, dequantised, make_grid, never_zero
-from jaxpara.weights.weight import Method, Weight, is_weight
+from jaxpara.weights.weight import Weight, is_weight
 from pallas_kernels import quantised_dot as kernels
 from pallas_kernels.quantised_dot.packing import pack as pack_values
 from pallas_kernels.quantised_dot.packing import packs, unpack
@@ -200,12 +201,11 @@ def stored_method(name: str, stored: Stored, init: Any, merge: Any = None) -> Me
     Returns:
       The method.
     """
-    return Method(
-        name=name,
-        settings=stored,
+    return computed(
+        name,
+        stored,
         init=init,
         effective=stored_effective,
-        factors=None,
         axes=_axes,
         separable=_separable,
         freezes=True,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
+from jaxpara.weights.method import Method, computed
 from jaxpara.weights.precision import unit_of, wide
 from jaxpara.weights.quant.array import (
     Stored,
@@ -32,7 +33,7 @@ from jaxpara.weights.quant.grid import (
 )
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
-from jaxpara.weights.weight import Method, Weight, dense
+from jaxpara.weights.weight import Weight, dense
 
 
 class _Settings(NamedTuple):
@@ -133,12 +134,11 @@ def _merge(settings: _Settings, base, parts):
 
 
 def _method(settings: _Settings) -> Method:
-    return Method(
-        name=f"easy_quant(bits={settings.grid.bits})",
-        settings=settings,
+    return computed(
+        f"easy_quant(bits={settings.grid.bits})",
+        settings,
         init=_init,
         effective=_effective,
-        factors=None,
         axes=_axes,
         separable=_separable,
         freezes=True,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
+from jaxpara.weights.method import computed
 from jaxpara.weights.precision import multiplied_as, narrowed, wide_dtype
 from jaxpara.weights.quant.activations import (
     NOT_QUANTISED,
@@ -18,7 +19,7 @@ from jaxpara.weights.quant.grid import Grid, check_group, dequantised, integers,
 from jaxpara.weights.quant.ranges import check_ranges, fit
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sampling import by_layer, keys_of_layers
-from jaxpara.weights.weight import Method, dense, shape_of
+from jaxpara.weights.weight import dense, shape_of
 
 
 class _Settings(NamedTuple):
@@ -104,15 +105,13 @@ def fake(
     Returns:
       The reparameterisation.
     """
-    method = Method(
-        name=name,
-        settings=_Settings(grid, ranges, activations, rounding),
+    method = computed(
+        name,
+        _Settings(grid, ranges, activations, rounding),
         init=_init,
         effective=_effective,
-        factors=None,
         axes=_axes,
         separable=_separable,
-        freezes=False,
         merge=_merge,
         product=None if activations is None else _product,
         sample=_sample if rounding == "stochastic" else None,

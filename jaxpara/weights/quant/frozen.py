@@ -7,12 +7,13 @@ such a base trains its scales and nothing else, which is PEQA. [qlora], [peqa]
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
+from jaxpara.weights.method import Method
 from jaxpara.weights.quant.activations import check_activations
 from jaxpara.weights.quant.array import Stored, packed_values, store, stored_method
 from jaxpara.weights.quant.grid import check_group, integers, make_grid
 from jaxpara.weights.quant.ranges import check_ranges, fit
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.weight import Method, dense
+from jaxpara.weights.weight import dense
 
 
 def _rounded(stored: Stored, key, base):

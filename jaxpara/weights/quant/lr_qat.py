@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
+from jaxpara.weights.method import Method, computed
 from jaxpara.weights.precision import narrowed, unfused, wide, wide_dtype
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import (
@@ -31,7 +32,7 @@ from jaxpara.weights.quant.grid import (
 from jaxpara.weights.quant.ranges import searched
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
-from jaxpara.weights.weight import Method, dense
+from jaxpara.weights.weight import dense
 
 DOWNCASTS = ("float32", "bfloat16", "fixed8", "int8")
 
@@ -157,12 +158,11 @@ def lr_qat(
 
 
 def _method(settings: _Settings) -> Method:
-    return Method(
-        name=f"lr_qat(bits={settings.grid.bits}, rank={settings.rank}, {settings.downcast})",
-        settings=settings,
+    return computed(
+        f"lr_qat(bits={settings.grid.bits}, rank={settings.rank}, {settings.downcast})",
+        settings,
         init=_init,
         effective=_effective,
-        factors=None,
         axes=_axes,
         separable=_separable,
         freezes=True,

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxpara.tree import Where
 from jaxpara.weights.lora import lora
+from jaxpara.weights.method import computed
 from jaxpara.weights.precision import mean_size, narrowed, wide
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import (
@@ -29,7 +30,7 @@ from jaxpara.weights.quant.grid import (
     shared_axes,
 )
 from jaxpara.weights.reparam import Reparam, chain, reparam
-from jaxpara.weights.weight import Method, dense
+from jaxpara.weights.weight import dense
 
 
 def _init(grid: Grid, key, base):
@@ -113,15 +114,13 @@ def lsq(
     References: [lsq], [lsqplus].
     """
     grid = make_grid(bits, group, per_tensor, affine, full)
-    method = Method(
-        name=f"lsq(bits={grid.bits})",
-        settings=grid,
+    method = computed(
+        f"lsq(bits={grid.bits})",
+        grid,
         init=_init,
         effective=_effective,
-        factors=None,
         axes=part_axes,
         separable=separable,
-        freezes=False,
         merge=_merge,
     )
     return reparam(method, where)

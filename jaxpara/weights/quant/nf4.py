@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.tree import Where
+from jaxpara.weights.method import Method, computed
 from jaxpara.weights.precision import narrowed, unfused, unit_of, wide
 from jaxpara.weights.quant.array import packed_values, stored_values
 from jaxpara.weights.quant.grid import Grid, never_zero
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
-from jaxpara.weights.weight import Method, Weight, dense
+from jaxpara.weights.weight import Weight, dense
 
 # Eight of them positive, zero among them.
 NF4 = (
@@ -124,12 +125,11 @@ def _merge(settings: _Settings, base, parts):
 
 def _method(settings: _Settings) -> Method:
     more = "" if settings.scale_block is None else f", scale_block={settings.scale_block}"
-    return Method(
-        name=f"nf4(block={settings.block}{more})",
-        settings=settings,
+    return computed(
+        f"nf4(block={settings.block}{more})",
+        settings,
         init=_init,
         effective=_effective,
-        factors=None,
         axes=_axes,
         separable=_separable,
         freezes=True,

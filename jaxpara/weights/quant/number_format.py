@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.tree import Where
+from jaxpara.weights.method import computed
 from jaxpara.weights.quant.formats import BlockFormat, Format, checked, largest, round_to
 from jaxpara.weights.quant.rounding import RANDOM, check_rounding
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sampling import by_layer, keys_of_layers
-from jaxpara.weights.weight import Method, shape_of
+from jaxpara.weights.weight import shape_of
 
 
 class _Settings(NamedTuple):
@@ -89,15 +90,13 @@ def number_format(
     """
     settings = _Settings(checked(number_format), rounding)
     check_rounding(rounding)
-    method = Method(
-        name=f"number_format({number_format})",
-        settings=settings,
+    method = computed(
+        f"number_format({number_format})",
+        settings,
         init=_init,
         effective=_effective,
-        factors=None,
         axes=_axes,
         separable=_separable,
-        freezes=False,
         sample=_sample if rounding in RANDOM else None,
     )
     return reparam(method, where)

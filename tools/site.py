@@ -1,0 +1,45 @@
+"""Hooks of the site (`make docs`): pages link to sources and figures that lie outside `docs/`.
+
+On a forge such a link opens the file. The site has no copy of the sources, so there the link's text
+stays and the link goes; figures are copied into the site.
+"""
+
+import os
+import pathlib
+import re
+
+from mkdocs.structure.files import File
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FIGURES = "benchmarks/results"
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files, config):
+    """Adds the committed figures to the files of the site."""
+    for path in sorted((ROOT / FIGURES).glob("*.png")):
+        files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Rewrites the links of a page that lead out of `docs/`.
+
+    Raises:
+      FileNotFoundError: such a link leads nowhere.
+    """
+    here = (ROOT / "docs" / page.file.src_uri).parent
+
+    def rewritten(match):
+        picture, text, target, _ = match.groups()
+        path = pathlib.Path(os.path.normpath(here / target))
+        if path.is_relative_to(ROOT / "docs"):
+            return match.group(0)
+        if not path.exists():
+            raise FileNotFoundError(f"{page.file.src_uri} links to {target}, which is not there")
+        if path.suffix == ".png":
+            up = os.path.relpath(ROOT / "docs" / "figures" / path.name, here)
+            return f"{picture}[{text}]({up})"
+        return text
+
+    return _LINK.sub(rewritten, markdown)
