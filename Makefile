@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench reproduce notebooks compile gpu format clean
+.PHONY: help setup run test check bench reproduce notebooks docs compile gpu format clean
 
 help: ## list these commands
 	@echo "jaxpara: the commands (ARGS=\"...\" is passed on, PYTHON=... names the interpreter)"
@@ -39,6 +39,10 @@ reproduce: setup ## run every experiment, small, and check its figures (ARGS=ful
 notebooks: setup ## execute the notebooks and their assertions
 	$(PY) -m pytest -q tests/house/test_notebooks.py $(ARGS)
 
+docs: ## the site, in site/: `make docs ARGS=serve` shows it while you write
+	@sh tools/setup.sh .venv-docs docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs $(or $(ARGS),build)
+
 compile: ## compile every kernel for H100, TPU v5e and v6e; needs no device, Python 3.12 or newer
 	@python="$${PYTHON:-$$(sh tools/python.sh 3.12 3.13 3.14)}" && \
 	  PYTHON="$$python" sh tools/setup.sh .venv-compile compile
@@ -52,5 +56,5 @@ format: setup ## format and sort imports
 	$(PY) -m ruff format .
 
 clean: ## remove the environments and caches, not the runs
-	rm -rf .venv .venv-* .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-* site .jax_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

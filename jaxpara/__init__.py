@@ -1,12 +1,13 @@
 """Pure JAX functions, trained in parallel: over time, devices, experts, bits and ranks."""
 
 import importlib as _importlib
+import importlib.metadata as _metadata
 
 from jaxpara import nn as nn
-from jaxpara import testing as testing
 from jaxpara import train as train
 from jaxpara import weights as weights
 from jaxpara.recurrence import cells as cells
+from jaxpara.recurrence import structure as structure
 from jaxpara.recurrence.choice import Choice as Choice
 from jaxpara.recurrence.choice import explain_choice as explain_choice
 from jaxpara.recurrence.linear import linear_recurrence as linear_recurrence
@@ -21,9 +22,6 @@ from jaxpara.recurrence.solvers import newton as newton
 from jaxpara.recurrence.solvers import quasi_newton as quasi_newton
 from jaxpara.recurrence.solvers import sequential as sequential
 from jaxpara.recurrence.solvers import shooting as shooting
-from jaxpara.recurrence.structure.proof import Block as Block
-from jaxpara.recurrence.structure.proof import Dense as Dense
-from jaxpara.recurrence.structure.proof import Diagonal as Diagonal
 from jaxpara.recurrence.structure.proof import Structure as Structure
 from jaxpara.recurrence.structure.proof import jacobian_structure as jacobian_structure
 from jaxpara.recurrence.structure.proof import unchecked as unchecked
@@ -59,7 +57,9 @@ from jaxpara.weights.weight import Weight as Weight
 
 
 def __getattr__(name: str):
-    """`jp.linen` and `jp.nnx`, imported when first asked for: they are all that needs Flax."""
-    if name in ("linen", "nnx"):
+    """What is imported when first asked for: `jp.linen` and `jp.nnx`, which need Flax, and more."""
+    if name in ("linen", "nnx", "testing"):
         return _importlib.import_module(f"jaxpara.{name}")
+    if name == "__version__":
+        return _metadata.version("jaxpara")
     raise AttributeError(f"module 'jaxpara' has no attribute {name!r}")

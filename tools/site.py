@@ -1,7 +1,7 @@
 """Hooks of the site (`make docs`): pages link to sources and figures that lie outside `docs/`.
 
 On a forge such a link opens the file. The site has no copy of the sources, so there the link's text
-stays and the link goes; figures are copied into the site.
+stays and the link goes; figures are copied into the site, and the references become a page.
 """
 
 import os
@@ -15,8 +15,28 @@ FIGURES = "benchmarks/results"
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)\s]*)?\)")
 
 
+def references(text):
+    """The entries of a .bib file as a page: key, title, authors, year, and where to find it.
+
+    Args:
+      text: of the file.
+
+    Returns:
+      Markdown, a heading for each key.
+    """
+    page = ["# References", "", "The keys in brackets on other pages."]
+    for key, body in re.findall(r"^@\w+\{([\w-]+),\n(.*?)^\}", text, re.M | re.S):
+        found = dict(re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?$", body, re.M))
+        places = [found.get(name) for name in ("journal", "booktitle", "publisher", "note", "url")]
+        parts = [found.get("author"), f"*{found['title']}*", *places, found.get("year")]
+        page += ["", f"## {key}", "", ". ".join(re.sub(r"[{}]", "", p) for p in parts if p) + "."]
+    return "\n".join(page) + "\n"
+
+
 def on_files(files, config):
-    """Adds the committed figures to the files of the site."""
+    """Adds the committed figures, and the references, to the files of the site."""
+    bib = (ROOT / "docs/references.bib").read_text()
+    files.append(File.generated(config, "references.md", content=references(bib)))
     for path in sorted((ROOT / FIGURES).glob("*.png")):
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
     return files
@@ -29,6 +49,7 @@ def on_page_markdown(markdown, page, config, files):
       FileNotFoundError: such a link leads nowhere.
     """
     here = (ROOT / "docs" / page.file.src_uri).parent
+    markdown = markdown.replace("references.bib)", "references.md)")
 
     def rewritten(match):
         picture, text, target, _ = match.groups()

@@ -57,7 +57,8 @@ def make_problem(
         return dense_problem(time, batch, state, seed=seed)
     make = getattr(jp.cells, cell, None)
     if make is None:
-        known = ["dense", *(n for n in vars(jp.cells) if not n.startswith("_"))]
+        made = (n for n, value in vars(jp.cells).items() if callable(value))
+        known = ["dense", *(n for n in made if n not in ("run", "clip_recurrent"))]
         raise ValueError(f"suite.cell={cell!r} is not a cell; expected one of {known}")
     built = make(1, state, scale=scale)
     k_params, k_gates, k_cotangent = jax.random.split(jax.random.key(seed), 3)

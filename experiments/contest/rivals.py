@@ -40,7 +40,7 @@ class CannotRun(Exception):
 def _gru_weights(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
     recurrent = problem.params["recurrent"]
     if set(recurrent) != {"update", "reset", "candidate"}:
-        raise CannotRun("only the gru cell is written for it")
+        raise CannotRun("only the para_gru cell is written for it")
     return recurrent["update"], recurrent["reset"], recurrent["candidate"]
 
 
@@ -123,11 +123,11 @@ def published_method(name: str, problem: Problem, which: str) -> Rival:
     structure = jp.jacobian_structure(
         lambda h, x: problem.step(problem.params, h, x), problem.init[0], first
     )
-    if name == "deer" or not isinstance(structure, jp.Diagonal):
+    if name == "deer" or not isinstance(structure, jp.structure.Diagonal):
         gigabytes = 5 * problem.cotangent.size * problem.init.shape[-1] * 4 / 1e9
         if gigabytes > 16:
             raise CannotRun(f"its dense Jacobians would take {gigabytes:.0f} GB")
-    options = (name, isinstance(structure, jp.Diagonal), 1e-6, 1e-8, 100)
+    options = (name, isinstance(structure, jp.structure.Diagonal), 1e-6, 1e-8, 100)
 
     def solve(params, init, gates):
         def one(h0, x):

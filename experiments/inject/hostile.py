@@ -65,8 +65,12 @@ FORMS: dict[str, Callable[[Any], Node]] = {
 # Getters that do something else than look up one shipped or public name.
 GETTERS: tuple[Node, ...] = (
     {"_target_": "hydra.utils.get_method", "_args_": ["os.system"]},
-    {"_target_": "hydra.utils.get_method", "path": "jaxpara.cells.gru", "_args_": ["os.system"]},
-    {"_target_": "hydra.utils.get_object", "path": "jaxpara.cells.gru", "_partial_": True},
+    {
+        "_target_": "hydra.utils.get_method",
+        "path": "jaxpara.cells.para_gru",
+        "_args_": ["os.system"],
+    },
+    {"_target_": "hydra.utils.get_object", "path": "jaxpara.cells.para_gru", "_partial_": True},
     {"_target_": "hydra.utils.get_object", "_partial_": True},
 )
 

@@ -19,7 +19,15 @@ BAND = "band: lowest to highest run"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 # The methods that figures compare again and again keep their colour from figure to figure.
-USUAL = ("gru", "lstm", "slstm", "mingru", "attention", "recurrent+recurrent+attention", "linear")
+USUAL = (
+    "para_gru",
+    "para_lstm",
+    "slstm",
+    "min_gru",
+    "attention",
+    "recurrent+recurrent+attention",
+    "linear",
+)
 LABELS = {
     "tokens": "training tokens",
     "seconds": "time (s)",

@@ -1,7 +1,8 @@
 """Sets of runs, read from their folders: in what they differ, and which belong together.
 
 A run is described by its `config.yaml`, flattened: an object becomes the last name of what builds
-it, so that `cell` is "gru" and `mixer.heads` is 4. Runs that differ only in seeds belong together.
+it, so that `cell` is "para_gru" and `mixer.heads` is 4. Runs that differ only in seeds belong
+together.
 """
 
 import difflib

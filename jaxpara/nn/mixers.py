@@ -44,7 +44,7 @@ def recurrent(
     reverse rule.
 
     Args:
-      cell: a factory `cell(features, hidden, **options) -> Cell`, e.g. `jaxpara.cells.gru`.
+      cell: a factory `cell(features, hidden, **options) -> Cell`, e.g. `jaxpara.cells.para_gru`.
       hidden: number of units; None takes the width of the decoder.
       solver: a solver of `newton_scan`, e.g. `jaxpara.shooting()`; None lets it choose.
       **options: keyword arguments of `cell`.
@@ -103,10 +103,10 @@ def attention(
 
 
 by_name: dict[str, Callable[..., Callable[[int], Mixer]]] = {
-    "para_gru": partial(recurrent, cells.gru),
-    "para_lstm": partial(recurrent, cells.lstm),
+    "para_gru": partial(recurrent, cells.para_gru),
+    "para_lstm": partial(recurrent, cells.para_lstm),
     "slstm": partial(recurrent, cells.slstm),
-    "min_gru": partial(recurrent, cells.mingru),
+    "min_gru": partial(recurrent, cells.min_gru),
     "attention": attention,
 }
 

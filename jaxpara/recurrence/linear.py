@@ -48,7 +48,7 @@ def linear_recurrence(
       ValueError: shapes that do not fit, an unknown implementation, or one that
         cannot run with time sharded.
 
-    References: [blelloch] [pararnn]
+    References: [blelloch], [pararnn]
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
     groups = _groups(a, b)

@@ -88,7 +88,7 @@ def newton_scan(
     Raises:
       TypeError, ValueError: what `lax.scan` raises; an unknown `derivative` or solver.
 
-    References: [deer] [pararnn] [shooting]
+    References: [deer], [pararnn], [shooting]
     """
     out, _ = solve_scan(f, init, xs, length, reverse, unroll, solver=solver, derivative=derivative)
     return out

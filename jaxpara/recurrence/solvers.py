@@ -34,8 +34,9 @@ def _settings(**given) -> Settings:
         raise ValueError(f"tol is {settings.tol!r}; expected a positive number, such as 1e-6")
     if not isinstance(settings.structure, Diagonal | Block | Dense | Unchecked | None):
         raise TypeError(
-            f"structure is {settings.structure!r}; expected jp.Diagonal(), jp.Block(...), "
-            "jp.Dense(...), one of them in jp.unchecked(...), or None to have it proved"
+            f"structure is {settings.structure!r}; expected jp.structure.Diagonal(), "
+            "jp.structure.Block(...), jp.structure.Dense(...), one of them in jp.unchecked(...), "
+            "or None to have it proved"
         )
     if settings.implementation not in (None, *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
@@ -78,7 +79,7 @@ def shooting(
       axis: mesh axis over which time is sharded, inside `shard_map`: `xs` and `ys` are
         local shards, the initial and the final carry are replicated.
       structure: of the Jacobian, in the place of the proved one. A sparser one, which may
-        be wrong, is refused unless it is written `jp.unchecked(jp.Diagonal())`.
+        be wrong, is refused unless it is written `jp.unchecked(jp.structure.Diagonal())`.
       debug: check the structure against one random vjp of the step, at the state that
         the solve ended in, and raise if it is too sparse.
       limit: where a block is larger than 8 x 8, how many times the estimated time and bytes of
@@ -92,7 +93,7 @@ def shooting(
     Raises:
       ValueError: a setting out of range.
 
-    References: [shooting] [pararnn]
+    References: [shooting], [pararnn]
     """
     return Solver(
         shoot,
@@ -141,7 +142,7 @@ def fused(
     Raises:
       ValueError: a setting out of range.
 
-    References: [shooting] [pararnn]
+    References: [shooting], [pararnn]
     """
     settings = _settings(
         chunks=chunks,
@@ -181,7 +182,7 @@ def newton(
     Raises:
       ValueError: a setting out of range.
 
-    References: [deer] [pararnn]
+    References: [deer], [pararnn]
     """
     settings = _settings(
         tol=tol,

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 def config(**changes: Any) -> dict[str, Any]:
     """A resolved config in the shape of conf/train.yaml; `a__b` changes the key `b` in `a`."""
-    cell = {"_target_": "hydra.utils.get_method", "path": "jaxpara.cells.gru"}
+    cell = {"_target_": "hydra.utils.get_method", "path": "jaxpara.cells.para_gru"}
     cell = {**cell, **changes.pop("cell", {})}
     mixer = {"_target_": "jaxpara.nn.mixers.recurrent", "cell": cell, "hidden": None}
     mixer = changes.pop("mixer", mixer)
@@ -33,7 +33,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 ATTENTION = {"_target_": "jaxpara.nn.mixers.attention", "heads": 4}
-LSTM = {"path": "jaxpara.cells.lstm"}
+LSTM = {"path": "jaxpara.cells.para_lstm"}
 
 
 def make_run(

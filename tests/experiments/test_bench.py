@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def problem():
-    return make_problem("gru", 12, 2, 4)
+    return make_problem("para_gru", 12, 2, 4)
 
 
 def run(problem, which, others):
@@ -188,7 +188,7 @@ def test_a_suite_that_cannot_run_says_what_was_expected():
         check({**suite, "rivals": ["keras"]})
     with pytest.raises(RunError, match=r"\[0, 1, 2\]; expected \[T, B, D\]"):
         check({**suite, "shapes": [[0, 1, 2]]})
-    with pytest.raises(ValueError, match="'grue' is not a cell; expected one of .*'gru'"):
+    with pytest.raises(ValueError, match="'grue' is not a cell; expected one of .*'para_gru'"):
         make_problem("grue", 1, 1, 1)
 
 

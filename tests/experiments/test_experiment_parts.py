@@ -28,7 +28,7 @@ from jaxpara.types import TrainState
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = decoder(256, 16, 1, mixer=mixers.recurrent(cells.gru))
+    model = decoder(256, 16, 1, mixer=mixers.recurrent(cells.para_gru))
     return model, jax.jit(model.init)(jax.random.key(0))
 
 

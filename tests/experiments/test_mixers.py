@@ -79,7 +79,7 @@ def test_contenders_must_have_seen_equal_numbers_of_tokens(tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
-    return decoder(256, 8, 1, mixer=token_mixers.recurrent(cells.gru), mlp_hidden=8)
+    return decoder(256, 8, 1, mixer=token_mixers.recurrent(cells.para_gru), mlp_hidden=8)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def relative(found, wanted):
     )
 
 
-@pytest.mark.parametrize("cell", ["gru", "dense"])
+@pytest.mark.parametrize("cell", ["para_gru", "dense"])
 @pytest.mark.parametrize("method", published.METHODS)
 def test_a_published_method_has_the_values_and_gradients_of_lax_scan(cell, method):
     with jax.enable_x64(True):
@@ -70,7 +70,7 @@ def test_a_published_method_has_the_values_and_gradients_of_lax_scan(cell, metho
 
 def test_damping_slows_elk_and_without_it_elk_is_quasi_deer():
     with jax.enable_x64(True):
-        params, init, xs, step, diagonal = steps("gru")
+        params, init, xs, step, diagonal = steps("para_gru")
 
         def after(method, damping, iterations=2):
             options = (method, diagonal, 0.0, damping, iterations)
@@ -102,7 +102,7 @@ def test_the_filter_is_the_kalman_filter():
 
 
 def test_the_published_methods_are_rivals_that_refuse_a_carry_of_two_leaves():
-    lstm = make_problem("lstm", 8, 2, 4)
+    lstm = make_problem("para_lstm", 8, 2, 4)
     for name in ("deer's method", "quasi-deer's method", "elk's method"):
         with pytest.raises(CannotRun, match="this cell's carry is a tuple"):
             RIVALS[name](lstm, "forward")

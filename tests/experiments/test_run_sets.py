@@ -42,7 +42,11 @@ def read(sweep):
 
 def test_a_config_is_flattened_to_what_objects_are_called():
     flat = run_sets.flatten(config())
-    assert flat["cell"] == "gru" and flat["mixer"] == "recurrent" and flat["mixer.cell"] == "gru"
+    assert (
+        flat["cell"] == "para_gru"
+        and flat["mixer"] == "recurrent"
+        and flat["mixer.cell"] == "para_gru"
+    )
     assert flat["optim.learning_rate"] == 0.1 and flat["mixer.hidden"] is None
     assert not [key for key in flat if "_target_" in key or key.endswith(".path")]
     pattern = {"_target_": "builtins.tuple", "_args_": [[config()["mixer"], ATTENTION]]}
@@ -106,8 +110,8 @@ def test_runs_that_differ_in_seeds_alone_belong_together(sweep):
     groups = run_sets.group(runs, run_sets.differing_keys(runs))
     assert {label: len(members) for label, members in groups.items()} == {
         "mixer=attention, optim.learning_rate=0.3": 3,
-        "mixer=recurrent, mixer.cell=gru, optim.learning_rate=0.1": 3,
-        "mixer=recurrent, mixer.cell=lstm, optim.learning_rate=0.1": 3,
+        "mixer=recurrent, mixer.cell=para_gru, optim.learning_rate=0.1": 3,
+        "mixer=recurrent, mixer.cell=para_lstm, optim.learning_rate=0.1": 3,
     }
 
 
@@ -163,9 +167,9 @@ def test_a_number_of_the_config_is_an_axis_with_the_last_figure_of_each_run(tmp_
 
 
 def test_the_usual_methods_keep_their_colour_and_others_differ():
-    both = dict(zip("ab", curves.styles(["cell=gru", "cell=lstm"]), strict=True))
-    assert curves.styles(["mixer=attention", "mixer=recurrent, cell=lstm"])[1] == both["b"]
-    assert curves.styles(["cell=lstm"]) == [both["b"]]
+    both = dict(zip("ab", curves.styles(["cell=para_gru", "cell=para_lstm"]), strict=True))
+    assert curves.styles(["mixer=attention", "mixer=recurrent, cell=para_lstm"])[1] == both["b"]
+    assert curves.styles(["cell=para_lstm"]) == [both["b"]]
     many = curves.styles([f"width={i}" for i in range(28)])
     assert len(set(many)) == 28
 
@@ -239,8 +243,8 @@ def test_compare_tells_what_differs_and_what_came_of_it(tmp_path):
     table = compare.tabulate(run_sets.read_all(str(tmp_path))[0])
     assert table.header == ["run", "cell", "seed", *compare.RESULTS]
     first, second, third = table.rows
-    assert first == ["a", "gru", 0, 2, 2, 1, 5e4, 700, 1e6, 1.5, "finished", "01234567*"]
-    assert second == ["b", "lstm", 1, 1, 1, 1, None, None, 1e6, 1.0, "unfinished", None]
+    assert first == ["a", "para_gru", 0, 2, 2, 1, 5e4, 700, 1e6, 1.5, "finished", "01234567*"]
+    assert second == ["b", "para_lstm", 1, 1, 1, 1, None, None, 1e6, 1.0, "unfinished", None]
     assert third[-2] == "diverged"
 
 

@@ -257,7 +257,7 @@ def test_an_unfinished_solver_leaves_open_what_the_librarys_would_finish(make):
 @pytest.mark.slow
 def test_the_study_trains_each_way_and_judges_both_ways(tmp_path):
     def model(solver):
-        mixer = jp.nn.mixers.recurrent(jp.cells.gru, solver=solver)
+        mixer = jp.nn.mixers.recurrent(jp.cells.para_gru, solver=solver)
         return jp.nn.decoder(2, 8, 1, mixer=mixer, conv_taps=1)
 
     models = {

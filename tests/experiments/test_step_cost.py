@@ -57,7 +57,7 @@ def test_what_a_loop_holds_counts_once_for_each_round():
 
 
 def test_the_flops_of_a_model_are_three_times_those_of_its_forward_products():
-    model = decoder(32, 8, 2, mixer=mixers.recurrent(cells.gru))
+    model = decoder(32, 8, 2, mixer=mixers.recurrent(cells.para_gru))
     key = jax.random.key(0)
     params = jax.eval_shape(model.init, key)
     batch = jnp.zeros((2, 17), jnp.int32)
@@ -73,7 +73,7 @@ def test_the_flops_of_a_model_are_three_times_those_of_its_forward_products():
 
 @pytest.fixture(scope="module")
 def small():
-    model = decoder(32, 8, 1, mixer=(mixers.recurrent(cells.gru),))
+    model = decoder(32, 8, 1, mixer=(mixers.recurrent(cells.para_gru),))
     optimiser = optimizer(steps=10)
     loss = next_token_loss(model)
     step = jax.jit(make_step(loss, optimiser))

@@ -81,7 +81,7 @@ def test_names_that_are_not_of_what_is_built_are_refused(run, name):
         "jaxpara.lora",
         "jaxpara.nn.decoder",
         "jaxpara.nn.mixers.named",
-        "jaxpara.cells.gru",
+        "jaxpara.cells.para_gru",
         "jaxpara.recurrence.solvers.newton",
     ],
 )
@@ -91,7 +91,11 @@ def test_public_names_of_jaxpara_and_optax_are_built(run, name):
 
 
 def test_everything_that_a_shipped_config_names_is_built():
-    assert {"experiments.data.text.load", "jaxpara.cells.gru", "builtins.tuple"} < trust.shipped()
+    assert {
+        "experiments.data.text.load",
+        "jaxpara.cells.para_gru",
+        "builtins.tuple",
+    } < trust.shipped()
     assert not {name for name in trust.shipped() if trust.locate(name) is None}
     assert not any(name.startswith("hydra.") for name in trust.shipped())
 

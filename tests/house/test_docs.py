@@ -37,7 +37,17 @@ def public_names():
                 found[prefix + name] = value
 
     collect(jaxpara, "")
-    for name in ("cells", "nn", "nn.mixers", "train", "weights", "testing", "linen", "nnx"):
+    for name in (
+        "cells",
+        "structure",
+        "nn",
+        "nn.mixers",
+        "train",
+        "weights",
+        "testing",
+        "linen",
+        "nnx",
+    ):
         try:
             collect(operator.attrgetter(name)(jaxpara), f"{name}.")
         except AttributeError:
@@ -62,7 +72,8 @@ def cited(text):
 def test_the_public_names_are_the_ones_that_the_design_promises():
     promised = (
         "newton_scan solve_scan SolveInfo shooting newton quasi_newton jacobi sequential auto "
-        "explain_choice jacobian_structure Diagonal Block Dense linear_recurrence with_reset "
+        "explain_choice jacobian_structure linear_recurrence with_reset "
+        "structure.Diagonal structure.Block structure.Dense "
         "Model Cell"
     )
     assert set(promised.split()) <= set(PUBLIC)
@@ -102,6 +113,20 @@ def test_is_annotated(name):
 def test_has_an_entry_in_methods(name):
     heading = rf"^## .*`(jp\.)?{re.escape(name)}`"
     assert re.search(heading, METHODS, re.M), f"docs/methods has no entry ## `{name}`"
+
+
+@EVERY
+def test_has_a_place_in_the_reference_of_the_site(name):
+    pages = [p.read_text() for p in (ROOT / "docs/api").glob("*.md")]
+    found = sum(len(re.findall(rf"^::: jaxpara\.{re.escape(name)}$", p, re.M)) for p in pages)
+    assert found == 1, f"docs/api names `::: jaxpara.{name}` {found} times"
+
+
+def test_the_site_has_every_page():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    named = re.findall(r"- (\S+\.md)$", nav, re.M)  # that of the references is made from the .bib
+    pages = [p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")]
+    assert sorted(named) == sorted(pages)
 
 
 @EVERY

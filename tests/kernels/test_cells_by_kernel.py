@@ -20,14 +20,14 @@ from tests.recurrence.kit import QUICK, in_float64
 ONE, PRIME, POWER, PADDED = INTERPRETED
 HARD = 4.0  # of recurrent weights, uniform within; training gives about 1
 ROWS = {
-    "gru, one step": ("gru", ONE, "float32", 1.0, False),
-    "gru, padded": ("gru", PADDED, "float32", 1.0, False),
-    "gru, hard": ("gru", POWER, "float32", HARD, False),
-    "gru, hard, bfloat16, resets": ("gru", PRIME, "bfloat16", HARD, True),
-    "lstm, hard, bfloat16, resets": ("lstm", PRIME, "bfloat16", HARD, True),
+    "gru, one step": ("para_gru", ONE, "float32", 1.0, False),
+    "gru, padded": ("para_gru", PADDED, "float32", 1.0, False),
+    "gru, hard": ("para_gru", POWER, "float32", HARD, False),
+    "gru, hard, bfloat16, resets": ("para_gru", PRIME, "bfloat16", HARD, True),
+    "lstm, hard, bfloat16, resets": ("para_lstm", PRIME, "bfloat16", HARD, True),
     "slstm": ("slstm", PRIME, "float32", 1.0, False),
     "elman, hard, bfloat16": ("elman", PRIME, "bfloat16", HARD, False),
-    "mingru, resets": ("mingru", PADDED, "float32", 1.0, True),
+    "mingru, resets": ("min_gru", PADDED, "float32", 1.0, True),
     "linear, bfloat16": ("linear", POWER, "bfloat16", 1.0, False),
 }
 
@@ -52,7 +52,7 @@ def test_the_rows_hold_every_elementwise_cell_and_every_length_of_the_list():
 @pytest.mark.parametrize("row", ROWS)
 def test_a_cell_by_kernel_has_the_values_and_gradients_of_lax_scan_in_float64(row):
     name, (steps, batch, width), storage, scale, resets = ROWS[row]
-    more = {} if name in ("mingru", "linear") else {"scale": scale}
+    more = {} if name in ("min_gru", "linear") else {"scale": scale}
     cell = getattr(jp.cells, name)(4, width, **more)
     params = jax.tree.map(np.asarray, cell.init(jax.random.key(0)))
     draw = np.random.default_rng(1)

@@ -18,7 +18,9 @@ VOCAB, BATCH, TIME = 7, 8, 6
 
 @pytest.fixture(scope="module")
 def model():
-    return nn.decoder(VOCAB, 8, 1, mixer=nn.mixers.recurrent(cells.gru), mlp_hidden=8, conv_taps=2)
+    return nn.decoder(
+        VOCAB, 8, 1, mixer=nn.mixers.recurrent(cells.para_gru), mlp_hidden=8, conv_taps=2
+    )
 
 
 def windows(seed=0, batch=BATCH):

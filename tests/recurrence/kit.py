@@ -95,10 +95,12 @@ def _is_shape(leaf):
 
 STATE, SPLIT = (BATCH, WIDTH), (BATCH, 2, 2)
 CASES = {
-    "diagonal": Case(gru, _drawer((3, WIDTH), STATE, (3, *STATE)), jp.Diagonal),
-    "two_leaves": Case(lstm, _drawer((4, WIDTH), {"c": STATE, "h": STATE}, (3, *STATE)), jp.Block),
-    "per_head": Case(heads, _drawer((2, 2, 2), SPLIT, SPLIT), jp.Block),
-    "dense": Case(dense, _drawer((WIDTH, WIDTH), STATE, STATE), jp.Dense),
+    "diagonal": Case(gru, _drawer((3, WIDTH), STATE, (3, *STATE)), jp.structure.Diagonal),
+    "two_leaves": Case(
+        lstm, _drawer((4, WIDTH), {"c": STATE, "h": STATE}, (3, *STATE)), jp.structure.Block
+    ),
+    "per_head": Case(heads, _drawer((2, 2, 2), SPLIT, SPLIT), jp.structure.Block),
+    "dense": Case(dense, _drawer((WIDTH, WIDTH), STATE, STATE), jp.structure.Dense),
 }
 
 PARALLEL = {

@@ -76,8 +76,8 @@ def test_a_narrow_carry_is_rounded_at_every_step_and_so_not_affine():
     ("name", "affine"),
     [
         ("linear", True),
-        pytest.param("mingru", True, marks=pytest.mark.slow),
-        pytest.param("gru", False, marks=pytest.mark.slow),
+        pytest.param("min_gru", True, marks=pytest.mark.slow),
+        pytest.param("para_gru", False, marks=pytest.mark.slow),
     ],
 )
 def test_of_the_cells_those_that_are_linear_in_the_state_take_one_pass(name, affine):

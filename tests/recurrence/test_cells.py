@@ -107,11 +107,11 @@ def elman_heads_oracle(p, x, h):
 
 # name -> factory, oracle, number of carry leaves
 TABLE = {
-    "gru": (cells.gru, gru_oracle, 1),
-    "lstm": (cells.lstm, lstm_oracle, 2),
+    "gru": (cells.para_gru, gru_oracle, 1),
+    "lstm": (cells.para_lstm, lstm_oracle, 2),
     "elman": (cells.elman, elman_oracle, 1),
     "slstm": (cells.slstm, slstm_oracle, 4),
-    "mingru": (cells.mingru, mingru_oracle, 1),
+    "mingru": (cells.min_gru, mingru_oracle, 1),
     "linear": (cells.linear, linear_oracle, 1),
     "signed_linear": (
         partial(cells.linear, decays=(-1.0, 1.0)),
@@ -322,13 +322,13 @@ def test_initialisation_follows_scale_and_time_constants(name):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: cells.gru(0, 4), "features=0 must be a positive integer"),
-        (lambda: cells.lstm(3, -1), "hidden=-1 must be a positive integer"),
-        (lambda: cells.gru(3, 4, clip=0.0), "clip=0.0 must be positive, or None"),
+        (lambda: cells.para_gru(0, 4), "features=0 must be a positive integer"),
+        (lambda: cells.para_lstm(3, -1), "hidden=-1 must be a positive integer"),
+        (lambda: cells.para_gru(3, 4, clip=0.0), "clip=0.0 must be positive, or None"),
         (lambda: cells.gru_heads(3, 6, heads=4), r"hidden=6 .* heads=4; use one of \[1, 2, 3, 6\]"),
         (lambda: cells.clip_recurrent(-1.0), "bound=-1.0 must be positive"),
         (
-            lambda: cells.mingru(3, 4, time_constants=(64.0, 1.0)).init(jax.random.key(0)),
+            lambda: cells.min_gru(3, 4, time_constants=(64.0, 1.0)).init(jax.random.key(0)),
             r"time_constants=\(64.0, 1.0\) must be \(shortest, longest\)",
         ),
         (

@@ -133,7 +133,8 @@ def test_inputs_and_outputs_may_hold_anything():
 
 
 @pytest.mark.parametrize(
-    "cell", [jp.cells.gru, jp.cells.lstm, jp.cells.slstm, jp.cells.elman, jp.cells.mingru]
+    "cell",
+    [jp.cells.para_gru, jp.cells.para_lstm, jp.cells.slstm, jp.cells.elman, jp.cells.min_gru],
 )
 def test_cells_of_the_library_are_proved(cell):
     cell = cell(3, 3)
@@ -148,5 +149,5 @@ def test_cells_of_the_library_are_proved(cell):
 def test_trusted_structures_prove_nothing():
     f = lambda h, x: (jnp.tanh(W @ h + x), None)  # noqa: E731
     found = jp.explain_choice(f, X, X[None], solver=jp.shooting())
-    trusted = jp.shooting(structure=jp.unchecked(jp.Dense()))
+    trusted = jp.shooting(structure=jp.unchecked(jp.structure.Dense()))
     assert found.certain and not jp.explain_choice(f, X, X[None], solver=trusted).certain

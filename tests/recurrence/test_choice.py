@@ -99,7 +99,7 @@ def test_the_explanation_names_the_reason(step, init, xs, says):
 def test_the_explanation_is_of_what_runs():
     choice = jp.explain_choice(gru_step, jnp.zeros((2, 4)), gates(64, 2, 4), solver=jp.newton())
     assert choice.solver == jp.newton(linear="sequential")  # what is best on a CPU
-    assert isinstance(choice.structure, jp.Diagonal) and not choice.refused
+    assert isinstance(choice.structure, jp.structure.Diagonal) and not choice.refused
     assert "newton" in str(choice) and "asked for" in str(choice)
 
 
@@ -138,7 +138,7 @@ def test_the_fit_writes_a_map_that_the_rule_can_read(tmp_path, monkeypatch):
             pass
 
     output = tmp_path / "choice.json"
-    grid = {"gru": [[16, 1, 4]], "dense": [[16, 1, 4]]}
+    grid = {"para_gru": [[16, 1, 4]], "dense": [[16, 1, 4]]}
     fit(grid, {"implicit": jp.sequential()}, 3, 0.2, output, Quiet())
     record = json.loads(output.read_text())
     assert [p["block"] for p in record["points"]] == [1, 4]

@@ -233,12 +233,12 @@ def test_a_rounding_that_the_step_asks_for_is_done():
 
 
 CELLS = {
-    "gru": jp.cells.gru(4, 3),
-    "gru_clipped": jp.cells.gru(4, 3, clip=0.3),
-    "lstm": jp.cells.lstm(4, 3),
+    "gru": jp.cells.para_gru(4, 3),
+    "gru_clipped": jp.cells.para_gru(4, 3, clip=0.3),
+    "lstm": jp.cells.para_lstm(4, 3),
     "slstm": jp.cells.slstm(4, 3),
     "elman": jp.cells.elman(4, 3),
-    "mingru": jp.cells.mingru(4, 3),
+    "mingru": jp.cells.min_gru(4, 3),
     "linear": jp.cells.linear(4, 3),
 }
 

@@ -202,7 +202,7 @@ def test_empty_batches():
     for batch in (0, 3):
         f = lambda h, x: (jnp.tanh(h.reshape(-1) + x).reshape(h.shape), h)  # noqa: E731
         found = jp.jacobian_structure(f, jnp.zeros((batch, 2)), jnp.zeros(2 * batch))
-        assert isinstance(found, jp.Diagonal), found
+        assert isinstance(found, jp.structure.Diagonal), found
     merged = lambda h, x: (jnp.tanh(h + x), h.reshape(-1, 4))  # noqa: E731
     assert_is_lax_scan(merged, jnp.zeros((0, 2)), jnp.zeros((5, 0, 2)))
 

@@ -104,8 +104,8 @@ def test_a_solver_of_ones_own_is_called_and_differentiated():
 @pytest.mark.parametrize(
     ("f", "shape", "kind"),
     [
-        (step, (2, 3), jp.Diagonal),
-        (lambda h, x: (jnp.tanh(h @ jnp.ones((3, 3)) + x), None), (2, 3), jp.Dense),
+        (step, (2, 3), jp.structure.Diagonal),
+        (lambda h, x: (jnp.tanh(h @ jnp.ones((3, 3)) + x), None), (2, 3), jp.structure.Dense),
     ],
 )
 def test_a_proved_structure_is_a_structure_and_the_choice_holds_it(f, shape, kind):

@@ -75,7 +75,7 @@ def test_a_sequence_in_pieces_is_the_sequence():
 
 
 def test_what_rounding_keeps_open_is_not_walked_and_costs_no_accuracy():
-    cell = jp.cells.lstm(16, 16, scale=1.0, time_constants=(1.0, 64.0))
+    cell = jp.cells.para_lstm(16, 16, scale=1.0, time_constants=(1.0, 64.0))
     params = cell.init(jax.random.key(0))
     xs = 2 * normal(np.random.default_rng(1), 512, 2, 16)
 
@@ -212,7 +212,7 @@ def test_explain_choice_says_what_and_why():
 def test_a_wrong_structure_is_caught_by_debug():
     weights = 0.3 * np.ones((WIDTH, WIDTH), np.float32)
     f = lambda h, x: (jnp.tanh(h @ weights + x), h)  # noqa: E731
-    solver = jp.shooting(structure=jp.unchecked(jp.Diagonal()), debug=True)
+    solver = jp.shooting(structure=jp.unchecked(jp.structure.Diagonal()), debug=True)
     with pytest.raises(Exception, match="(?i)structure|diagonal"):
         out = jp.newton_scan(f, jnp.ones(WIDTH), np.ones((8, WIDTH), np.float32), solver=solver)
         jax.block_until_ready(out)

@@ -108,7 +108,7 @@ def test_choice_explains_symbolic_shapes(solver):
     width = run("6, b, d", lambda axes: (axes[-1], axes[-1]))
     assert width.solver is None and "couples d entries" in str(width)
     batch = run("6, b, d", lambda axes: axes[-1:])
-    assert isinstance(batch.structure, jp.Diagonal)
+    assert isinstance(batch.structure, jp.structure.Diagonal)
     if SOLVERS[solver] is not None:
         assert batch.solver.solve == SOLVERS[solver].solve
 

@@ -226,7 +226,7 @@ def test_a_transformed_model_has_every_function_of_the_model():
         vocab_size=16,
         width=8,
         layers=2,
-        mixer=jp.nn.mixers.recurrent(jp.cells.gru, solver=jp.sequential()),
+        mixer=jp.nn.mixers.recurrent(jp.cells.para_gru, solver=jp.sequential()),
     )
     t = jp.chain(jp.lora(rank=2), jp.fake_quant(bits=8))
     tuned = t(model)

@@ -12,7 +12,7 @@ from jaxpara.recurrence.cells.common import assemble, check_sizes
 from jaxpara.types import Cell
 
 
-def gru(
+def para_gru(
     features: int,
     hidden: int,
     *,
@@ -65,7 +65,7 @@ def gru(
     )
 
 
-def lstm(
+def para_lstm(
     features: int,
     hidden: int,
     *,

@@ -11,7 +11,7 @@ from jaxpara.recurrence.cells.common import assemble, check_sizes
 from jaxpara.types import Cell
 
 
-def mingru(
+def min_gru(
     features: int,
     hidden: int,
     *,
@@ -72,7 +72,7 @@ def linear(
     Raises:
       ValueError: if a size, `decays` or `time_constants` is out of range.
 
-    References: [mamba] [negative_eigenvalues].
+    References: [mamba], [negative_eigenvalues].
     """
     check_sizes(features=features, hidden=hidden)
     low, high = decays

@@ -6,7 +6,7 @@ At the solution the tangents obey one linear recurrence,
 
 whatever solver found it. The general rule is a `custom_jvp` that poses it through
 `lax.custom_linear_solve`, so that every transform and every order follows. The
-"reverse" rule is a `custom_vjp`, see `backward`. [deer] [pararnn]
+"reverse" rule is a `custom_vjp`, see `backward`. [deer], [pararnn]
 """
 
 import functools

@@ -5,7 +5,7 @@ Cotangents run through one reversed linear recurrence over recomputed Jacobians,
     w_t = g_t + J_{t+1}^T w_{t+1},
 
 and one batched vjp of the step turns them into gradients; memory O(T). Only what has a cotangent
-takes part, see `flow`. [deer] [pararnn]
+takes part, see `flow`. [deer], [pararnn]
 """
 
 from collections.abc import Sequence

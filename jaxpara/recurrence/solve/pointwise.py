@@ -13,7 +13,7 @@ within rounding, twice in a row where the step has kinks, which an update may cr
 the other two understate the error, so they only bring the states near, and a few iterations of
 Newton decide. Where those would need Jacobians that the solver is there to avoid, all states must
 agree with the step bit for bit.
-[deer] [elk] [pararnn]
+[deer], [elk], [pararnn]
 """
 
 import functools

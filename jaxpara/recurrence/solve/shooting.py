@@ -12,7 +12,7 @@ An exact start with an exact predecessor stays as it is, so each iteration makes
 least one more chunk exact and C iterations always suffice. Oversized or non-finite
 corrections are dropped. Starts that pass are corrected once more; the trajectory from
 them is returned and certified in turn, and open chunks are completed sequentially.
-[shooting] [pararnn]
+[shooting], [pararnn]
 """
 
 import functools

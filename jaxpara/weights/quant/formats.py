@@ -4,7 +4,7 @@ Floats by exponent and significand bits, fixed point, integers, and blocks with 
 power-of-two scale; no global state, and the random modes take a key. Floats are rounded on the
 bits of their float32 or float64, so nothing depends on logarithms or on how a device treats
 subnormals.
-[pychop] [mx]
+[pychop], [mx]
 """
 
 import functools
@@ -232,7 +232,7 @@ def round_to(
       ValueError: an impossible format, or one that the numbers cannot hold, an unknown mode, a
         random mode without a key, or another dtype.
 
-    References: [pychop] [mx].
+    References: [pychop], [mx].
     """
     x = jnp.asarray(x)
     if x.dtype not in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):

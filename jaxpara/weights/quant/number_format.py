@@ -86,7 +86,7 @@ def number_format(
       ValueError: an impossible format, an unknown mode; when attached: a format that
         a leaf's dtype does not hold.
 
-    References: [pychop] [mx].
+    References: [pychop], [mx].
     """
     settings = _Settings(checked(number_format), rounding)
     check_rounding(rounding)
