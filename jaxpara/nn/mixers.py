@@ -100,30 +100,3 @@ def attention(
     options: dict[str, Any] = dict(heads=heads, base=base, prefix=prefix)
     options["probabilities"] = probabilities
     return lambda width: Mixer(*rotary_attention(width, **options), outputs=width)
-
-
-by_name: dict[str, Callable[..., Callable[[int], Mixer]]] = {
-    "para_gru": partial(recurrent, cells.para_gru),
-    "para_lstm": partial(recurrent, cells.para_lstm),
-    "slstm": partial(recurrent, cells.slstm),
-    "min_gru": partial(recurrent, cells.min_gru),
-    "attention": attention,
-}
-
-
-def named(name: str, **options: Any) -> Callable[[int], Mixer]:
-    """A mixer by the name that a configuration gives it.
-
-    Args:
-      name: a key of `by_name`.
-      **options: keyword arguments of that mixer.
-
-    Returns:
-      A function from the decoder's width to a `Mixer`.
-
-    Raises:
-      ValueError: if there is no mixer of this name; the known names are listed.
-    """
-    if name not in by_name:
-        raise ValueError(f"no mixer is named {name!r}; the names are {', '.join(by_name)}")
-    return by_name[name](**options)

@@ -17,7 +17,10 @@ MODEL = {
     "vocab_size": 256,
     "width": 8,
     "layers": 1,
-    "mixer": {"_target_": "jaxpara.nn.mixers.named", "name": "min_gru"},
+    "mixer": {
+        "_target_": "jaxpara.nn.mixers.recurrent",
+        "cell": {"_target_": "hydra.utils.get_method", "path": "jaxpara.cells.min_gru"},
+    },
 }
 EVALUATION = {"windows": 6, "length": 16, "batch_size": 4}
 

@@ -18,6 +18,7 @@ from experiments.text.prompts import check_output, read_prompts, stop_strings
 from experiments.text.sampling import Rule, check_generation, complete, sample_text
 from experiments.text.transcript import Transcript
 from jaxpara.nn import decoder, mixers
+from jaxpara.recurrence import cells
 from tests.experiments.saved_run import MODEL, call, random_params, save_run
 
 WORDS = ["de", "f ", "é", "end", " ", "x"]
@@ -177,7 +178,7 @@ def test_generation_refuses_what_cannot_be_drawn(bad, message):
 
 
 def test_batches_and_blocks_have_a_size():
-    model = decoder(256, 8, 1, mixer=mixers.named("min_gru"))
+    model = decoder(256, 8, 1, mixer=mixers.recurrent(cells.min_gru))
     with pytest.raises(ValueError, match="block=0 tokens at a time: give at least 1"):
         sampling.sampler(model, Rule(1, 0.0), block=0)
     with pytest.raises(ValueError, match="batch_size=0 prompts at a time: give at least 1"):

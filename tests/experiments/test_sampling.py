@@ -19,13 +19,15 @@ from experiments.text.sampling import (
     sample_text,
 )
 from jaxpara.nn import decoder, mixers
+from jaxpara.recurrence import cells
 from tests.experiments.saved_run import random_params
 
 WIDTH, LENGTH = 16, 12
 PLAIN = [b"def f(x):", b"a", b"import os  ", b"class A(B):     x"]
-NAMES = ("para_gru", "para_lstm", "slstm", "min_gru", "attention")
-HYBRID = [mixers.named("para_gru"), mixers.named("attention", heads=2)]
-MIXERS = {**{name: mixers.named(name) for name in NAMES}, "hybrid": HYBRID}
+CELLS = ("para_gru", "para_lstm", "slstm", "min_gru")
+HYBRID = [mixers.recurrent(cells.para_gru), mixers.attention(heads=2)]
+MIXERS = {name: mixers.recurrent(getattr(cells, name)) for name in CELLS}
+MIXERS |= {"attention": mixers.attention(), "hybrid": HYBRID}
 # Printable characters only, fewer than the model has tokens: every drawn one can be seen.
 ASCII = Tokenizer(
     vocab_size=95,
@@ -113,7 +115,7 @@ def test_a_stop_string_ends_each_prompt_where_rerunning_the_prefix_meets_it(mixe
 
 @pytest.fixture(scope="module")
 def tiny():
-    return make(mixers.named("min_gru"))
+    return make(mixers.recurrent(cells.min_gru))
 
 
 @pytest.fixture(scope="module")

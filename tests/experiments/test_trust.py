@@ -80,7 +80,7 @@ def test_names_that_are_not_of_what_is_built_are_refused(run, name):
         "optax.losses.squared_error",
         "jaxpara.lora",
         "jaxpara.nn.decoder",
-        "jaxpara.nn.mixers.named",
+        "jaxpara.nn.mixers.attention",
         "jaxpara.cells.para_gru",
         "jaxpara.recurrence.solvers.newton",
     ],

@@ -13,20 +13,20 @@ from jaxpara.recurrence import cells
 
 VOCAB, WIDTH, BATCH, TIME, MAX_LENGTH = 11, 16, 2, 9, 12
 HYBRID = (
-    nn.mixers.named("para_gru"),
+    nn.mixers.recurrent(cells.para_gru),
     nn.mixers.recurrent(cells.lstm_heads, heads=2, hidden=8),
-    nn.mixers.named("attention", heads=2),
+    nn.mixers.attention(heads=2),
 )
 # name -> decoder options; tied and remat are spread over the table. A loop over depth compiles
 # faster than the default, a straight line, which para_gru keeps.
 LOOP = {"unroll": 1}
 MODELS = {
-    "para_gru": {"mixer": nn.mixers.named("para_gru"), "remat": jax.checkpoint},
-    "para_lstm": {"mixer": nn.mixers.named("para_lstm"), **LOOP},
-    "slstm": {"mixer": nn.mixers.named("slstm"), "tied": True, **LOOP},
-    "min_gru": {"mixer": nn.mixers.named("min_gru"), **LOOP},
+    "para_gru": {"mixer": nn.mixers.recurrent(cells.para_gru), "remat": jax.checkpoint},
+    "para_lstm": {"mixer": nn.mixers.recurrent(cells.para_lstm), **LOOP},
+    "slstm": {"mixer": nn.mixers.recurrent(cells.slstm), "tied": True, **LOOP},
+    "min_gru": {"mixer": nn.mixers.recurrent(cells.min_gru), **LOOP},
     "attention": {
-        "mixer": nn.mixers.named("attention", heads=2),
+        "mixer": nn.mixers.attention(heads=2),
         "remat": jax.checkpoint,
         **LOOP,
     },
@@ -205,7 +205,7 @@ def test_every_other_cell_is_a_mixer_too(cell):
 def test_the_scan_over_blocks_equals_a_python_loop_over_them():
     model, params = make("para_gru")
     stack = [jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"][0]) for i in range(2)]
-    one = nn.block(WIDTH, nn.mixers.named("para_gru"), mlp_hidden=24, depth=2)
+    one = nn.block(WIDTH, nn.mixers.recurrent(cells.para_gru), mlp_hidden=24, depth=2)
     x = params["embedding"]["table"][tokens()]
     for layer in stack:
         state = one.start(layer, BATCH, TIME, jnp.float32)
@@ -235,15 +235,15 @@ def test_default_model_has_seven_hundred_thousand_parameters():
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
-    total = count(nn.mixers.named("para_gru"))
+    total = count(nn.mixers.recurrent(cells.para_gru))
     per_layer = (128 * 3 * 128 + 6 * 128) + 2 * 128**2 + 4 * 128 + 3 * 128 * 336 + 2 * 128
     assert total == 3 * per_layer + 2 * 256 * 128 + 128 == 703_104
-    assert count(nn.mixers.named("para_gru"), tied=True) == total - 256 * 128
+    assert count(nn.mixers.recurrent(cells.para_gru), tied=True) == total - 256 * 128
 
 
 @pytest.mark.slow
 def test_initial_loss_is_that_of_a_guess_and_the_stream_does_not_explode():
-    model = nn.decoder(64, 32, 6, mixer=nn.mixers.named("para_gru"), **LOOP)
+    model = nn.decoder(64, 32, 6, mixer=nn.mixers.recurrent(cells.para_gru), **LOOP)
     params = jax.jit(model.init)(jax.random.key(0))
     x = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
     logits = jax.jit(model.apply)(params, x)
@@ -332,7 +332,8 @@ def test_a_token_outside_the_vocabulary_gives_nan():
 
 def call_with_other_vocabulary():
     params = make("min_gru")[1]
-    nn.decoder(VOCAB + 1, WIDTH, 2, mixer=nn.mixers.named("min_gru")).apply(params, tokens())
+    mixer = nn.mixers.recurrent(cells.min_gru)
+    nn.decoder(VOCAB + 1, WIDTH, 2, mixer=mixer).apply(params, tokens())
 
 
 def overlong_call():
@@ -349,10 +350,6 @@ def overlong_call():
         ),
         (overlong_call, "9 tokens does not fit a state of max_length=4: call start with a larger"),
         (call_with_other_vocabulary, "embed 11 tokens, .* vocab_size=12"),
-        (
-            lambda: nn.mixers.named("gru"),
-            "no mixer is named 'gru'; the names are para_gru, para_lstm, slstm, min_gru, attention",
-        ),
         (
             lambda: nn.decoder(VOCAB, WIDTH, 4, mixer=HYBRID),
             "layers=4 is not a multiple of the 3 mixers",
