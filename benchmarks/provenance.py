@@ -2,21 +2,38 @@
 
 import hashlib
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # A change in these makes earlier results those of another program.
 SOURCES = ("pallas_kernels", "jaxpara/recurrence", "jaxpara/compat.py", "jaxpara/jaxprs.py")
+# What `make compile` compiles, and what prepares it: its table holds while these are the same.
+COMPILED = (
+    "pallas_kernels",
+    "jaxpara/recurrence/kernel",
+    "jaxpara/recurrence/structure/affinity.py",
+    "jaxpara/recurrence/structure/flat.py",
+    "jaxpara/recurrence/wide.py",
+    "jaxpara/compat.py",
+    "jaxpara/jaxprs.py",
+    "tools/compile_kernels.py",
+    "tools/compile_worker.py",
+    "tools/kernel_calls.py",
+)
 
 
-def code() -> str:
-    """A short hash of the sources of the kernels and of what drives them.
+def code(sources: Sequence[str] = SOURCES) -> str:
+    """A short hash of sources.
+
+    Args:
+      sources: files and folders of this repository; by default the kernels and what drives them.
 
     Returns:
       Twelve digits.
     """
     digest = hashlib.sha256()
-    for source in SOURCES:
+    for source in sources:
         path = ROOT / source
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
@@ -39,3 +56,19 @@ def commit() -> str:
     except FileNotFoundError:
         return f"code-{code()}"
     return found.stdout.strip() or f"code-{code()}"
+
+
+def compiled() -> Path | None:
+    """The committed table of `make compile` that is of these sources, if there is one.
+
+    Returns:
+      Its file.
+    """
+    mark = f"sources {code(COMPILED)}"
+    tables = sorted((ROOT / "benchmarks/results").glob("*-compile.md"), reverse=True)
+    return next((path for path in tables if mark in path.read_text()), None)
+
+
+if __name__ == "__main__":
+    table = compiled()
+    print(table.relative_to(ROOT) if table else "")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, in an environment that may not hold jaxpara
 
+from benchmarks import provenance  # noqa: E402
 from pallas_kernels.shapes import COMPILED, Shape  # noqa: E402
 
 TARGETS = ("h100", "v5e", "v6e")
@@ -263,10 +264,8 @@ def _versions() -> str:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             found.append(f"{name} not installed")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    return f"Python {sys.version.split()[0]}, {', '.join(found)}, commit {commit or 'unknown'}"
+    made_of = f"commit {provenance.commit()}, sources {provenance.code(provenance.COMPILED)}"
+    return f"Python {sys.version.split()[0]}, {', '.join(found)}, {made_of}"
 
 
 if __name__ == "__main__":

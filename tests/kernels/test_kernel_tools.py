@@ -342,6 +342,22 @@ def test_results_name_the_commit_or_without_git_the_sources(monkeypatch):
     assert provenance.commit() == f"code-{provenance.code()}"
 
 
+def test_a_table_of_compiled_kernels_holds_while_their_sources_are_the_same(tmp_path, monkeypatch):
+    for source in provenance.COMPILED:
+        assert (ROOT / source).exists()
+    (tmp_path / "kernel").mkdir()
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "kernel/a.py").write_text("one")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "COMPILED", ("kernel",))
+    assert provenance.compiled() is None
+    table = tmp_path / "benchmarks/results/2026-01-01-compile.md"
+    table.write_text(f"by jax, sources {provenance.code(provenance.COMPILED)}.")
+    assert provenance.compiled() == table
+    (tmp_path / "kernel/a.py").write_text("two")
+    assert provenance.compiled() is None
+
+
 @pytest.mark.slow
 def test_the_device_tests_are_found_where_only_jax_is_installed():
     # What a bare environment lacks fails on import, as it does there.
