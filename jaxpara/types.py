@@ -6,7 +6,7 @@ knows these types also works with code that never heard of jaxpara.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -64,6 +64,7 @@ class TrainState(NamedTuple):
     key: Key
 
 
+@runtime_checkable
 class Scan(Protocol):
     """Exactly `lax.scan`: the type of every solver once its data are given."""
 

@@ -63,7 +63,8 @@ def csv(columns: Sequence[str], *, file: str = "metrics.csv") -> Open:
     """A table in the run's folder; every row is on disk before training goes on.
 
     Args:
-      columns: besides `step`, which is the first.
+      columns: besides `step`, which is the first. A value of another name gets a column of its
+        own, behind them.
       file: its name. A table that is there already is continued.
 
     Returns:
@@ -77,7 +78,7 @@ def csv(columns: Sequence[str], *, file: str = "metrics.csv") -> Open:
             metrics.start(path, columns)
 
         def write(step: int, values: Mapping[str, float]) -> None:
-            metrics.append(path, columns, {**values, "step": step})
+            metrics.append(path, {**values, "step": step})
 
         return Logger(write, lambda: None)
 

@@ -5,16 +5,21 @@ keeps the device busy while Python books the last result.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from experiments.run.folders import RunError
 from experiments.run.progress import Progress, Status
 from experiments.run.speed import Speedometer
 from experiments.run.task import Batches
 from jaxpara.types import Params, Step, TrainState
+
+# Metrics of a step that have a place of their own in a row.
+OWN = ("loss", "grad_norm")
 
 
 class Diverged(RunError):
@@ -30,6 +35,7 @@ class Row(NamedTuple):
       loss: mean training loss in nats per token since the last row.
       tokens_per_second: since the last row, compilation and evaluations not counted.
       gradient_norm: of the last step, before clipping; None where the step gives none.
+      others: means of the other scalars among the step's metrics, by name.
     """
 
     step: int
@@ -37,6 +43,7 @@ class Row(NamedTuple):
     loss: float
     tokens_per_second: float
     gradient_norm: float | None
+    others: Mapping[str, float]
 
 
 class Memory(NamedTuple):
@@ -47,12 +54,58 @@ class Memory(NamedTuple):
       seconds: since the start of the run.
       timed: steps whose time counts, and the seconds they took together.
       enough: whether the task was solved, so that no further step is due.
+      others: the other metrics of the steps since the last row, by name.
     """
 
     losses: Sequence[float] = ()
     seconds: float = 0.0
     timed: tuple[int, float] = (0, 0.0)
     enough: bool = False
+    others: Mapping[str, Sequence[float]] = MappingProxyType({})
+
+
+class Pace(NamedTuple):
+    """How far a run goes, and when something is due besides the steps.
+
+    Attributes:
+      steps: how many in all.
+      tokens_per_step: predicted tokens in a batch.
+      log_every: steps between two rows.
+      eval_every: steps between two evaluations; a new run is evaluated before its first step too,
+        and every run after its last.
+      save_every: steps between two checkpoints; the last step has one too.
+      bytes_per_token: of text, to show bits per byte; None shows the loss alone.
+    """
+
+    steps: int
+    tokens_per_step: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    bytes_per_token: float | None = None
+
+
+class Hooks(NamedTuple):
+    """What the loop calls.
+
+    Attributes:
+      write_row: takes each row.
+      look_up: evaluates parameters after so many steps; its time is not training time.
+      save: takes the state after a step, what else the run needs to go on, and the figures of
+        that step if it was evaluated. The state must be copied before it returns.
+      seconds: since the start of the run, what came before an interruption included.
+      progress: shows every step.
+      stopped: says whether to stop after this step.
+      solved: says of the figures of an evaluation whether they are all that was wanted.
+    """
+
+    write_row: Callable[[Row], None]
+    look_up: Callable[[int, Params], dict[str, float]]
+    save: Callable[[TrainState, Memory, dict[str, float] | None], None]
+    seconds: Callable[[], float]
+    progress: Progress
+    stopped: Callable[[], Any]
+    solved: Callable[[dict[str, float]], bool] | None = None
 
 
 class Ending(NamedTuple):
@@ -72,49 +125,26 @@ class Ending(NamedTuple):
 
 
 def run_loop(
-    *,
     state: TrainState,
     step: Step,
     batches: Batches,
-    steps: int,
-    tokens_per_step: int,
-    log_every: int,
-    eval_every: int,
-    save_every: int,
-    write_row: Callable[[Row], None],
-    look_up: Callable[[int, Params], dict[str, float]],
-    save: Callable[[TrainState, Memory, dict[str, float] | None], None],
-    seconds: Callable[[], float],
-    progress: Progress,
-    stopped: Callable[[], Any],
+    pace: Pace,
+    hooks: Hooks,
+    *,
     begin: int = 0,
     memory: Memory = Memory(),  # noqa: B008 (immutable)
-    bytes_per_token: float | None = None,
-    solved: Callable[[dict[str, float]], bool] | None = None,
 ) -> Ending:
     """Trains up to a number of steps.
 
     Args:
       state: to begin with; its buffers are given away.
-      step: one training step; its metrics hold `loss` in nats per token.
+      step: one training step; its metrics hold `loss` in nats per token, and what else is wanted
+        in the rows.
       batches: from the position that belongs to the state.
-      steps: how many in all.
-      tokens_per_step: predicted tokens in a batch.
-      log_every: steps between two rows.
-      eval_every: steps between two evaluations; a new run is evaluated before its first step too,
-        and every run after its last.
-      save_every: steps between two checkpoints; the last step has one too.
-      write_row: takes each row.
-      look_up: evaluates parameters after so many steps; its time is not training time.
-      save: takes the state after a step, what else the run needs to go on, and the figures of
-        that step if it was evaluated. The state must be copied before it returns.
-      seconds: since the start of the run, what came before an interruption included.
-      progress: shows every step.
-      stopped: says whether to stop after this step.
+      pace: numbers.
+      hooks: functions.
       begin: steps done already; `state`, `batches` and `memory` are from then.
-      memory: what `save` was given then.
-      bytes_per_token: of text, to show bits per byte; None shows the loss alone.
-      solved: says of the figures of an evaluation whether they are all that was wanted.
+      memory: what `hooks.save` was given then.
 
     Returns:
       The ending.
@@ -123,8 +153,10 @@ def run_loop(
       Diverged: the loss became NaN or infinite, or the gradient of a state to be judged or saved.
     """
     last_finite: tuple[int, float] | None = None
+    steps = pace.steps
     losses = list(memory.losses)
-    speed = Speedometer(tokens_per_step, before=memory.timed)
+    others = {name: list(values) for name, values in memory.others.items()}
+    speed = Speedometer(pace.tokens_per_step, before=memory.timed)
 
     def refuse(what: str, number: int) -> Diverged:
         before = "no step before it had a finite one"
@@ -142,9 +174,12 @@ def run_loop(
             raise refuse(f"the loss is {loss}", number)
         last_finite = (number, loss)
         losses.append(loss)
+        for name, value in metrics.items():
+            if name not in OWN and jnp.ndim(value) == 0:
+                others.setdefault(name, []).append(float(value))
         speed.tick()
-        bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
-        progress.update(
+        bits = pace.bytes_per_token and loss / math.log(2) / pace.bytes_per_token
+        hooks.progress.update(
             Status(
                 step=number,
                 steps=steps,
@@ -154,23 +189,25 @@ def run_loop(
                 seconds_left=speed.seconds_for(steps - number),
             )
         )
-        if number % log_every == 0 or number == steps:
+        if number % pace.log_every == 0 or number == steps:
             norm = metrics.get("grad_norm")
-            write_row(
+            hooks.write_row(
                 Row(
                     step=number,
-                    seconds=seconds(),
+                    seconds=hooks.seconds(),
                     loss=sum(losses) / len(losses),
                     tokens_per_second=speed.since_mark(),
                     gradient_norm=None if norm is None else float(norm),
+                    others={name: sum(v) / len(v) for name, v in others.items()},
                 )
             )
             losses.clear()
+            others.clear()
             speed.mark()
 
     # Evaluating before the first step finds what does not fit before minutes are spent.
     if begin == 0:
-        look_up(0, state.params)
+        hooks.look_up(0, state.params)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     stop = False
     for number in range(begin + 1, 0 if memory.enough else steps + 1):
@@ -178,9 +215,9 @@ def run_loop(
         if pending is not None:
             book(*pending)
         pending = (number, metrics)
-        stop = bool(stopped())
-        evaluated = number % eval_every == 0 or number == steps
-        saved = stop or number % save_every == 0 or number == steps
+        stop = bool(hooks.stopped())
+        evaluated = number % pace.eval_every == 0 or number == steps
+        saved = stop or number % pace.save_every == 0 or number == steps
         if not (evaluated or saved):
             continue
         book(*pending)
@@ -191,10 +228,12 @@ def run_loop(
         with speed.paused():
             # What is due at this step is measured before a stop too, or a run that goes on
             # would lack it.
-            figures = look_up(number, state.params) if evaluated else None
-            enough = figures is not None and solved is not None and solved(figures)
+            figures = hooks.look_up(number, state.params) if evaluated else None
+            enough = bool(figures is not None and hooks.solved and hooks.solved(figures))
             if saved or enough:
-                save(state, Memory(tuple(losses), seconds(), speed.timed(), enough), figures)
+                rest = {name: tuple(values) for name, values in others.items()}
+                kept = Memory(tuple(losses), hooks.seconds(), speed.timed(), enough, rest)
+                hooks.save(state, kept, figures)
         if stop or enough:
             break
-    return Ending(state, stop, seconds(), speed.overall())
+    return Ending(state, stop, hooks.seconds(), speed.overall())

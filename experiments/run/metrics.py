@@ -21,19 +21,32 @@ def start(path: Path, columns: Sequence[str]) -> None:
         csv.writer(file).writerow(columns)
 
 
-def append(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
-    """Adds one row and closes the file; missing columns stay empty.
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds one row and closes the file; missing columns stay empty, new names become columns.
 
     Args:
       path: a file made by `start`.
-      columns: the names given to `start`.
       row: values by name.
-
-    Raises:
-      ValueError: a name that is no column.
     """
+    with path.open(newline="") as file:
+        columns = next(csv.reader(file))
+    new = [name for name in row if name not in columns]
+    if new:
+        columns += new
+        _widen(path, columns)
     with path.open("a", newline="") as file:
         csv.DictWriter(file, columns, restval="").writerow(row)
+
+
+def _widen(path: Path, columns: Sequence[str]) -> None:
+    """Rewrites a table with more columns, whose old rows are empty there; a kill leaves the old."""
+    _, *rows = read_rows(path)
+    fresh = path.with_name(f"{path.name}.new")
+    with fresh.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([*row, *[""] * (len(columns) - len(row))] for row in rows)
+    fresh.replace(path)
 
 
 def read(path: Path) -> dict[str, list[float | None]]:

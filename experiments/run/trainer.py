@@ -21,7 +21,7 @@ from experiments.run import (
     profiling,
     step_cost,
 )
-from experiments.run.loop import Diverged, Ending, Memory, Row, run_loop
+from experiments.run.loop import Diverged, Ending, Hooks, Memory, Pace, Row, run_loop
 from experiments.run.progress import Progress, progress
 from experiments.run.resuming import cut_table
 from experiments.run.settings import Settings
@@ -151,30 +151,29 @@ def train(
                 line.say(f"goes on after step {begin} of {settings.steps}")
 
             def keep(state: TrainState, memory: Memory, values: dict[str, float] | None) -> None:
-                run = {"data": task.batches.get_state(), "memory": memory._asdict()}
+                remembered = {**memory._asdict(), "others": dict(memory.others)}
+                run = {"data": task.batches.get_state(), "memory": remembered}
                 save(state, run, values)
 
             aside = functools.partial(jax.profiler.annotate_function, name=profiling.ASIDE)
-            ending = run_loop(
-                state=state,
-                step=step,
-                batches=batches,
+            pace = Pace(
                 steps=settings.steps,
                 tokens_per_step=task.tokens_per_step,
                 log_every=settings.log_every,
                 eval_every=settings.eval_every,
                 save_every=settings.checkpoint.every,
+                bytes_per_token=task.bytes_per_token,
+            )
+            hooks = Hooks(
                 write_row=_row_writer(task, outlets, costs),
                 look_up=aside(_look_up(task, folder, outlets, summary, line, seconds)),
                 save=aside(keep),
                 seconds=seconds,
                 progress=line,
                 stopped=stopped,
-                begin=begin,
-                memory=memory,
-                bytes_per_token=task.bytes_per_token,
                 solved=task.solved,
             )
+            ending = run_loop(state, step, batches, pace, hooks, begin=begin, memory=memory)
             number = stopped() if ending.stopped else None
         summary.update(_results(ending, folder))
         summary.update(
@@ -266,6 +265,7 @@ def _row_writer(task: Task, outlets: Sequence[loggers.Logger], costs: Sequence[s
     def write(row: Row) -> None:
         flops = costs[0].model_flops / task.tokens_per_step * row.tokens_per_second
         values = {
+            **row.others,
             "tokens": row.step * task.tokens_per_step,
             "seconds": round(row.seconds, 2),
             "train_loss_nats": row.loss,
@@ -305,8 +305,7 @@ def _look_up(
         for name, table in task.tables.items():
             rows = table.rows(params)
             for row in rows:
-                columns = ("step", "tokens", *table.columns)
-                metrics.append(folder / f"{name}.csv", columns, {**where, **row})
+                metrics.append(folder / f"{name}.csv", {**where, **row})
             said.append(table.describe(rows))
         line.say(f"step {step}: {'; '.join(said)}")
         return values

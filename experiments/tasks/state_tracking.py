@@ -94,7 +94,7 @@ def state_tracking(
                 row = {"length": one.length, "position": position}
                 if not np.isnan(value):
                     row["accuracy"] = value
-                metrics.append(table, POSITION_COLUMNS, row)
+                metrics.append(table, row)
             summary.update(one.figures())
 
     return Task(

@@ -5,7 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from jaxpara.recurrence.lanes import vary_over
 from jaxpara.recurrence.solve import explicit
@@ -17,9 +17,9 @@ from pallas_kernels.dispatch import choose
 
 
 def linear_recurrence(
-    a: Float[Array, " time *state"],
-    b: Float[Array, " time *state"],
-    init: Float[Array, " *state"] | None = None,
+    a: Float[ArrayLike, " time *blocks"],
+    b: Float[ArrayLike, " time *state"],
+    init: Float[ArrayLike, " *state"] | None = None,
     *,
     reverse: bool = False,
     implementation: str | None = None,

@@ -30,7 +30,7 @@ class Weight:
     """
 
     base: Any
-    parts: dict[str, jax.Array]
+    parts: dict[str, Any]
     method: Method
     shared: tuple[tuple[str, str], ...] = ()
 
@@ -47,7 +47,7 @@ def shape_of(weight: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(weight), jnp.result_type(weight))
 
 
-def dense(weight: Any) -> jax.Array:
+def dense(weight: Any) -> Any:
     """The array that a weight stands for: the definition, and the oracle.
 
     Args:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from experiments.run import figures, folders, metrics, progress
-from experiments.run.loop import Diverged, run_loop
+from experiments.run.loop import Diverged, Hooks, Pace, run_loop
 from experiments.run.speed import Speedometer
 from experiments.run.stopping import pass_on, stop_signal
 from experiments.shell.commandline import quote_text
@@ -41,37 +41,41 @@ def loop(losses, *, log_every=2, eval_every=3, stop_after=None, saves=None, norm
     def step(state, batch):
         assert batch == int(state.step), "batch number and step number must go together"
         loss = jnp.float32(losses[int(state.step)])
-        metrics = {"loss": loss, "grad_norm": jnp.float32(norm)}
+        metrics = {"loss": loss, "grad_norm": jnp.float32(norm), "balance": 2 * loss}
+        metrics["loads"] = jnp.ones(3)  # no scalar: no column
         return state._replace(step=state.step + 1, params=state.params + 1), metrics
 
     def look_up(number, params):
         looks.append((number, float(params)))
         return {"params": float(params)}
 
-    ending = run_loop(
-        state=TrainState(jnp.float32(begin), None, jnp.int32(begin), None),
-        step=step,
-        batches=iter(range(begin, len(losses))),
+    pace = Pace(
         steps=len(losses),
         tokens_per_step=10,
         log_every=log_every,
         eval_every=eval_every,
         save_every=options.pop("save_every", 100),
+        bytes_per_token=1.0,
+    )
+    hooks = Hooks(
         write_row=rows.append,
         look_up=look_up,
         save=lambda state, memory, figures: saves.append((int(state.step), memory, figures)),
         seconds=lambda: 0.0,
         progress=progress.Progress(statuses.append, lambda text: None),
         stopped=lambda: stop_after is not None and begin + len(statuses) >= stop_after - 1,
-        bytes_per_token=1.0,
-        **options,
+        solved=options.pop("solved", None),
     )
+    state = TrainState(jnp.float32(begin), None, jnp.int32(begin), None)
+    batches = iter(range(begin, len(losses)))
+    ending = run_loop(state, step, batches, pace, hooks, **options)
     return ending, rows, looks, statuses
 
 
 def test_loop_writes_means_of_what_came_since_the_last_row():
     _, rows, _, statuses = loop([1.0, 3.0, 5.0, 9.0, 2.0])
     assert [(row.step, row.loss) for row in rows] == [(2, 2.0), (4, 7.0), (5, 2.0)]
+    assert [row.others for row in rows] == [{"balance": 2 * row.loss} for row in rows]
     assert [status.loss for status in statuses] == [1, 3, 5, 9, 2]
     assert statuses[1].bits_per_byte == pytest.approx(3 / math.log(2))
 
@@ -116,7 +120,8 @@ def test_loop_stopped_anywhere_and_begun_again_writes_the_rows_of_one_loop(at):
     [*_, (step, memory, _)] = saves
     _, second, more, _ = loop(losses, log_every=3, begin=step, memory=memory)
     assert step == at and [*looks, *more] == looked
-    assert [(r.step, r.loss) for r in (*first, *second)] == [(r.step, r.loss) for r in whole]
+    seen = [[(r.step, r.loss, r.others) for r in rows] for rows in ((*first, *second), whole)]
+    assert seen[0] == seen[1]
 
 
 def test_loop_ends_when_the_task_is_solved_and_saves_that_it_is():
@@ -264,11 +269,12 @@ def test_bits_per_byte_of_packed_windows_begin_anew_where_a_document_does(tiny):
 def test_tables_come_back_as_they_were_written(tmp_path):
     table = tmp_path / "metrics.csv"
     metrics.start(table, ("step", "loss"))
-    metrics.append(table, ("step", "loss"), {"step": 1, "loss": 0.1})
-    metrics.append(table, ("step", "loss"), {"step": 2})
+    metrics.append(table, {"step": 1, "loss": 0.1})
+    metrics.append(table, {"step": 2})
     assert metrics.read(table) == {"step": [1.0, 2.0], "loss": [0.1, None]}
-    with pytest.raises(ValueError, match="lose"):
-        metrics.append(table, ("step", "loss"), {"lose": 1})
+    metrics.append(table, {"step": 3, "balance": 0.5})
+    found = {"step": [1.0, 2.0, 3.0], "loss": [0.1, None, None], "balance": [None, None, 0.5]}
+    assert metrics.read(table) == found and [p.name for p in tmp_path.iterdir()] == [table.name]
     with pytest.raises(FileExistsError):
         metrics.start(table, ("step",))
 

@@ -40,9 +40,10 @@ def test_csv_of_a_resumed_run_is_continued_under_one_header(tmp_path):
     assert metrics.read(tmp_path / "metrics.csv")["loss"] == [2.0, 1.5, 1.0]
 
 
-def test_csv_refuses_a_name_that_is_no_column(tmp_path):
-    with pytest.raises(ValueError, match="lost"):
-        write(place(tmp_path), loggers.csv(["loss"]), rows={1: {"lost": 1.0}})
+def test_a_metric_of_any_name_gets_a_column(tmp_path):
+    write(place(tmp_path), loggers.csv(["loss"]), rows={1: {"loss": 1.0}, 2: {"balance": 0.5}})
+    found = metrics.read(tmp_path / "metrics.csv")
+    assert found == {"step": [1, 2], "loss": [1.0, None], "balance": [None, 0.5]}
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):

@@ -341,6 +341,7 @@ def overlong_call():
     model.run(params, model.start(params, BATCH, 4), tokens())
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "call, message",
     [

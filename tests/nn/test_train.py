@@ -219,6 +219,7 @@ def test_schedule_rises_falls_and_ends_at_the_floor():
     np.testing.assert_allclose(rate(5 + 95 / 2), (2.0 + 0.06) / 2, rtol=1e-5)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -319,6 +319,7 @@ def test_initialisation_follows_scale_and_time_constants(name):
         assert jnp.max(gate) <= np.log(64) + 1e-5
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "call, message",
     [

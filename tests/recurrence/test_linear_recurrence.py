@@ -148,6 +148,7 @@ def test_time_sharded_over_a_mesh_axis(kind, reverse):
     assert_close(grads, loop_gradient(a, b, init, weights, reverse))
 
 
+@pytest.mark.untyped
 def test_what_does_not_fit_is_named():
     ones = jnp.ones
     with pytest.raises(ValueError, match=r"a has shape \(3, 2\) and b \(4, 2\).*equal length"):

@@ -46,6 +46,7 @@ def test_where_selects_by_path(where, selected):
     assert weights_in(t.attach(jax.random.key(0), params())) == selected
 
 
+@pytest.mark.untyped
 def test_a_pattern_that_selects_nothing_names_what_comes_near():
     with pytest.raises(ValueError, match="selects none of the 6 leaves; near it are 'blocks/"):
         jp.lora(where="block/*/kernel").attach(jax.random.key(0), params())

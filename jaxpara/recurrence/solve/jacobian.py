@@ -11,6 +11,7 @@ every block of every group at once.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ Leaves = Sequence[jax.Array]
 _VECTOR, _MATRIX = 16, 8
 
 
-def _shapes(leaves: Leaves) -> list[tuple[int, ...]]:
+def _shapes(leaves: Sequence[Any]) -> list[tuple[int, ...]]:
     return [leaf.shape for leaf in leaves]
 
 
@@ -55,7 +56,7 @@ def to_lanes(groups: Groups, leaves: Leaves) -> list[jax.Array]:
     return [one(group) for group in groups]
 
 
-def from_lanes(groups: Groups, lanes: Leaves, like: Leaves) -> list[jax.Array]:
+def from_lanes(groups: Groups, lanes: Leaves, like: Sequence[Any]) -> list[jax.Array]:
     """The inverse of `to_lanes`; `like` gives shapes and dtypes."""
     leaves = {}
     for group, block in zip(groups, lanes, strict=True):
@@ -72,7 +73,7 @@ def from_lanes(groups: Groups, lanes: Leaves, like: Leaves) -> list[jax.Array]:
     return [leaves[i] for i in range(len(like))]
 
 
-def basis(groups: Groups, like: Leaves) -> list[jax.Array]:
+def basis(groups: Groups, like: Sequence[Any]) -> list[jax.Array]:
     """Unit columns: for each leaf `[Kmax, *leaf]`, one at element `j` of every block."""
     shapes = _shapes(like)
     size = max((block_size(group, shapes) for group in groups), default=1)
@@ -95,7 +96,7 @@ def gather_columns(groups: Groups, columns: Leaves) -> list[jax.Array]:
     return [jnp.swapaxes(c[: c.shape[1]], 0, 1) for c in lanes]
 
 
-def spread_columns(groups: Groups, matrices: Leaves, like: Leaves) -> list[jax.Array]:
+def spread_columns(groups: Groups, matrices: Leaves, like: Sequence[Any]) -> list[jax.Array]:
     """The inverse of `gather_columns`; columns that a group lacks are zero."""
     size = max(m.shape[0] for m in matrices)
 
