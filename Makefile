@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench reproduce notebooks docs compile gpu format clean
+.PHONY: help setup run test check bench reproduce notebooks docs types compile gpu format clean
 
 help: ## list these commands
 	@echo "jaxpara: the commands (ARGS=\"...\" is passed on, PYTHON=... names the interpreter)"
@@ -29,6 +29,10 @@ check: setup ## ruff, types and the fast tests
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+
+types: setup ## the annotations of jaxpara checked while its fast tests run, by beartype
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not untyped" \
+	  --jaxtyping-packages=jaxpara,pallas_kernels,tests.check $(ARGS)
 
 bench: setup ## solvers against lax.scan and others (ARGS="suite=recurrence_full")
 	$(PY) -m experiments.bench $(ARGS)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxpara.weights.weight import Weight, cut, dense, shape_of
@@ -81,7 +82,7 @@ def axes_of(shape: Sequence[int]) -> Axes:
     return tuple((Atom(i - len(shape), (), size),) for i, size in enumerate(shape))
 
 
-def cast(array: jax.Array, casts: Sequence[Any]) -> jax.Array:
+def cast(array: jax.Array | np.ndarray, casts: Sequence[Any]) -> Any:
     """An array after its casts."""
     for dtype in casts:
         array = array.astype(dtype)
@@ -351,7 +352,7 @@ def _dynamic_slice(eqn: Any, operands: list[Any]) -> list[Any] | None:
 def _split(eqn: Any, operands: list[Any]) -> list[Any] | None:
     (lazy,) = operands
     start, outs = 0, []
-    for size in eqn.params["sizes"]:
+    for size in map(int, eqn.params["sizes"]):
         take = functools.partial(_take, start=start, limit=start + size, stride=1)
         outs.append(sliced(lazy, eqn.params["axis"], take, size))
         if outs[-1] is None:

@@ -223,8 +223,8 @@ def test_easy_quant_does_not_depend_on_the_order_of_channels():
 
 def test_the_gradient_of_a_scale_is_a_finite_difference_between_jumps_of_the_grid():
     with jax.enable_x64(True):
-        w = np.float64(normal(6, 16, 3))
-        grid, scale = Grid(4), np.full((1, 1, 3), 0.31)
+        w = jnp.asarray(np.float64(normal(6, 16, 3)))
+        grid, scale = Grid(4), jnp.full((1, 1, 3), 0.31)
         step = 1e-7  # no entry is as near to a jump
         error, slope, curvature = descent(grid, w, scale)
         up, down = (descent(grid, w, scale + sign * step) for sign in (1, -1))

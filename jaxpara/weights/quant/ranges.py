@@ -10,6 +10,7 @@ A symmetric grid takes the larger end of the interval, an affine one both.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxpara.weights.precision import mean_size, unfused, unit_of, wide
@@ -40,7 +41,7 @@ def check_ranges(ranges: str) -> None:
         raise ValueError(f"ranges={ranges!r}: expected one of {', '.join(RANGES)}")
 
 
-def fit(grid: Grid, w: jax.Array, ranges: str) -> Parts:
+def fit(grid: Grid, w: jax.Array | np.ndarray, ranges: str) -> Parts:
     """Scales, and offsets if the grid is affine.
 
     Args:
@@ -51,7 +52,8 @@ def fit(grid: Grid, w: jax.Array, ranges: str) -> Parts:
     Returns:
       `scale` and perhaps `offset`, `[.., groups, 1, columns]`; scales are never zero.
     """
-    whole, axes = blocks(grid, wide(w)), shared_axes(grid)
+    w = wide(w)
+    whole, axes = blocks(grid, w), shared_axes(grid)
     if ranges == "absmean":
         return {"scale": never_zero(mean_size(whole, axes))}
     if ranges == "minmax" or (ranges == "mse" and grid.affine):
