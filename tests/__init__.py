@@ -2,7 +2,13 @@
 
 
 def check(function):
-    """Checks a function's arguments and results; an int will do where a float is wanted."""
-    from beartype import BeartypeConf, beartype  # not there where only JAX is
+    """Checks a function's arguments and results.
 
-    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+    An int will do where a float is wanted, and NumPy's array where JAX's is, as in JAX itself.
+    """
+    import jax
+    import numpy as np
+    from beartype import BeartypeConf, BeartypeHintOverrides, beartype  # not where only JAX is
+
+    arrays = BeartypeHintOverrides({jax.Array: jax.Array | np.ndarray})
+    return beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=arrays))(function)

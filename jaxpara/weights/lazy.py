@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxpara.weights.weight import Weight, cut, dense, shape_of
@@ -82,7 +81,7 @@ def axes_of(shape: Sequence[int]) -> Axes:
     return tuple((Atom(i - len(shape), (), size),) for i, size in enumerate(shape))
 
 
-def cast(array: jax.Array | np.ndarray, casts: Sequence[Any]) -> Any:
+def cast(array: jax.Array, casts: Sequence[Any]) -> jax.Array:
     """An array after its casts."""
     for dtype in casts:
         array = array.astype(dtype)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 
@@ -19,7 +18,7 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def wide(x: jax.Array | np.ndarray) -> Any:
+def wide(x: jax.Array) -> jax.Array:
     """An array in the dtype in which norms and scales are computed."""
     return x.astype(wide_dtype(x.dtype))
 
@@ -37,7 +36,7 @@ def multiplied_as(x: Any, weight: Any) -> Any:
     return x if x == weight else jnp.promote_types(x, weight)
 
 
-def narrowed(x: jax.Array | np.ndarray, dtype: Any) -> Any:
+def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
     """Numbers rounded to a narrower dtype, in every program alike.
 
     XLA drops a cast to bfloat16 or float16 that is followed by one back to float32, in one program

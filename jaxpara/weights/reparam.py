@@ -277,7 +277,8 @@ class Reparam(NamedTuple):
             leaf, axes = matrices_of(leaf)
             if not is_weight(leaf) or leaf.method.merge is None:
                 return put_back(dense(leaf), axes)
-            merged = leaf.method.merge(leaf.method.settings, dense(leaf.base), leaf.parts)
+            base = jnp.asarray(dense(leaf.base))
+            merged = leaf.method.merge(leaf.method.settings, base, leaf.parts)
             return put_back(merged, axes)
 
         return jax.tree.map(one, resolved(state), is_leaf=is_weight)

@@ -10,7 +10,6 @@ A symmetric grid takes the larger end of the interval, an affine one both.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxpara.weights.precision import mean_size, unfused, unit_of, wide
@@ -41,7 +40,7 @@ def check_ranges(ranges: str) -> None:
         raise ValueError(f"ranges={ranges!r}: expected one of {', '.join(RANGES)}")
 
 
-def fit(grid: Grid, w: jax.Array | np.ndarray, ranges: str) -> Parts:
+def fit(grid: Grid, w: jax.Array, ranges: str) -> Parts:
     """Scales, and offsets if the grid is affine.
 
     Args:
