@@ -15,7 +15,7 @@ from jaxpara.recurrence.solve import cost, explicit, fused
 from jaxpara.recurrence.solve.claims import require
 from jaxpara.recurrence.solve.sequential import sequential
 from jaxpara.recurrence.structure.blocks import Groups, block_size, elements, is_number
-from jaxpara.recurrence.structure.certain import Proof, certain
+from jaxpara.recurrence.structure.certain import certain
 from jaxpara.recurrence.structure.cotangents import all_linear
 from jaxpara.recurrence.structure.kinds import Dense
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
@@ -55,7 +55,7 @@ class Choice(NamedTuple):
     derivative: str
     structure: Structure | None
     groups: Groups
-    certain: Proof
+    certain: bool
     vjp_only: bool
     length: int
     reason: str
@@ -132,9 +132,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     shapes = [tuple(a.shape) for a in avals]
     groups = structure.resolve(shapes)
     trusted = isinstance(given, Unchecked)
-    sure = Proof.NOTHING
-    if not (vjp_only or trusted):
-        sure = certain(body.jaxpr, positions, body.floats)
+    sure = not (vjp_only or trusted) and certain(body.jaxpr, positions, body.floats)
     sizes = [block_size(group, shapes) for group in groups]
     if not all(map(is_number, sizes)):
         symbolic = next(size for size in sizes if not is_number(size))
@@ -201,7 +199,7 @@ def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:
             f"time is sharded over {axis!r}, but this step can only run sequentially: {why}; "
             "gather the sequence first"
         )
-    return Choice(None, "general", None, (), Proof.NOTHING, False, traced.length, why)
+    return Choice(None, "general", None, (), False, False, traced.length, why)
 
 
 @functools.lru_cache(maxsize=512)

@@ -23,7 +23,6 @@ from jaxpara.recurrence.lanes import any_lane, vary_like
 from jaxpara.recurrence.solve import jacobian, linear_kernel, timeaxis
 from jaxpara.recurrence.solve.shooting import shoot
 from jaxpara.recurrence.structure.blocks import Groups, block_size
-from jaxpara.recurrence.structure.certain import Proof
 from jaxpara.recurrence.system import Leaves, Settings, System
 
 METHODS = ("sequential", "associative", "chunked", "kernel")
@@ -236,8 +235,7 @@ def _run(step, apply, operator, offsets, init, settings, reverse):
         return step(state, x)[0], moved
 
     # Its own derivative by construction; rounding is as large as a step below float32.
-    wide = all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in init)
-    certain = Proof.SMOOTH if wide else Proof.NOTHING
+    certain = all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in init)
     system = System(step, push, init, xs, length, operator.groups, certain, reverse)
     # A converged nonlinear solve may carry its own tolerance; a linear one is exact.
     solution = shoot(system, settings._replace(tol=None, max_iters=4))

@@ -58,7 +58,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         params,
         tol=settings.tol,
         max_iters=settings.max_iters,
-        certain=bool(system.certain),
+        certain=system.certain,
         reverse=system.reverse,
         affine=prepared.affine,  # then one correction is exact, and no pass is made to confirm it
         chunks=settings.chunks,
