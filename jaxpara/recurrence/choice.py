@@ -119,6 +119,9 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         why = "the step holds a custom_vjp whose backward rule is not proved to be linear"
         return _step_by_step(traced, axis, why)
     vjp_only = jaxprs.contains(body.jaxpr, "custom_vjp_call")
+    if vjp_only and not _pulls_back(body):
+        why = "the step holds a custom_vjp and passes its state through a loop of unknown length"
+        return _step_by_step(traced, axis, why)
     given = None if isinstance(solver, Auto) else solver.settings.structure
     positions = tuple(body.consts + i for i in body.floats)
     if given is None:
@@ -214,6 +217,30 @@ def _refusal(body: Body) -> str | None:
         for avals in (consts, [carry[i] for i in body.floats])
     )
     return fused.refusal(body.on_floats, fixed, state, rows)
+
+
+@functools.lru_cache(maxsize=512)
+def _pulls_back(body: Body) -> bool:
+    """Whether JAX differentiates a step by its state in reverse; a `while` it does not."""
+    if not jaxprs.contains(body.jaxpr, "while"):
+        return True
+    avals = [var.aval for var in compat.open_jaxpr(body.jaxpr).invars]
+    consts, carry = avals[: body.consts], avals[body.consts : body.consts + body.carries]
+    inputs = [carry[i] for i in body.others] + avals[body.consts + body.carries :]
+
+    def pulled(consts, state, x):
+        new, pull = jax.vjp(lambda s: list(body.on_floats(consts, s, x)[0]), state)
+        return pull(new)
+
+    shapes = [
+        [shaped(aval, aval.shape, aval.dtype) for aval in avals]
+        for avals in (consts, [carry[i] for i in body.floats], inputs)
+    ]
+    try:
+        jax.eval_shape(pulled, *shapes)
+    except ValueError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=512)

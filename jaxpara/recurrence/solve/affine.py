@@ -81,19 +81,21 @@ def column_operator(groups: Groups, columns: Leaves) -> Operator:
     """The operator of an elementwise Jacobian held as columns `[time, K, *leaf]`.
 
     Leaves stay as they are: no gathering into lanes, which costs more than the
-    arithmetic where a step is small.
+    arithmetic where a step is small. Products of leaves of two types are summed in the wider one.
     """
     partners = {i: group.leaves for group in groups for i in group.leaves}
 
     def push(rows: Any, v: Leaves) -> list[jax.Array]:
         return [
-            _total(row[j] * v[other] for j, other in enumerate(partners[i]))
+            _total(row[j] * v[other] for j, other in enumerate(partners[i])).astype(row.dtype)
             for i, row in enumerate(rows)
         ]
 
     def pull(rows: Any, w: Leaves) -> list[jax.Array]:
         return [
-            _total(rows[other][partners[i].index(i)] * w[other] for other in partners[i])
+            _total(rows[other][partners[i].index(i)] * w[other] for other in partners[i]).astype(
+                rows[i].dtype
+            )
             for i in range(len(rows))
         ]
 

@@ -9,10 +9,10 @@ and updates the whole trajectory:
 
 After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
-within rounding twice in a row: an update may cross a kink, or what is as good as one, and the second
-is taken behind it. The updates of the other two understate the error, so they only bring the states
-near, and a few iterations of Newton decide. Where those would need Jacobians that the solver is there to avoid, all states must
-agree with the step bit for bit.
+within rounding twice in a row: an update may cross a kink, or what is as good as one, and the
+second is taken behind it. The updates of the other two understate the error, so they only bring the
+states near, and a few iterations of Newton decide. Where those would need Jacobians that the solver
+is there to avoid, all states must agree with the step bit for bit.
 [deer], [elk], [pararnn]
 """
 

@@ -4,8 +4,8 @@ A Newton correction bounds the error of a solve only where the step's Jacobian i
 of what the step computes. A `stop_gradient`, a custom rule that is not JAX's own, a rounding, a
 cast to fewer bits, an integer or a comparison on the way from the carry to the carry breaks that
 link; inputs and outputs may hold any of them. So does a branch cut, where a value jumps and its
-derivative does not (`atan2`, a complex logarithm). Kinks (`max`, `abs`, the square root of a square)
-keep it: both sides have their own true derivative.
+derivative does not (`atan2`, a complex logarithm). Kinks (`max`, `abs`, the square root of a
+square) keep it: both sides have their own true derivative.
 """
 
 import functools
