@@ -271,7 +271,7 @@ def test_a_correction_that_crosses_a_kink_is_tested_behind_it(kink, off):
     assert info.converged
     assert np.abs(total - exact).max() <= 1e-5 * exact.max() + 2 * lost
     # What a solve that stands on the wrong side returns, and would call converged.
-    assert np.ptp(exact) > 20 * (1e-5 + 2 * lost)
+    assert np.ptp(exact) > 5 * (1e-5 + 2 * lost)
 
 
 def path_and_gains(rate):
