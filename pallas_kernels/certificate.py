@@ -15,8 +15,9 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    `d` grows to no more than `LINEAR` times that on its way through a chunk. A `d` that is not
    finite, or beyond what a correction may be (`CAP`), never counts.
    A correction may cross a kink, behind which it says nothing. So, outside of kernels, the `d`
-   of the corrected starts is held to `COARSE` ulp after the last roll-out as well; where a step
-   with kinks is not rolled out, two passes in a row are wanted.
+   of the corrected starts is held to `COARSE` ulp after the last roll-out as well; where nothing
+   is rolled out, two passes in a row are wanted. Of any step: the square root of a square is a
+   kink, and a sigmoid may be as sharp as one.
 2. Otherwise the solve counts when every `r_c` is 0, bit for bit, the sign of zeros included
    (their reciprocals differ; it is wanted by rule 1 as well): narrower states round by as much
    as they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.

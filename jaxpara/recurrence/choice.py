@@ -15,7 +15,7 @@ from jaxpara.recurrence.solve import cost, explicit, fused
 from jaxpara.recurrence.solve.claims import require
 from jaxpara.recurrence.solve.sequential import sequential
 from jaxpara.recurrence.structure.blocks import Groups, block_size, elements, is_number
-from jaxpara.recurrence.structure.certain import Proof, certain
+from jaxpara.recurrence.structure.certain import certain
 from jaxpara.recurrence.structure.cotangents import all_linear
 from jaxpara.recurrence.structure.kinds import Dense
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
@@ -55,7 +55,7 @@ class Choice(NamedTuple):
     derivative: str
     structure: Structure | None
     groups: Groups
-    certain: Proof
+    certain: bool
     vjp_only: bool
     length: int
     reason: str
@@ -119,6 +119,9 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         why = "the step holds a custom_vjp whose backward rule is not proved to be linear"
         return _step_by_step(traced, axis, why)
     vjp_only = jaxprs.contains(body.jaxpr, "custom_vjp_call")
+    if vjp_only and not _pulls_back(body):
+        why = "the step holds a custom_vjp and passes its state through a loop of unknown length"
+        return _step_by_step(traced, axis, why)
     given = None if isinstance(solver, Auto) else solver.settings.structure
     positions = tuple(body.consts + i for i in body.floats)
     if given is None:
@@ -132,9 +135,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     shapes = [tuple(a.shape) for a in avals]
     groups = structure.resolve(shapes)
     trusted = isinstance(given, Unchecked)
-    sure = Proof.NOTHING
-    if not (vjp_only or trusted):
-        sure = certain(body.jaxpr, positions, body.floats)
+    sure = not (vjp_only or trusted) and certain(body.jaxpr, positions, body.floats)
     sizes = [block_size(group, shapes) for group in groups]
     if not all(map(is_number, sizes)):
         symbolic = next(size for size in sizes if not is_number(size))
@@ -201,7 +202,7 @@ def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:
             f"time is sharded over {axis!r}, but this step can only run sequentially: {why}; "
             "gather the sequence first"
         )
-    return Choice(None, "general", None, (), Proof.NOTHING, False, traced.length, why)
+    return Choice(None, "general", None, (), False, False, traced.length, why)
 
 
 @functools.lru_cache(maxsize=512)
@@ -216,6 +217,30 @@ def _refusal(body: Body) -> str | None:
         for avals in (consts, [carry[i] for i in body.floats])
     )
     return fused.refusal(body.on_floats, fixed, state, rows)
+
+
+@functools.lru_cache(maxsize=512)
+def _pulls_back(body: Body) -> bool:
+    """Whether JAX differentiates a step by its state in reverse; a `while` it does not."""
+    if not jaxprs.contains(body.jaxpr, "while"):
+        return True
+    avals = [var.aval for var in compat.open_jaxpr(body.jaxpr).invars]
+    consts, carry = avals[: body.consts], avals[body.consts : body.consts + body.carries]
+    inputs = [carry[i] for i in body.others] + avals[body.consts + body.carries :]
+
+    def pulled(consts, state, x):
+        new, pull = jax.vjp(lambda s: list(body.on_floats(consts, s, x)[0]), state)
+        return pull(new)
+
+    shapes = [
+        [shaped(aval, aval.shape, aval.dtype) for aval in avals]
+        for avals in (consts, [carry[i] for i in body.floats], inputs)
+    ]
+    try:
+        jax.eval_shape(pulled, *shapes)
+    except ValueError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=512)

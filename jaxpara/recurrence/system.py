@@ -14,7 +14,6 @@ from jax import lax
 
 from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.structure.blocks import Groups
-from jaxpara.recurrence.structure.certain import Proof
 from pallas_kernels import certificate
 
 Leaves = Sequence[jax.Array]
@@ -75,7 +74,7 @@ class System(NamedTuple):
     xs: Any
     length: int
     groups: Groups
-    certain: Proof = Proof.NOTHING
+    certain: bool = False
     reverse: bool = False
     unroll: int | bool = 1
 

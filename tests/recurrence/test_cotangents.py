@@ -68,3 +68,42 @@ def test_what_is_proved_linear_is_solved_in_parallel(name):
     choice = jp.explain_choice(step, jnp.ones(2), XS, solver=jp.shooting())
     assert (choice.solver is not None) == (name in LINEAR)
     assert ("not proved to be linear" in choice.reason) == (name in OTHER)
+
+
+def halved(v):
+    """A loop of unknown length, which JAX pulls no cotangent through."""
+    return lax.while_loop(lambda v: jnp.max(jnp.abs(v)) > 0.5, lambda v: v / 2, v)
+
+
+EVERY = [
+    *(jp.shooting(), jp.newton(), jp.quasi_newton(), jp.jacobi(), jp.sequential()),
+    jp.fused(implementation="xla"),
+]
+
+
+@pytest.mark.parametrize("solver", EVERY, ids=lambda s: s.solve.__name__)
+def test_what_cannot_be_pulled_back_is_solved_all_the_same(solver):
+    own = rule(jnp.tanh, lambda x, g: g * (1 - jnp.square(jnp.tanh(x))))
+    step = lambda h, x: ((own(halved(h) + x)),) * 2  # noqa: E731
+    init = jnp.array([0.3, 0.9])
+    found = jp.newton_scan(step, init, XS, solver=solver)
+    np.testing.assert_allclose(found[1], lax.scan(step, init, XS)[1], rtol=1e-6)
+    choice = jp.explain_choice(step, init, XS, solver=solver)
+    assert "loop of unknown length" in choice.reason
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("solver", EVERY, ids=lambda s: s.solve.__name__)
+def test_inputs_that_are_not_differentiated_may_pass_through_anything(solver, own):
+    f = rule(jnp.tanh, lambda x, g: g * (1 - jnp.square(jnp.tanh(x)))) if own else jnp.tanh
+
+    def gradient(scan):
+        def loss(w, init):
+            step = lambda h, x: ((f(w * h + halved(x))),) * 2  # noqa: E731
+            return jnp.sum(jnp.square(scan(step, init, XS)[1]))
+
+        return jax.grad(loss, (0, 1))(jnp.float32(1.3), jnp.ones(2))
+
+    found = gradient(lambda *a: jp.newton_scan(*a, solver=solver, derivative="reverse"))
+    for ours, wanted in zip(found, gradient(lax.scan), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5)

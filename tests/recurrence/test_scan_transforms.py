@@ -299,3 +299,24 @@ def test_a_loop_of_unknown_length_has_tangents_as_in_lax_scan():
     found = pushed(functools.partial(jp.newton_scan, solver=jp.newton()))
     for a, b in zip(found, pushed(lax.scan), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("narrow", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("derivative", [None, "reverse"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_leaves_of_two_types_that_see_each_other_are_differentiated(solver, derivative, narrow):
+    def f(carry, x):
+        wide, rest = carry
+        rest = (0.5 * rest.astype(jnp.float32) + wide).astype(narrow)
+        wide = jnp.tanh(0.5 * wide + x) + 0.1 * rest.astype(jnp.float32)
+        return (wide, rest), (wide, rest)
+
+    def loss(scan):
+        def value(h, x):
+            ys = scan(f, (h, jnp.zeros(2, narrow)), x)[1]
+            return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in ys)
+
+        return quick(jax.grad(value, (0, 1)))(H0, XS)
+
+    run = functools.partial(ours, solver=SOLVERS[solver], derivative=derivative)
+    assert_same(loss(run), loss(lax.scan), 4 * float(jnp.finfo(narrow).eps))

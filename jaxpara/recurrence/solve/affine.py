@@ -23,7 +23,6 @@ from jaxpara.recurrence.lanes import any_lane, vary_like
 from jaxpara.recurrence.solve import jacobian, linear_kernel, timeaxis
 from jaxpara.recurrence.solve.shooting import shoot
 from jaxpara.recurrence.structure.blocks import Groups, block_size
-from jaxpara.recurrence.structure.certain import Proof
 from jaxpara.recurrence.system import Leaves, Settings, System
 
 METHODS = ("sequential", "associative", "chunked", "kernel")
@@ -82,19 +81,21 @@ def column_operator(groups: Groups, columns: Leaves) -> Operator:
     """The operator of an elementwise Jacobian held as columns `[time, K, *leaf]`.
 
     Leaves stay as they are: no gathering into lanes, which costs more than the
-    arithmetic where a step is small.
+    arithmetic where a step is small. Products of leaves of two types are summed in the wider one.
     """
     partners = {i: group.leaves for group in groups for i in group.leaves}
 
     def push(rows: Any, v: Leaves) -> list[jax.Array]:
         return [
-            _total(row[j] * v[other] for j, other in enumerate(partners[i]))
+            _total(row[j] * v[other] for j, other in enumerate(partners[i])).astype(row.dtype)
             for i, row in enumerate(rows)
         ]
 
     def pull(rows: Any, w: Leaves) -> list[jax.Array]:
         return [
-            _total(rows[other][partners[i].index(i)] * w[other] for other in partners[i])
+            _total(rows[other][partners[i].index(i)] * w[other] for other in partners[i]).astype(
+                rows[i].dtype
+            )
             for i in range(len(rows))
         ]
 
@@ -236,8 +237,7 @@ def _run(step, apply, operator, offsets, init, settings, reverse):
         return step(state, x)[0], moved
 
     # Its own derivative by construction; rounding is as large as a step below float32.
-    wide = all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in init)
-    certain = Proof.SMOOTH if wide else Proof.NOTHING
+    certain = all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in init)
     system = System(step, push, init, xs, length, operator.groups, certain, reverse)
     # A converged nonlinear solve may carry its own tolerance; a linear one is exact.
     solution = shoot(system, settings._replace(tol=None, max_iters=4))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from jaxpara.recurrence.solve import fused, timeaxis
@@ -37,10 +38,17 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
     def run_forward(*operands):
         consts, init, xs, guess = custom_vjp_primal_tree_values(operands)
         out = full(consts, init, xs, guess)
-        return wanted(out), (consts, init, xs, out[0])
+        return wanted(out), (consts, init, xs, out[0], _varied(operands[0]), _varied(operands[2]))
 
     def run_backward(residuals, cotangents):
-        consts, init, xs, states = residuals
+        consts, init, xs, states, *varied = residuals
+        still = _still(*varied)
+
+        def step(consts, state, x):
+            consts, x = still(consts, x)
+            return problem.step(consts, state, x)
+
+        stepwise = problem._replace(step=step)
         g_end, g_kept, g_ys = map(without_zeros, (*cotangents[0], cotangents[1]))
         g = _spread(states, keep, g_end, g_kept)
         outs = known(g_ys)
@@ -55,7 +63,7 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
 
         def through(leaves, outs, cts):
             """Gradients of the inputs by way of these results of all steps."""
-            steps = steps_of(problem, leaves, outs)
+            steps = steps_of(stepwise, leaves, outs)
 
             def of_inputs(*inputs):
                 consts, xs = fill(inputs)
@@ -66,9 +74,9 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
         g_outs = [g_ys[i] for i in outs]
         found = None
         if problem.solver.solve is fused.fused and live:
-            found = _by_kernel(problem, live, at, init, states, g, outs, g_outs)
+            found = _by_kernel(problem, still, live, at, init, states, g, outs, g_outs)
         if found is None:
-            w, into_init = _by_parts(problem, live, at, init, g, outs, g_outs)
+            w, into_init = _by_parts(stepwise, live, at, init, g, outs, g_outs)
             grads = through(live, outs, ([w[i] for i in live], g_outs))
         else:
             into_init, grads = found
@@ -80,6 +88,28 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
 
     run.defvjp(run_forward, run_backward, symbolic_zeros=True)
     return run
+
+
+def _varied(operands) -> list[tuple[()] | None]:
+    """Which operands are differentiated, as residuals hold it: () for those that are."""
+    return [() if operand.perturbed else None for operand in operands]
+
+
+def _still(consts_varied, xs_varied):
+    """`(consts, xs)` with no derivative by what is not differentiated, as `lax.scan` has none.
+
+    A loop of unknown length, say, may depend on an input and cannot be pulled back through.
+    """
+
+    def one(leaf, varied):
+        return lax.stop_gradient(leaf) if varied is None else leaf
+
+    def still(consts, xs):
+        # What a kernel is given besides stands behind the inputs.
+        own = list(map(one, xs, xs_varied))
+        return list(map(one, consts, consts_varied)), [*own, *xs[len(own) :]]
+
+    return still
 
 
 def _spread(states: Leaves, keep: Sequence[int], g_end, g_kept):
@@ -136,7 +166,7 @@ def _seen(problem: Problem, part: Sequence[int], at, g: Leaves, w, outs, g_outs)
     return _following(problem, g, pull(([w[i] for i in later], [c for _, c in pairs])))
 
 
-def _by_kernel(problem: Problem, live, at, init, states, g, outs, g_outs):
+def _by_kernel(problem: Problem, stopped, live, at, init, states, g, outs, g_outs):
     """Gradients of the initial state and of the inputs by one kernel, or None if there is none."""
     consts, before, xs = at
     still = [i for i in range(len(before)) if i not in live]
@@ -158,6 +188,7 @@ def _by_kernel(problem: Problem, live, at, init, states, g, outs, g_outs):
         [states[i] for i in live],
         g_live,
         problem.reverse,
+        stopped,
     )
     if found is None:
         return None

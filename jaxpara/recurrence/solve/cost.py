@@ -30,7 +30,7 @@ SMALL_BLOCK = 8
 # Iterations on a mild cell; what one of them costs decides, not how many there are.
 _ITERATIONS = {shoot: 3, fused: 3, pointwise.newton: 5, pointwise.quasi_newton: 6}
 # Of Newton's, that follow those of quasi-Newton.
-_CLOSING = 2
+_CLOSING = 3
 
 
 class Machine(NamedTuple):

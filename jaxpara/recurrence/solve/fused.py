@@ -58,7 +58,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         params,
         tol=settings.tol,
         max_iters=settings.max_iters,
-        certain=bool(system.certain),
+        certain=system.certain,
         reverse=system.reverse,
         affine=prepared.affine,  # then one correction is exact, and no pass is made to confirm it
         chunks=settings.chunks,
@@ -91,6 +91,7 @@ def gradients(
     states: Leaves,
     cotangents: Leaves,
     reverse: bool = False,
+    still: Callable[..., Any] = lambda *inputs: inputs,
 ) -> tuple[list[jax.Array], list[jax.Array]] | None:
     """Gradients of `sum(states * cotangents)` by one kernel, or None if there is none.
 
@@ -101,6 +102,7 @@ def gradients(
       states: `[time, *leaf]`.
       cotangents: of the states.
       reverse: scan order runs against time, as for `System`.
+      still: `(consts, xs) -> (consts, xs)`, stops the derivative by what has none.
 
     Returns:
       Those of `init`, and those of the floating leaves of `consts` and `xs`, in this order.
@@ -114,7 +116,7 @@ def gradients(
         prepared = prepare(step, consts, init, xs)
 
         def operands(*given: jax.Array) -> Any:
-            consts, xs = fill(given)
+            consts, xs = still(*fill(given))
             return vary_like(prepared.operands(consts, _turned(xs, reverse)), states)
 
         (inputs, params), pull = jax.vjp(operands, *c, *x)

@@ -63,14 +63,14 @@ def iterate(
     like: Any,
     *,
     everywhere: Callable[[jax.Array], jax.Array],
-    guessed: bool = True,
     twice: bool = False,
 ) -> Outcome:
     """Repeats `attempt` until it is done or the budget is used up.
 
     What counts is corrected once more by the correction that proved it, so that its error is of
     second order. That correction is within rounding: it can spoil nothing, as products of Jacobians
-    of 1e4 would do with an untested one.
+    of 1e4 would do with an untested one. Values that hold no correction yet count by bitwise
+    agreement only.
 
     Args:
       attempt: tests values and corrects them.
@@ -78,9 +78,8 @@ def iterate(
       max_iters: the budget; at least one attempt is made.
       like: arrays that vary over the same mesh axes as the values.
       everywhere: the largest of a number on all devices that share the solve.
-      guessed: the values hold no correction yet: they count by bitwise agreement alone.
       twice: what a correction proves must be proved again behind that correction, which may have
-        crossed a kink; for callers that do not evaluate the steps once more themselves.
+        crossed a kink; for callers that do not test what they return themselves.
     """
     budget = max(1, max_iters)
 
@@ -90,7 +89,7 @@ def iterate(
         holds = held = exact
         if units is not None:
             held = exact | (units <= 1)
-            holds = exact | (held & (before if twice else (number > 0) | (not guessed)))
+            holds = exact | (held & (before if twice else number > 0))
         done = everywhere(jnp.any(~holds).astype(jnp.float32)) == 0
         # Without success the rows that hold are corrected all the same: others start from them.
         rows = jnp.arange(holds.shape[0]) < leading(holds)

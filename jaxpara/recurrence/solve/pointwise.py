@@ -9,10 +9,10 @@ and updates the whole trajectory:
 
 After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
-within rounding, twice in a row where the step has kinks, which an update may cross. The updates of
-the other two understate the error, so they only bring the states near, and a few iterations of
-Newton decide. Where those would need Jacobians that the solver is there to avoid, all states must
-agree with the step bit for bit.
+within rounding twice in a row: an update may cross a kink, or what is as good as one, and the
+second is taken behind it. The updates of the other two understate the error, so they only bring the
+states near, and a few iterations of Newton decide. Where those would need Jacobians that the solver
+is there to avoid, all states must agree with the step bit for bit.
 [deer], [elk], [pararnn]
 """
 
@@ -36,7 +36,6 @@ from jaxpara.recurrence.structure.blocks import (
     coupled_axes,
     coupled_size,
 )
-from jaxpara.recurrence.structure.certain import Proof
 from jaxpara.recurrence.system import (
     Leaves,
     Settings,
@@ -51,7 +50,7 @@ from jaxpara.recurrence.system import (
 from pallas_kernels import certificate
 
 # Iterations of Newton that may follow those of a solver whose updates bound nothing, once these are
-# below this power of what counts: Newton squares an error, so two or three are wanted.
+# below this power of what counts: Newton squares an error, so three or four are wanted.
 _CLOSING, _NEAR = 8, 0.25
 
 
@@ -175,7 +174,7 @@ def _solve(
     axis = timeaxis.along(settings.axis, system.reverse)
     init = vary_like(list(system.init), system.xs)
     steps = system.length
-    certain = bool(system.certain) and certifying
+    certain = system.certain and certifying
 
     def apply(before):
         return list(jax.vmap(lambda s, x: system.step(s, x)[0])(list(before), system.xs))
@@ -221,12 +220,11 @@ def _solve(
         end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
     newton_correction = _exact(system, settings)
-    proving = functools.partial(run, correct=newton_correction, scale_of=scale_lately)
     proving = functools.partial(
-        proving, tol=settings.tol, twice=certain and system.certain is not Proof.SMOOTH
+        run, correct=newton_correction, scale_of=scale_lately, tol=settings.tol, twice=True
     )
     if approach is None:
-        found = proving(states, budget=settings.max_iters, guessed=True)
+        found = proving(states, budget=settings.max_iters)
         values, used, near = found.values, found.used, jnp.ones((), bool)
     else:
         tol = max((limit(i.dtype, settings.tol) for i in init), default=0.0) ** _NEAR
@@ -234,7 +232,7 @@ def _solve(
         found, values, used, near = end, end.values, end.used, end.done
         if certain:
             # From near by Newton converges in a few iterations, and its updates tell the error.
-            found = proving(end.values, budget=_CLOSING, guessed=False)
+            found = proving(end.values, budget=_CLOSING)
             values = select(near, found.values, end.values)
             used = jnp.where(near, end.used + found.used, end.used)
     before = timeaxis.preceding(axis, init, values)

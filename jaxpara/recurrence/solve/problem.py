@@ -15,7 +15,6 @@ from jaxpara.recurrence.solve.affine import (
 )
 from jaxpara.recurrence.solve.leaves import differentiable
 from jaxpara.recurrence.structure.blocks import Groups, block_size, restricted
-from jaxpara.recurrence.structure.certain import Proof
 from jaxpara.recurrence.structure.flow import Flow
 from jaxpara.recurrence.system import Leaves, Solver, System
 from jaxpara.recurrence.wide import widened
@@ -37,7 +36,7 @@ class Problem(NamedTuple):
 
     step: Callable[..., Any]
     groups: Groups
-    certain: Proof
+    certain: bool
     solver: Solver
     vjp_only: bool
     reverse: bool

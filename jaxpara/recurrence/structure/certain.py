@@ -3,8 +3,9 @@
 A Newton correction bounds the error of a solve only where the step's Jacobian is the derivative
 of what the step computes. A `stop_gradient`, a custom rule that is not JAX's own, a rounding, a
 cast to fewer bits, an integer or a comparison on the way from the carry to the carry breaks that
-link; inputs and outputs may hold any of them. Kinks (`max`, `abs`) keep it: both sides have their
-own true derivative.
+link; inputs and outputs may hold any of them. So does a branch cut, where a value jumps and its
+derivative does not (`atan2`, a complex logarithm). Kinks (`max`, `abs`, the square root of a
+square) keep it: both sides have their own true derivative.
 """
 
 import functools
@@ -27,23 +28,14 @@ class Link(IntEnum):
 
     NONE = 0
     TRUE = 1
-    KINKED = 2
-    BROKEN = 3
-
-
-class Proof(IntEnum):
-    """What is proved of a step's derivative; false where nothing is."""
-
-    NOTHING = 0
-    KINKED = 1
-    SMOOTH = 2
+    BROKEN = 2
 
 
 # Continuous, and with JAX's derivative equal to the true one wherever that exists. What is not
 # listed breaks the link: a primitive that nobody here has heard of proves nothing.
 _CONTINUOUS = frozenset(
     """
-    abs acos acosh add add_any asin asinh atan atan2 atanh broadcast_in_dim cbrt cholesky clamp
+    abs acos acosh add add_any asin asinh atan atanh broadcast_in_dim cbrt cholesky clamp
     complex concatenate conj conv_general_dilated copy copy_p cos cosh cumlogsumexp cummax cummin
     cumprod cumsum digamma div dot_general dynamic_slice dynamic_update_slice erf erf_inv erfc exp
     exp2 expand_dims expm1 fft gather imag integer_pow layout_constraint lgamma log log1p logistic
@@ -54,12 +46,8 @@ _CONTINUOUS = frozenset(
     """.split()
 )
 
-# Continuous with a jump of the derivative; of JAX's own custom rules some have one, too.
-_KINKS = frozenset(
-    """
-    abs clamp cummax cummin max min reduce_max reduce_min reduce_window_max reduce_window_min
-    """.split()
-)
+# Of complex numbers these have a branch cut, where they jump.
+_CUT = frozenset("acos acosh asin asinh atan atanh log log1p pow rsqrt sqrt".split())
 
 # Operands that choose instead of entering: predicates and indices. They must not depend on the
 # carry, or a small move jumps.
@@ -75,7 +63,7 @@ _CHOOSING = {
 
 
 @functools.lru_cache(maxsize=512)
-def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> Proof:
+def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> bool:
     """Whether the carry reaches the new carry by true derivatives alone, in float32 or wider.
 
     Args:
@@ -83,15 +71,14 @@ def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -
       carry_in, carry_out: positions of the floating carry leaves among inputs and outputs.
 
     Returns:
-      Whether that is proved, and whether there is a kink on the way.
+      Whether that is proved.
     """
     opened = compat.open_jaxpr(jaxpr)
     if any(jnp.finfo(opened.invars[i].aval.dtype).bits < 32 for i in carry_in):
-        return Proof.NOTHING
+        return False
     ins = [Link.TRUE if i in carry_in else Link.NONE for i in range(len(opened.invars))]
     outs = _flow(jaxpr, ins)
-    worst = _worst([outs[i] for i in carry_out])
-    return {Link.BROKEN: Proof.NOTHING, Link.KINKED: Proof.KINKED}.get(worst, Proof.SMOOTH)
+    return _worst([outs[i] for i in carry_out]) is not Link.BROKEN
 
 
 def _worst(links: Collection[Link]) -> Link:
@@ -177,7 +164,8 @@ def _primitive(eqn: Any, operands: list[Link]) -> Link:
     choosing = _CHOOSING.get(name, lambda n: ())(len(operands))
     if any(operands[i] is not Link.NONE for i in choosing):
         return Link.BROKEN
-    return max(link, Link.KINKED) if name in _KINKS else link
+    cut = name in _CUT and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)
+    return Link.BROKEN if cut else link
 
 
 def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
@@ -194,7 +182,7 @@ def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
             outs = [worst] * len(eqn.outvars)
         elif eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
             kept = eqn.primitive.name == "custom_jvp_call" and compat.jax_rule(eqn)
-            outs = [Link.KINKED if kept else Link.BROKEN] * len(eqn.outvars)
+            outs = [worst if kept else Link.BROKEN] * len(eqn.outvars)
         elif (inner := jaxprs.called(eqn)) is not None:
             outs = _flow(inner, operands)
         elif eqn.primitive.name in _CONTROL:
