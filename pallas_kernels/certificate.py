@@ -18,7 +18,7 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    of the corrected starts is held to `COARSE` ulp after the last roll-out as well; where a step
    with kinks is not rolled out, two passes in a row are wanted.
 2. Otherwise the solve counts when every `r_c` is 0, bit for bit, the sign of zeros included
-   (their reciprocals differ; it is wanted by rule 1 as well): narrower states round by as much
+   (their reciprocals differ; it is wanted by rule 1 as well, see `meets`): narrower states round by as much
    as they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.
 3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
    counts by 2 alone.
@@ -31,6 +31,7 @@ relative to the instant would refuse rounding at a zero crossing.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 # Units in the last place, relative to the scale.
@@ -63,3 +64,16 @@ def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
     eps = float(info.eps)
     accept = FINE * eps if tol is None else float(tol)
     return accept, max(accept, COARSE * eps) if accept >= FINE * eps else accept
+
+
+def meets(end: jax.Array, start: jax.Array) -> jax.Array:
+    """Whether ends are the next starts bit for bit, in operations that every kernel has.
+
+    Args:
+      end, start: float32, of one shape.
+
+    Returns:
+      Booleans. The two zeros are equal and do not meet: their reciprocals are not equal. A NaN
+      meets nothing.
+    """
+    return (end == start) & (1.0 / end == 1.0 / start)
