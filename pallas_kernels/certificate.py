@@ -18,8 +18,9 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    of the corrected starts is held to `COARSE` ulp after the last roll-out as well; where a step
    with kinks is not rolled out, two passes in a row are wanted.
 2. Otherwise the solve counts when every `r_c` is 0, bit for bit, the sign of zeros included
-   (their reciprocals differ; it is wanted by rule 1 as well, see `meets`): narrower states round by as much
-   as they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.
+   (their reciprocals differ; it is wanted by rule 1 as well, see `meets`): narrower states round
+   by as much as they move, and behind a rounding, a cast or a rule of the user's own `d` means
+   nothing.
 3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
    counts by 2 alone.
 4. What does not count within the budget is completed step by step.
