@@ -20,8 +20,9 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    kink, and a sigmoid may be as sharp as one. In the second no `d` is needed where every step
    agrees within `ROUNDING` ulp: what is left is no more than a step loses by itself.
 2. Otherwise the solve counts when every `r_c` is 0, bit for bit, the sign of zeros included
-   (their reciprocals differ; it is wanted by rule 1 as well): narrower states round by as much
-   as they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.
+   (their reciprocals differ; it is wanted by rule 1 as well, see `meets`): narrower states round
+   by as much as they move, and behind a rounding, a cast or a rule of the user's own `d` means
+   nothing.
 3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
    counts by 2 alone.
 4. What does not count within the budget is completed step by step.
@@ -33,6 +34,7 @@ relative to the instant would refuse rounding at a zero crossing.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 # Units in the last place, relative to the scale.
@@ -67,3 +69,16 @@ def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
     eps = float(info.eps)
     accept = FINE * eps if tol is None else float(tol)
     return accept, max(accept, COARSE * eps) if accept >= FINE * eps else accept
+
+
+def meets(end: jax.Array, start: jax.Array) -> jax.Array:
+    """Whether ends are the next starts bit for bit, in operations that every kernel has.
+
+    Args:
+      end, start: float32, of one shape.
+
+    Returns:
+      Booleans. The two zeros are equal and do not meet: their reciprocals are not equal. A NaN
+      meets nothing.
+    """
+    return (end == start) & (1.0 / end == 1.0 / start)

@@ -90,9 +90,9 @@ class Reparam(NamedTuple):
         unless it is known what is summed over: `function` and `inputs` prove it (see
         `jp.weights.layout`), for leaves `(out, in)`, kernels of convolutions and einsums too.
 
-        The state has copies of the arrays, so either may be donated and the other lives on. Where
-        the parameters are not needed any more, `jax.jit(t.attach, donate_argnums=1)` hands their
-        memory over instead.
+        A leaf without elements stays as it is. The state has copies of the arrays, so either may be
+        donated and the other lives on. Where the parameters are not needed any more,
+        `jax.jit(t.attach, donate_argnums=1)` hands their memory over instead.
 
         Args:
           key: random; each leaf draws from it by its path, so the order of leaves is of no matter.
@@ -142,6 +142,10 @@ class Reparam(NamedTuple):
                         f"{member.method.name} needs floats of 16 bits or more; {path!r} has dtype "
                         f"{leaf.dtype}: cast it first, for example with .astype(jax.numpy.bfloat16)"
                     )
+            # A leaf without elements, such as a stack of no layers, has nothing to compute.
+            selected = {path: leaf for path, leaf in selected.items() if jnp.size(leaf)}
+            if not selected:
+                continue
             found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight)
             leaves, axes = {}, {}
             for path, leaf in ((path_of(keys), leaf) for keys, leaf in found):

@@ -58,9 +58,10 @@ def _check(m: int, shape: tuple[int, ...], axis: int) -> None:
     if shape[axis] % m:
         fitting = [k for k in range(2, shape[axis] + 1) if shape[axis] % k == 0]
         name = {-2: "rows", -1: "columns"}[axis]
+        another = f"give one of {fitting}, or " if fitting else ""
         raise ValueError(
-            f"m={m} does not divide the {shape[axis]} {name} of a leaf of shape {shape}: give one "
-            f"of {fitting}, or narrow where="
+            f"m={m} does not divide the {shape[axis]} {name} of a leaf of shape {shape}: {another}"
+            "narrow where="
         )
 
 

@@ -83,20 +83,21 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
 
     def judge(found, end, start, delta, kept, recent):
         verdict, unequal, worst = found
+        equal, met = end == start, certificate.meets(end, start)
         scale = functools.reduce(jnp.maximum, recent)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
         here = zero + FAR
         for limit, kind in kinds:
             # A NaN fails the first comparison, an infinite end the second.
             within = (jnp.abs(delta) <= limit * scale) & (recent[0] <= _FINITE) & (kept > 0.0)
+            within = within & (met | ~equal)  # no correction turns a zero
             here = jnp.where(within, kind, here)
         gap = jnp.abs(end - start)
         gap = jnp.where(gap <= _FINITE, gap, jnp.inf)
-        same = end == start
         return (
             jnp.maximum(verdict, here),
-            jnp.where(same, unequal, zero + 1.0),
-            jnp.maximum(worst, jnp.where(same, zero, gap)),
+            jnp.where(met, unequal, zero + 1.0),
+            jnp.maximum(worst, jnp.where(equal, zero, gap)),
         )
 
     carry = [load_row(block, block.carry.at[k]) for k in range(count)]

@@ -259,12 +259,13 @@ def _link(plan, limits, starts, ends, products, before):
         moved = [jnp.where(keep, m, 0.0) for keep, m in zip(kept, moved, strict=True)]
         delta = [m + (e - s) for m, e, s in zip(moved, end, start, strict=True)]
         for i in rows:
-            exact = jnp.where(end[i] == start[i], exact, 0.0)
+            equal, met = end[i] == start[i], certificate.meets(end[i], start[i])
+            exact = jnp.where(met, exact, 0.0)
             now = jnp.abs(end[i])
             near = jnp.maximum(now, recent[i][0])
             scale = functools.reduce(jnp.maximum, recent[i], now)
             scale = jnp.minimum(scale, certificate.SLACK * near)
-            sound = kept[i] & tiles.finite(end[i])
+            sound = kept[i] & tiles.finite(end[i]) & (met | ~equal)  # no correction turns a zero
             within = [
                 jnp.where(sound & (jnp.abs(delta[i]) <= limit * scale), w, 0.0)
                 for w, limit in zip(within, limits, strict=True)
@@ -272,7 +273,7 @@ def _link(plan, limits, starts, ends, products, before):
             residual = jnp.abs(end[i] - start[i])
             # NaN compares false: it counts as infinite.
             residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
-            largest = jnp.maximum(largest, jnp.where(end[i] == start[i], 0.0, residual))
+            largest = jnp.maximum(largest, jnp.where(equal, 0.0, residual))
         for i in rows:  # where nothing moves it, the end itself, with the sign of its zero
             ends[i][here] = jnp.where(moved[i] == 0.0, end[i], end[i] + moved[i])
         recent = [(jnp.abs(end[i]), *recent[i][:-1]) for i in rows]

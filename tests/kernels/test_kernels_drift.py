@@ -126,6 +126,26 @@ def test_a_bfloat16_state_is_lax_scans(implementation, reverse):
     assert np.all(np.abs(end - np.asarray(init, np.float32)) > 2.0**-6 * np.abs(end))
 
 
+def turned(h, x):
+    """Odd, and not affine: a zero stays one, and changes its sign where the input is negative."""
+    return h * x[0] / (1.0 + h * h)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("certain", [True, False])
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_zero_keeps_its_sign_from_chunk_to_chunk(implementation, certain, reverse):
+    init = jnp.asarray(np.repeat([[0.0, -0.0, 1.0, 1e-30]], BLOCK, axis=-1), jnp.float32)
+    sign = np.ones((T, 1, 4 * BLOCK), np.float32)
+    sign[::4] = -1.0  # once a chunk: chunks that start from the other zero end in the other one
+    xs = [jnp.asarray(sign), *drifting(jnp.float32)[1][1:]]
+    states = solver(implementation, certain, reverse, jnp.float32, turned)(init, xs).states[0]
+    expected = np.broadcast_to(init, sign.shape) * np.cumprod(sign[::-1] if reverse else sign, 0)
+    expected = expected[::-1] if reverse else expected
+    np.testing.assert_array_equal(np.signbit(states), np.signbit(expected))
+    np.testing.assert_array_equal(states[..., : 2 * BLOCK], expected[..., : 2 * BLOCK])
+
+
 def hidden(h, x):
     """The derivative is hidden: only agreement bit for bit says that chunks meet."""
     return lax.stop_gradient(h) + x[0]

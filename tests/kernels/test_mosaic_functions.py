@@ -43,12 +43,14 @@ def test_logistic_and_tanh_are_as_good_as_they_say(make, name):
 
 
 @pytest.mark.parametrize("make", ["exact", "rough"])
-def test_they_are_right_at_infinities_and_keep_nan(make):
+def test_they_are_right_at_infinities_and_keep_nan_and_the_sign_of_zero(make):
     functions = getattr(mosaic_functions, make)(True)
     ends = jnp.asarray([-jnp.inf, jnp.inf, 0.0, jnp.nan, -1e30, 1e30])
     wanted = {"logistic": [0, 1, 0.5, np.nan, 0, 1], "tanh": [-1, 1, 0, np.nan, -1, 1]}
     for name, values in wanted.items():
         np.testing.assert_array_equal(functions[name](ends), np.asarray(values, np.float32))
+    zeros = np.float32([0.0, -0.0])
+    np.testing.assert_array_equal(np.signbit(functions["tanh"](zeros)), np.signbit(zeros))
 
 
 def kernel(make, name, shape, interpret=None):

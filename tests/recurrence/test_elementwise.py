@@ -16,6 +16,7 @@ from jaxpara.recurrence.kernel.elementwise import prepare
 from jaxpara.recurrence.kernel.replay import TABLE, UnsupportedCell
 from pallas_kernels.compat import version as pallas_version
 from pallas_kernels.nonlinear_recurrence import gpu, gpu_backward, tpu
+from tests.recurrence.kit import QUICK
 
 STATE = (2, 3)
 TIME = 2
@@ -147,6 +148,27 @@ def rows_of(names):
     """Names as rows of a table; `make check` runs the everyday ones."""
     slow = pytest.mark.slow
     return [pytest.param(name, marks=() if name in EVERYDAY else slow) for name in names]
+
+
+WRITTEN = {
+    "log1p": np.log1p,
+    "expm1": np.expm1,
+    "tan": np.tan,
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_function_that_is_written_out_is_good_relative_to_its_value(name):
+    # Compiled: XLA simplifies (1 + x) - 1, and with it the usual correction of a logarithm.
+    size = np.concatenate([np.geomspace(1e-30, 0.24, 400), np.linspace(0.24, 0.999, 400)])
+    x = np.concatenate([-size, size]).astype(np.float32)
+    found = np.float64(jax.jit(lambda x: TABLE[name]({}, x), compiler_options=QUICK)(x))
+    wanted = WRITTEN[name](np.float64(x))
+    assert np.max(np.abs(found / wanted - 1)) < 4e-7
+    zeros = np.float32([0.0, -0.0])
+    if wanted[0] < 0 < wanted[-1]:  # odd to first order: so are its zeros
+        assert list(np.signbit(TABLE[name]({}, zeros))) == [False, True]
 
 
 @pytest.mark.slow

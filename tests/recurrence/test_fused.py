@@ -63,7 +63,7 @@ def assert_trains_like_scan(name, solver, derivative, **sizes):
 # All cells, through the kernels' own bodies: test_cells_by_kernel.py.
 @pytest.mark.parametrize("derivative", [None, "reverse"])
 def test_a_cell_trains_as_with_lax_scan(derivative):
-    assert_trains_like_scan("gru", jp.fused(implementation="xla"), derivative)
+    assert_trains_like_scan("para_gru", jp.fused(implementation="xla"), derivative)
 
 
 def strange(w):
@@ -103,7 +103,7 @@ def test_the_simulated_gpu_kernel_is_what_the_solver_runs():
     if not _simulates():
         pytest.skip("the Mosaic GPU simulator needs JAX 0.12")
     solver = jp.fused(implementation="mosaic_gpu_interpret")
-    assert_trains_like_scan("gru", solver, "reverse", time=12, batch=1)
+    assert_trains_like_scan("para_gru", solver, "reverse", time=12, batch=1)
 
 
 def _simulates():
@@ -117,7 +117,7 @@ def _simulates():
 @pytest.mark.slow
 @pytest.mark.parametrize("derivative", [None, "reverse"])
 def test_a_batch_may_be_sharded_over_devices(derivative):
-    cell, params, x = sequence("gru")
+    cell, params, x = sequence("para_gru")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
 
     def mean(scan):
@@ -167,7 +167,7 @@ def test_a_narrow_carry_and_narrow_gates_train_within_their_rounding():
 
 @pytest.mark.slow
 def test_a_reversed_scan_copies_nothing_to_turn_it_around():
-    cell, params, x = sequence("gru")
+    cell, params, x = sequence("para_gru")
 
     def program(solver):
         scan = functools.partial(jp.newton_scan, reverse=True, solver=solver)
@@ -180,7 +180,7 @@ def test_a_reversed_scan_copies_nothing_to_turn_it_around():
 
 
 def test_the_diagnostics_are_those_of_the_kernel():
-    cell, params, x = sequence("gru")
+    cell, params, x = sequence("para_gru")
 
     def run(params, x):
         f = functools.partial(cell.step, params)
@@ -235,7 +235,7 @@ def test_a_platform_without_kernels_says_so(caplog):
 
 
 def test_auto_takes_a_kernel_on_an_accelerator_and_explains_when_it_cannot():
-    cell, params, x = sequence("lstm")
+    cell, params, x = sequence("para_lstm")
     step, gates = functools.partial(cell.step, params), cell.project(params, x)
     choice = jp.explain_choice(
         step, cell.start(params, (2,)), gates, solver=jp.auto(platform="gpu")
@@ -273,7 +273,7 @@ def test_training_without_being_asked_lowers_to_the_kernels_of_the_platform(
         pytest.skip("Mosaic GPU kernels need JAX 0.11")
     backend = {"tpu": "tpu", "cuda": "gpu"}[platform]
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    cell, params, x = sequence("gru", 512, 2, 40)
+    cell, params, x = sequence("para_gru", 512, 2, 40)
     scan = functools.partial(jp.newton_scan, derivative="reverse")
     jax.clear_caches()
     with jax.enable_x64(wide):  # kernels count in 32 bits all the same

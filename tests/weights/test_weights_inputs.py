@@ -174,6 +174,40 @@ def test_a_donated_state_leaves_the_parameters_alone_and_the_other_way_round(t):
     assert given["bias"].is_deleted()
 
 
+@pytest.mark.parametrize(
+    "t",
+    [
+        jp.mos(rank=2, shards=2),
+        jp.easy_quant(by="layer"),
+        jp.sparse_nm(),
+        jp.chain(jp.nf4(block=8), jp.lora(rank=2)),
+    ],
+    ids=["mos", "easy_quant", "sparse_nm", "nf4_lora"],
+)
+def test_a_leaf_without_elements_stays_as_it_is(t):
+    # A stack of no layers, a product without inputs, and one without outputs.
+    empty = {"stack": jnp.zeros((0, 8, 8)), "in": jnp.zeros((0, 4)), "out": jnp.zeros((8, 0))}
+    params = {"w": normal(0, 8, 4), **empty}
+
+    def f(params, x):
+        x = x @ params["w"]
+        h = jax.lax.scan(lambda h, w: (h @ w, None), jnp.ones((3, 8)), params["stack"])[0]
+        return x + x[:, :0] @ params["in"], h @ params["out"]
+
+    state = t.attach(KEY, params)
+    alone = t.attach(KEY, {"w": params["w"]})
+    x = normal(1, 3, 8)
+    found, nothing = jp.lift(f)(state, x)
+    np.testing.assert_array_equal(found, jp.lift(product)(alone, x))
+    assert nothing.shape == (3, 0)
+    for tree in (t.effective(state), t.merge(state)):
+        assert {name: tree[name].shape for name in empty} == {
+            name: leaf.shape for name, leaf in empty.items()
+        }
+    nowhere = t.attach(KEY, empty)  # nothing is left to reparameterise
+    assert jax.tree.map(jnp.shape, nowhere) == jax.tree.map(jnp.shape, empty)
+
+
 def test_leaves_of_eight_bits_are_refused_by_name():
     params = {"w": jnp.ones((8, 4), jnp.float8_e4m3fn)}
     for t in (jp.lora(rank=2), jp.fake_quant(), jp.nf4()):

@@ -67,9 +67,15 @@ def _pow(params: dict[str, Any], x: Any, y: Any) -> Any:
 
 
 def _log1p(x: Any) -> Any:
-    u = 1.0 + x
-    exact = jnp.log(u) * (x / (u - 1.0))
-    return jnp.where(u == 1.0, x, jnp.where(jnp.abs(u) < math.inf, exact, u))
+    # log(1 + x) = 2 atanh(x / (2 + x)), by its series near 0. The usual correction of log(1 + x)
+    # by x / ((1 + x) - 1) is no help: XLA takes that quotient for one.
+    s = x / (2.0 + x)
+    square = s * s
+    series = 1.0 / 9.0
+    for odd in (7.0, 5.0, 3.0):
+        series = series * square + 1.0 / odd
+    near = 2.0 * s * (series * square + 1.0)
+    return jnp.where(jnp.abs(x) < 0.25, near, jnp.log(1.0 + x))
 
 
 def _where(pred: Any, when_false: Any, when_true: Any) -> Any:
