@@ -30,7 +30,7 @@ from experiments.adapt.finetuning import check_ranks
 from experiments.run import checks, limits, memory
 from experiments.run.folders import RunError
 from experiments.run.task import Task
-from experiments.shell import commandline, near_misses
+from experiments.shell import near_misses
 from experiments.shell.explanations import explain, typed_key
 from experiments.studies import finetune_figure, mixers, solver_study, state_tracking_figure
 from jaxpara.train import init_state, make_step
@@ -382,19 +382,6 @@ def test_a_rank_above_its_matrix_is_refused_with_the_leaf_and_its_size(chained):
         RunError, match="rank=5 is above what mlp/kernel .*\n?.*6 x 4:\ngive rank=4"
     ):
         check_ranks(jax.eval_shape(lambda: state(5)))
-
-
-def test_a_reader_that_leaves_ends_a_command_without_a_word(monkeypatch, capfd):
-    turned = []
-    monkeypatch.setattr("os.dup2", lambda *given: turned.append(given))
-
-    def main():
-        raise BrokenPipeError(32, "Broken pipe")
-
-    with pytest.raises(SystemExit) as end:
-        commandline.launch(main)
-    assert end.value.code == 141 and len(turned) == 1 and capfd.readouterr().err == ""
-    assert explain(BrokenPipeError(32, "Broken pipe")) is None
 
 
 def test_names_to_export_that_are_no_table_are_refused_with_one(tmp_path):
