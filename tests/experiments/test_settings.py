@@ -225,7 +225,7 @@ def test_objects_of_others_are_theirs_to_judge():
         (["+model.widht=3"], "did you mean model.width?"),
         (["mixer=attention", "+mixer.hads=2"], "mixer.hads: jaxpara.nn.mixers.attention has no"),
         (["mixer=attention", "mixer.heads=7"], "change it with model.width=VALUE"),
-        (["cell.path=jaxpara.cells.gruu"], "did you mean jaxpara.cells.para_gru"),
+        (["cell.path=jaxpara.cells.para_gruu"], "did you mean jaxpara.cells.para_gru"),
         (["steps=1,2"], "several values need -m"),
         (["a=["], "cannot be read"),
         (["model.layers=4", "mixer=hybrid"], "layers=4 is not a multiple of the 3 mixers"),
