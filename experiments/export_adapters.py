@@ -23,14 +23,18 @@ def export(cfg: DictConfig) -> None:
     Raises:
       RunError: no such run, or its transforms are not LoRA alone.
     """
+    names = OmegaConf.to_container(cfg)["names"] or {}
+    if not isinstance(names, dict):
+        raise folders.RunError(
+            f"names={names}: expected modules by the path of their leaf;\n"
+            "type for example \"names={blocks/0/out/kernel: 'model.layers.{}.out'}\""
+        )
     folder = folders.find_run(cfg.run)
     trained = trust.open_config(folder)
     folders.need(trained, folder, "model")
     like = jax.eval_shape(build_model(trained).init, jax.random.key(0))
     state = checkpoints.load_params(folder, like, which="last")
     output = Path(cfg.output) if cfg.output else folder / "peft"
-    names = OmegaConf.to_container(cfg.names) if cfg.names else {}
-    assert isinstance(names, dict)
     peft_files.save(output, state, names={str(glob): str(name) for glob, name in names.items()})
     print(f"{output / peft_files.TENSORS} and {output / peft_files.CONFIG}")
 

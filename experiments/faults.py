@@ -1,6 +1,6 @@
 """Injects faults into runs' folders and counts what comes of them: `python -m experiments.faults`.
 
-    python -m experiments.faults                 # all kinds, about ten minutes on two cores
+    python -m experiments.faults                 # all kinds, one or two minutes on two cores
     python -m experiments.faults only=hostile    # one of them
     python -m experiments.faults share=0.1       # a tenth of the faults
 

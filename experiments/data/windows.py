@@ -29,7 +29,8 @@ def check_long_enough(text: Integer[np.ndarray, " tokens"], length: int) -> None
     if len(text) < length + 1:
         raise ValueError(
             f"a window of {length} + 1 tokens does not fit into {len(text)} tokens: "
-            f"give more text or a length of at most {len(text) - 1}"
+            "give more text, or a window=, length= or evaluation.length= of at most "
+            f"{len(text) - 1}"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import records
@@ -191,6 +191,22 @@ def reopen_run(folder: Path) -> None:
     write_json(folder / ENVIRONMENT, {**known, "resumed": again})
 
 
+def commit_of(folder: Path) -> str | None:
+    """The commit of the code that began a run.
+
+    Args:
+      folder: of the run.
+
+    Returns:
+      Its first characters; None where the folder does not say.
+    """
+    try:
+        commit = str(read_json(folder / ENVIRONMENT).get("git_commit"))
+    except (RunError, OSError):
+        return None
+    return commit[:8] if re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
 def status(folder: Path) -> str | None:
     """How a run ended.
 
@@ -280,6 +296,42 @@ def _depth(text: str) -> int:
     return max(deepest, *(len(run) // 2 for run in re.findall(r"(?:[-?] )+", text)), 0)
 
 
+def read_yaml(path: Path) -> DictConfig | ListConfig:
+    """Reads a YAML file of a run's folder, which may be anybody's.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Its values; interpolations in them are not evaluated yet.
+
+    Raises:
+      RunError: the file is missing, cut, too large or too deep, or it has aliases.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if len(text) > LARGEST_CONFIG:
+            raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
+        if _depth(text) > DEEPEST_CONFIG:
+            raise ValueError(f"it nests more than {DEEPEST_CONFIG} deep")
+        # References between nodes could stand for more than memory holds; we write none.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has YAML aliases, which no run writes")
+        return OmegaConf.create(text)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}): give another run") from error
+    except (
+        ValueError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        RecursionError,
+        AssertionError,
+    ) as error:
+        raise RunError(
+            f"{path} is damaged ({_first_line(error)}): put back a copy of it, or give another run"
+        ) from error
+
+
 def load_config(folder: Path) -> DictConfig:
     """Reads the resolved config of a run, to look at; `trust.open_config` reads it to build from.
 
@@ -294,28 +346,7 @@ def load_config(folder: Path) -> DictConfig:
         `open_run` never writes.
     """
     path = folder / CONFIG
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if len(text) > LARGEST_CONFIG:
-            raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
-        if _depth(text) > DEEPEST_CONFIG:
-            raise ValueError(f"it nests more than {DEEPEST_CONFIG} deep")
-        # References between nodes could stand for more than memory holds; we write none.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it has YAML aliases, which no run writes")
-        cfg = OmegaConf.create(text)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): give another run") from error
-    except (
-        ValueError,
-        yaml.YAMLError,
-        OmegaConfBaseException,
-        RecursionError,
-        AssertionError,
-    ) as error:
-        raise RunError(
-            f"{path} is damaged ({_first_line(error)}): put back a copy of it, or give another run"
-        ) from error
+    cfg = read_yaml(path)
     if not isinstance(cfg, DictConfig) or not cfg:
         raise RunError(f"{path} is empty or no config: put back a copy of it, or give another run")
     check_inert(OmegaConf.to_container(cfg, resolve=False), str(path))

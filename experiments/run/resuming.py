@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run.folder_arguments import TRUST, quote_value
-from experiments.run.folders import RunError, find_run
+from experiments.run.folders import RunError, find_run, read_yaml
 
 # What may differ: whether to go on, where, and with what trust.
 FREE = ("resume", "hydra", TRUST)
@@ -80,12 +80,13 @@ def check_overrides(
 
 
 def _choices(folder: Path) -> dict[str, Any]:
-    """Which member of each group the run was begun with; empty where Hydra kept no record."""
-    record = folder / ".hydra" / "hydra.yaml"
-    if not record.is_file():
+    """Which member of each group the run was begun with; empty without a whole record of it."""
+    try:
+        # Read as plain values: nothing in a folder is evaluated.
+        record = read_yaml(folder / ".hydra" / "hydra.yaml")
+        node = OmegaConf.to_container(record, resolve=False)
+    except RunError:
         return {}
-    # Read as plain values: nothing that stands in a folder is evaluated.
-    node = OmegaConf.to_container(OmegaConf.load(record), resolve=False)
     for key in ("hydra", "runtime", "choices"):
         node = node.get(key) if isinstance(node, dict) else None
     return {str(key): value for key, value in node.items()} if isinstance(node, dict) else {}

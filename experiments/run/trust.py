@@ -6,34 +6,25 @@ files inside it are read. The rest must be given on the command line: `trust=the
 `trust=PATH`, or the setting itself once more (`data.path=PATH`). Nothing in a folder grants it.
 """
 
-import importlib
 import os
-import re
 import shlex
 import sys
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.run import folders
+from experiments.run import folders, names
 from experiments.run.folder_arguments import TRUST, quote_value
 from experiments.run.folders import RunError
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
-GETTERS = ("hydra.utils.get_method", "hydra.utils.get_object")
-OPEN = ("jaxpara", "optax")
 # Arguments of constructors that are files, folders, globs or names of data sets.
 FILES = ("path", "root", "data_files", "tokenizer", "base")
 # Kinds of files, as `path` of a data set whose files are in `data_files`.
 KINDS = ("json", "parquet", "text")
-PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
 
@@ -95,12 +86,17 @@ def open_config(folder: Path) -> DictConfig:
     """
     check_place(folder)
     cfg = folders.load_config(folder)
-    for key, name in _targets(OmegaConf.to_container(cfg, resolve=False), ""):
-        if not _is_allowed(name):
-            shown = name if isinstance(name, str) else repr(name)
-            raise RunError(
-                f"{folder / folders.CONFIG} asks for {key}={shown}, which {_refusal(name)}"
-            )
+    refused = [
+        (key, name)
+        for key, name in names.targets(OmegaConf.to_container(cfg, resolve=False), "")
+        if not _is_allowed(name)
+    ]
+    gone = list(dict.fromkeys(name for _, name in refused if names.is_gone(name)))
+    for key, name in refused:
+        if name in gone:
+            raise RunError(_of_another_version(folder, gone))
+        shown = name if isinstance(name, str) else repr(name)
+        raise RunError(f"{folder / folders.CONFIG} asks for {key}={shown}, which {_refusal(name)}")
     copy = folder / folders.TOKENIZER
     for group in (cfg.get("data"), OmegaConf.select(cfg, "task.data")):
         if isinstance(group, DictConfig) and group.get("tokenizer") and copy.is_file():
@@ -205,24 +201,6 @@ def check_place(folder: Path) -> None:
                 )
 
 
-def _targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every name that a config asks to be looked up, with the key where it stands."""
-    if isinstance(node, list):
-        for number, child in enumerate(node):
-            yield from _targets(child, f"{key}[{number}]")
-    if not isinstance(node, dict):
-        return
-    here = f"{key}." if key else ""
-    if "_target_" in node:
-        name, rest = node["_target_"], set(node) - {"_target_", "_convert_", "_recursive_"}
-        if name in GETTERS and rest == {"path"}:
-            yield f"{here}path", node["path"]
-        else:  # a getter with anything else is no shipped name either
-            yield f"{here}_target_", name
-    for name, child in node.items():
-        yield from _targets(child, f"{here}{name}")
-
-
 def _paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
     """Every file or data set that a config asks to be read, with its key."""
     if isinstance(node, list):
@@ -231,7 +209,7 @@ def _paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
     if not isinstance(node, dict):
         return
     here = f"{key}." if key else ""
-    for name in FILES if "_target_" in node and node["_target_"] not in GETTERS else ():
+    for name in FILES if "_target_" in node and node["_target_"] not in names.GETTERS else ():
         for text in _texts(node.get(name)):
             if not (name == "path" and node.get("data_files") and text in KINDS):
                 yield f"{here}{name}", text
@@ -239,27 +217,15 @@ def _paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
         yield from _paths(child, f"{here}{name}")
 
 
-@cache
-def shipped() -> frozenset[str]:
-    """The names of constructors, functions and objects in `experiments/conf`."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    found = set()
-    for path in CONF.rglob("*.yaml"):
-        values = yaml.load(path.read_text(encoding="utf-8"), loader) or {}
-        values.pop("hydra", None)
-        found |= {name for _, name in _targets(values, "") if isinstance(name, str)}
-    return frozenset(found)
-
-
 def _is_allowed(name: Any) -> bool:
-    if not isinstance(name, str) or PACKAGE.fullmatch(name) is None:
+    if not isinstance(name, str) or names.PACKAGE.fullmatch(name) is None:
         return False
-    return name in shipped() or is_public(name) or is_made_in(name, _packages())
+    return name in names.shipped() or names.is_public(name) or names.is_made_in(name, _packages())
 
 
 def _packages() -> list[str]:
     """The packages that the command line trusts."""
-    return [one for one in _GIVEN.get() if PACKAGE.fullmatch(one)]
+    return [one for one in _GIVEN.get() if names.PACKAGE.fullmatch(one)]
 
 
 def _refusal(name: Any) -> str:
@@ -271,7 +237,7 @@ def _refusal(name: Any) -> str:
             "anybody's.\nIf you know that code and mean to run it, repeat the command with "
             f"{TRUST}={_package_of(name)}"
         )
-    if locate(name) is None:
+    if names.locate(name) is None:
         return (
             f"Python does not find, although {TRUST}={covers[0]} is given:\n"
             "install that package, or start the command where `python -m` can import it"
@@ -282,76 +248,31 @@ def _refusal(name: Any) -> str:
     )
 
 
+def _of_another_version(folder: Path, gone: Sequence[str]) -> str:
+    """What to do with a run whose constructors have other names now.
+
+    Args:
+      folder: of the run.
+      gone: the names in its config that are not there.
+
+    Returns:
+      Three lines.
+    """
+    commit = folders.commit_of(folder)
+    back = f"; `git checkout {commit}` brings that version back" if commit else ""
+    there = {name: " or ".join(names.present_names(name)) for name in gone[:8]}
+    pairs = ", ".join(f"{name} -> {now or '?'}" for name, now in there.items())
+    todo = f"To use it here, write the present names in its {folders.CONFIG}: {pairs}"
+    if not any(there.values()):
+        todo = "No present name is like it: use that version, or train the run again"
+    return (
+        f"{folder / folders.CONFIG} names {gone[0]}, which is not in this version of jaxpara.\n"
+        f"The run is of another version{back}.\n{todo}"
+    )
+
+
 def _package_of(name: Any) -> str:
     return name.partition(".")[0] if isinstance(name, str) and name else "their.package"
-
-
-def is_public(name: str) -> bool:
-    """Whether a dotted name is public in jaxpara or optax, and made there.
-
-    Args:
-      name: such as `optax.adamw`.
-
-    Returns:
-      False for what such a module has imported from elsewhere, for modules, for attributes of
-      objects, and for names with an underscore at the front.
-    """
-    parts = name.split(".")
-    if any(part.startswith("_") for part in parts) or not is_made_in(name, OPEN):
-        return False
-    *modules, last = parts
-    module = locate(".".join(modules))
-    return isinstance(module, types.ModuleType) and last in getattr(module, "__all__", [last])
-
-
-def is_made_in(name: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted name is in a package and everything on the way to it was made there.
-
-    Args:
-      name: such as `optax.adamw`.
-      packages: names of packages.
-
-    Returns:
-      False where the way leads through something imported from elsewhere, as in
-      `their.package.os.system`, and for modules.
-    """
-    if not any(name.startswith(f"{package}.") for package in packages):
-        return False
-    parts = name.split(".")
-    found = None
-    for end in range(1, len(parts) + 1):
-        found = locate(".".join(parts[:end]))
-        if isinstance(found, types.ModuleType):
-            home = found.__name__
-        else:
-            home = getattr(found, "__module__", None) or type(found).__module__
-        roots = [package.partition(".")[0] for package in packages]
-        if not any(f"{home}.".startswith(f"{root}.") for root in roots):
-            return False
-    return found is not None and not isinstance(found, types.ModuleType)
-
-
-def locate(name: str) -> Any:
-    """What a dotted name stands for; None where there is nothing of that name.
-
-    Args:
-      name: of a module, or of what is in one.
-
-    Returns:
-      The object.
-    """
-    first, *rest = name.split(".")
-    try:
-        found = importlib.import_module(first)
-        here = first
-        for part in rest:
-            here += f".{part}"
-            if not hasattr(found, part):
-                importlib.import_module(here)
-            found = getattr(found, part)
-    except (ImportError, AttributeError):
-        return None
-    return found
 
 
 def _as_path(value: str) -> str:

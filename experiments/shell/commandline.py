@@ -115,6 +115,9 @@ def launch(main: Callable[[], Any]) -> Any:
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
     try:
         return main()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except Exception as error:
         text = explain(error)
         if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
@@ -149,8 +152,5 @@ def command(main: Callable[[], Any]) -> Callable[[], Any]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
-        except BrokenPipeError:  # the reader, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
 
     return run

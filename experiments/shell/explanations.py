@@ -44,6 +44,8 @@ def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
 
 def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
     cause = error.__cause__
+    if isinstance(error, BrokenPipeError):  # nobody reads on, see `commandline.command`
+        return None
     if isinstance(cause, InstantiationException):  # an object inside another one
         return _text_of(cause, cfg)
     if isinstance(error, RunError):

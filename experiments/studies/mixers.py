@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.run import trust
-from experiments.run.folders import RunError
+from experiments.run.folders import RunError, read_yaml
 from experiments.run.tables import show
 from experiments.shell.build import build_model
 from experiments.shell.commandline import command, guarded
@@ -77,7 +77,7 @@ def contender_of(run: Run) -> str:
         return run.config["contender"]
     # Contenders from elsewhere need not name themselves in the config; Hydra knows them too.
     overrides = run.folder / ".hydra" / "overrides.yaml"
-    for line in OmegaConf.load(overrides) if overrides.is_file() else []:
+    for line in read_yaml(overrides) if overrides.is_file() else []:
         key, _, name = str(line).partition("=")
         if key == "contender":
             return name

@@ -4,6 +4,7 @@ A job's folder depends on its config alone (see `sweep_folders`), and a job that
 there goes on with it. So the same command, repeated, does what is left to do.
 """
 
+import contextlib
 import importlib.util
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from experiments.run import folders, records
 from experiments.run.tables import show
@@ -158,8 +159,9 @@ def _read_job(record: Path, began: float) -> Job:
         status, error = "failed", (folder / ERROR).read_text().split("\n")[0]
     elif status == "finished" and (folder / folders.SUMMARY).stat().st_mtime < began:
         status = "finished before"
-    overrides = OmegaConf.to_container(OmegaConf.load(record))
-    assert isinstance(overrides, list)
+    overrides = []
+    with contextlib.suppress(folders.RunError):  # a damaged record costs the row its second column
+        overrides = [str(one) for one in folders.read_yaml(record)]
     column, figure = judge(folder)
     # The file is long, and OmegaConf takes its time over it.
     number = re.search(r"^    num: (\d+)$", record.with_name("hydra.yaml").read_text(), re.M)

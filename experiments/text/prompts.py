@@ -64,7 +64,10 @@ def _of_record(line: str, field: str, where: str) -> str:
         ) from error
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise RunError(f"{where} has no text in the field {field!r} ({there}): give field=NAME")
+        raise RunError(
+            f"{where} has no text in the field {field!r} ({there}): give field=NAME, "
+            'or an object on each line, such as {"prompt": "def "}'
+        )
     return record[field]
 
 

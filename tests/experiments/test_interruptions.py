@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 
 from experiments.run import checkpoints, folders, metrics
+from experiments.shell import commandline
 from experiments.shell.build import build_model
+from experiments.shell.explanations import explain
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = (
@@ -198,3 +200,16 @@ def test_no_row_is_lost_or_written_twice_through_all_of_it(life):
     like = jax.eval_shape(build_model(folders.load_config(folder)).init, jax.random.key(0))
     params = checkpoints.load_params(folder, like)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_word(monkeypatch, capfd):
+    turned = []
+    monkeypatch.setattr("os.dup2", lambda *given: turned.append(given))
+
+    def main():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(SystemExit) as end:
+        commandline.launch(main)
+    assert end.value.code == 141 and len(turned) == 1 and capfd.readouterr().err == ""
+    assert explain(BrokenPipeError(32, "Broken pipe")) is None

@@ -225,7 +225,7 @@ def test_objects_of_others_are_theirs_to_judge():
         (["+model.widht=3"], "did you mean model.width?"),
         (["mixer=attention", "+mixer.hads=2"], "mixer.hads: jaxpara.nn.mixers.attention has no"),
         (["mixer=attention", "mixer.heads=7"], "change it with model.width=VALUE"),
-        (["cell.path=jaxpara.cells.gruu"], "did you mean jaxpara.cells.para_gru"),
+        (["cell.path=jaxpara.cells.para_gruu"], "did you mean jaxpara.cells.para_gru"),
         (["steps=1,2"], "several values need -m"),
         (["a=["], "cannot be read"),
         (["model.layers=4", "mixer=hybrid"], "layers=4 is not a multiple of the 3 mixers"),
@@ -382,3 +382,8 @@ def test_a_rank_above_its_matrix_is_refused_with_the_leaf_and_its_size(chained):
         RunError, match="rank=5 is above what mlp/kernel .*\n?.*6 x 4:\ngive rank=4"
     ):
         check_ranks(jax.eval_shape(lambda: state(5)))
+
+
+def test_names_to_export_that_are_no_table_are_refused_with_one(tmp_path):
+    said = ending(export_adapters, tmp_path, "run=x", "names=3")
+    assert said.startswith("error: names=3: expected") and "type for example" in said

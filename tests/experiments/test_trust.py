@@ -1,8 +1,11 @@
 """A folder from anybody: it is read, and nothing in it is run."""
 
+import contextlib
+import importlib
 import inspect
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -13,9 +16,10 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import jaxpara
 from experiments import evaluate, export_adapters, finetune, generate, train
 from experiments.inject import hostile
-from experiments.run import folders, trust
+from experiments.run import folders, names, trust
 from experiments.run.folder_arguments import quote_value
 from experiments.run.resuming import _choices
 from experiments.shell import build, commandline
@@ -82,7 +86,8 @@ def test_names_that_are_not_of_what_is_built_are_refused(run, name):
         "jaxpara.nn.decoder",
         "jaxpara.nn.mixers.attention",
         "jaxpara.cells.para_gru",
-        "jaxpara.recurrence.solvers.newton",
+        "jaxpara.newton",
+        "jaxpara.testing.check_model",
     ],
 )
 def test_public_names_of_jaxpara_and_optax_are_built(run, name):
@@ -90,14 +95,42 @@ def test_public_names_of_jaxpara_and_optax_are_built(run, name):
     trust.open_config(run)
 
 
+def test_what_a_folder_may_name_of_jaxpara_is_what_the_reference_documents():
+    pages = (folders.REPOSITORY / "docs/api").glob("*.md")
+    documented = {one for p in pages for one in re.findall(r"(?m)^::: (\S+)$", p.read_text())}
+    there = set()
+    for found in pkgutil.walk_packages(jaxpara.__path__, "jaxpara."):
+        with contextlib.suppress(ImportError):  # what needs a package that is not here
+            there |= {f"{found.name}.{one}" for one in vars(importlib.import_module(found.name))}
+    there |= {f"{place}.{one}" for place in names.PUBLIC for one in vars(names.locate(place) or 0)}
+    public = {one for one in there if names.is_public(one)}
+    assert public <= documented
+    values = {one for one in documented if not callable(names.locate(one))}  # and types of unions
+    assert documented - public <= values | {"jaxpara.Structure"} and len(public) > 100
+
+
+@pytest.mark.parametrize("kept", ["commit", "no record", "another's record"])
+def test_a_folder_of_another_version_says_what_its_names_are_now(tmp_path, run, kept):
+    old = "experiments.language_model.language_model"
+    record = {"git_commit": "0123456789" * 4 if kept == "commit" else "$(touch x)"}
+    if kept != "no record":
+        (run / "env.json").write_text(json.dumps(record))
+    edited(run, task={"_target_": old})
+    said = call(evaluate, tmp_path, f"run={run}", "trust=experiments")
+    assert f"names {old}, which is not in this version of jaxpara" in said
+    assert f"{old} -> experiments.text.language_model.language_model" in said
+    assert ("`git checkout 01234567` brings" in said) == (kept == "commit")
+    assert "touch" not in said and "Traceback" not in said and len(said.splitlines()) <= 3
+
+
 def test_everything_that_a_shipped_config_names_is_built():
     assert {
         "experiments.data.text.load",
         "jaxpara.cells.para_gru",
         "builtins.tuple",
-    } < trust.shipped()
-    assert not {name for name in trust.shipped() if trust.locate(name) is None}
-    assert not any(name.startswith("hydra.") for name in trust.shipped())
+    } < names.shipped()
+    assert not {name for name in names.shipped() if names.locate(name) is None}
+    assert not any(name.startswith("hydra.") for name in names.shipped())
 
 
 @pytest.mark.parametrize("node", hostile.GETTERS, ids=str)
@@ -239,9 +272,9 @@ def test_no_constructor_that_a_folder_may_call_has_a_path_that_is_not_known():
         "name", "split", "field", "validation_split", "encoding", "only", "without",
         "project", "mode", "tags", "group", "letters", "where",
     }  # fmt: skip
-    for name in sorted(trust.shipped()):
+    for name in sorted(names.shipped()):
         if not name.startswith("experiments.") or not inspect.isfunction(
-            found := trust.locate(name)
+            found := names.locate(name)
         ):
             continue
         for parameter in inspect.signature(found).parameters.values():
@@ -262,6 +295,16 @@ def test_the_record_that_hydra_kept_is_read_as_values(tmp_path, monkeypatch):
     record.parent.mkdir()
     for text in ("hydra: ${oc.env:X}", "hydra: {runtime: {choices: '${oc.env:X}'}}", "[]", "a: 1"):
         record.write_text(text)
+        assert _choices(tmp_path) == {}
+    for damaged in (
+        b"",
+        b"[",
+        b"a: &a [*a]",
+        b"\xff\xfe\x00",
+        b"[" * 5000,
+        b"!!python/name:os.system",
+    ):
+        record.write_bytes(damaged)
         assert _choices(tmp_path) == {}
     record.write_text("hydra: {runtime: {choices: {cell: gru, a: '${oc.env:X}'}}}")
     assert _choices(tmp_path) == {"cell": "gru", "a": "${oc.env:X}"}
