@@ -51,13 +51,14 @@ def gated(name: str, width: int) -> Recurrence:
     """A cell of `jp.cells`.
 
     Args:
-      name: its name there.
+      name: its name there, `gru` and `lstm` for those with one weight a unit.
       width: D.
 
     Returns:
       The recurrence.
     """
-    built = getattr(jp.cells, name)(1, width, scale=1.0)
+    cell = {"gru": "para_gru", "lstm": "para_lstm"}.get(name, name)
+    built = getattr(jp.cells, cell)(1, width, scale=1.0)
     params = built.init(jax.random.key(0))
     names = sorted(params["recurrent"])
     gates = built.project(params, jnp.zeros((1, 1)))

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
+
+AnyArray = jax.Array | np.ndarray
+"""An array of a user, who may hold it in NumPy."""
 
 Params = Any
 Carry = Any

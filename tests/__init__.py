@@ -4,11 +4,12 @@
 def check(function):
     """Checks a function's arguments and results.
 
-    An int will do where a float is wanted, and NumPy's array where JAX's is, as in JAX itself.
+    As in JAX, an int will do where a float is wanted, NumPy's integers where Python's are, and
+    its arrays where JAX's are.
     """
     import jax
     import numpy as np
     from beartype import BeartypeConf, BeartypeHintOverrides, beartype  # not where only JAX is
 
-    arrays = BeartypeHintOverrides({jax.Array: jax.Array | np.ndarray})
-    return beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=arrays))(function)
+    wider = {jax.Array: jax.Array | np.ndarray, int: int | np.integer, float: float | int}
+    return beartype(conf=BeartypeConf(hint_overrides=BeartypeHintOverrides(wider)))(function)

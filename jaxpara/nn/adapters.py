@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxpara.nn.layers import linear
 from jaxpara.nn.mixers import Mixer
-from jaxpara.types import Model
+from jaxpara.types import AnyArray, Model
 
 
 def bottleneck(
@@ -56,7 +56,9 @@ def bottleneck(
         y = layer.apply(params, x)
         return y + params["bias"].astype(y.dtype) if biases else y
 
-    def apply(params: dict, x: Float[Array, "*batch features"]) -> Float[Array, "*batch outputs"]:
+    def apply(
+        params: dict, x: Float[AnyArray, "*batch features"]
+    ) -> Float[Array, "*batch outputs"]:
         return affine(up, params["up"], activation(affine(down, params["down"], x)))
 
     return Model(init, apply)
@@ -84,7 +86,7 @@ def parallel_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> Mod
     References: [unified_adapters].
     """
 
-    def apply(params: dict, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def apply(params: dict, x: Float[AnyArray, "..."]) -> Float[Array, "..."]:
         return layer.apply(params["layer"], x) + scale * adapter.apply(params["adapter"], x)
 
     return Model(_both(layer, adapter), apply)
@@ -104,7 +106,7 @@ def sequential_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> M
     References: [houlsby].
     """
 
-    def apply(params: dict, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def apply(params: dict, x: Float[AnyArray, "..."]) -> Float[Array, "..."]:
         h = layer.apply(params["layer"], x)
         return h + scale * adapter.apply(params["adapter"], h)
 

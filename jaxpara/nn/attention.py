@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpara.nn.layers import linear
+from jaxpara.types import AnyArray
 
 
 class AttentionState(NamedTuple):
@@ -123,7 +124,7 @@ def rotary_attention(
     def run(
         params: dict,
         state: AttentionState,
-        x: Float[Array, "batch time width"],
+        x: Float[AnyArray, "batch time width"],
         reset: Bool[Array, "batch time"] | None,
     ) -> tuple[AttentionState, Float[Array, "batch time width"]]:
         batch, time = x.shape[:2]

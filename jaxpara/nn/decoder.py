@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxpara.nn.conv import short_conv
 from jaxpara.nn.layers import embedding, linear, rms_norm, swiglu
 from jaxpara.nn.mixers import Mixer
-from jaxpara.types import Model
+from jaxpara.types import AnyArray, Model
 
 MakeMixer = Callable[[int], Mixer]
 AdaptMlp = Callable[[Model, int], Model]
@@ -173,7 +173,7 @@ def decoder(
     def run(
         params: dict,
         state: Any,
-        tokens: Int[Array, "batch time"],
+        tokens: Integer[AnyArray, "batch time"],
         reset: Bool[Array, "batch time"] | None = None,
     ) -> tuple[Any, Float[Array, "batch time vocab"]]:
         if tokens.ndim != 2:
@@ -199,7 +199,7 @@ def decoder(
 
     def apply(
         params: dict,
-        tokens: Int[Array, "batch time"],
+        tokens: Integer[AnyArray, "batch time"],
         reset: Bool[Array, "batch time"] | None = None,
     ) -> Float[Array, "batch time vocab"]:
         if tokens.ndim != 2:

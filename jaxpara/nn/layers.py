@@ -6,9 +6,9 @@ in the dtype of its input, so that one cast after the embedding decides the prec
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
-from jaxpara.types import Model
+from jaxpara.types import AnyArray, Model
 
 
 def linear(features: int, outputs: int, *, scale: float = 1.0) -> Model:
@@ -27,7 +27,9 @@ def linear(features: int, outputs: int, *, scale: float = 1.0) -> Model:
         kernel = jax.random.normal(key, (features, outputs), jnp.float32)
         return {"kernel": kernel * (scale * features**-0.5)}
 
-    def apply(params: dict, x: Float[Array, "*batch features"]) -> Float[Array, "*batch outputs"]:
+    def apply(
+        params: dict, x: Float[AnyArray, "*batch features"]
+    ) -> Float[Array, "*batch outputs"]:
         return x @ params["kernel"].astype(x.dtype)
 
     return Model(init, apply)
@@ -51,7 +53,7 @@ def embedding(vocab_size: int, width: int, *, scale: float = 1.0) -> Model:
     def init(key):
         return {"table": scale * jax.random.normal(key, (vocab_size, width), jnp.float32)}
 
-    def apply(params: dict, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+    def apply(params: dict, tokens: Integer[AnyArray, "*batch"]) -> Float[Array, "*batch width"]:
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens have dtype {tokens.dtype}; give integers below {vocab_size}")
         rows = params["table"].shape[0]
@@ -87,7 +89,7 @@ def rms_norm(width: int, *, epsilon: float = 1e-6) -> Model:
         del key
         return {"scale": jnp.ones(width, jnp.float32)}
 
-    def apply(params: dict, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    def apply(params: dict, x: Float[AnyArray, "*batch width"]) -> Float[Array, "*batch width"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         size = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
         return (wide * size * params["scale"]).astype(x.dtype)
@@ -115,7 +117,7 @@ def swiglu(width: int, hidden: int, *, scale: float = 1.0) -> Model:
         k_up, k_down = jax.random.split(key)
         return {"up": up.init(k_up), "down": down.init(k_down)}
 
-    def apply(params: dict, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    def apply(params: dict, x: Float[AnyArray, "*batch width"]) -> Float[Array, "*batch width"]:
         gate, value = jnp.split(up.apply(params["up"], x), 2, axis=-1)
         return down.apply(params["down"], jax.nn.silu(gate) * value)
 

@@ -6,15 +6,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
-from jaxpara.types import Key, Loss, Model, Params
+from jaxpara.types import AnyArray, Key, Loss, Model, Params
 
 
 def _nats(
     model: Model,
     params: Params,
-    windows: Int[Array, "batch time_plus_one"],
+    windows: Integer[AnyArray, "batch time_plus_one"],
     key: Key | None = None,
 ) -> Float[Array, "batch time"]:
     """`-log p(token_{t+1} | tokens up to t)` at every position of every window."""
@@ -54,7 +54,7 @@ def next_token_loss(model: Model) -> Loss:
 
 def evaluate(
     model: Model,
-) -> Callable[[Params, Int[Array, "batch time_plus_one"]], dict[str, jax.Array]]:
+) -> Callable[[Params, Integer[AnyArray, "batch time_plus_one"]], dict[str, jax.Array]]:
     """Sums over windows, each read from the start state, so that batches can be added up.
 
     Bits for each token are `nats / tokens / log(2)`, once everything is summed.

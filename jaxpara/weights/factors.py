@@ -7,6 +7,7 @@ heads) are batches. A factor says along which of them it runs.
 """
 
 import string
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxpara.weights.precision import wide
 
-Axes = tuple[int | str, ...]
+Axes = tuple[Hashable, ...]
 """The axes of a part: negative numbers are axes of the weight, names are its own."""
 
 

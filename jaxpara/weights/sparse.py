@@ -9,6 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
 from jaxpara.tree import Where
+from jaxpara.types import AnyArray
 from jaxpara.weights.method import computed
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.sizes import whole
@@ -21,7 +22,7 @@ class _Settings(NamedTuple):
     decay: float
 
 
-def largest(w: Float[Array, "..."], n: int, m: int, axis: int) -> Bool[Array, "..."]:
+def largest(w: Float[AnyArray, "..."], n: int, m: int, axis: int) -> Bool[Array, "..."]:
     """Where the `n` largest magnitudes of each group of `m` stand; ties go to the first.
 
     Args:

@@ -107,6 +107,7 @@ def test_a_matmul_of_integers_with_a_zero_point_is_the_dequantised_one_exactly()
     np.testing.assert_array_equal(found, whole @ dense(values, scale, offset))
 
 
+@pytest.mark.untyped
 def test_a_weight_made_of_integers_runs_and_is_refused_where_the_shapes_do_not_fit():
     x, values, scale, offset = case(4, 3, True)
     w = jp.weights.quantised_array(values, scale[:, None], offset[:, None], bits=4)

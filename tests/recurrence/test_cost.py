@@ -128,6 +128,7 @@ def test_values_gradients_and_diagnostics_of_a_refused_solver():
     assert_close(grads, exact, 2e-5)  # sums over 300 steps in another order
 
 
+@pytest.mark.untyped
 def test_a_limit_is_obeyed_either_way():
     weights, init, xs = dense(64, 1024)
 

@@ -385,6 +385,7 @@ def test_an_empty_batch_is_solved_and_has_empty_gradients(implementation):
     assert no_lanes(jnp.ones(3), jnp.zeros((0, 20, 3))).shape == (0, 20, 3)
 
 
+@pytest.mark.untyped
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="window is 0"):
         jp.fused(window=0)

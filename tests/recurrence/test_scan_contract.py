@@ -250,6 +250,7 @@ def test_a_large_state_does_not_excuse_errors_in_the_small_ones_after_it(solver,
 # Errors -------------------------------------------------------------------------------
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "call",
     [
@@ -270,6 +271,7 @@ def test_errors_are_those_of_lax_scan(call):
         call(ours)
 
 
+@pytest.mark.untyped
 def test_solvers_and_derivatives_that_do_not_exist():
     with pytest.raises(TypeError, match=r"expected jp.shooting\(\).*mind the call"):
         jp.newton_scan(step, H0, XS, solver=jp.shooting)

@@ -242,6 +242,7 @@ def test_what_is_required_of_cut_axes_is_what_the_proof_says_of_them():
             check(wrong)
 
 
+@pytest.mark.untyped
 def test_a_structure_that_is_none_says_what_to_type():
     with pytest.raises(TypeError, match=r"structure is 'diagonal'; expected jp\.Diagonal"):
         jp.newton(structure="diagonal")

@@ -10,6 +10,9 @@ import pytest
 import jaxpara as jp
 from jaxpara.weights import Layout
 
+# Warnings name the line of the caller, and the checker would be the caller.
+pytestmark = pytest.mark.untyped
+
 KEY = jax.random.key(0)
 
 

@@ -260,6 +260,7 @@ def test_number_formats_of_weights_under_x64(dtype):
                 np.testing.assert_allclose(found, t.effective(wanted)["w"], rtol=1e-15)
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -105,7 +105,7 @@ def assemble(
     shape: tuple[int, ...] = (),
     half_width: float = 0.0,
     clip: float | None = None,
-    time_constants: tuple[float, float] = (1.0, 64.0),
+    time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
     """A cell from its equations.
 
@@ -165,7 +165,7 @@ def bounded(clip: float | None) -> Callable[[jax.Array], jax.Array]:
 
 
 def chrono(
-    key: Key, units: tuple[int, ...], time_constants: tuple[float, float]
+    key: Key, units: tuple[int, ...], time_constants: Sequence[float]
 ) -> Float[Array, "..."]:
     """`log(tau)` with `tau` log-uniform: a forget gate of this bias remembers `tau` steps."""
     shortest, longest = time_constants

@@ -5,6 +5,8 @@ unit, which is what makes Newton's method over time cheap [pararnn]. Units mix t
 input projection of the next layer.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +20,7 @@ def para_gru(
     *,
     clip: float | None = None,
     scale: float = 0.5,
-    time_constants: tuple[float, float] = (1.0, 64.0),
+    time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
     """A GRU with elementwise recurrent weights, the reset gate inside the candidate.
 
@@ -71,7 +73,7 @@ def para_lstm(
     *,
     clip: float | None = None,
     scale: float = 0.5,
-    time_constants: tuple[float, float] = (1.0, 64.0),
+    time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
     """An LSTM with elementwise recurrences, coupled input gate and peepholes.
 
@@ -173,7 +175,7 @@ def slstm(
     *,
     clip: float | None = None,
     scale: float = 0.5,
-    time_constants: tuple[float, float] = (1.0, 64.0),
+    time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
     """The sLSTM: exponential input gate, normaliser state, stabiliser; elementwise recurrences.
 

@@ -5,6 +5,8 @@ Carries are `[..., heads, size]` with `size = hidden / heads`; `h R` below means
 dense one.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -37,7 +39,7 @@ def gru_heads(
     heads: int = 4,
     clip: float | None = None,
     scale: float = 0.5,
-    time_constants: tuple[float, float] = (1.0, 64.0),
+    time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
     """A GRU with one recurrent matrix a head and gate, the reset gate inside the candidate.
 
@@ -93,7 +95,7 @@ def lstm_heads(
     heads: int = 4,
     clip: float | None = None,
     scale: float = 0.5,
-    time_constants: tuple[float, float] = (1.0, 64.0),
+    time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
     """The classical four-gate LSTM with one recurrent matrix a head and gate.
 

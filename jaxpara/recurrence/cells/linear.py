@@ -4,6 +4,8 @@
 comparison needs them; with decays of both signs they can.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ def min_gru(
     features: int,
     hidden: int,
     *,
-    time_constants: tuple[float, float] = (1.0, 64.0),
+    time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
     """The minGRU: a GRU whose gate and candidate do not see the state.
 
@@ -50,8 +52,8 @@ def linear(
     features: int,
     hidden: int,
     *,
-    decays: tuple[float, float] = (0.0, 1.0),
-    time_constants: tuple[float, float] = (1.0, 64.0),
+    decays: Sequence[float] = (0.0, 1.0),
+    time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
     """A linear recurrence with an input-dependent decay between two bounds.
 

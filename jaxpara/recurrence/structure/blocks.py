@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-Shape = tuple[int, ...]
+Shape = tuple[Any, ...]  # integers, or symbols under jax.export
 
 
 def is_number(size: Any) -> bool:

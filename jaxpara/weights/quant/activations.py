@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxpara.types import AnyArray
 from jaxpara.weights.precision import narrowed, wide
 from jaxpara.weights.quant.grid import never_zero
 from jaxpara.weights.sizes import whole
@@ -71,7 +72,7 @@ def fake_activations(x: jax.Array, bits: int, groups: int) -> jax.Array:
     return on_grid + (x - lax.stop_gradient(x))
 
 
-def unit_grid(*, bits: int = 6) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
+def unit_grid(*, bits: int = 6) -> Callable[[Float[AnyArray, "..."]], Float[Array, "..."]]:
     """Rounds numbers from 0 to 1 to a grid that does not move, as FlexQ does with probabilities.
 
     `p -> round(p (2^bits - 1)) / (2^bits - 1)`, and the gradient passes straight through. No scale
@@ -94,7 +95,7 @@ def unit_grid(*, bits: int = 6) -> Callable[[Float[Array, "..."]], Float[Array, 
         raise ValueError(f"bits={bits}: give 2 to 16")
     most = 2**bits - 1
 
-    def on_grid(p: Float[Array, "..."]) -> Float[Array, "..."]:
+    def on_grid(p: Float[AnyArray, "..."]) -> Float[Array, "..."]:
         wide = lax.stop_gradient(p).astype(jnp.promote_types(p.dtype, jnp.float32))
         return (jnp.round(wide * most) / most).astype(p.dtype) + (p - lax.stop_gradient(p))
 

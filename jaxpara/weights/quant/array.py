@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Shaped
 
+from jaxpara.types import AnyArray
 from jaxpara.weights.method import Method, computed
 from jaxpara.weights.precision import multiplied_as, narrowed, wide
 from jaxpara.weights.quant.activations import (
@@ -217,9 +218,9 @@ def stored_method(name: str, stored: Stored, init: Any, merge: Any = None) -> Me
 
 
 def quantised_array(
-    values: Int8[Array, "*lead rows columns"],
-    scale: Float[Array, "*lead groups 1 columns"],
-    offset: Float[Array, "*lead groups 1 columns"] | None = None,
+    values: Int8[AnyArray, "*lead rows columns"],
+    scale: Float[AnyArray, "*lead groups 1 columns"],
+    offset: Float[AnyArray, "*lead groups 1 columns"] | None = None,
     *,
     bits: int = 8,
     dtype: Any = None,
@@ -255,11 +256,12 @@ def quantised_array(
     group = None if scale.shape[-3] == 1 else rows // scale.shape[-3]
     grid = make_grid(bits, group, per_tensor, offset is not None)
     parts = {"scale": scale} if offset is None else {"scale": scale, "offset": offset}
-    return store(grid, values, parts, dtype=dtype)
+    parts = jax.tree.map(jnp.asarray, parts)
+    return store(grid, jnp.asarray(values), parts, dtype=dtype)
 
 
 def quantised_dot(
-    x: Float[Array, "*batch rows"],
+    x: Shaped[AnyArray, "*batch rows"],
     weight: Weight,
     *,
     implementation: None | str | Sequence[str] = None,
@@ -298,6 +300,7 @@ def quantised_dot(
             f"quantised_dot got a weight with {weight.base.ndim} axes and needs 2: use jax.vmap"
         )
     options = {"implementation": implementation}
+    x = jnp.asarray(x)
     return stored_product(weight.method.settings, x, weight.base, weight.parts, **options)
 
 

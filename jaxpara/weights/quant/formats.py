@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxpara.types import Key
+from jaxpara.types import AnyArray, Key
 from jaxpara.weights.quant.rounding import Cut, inward, random_bits, rounded
 from jaxpara.weights.sizes import whole
 
@@ -208,7 +208,7 @@ def largest(f: FloatFormat | FixedFormat) -> float:
 
 
 def round_to(
-    x: Float[Array, "..."],
+    x: Float[AnyArray, "..."],
     number_format: str | Format,
     *,
     rounding: str = "nearest_even",
