@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxpara.nn.layers import linear
 from jaxpara.nn.mixers import Mixer
@@ -58,7 +58,7 @@ def bottleneck(
 
     def apply(
         params: dict, x: Float[AnyArray, "*batch features"]
-    ) -> Float[Array, "*batch outputs"]:
+    ) -> Float[AnyArray, "*batch outputs"]:
         return affine(up, params["up"], activation(affine(down, params["down"], x)))
 
     return Model(init, apply)
@@ -86,7 +86,7 @@ def parallel_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> Mod
     References: [unified_adapters].
     """
 
-    def apply(params: dict, x: Float[AnyArray, "..."]) -> Float[Array, "..."]:
+    def apply(params: dict, x: Float[AnyArray, "..."]) -> Float[AnyArray, "..."]:
         return layer.apply(params["layer"], x) + scale * adapter.apply(params["adapter"], x)
 
     return Model(_both(layer, adapter), apply)
@@ -106,7 +106,7 @@ def sequential_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> M
     References: [houlsby].
     """
 
-    def apply(params: dict, x: Float[AnyArray, "..."]) -> Float[Array, "..."]:
+    def apply(params: dict, x: Float[AnyArray, "..."]) -> Float[AnyArray, "..."]:
         h = layer.apply(params["layer"], x)
         return h + scale * adapter.apply(params["adapter"], h)
 

@@ -29,7 +29,7 @@ def linear(features: int, outputs: int, *, scale: float = 1.0) -> Model:
 
     def apply(
         params: dict, x: Float[AnyArray, "*batch features"]
-    ) -> Float[Array, "*batch outputs"]:
+    ) -> Float[AnyArray, "*batch outputs"]:
         return x @ params["kernel"].astype(x.dtype)
 
     return Model(init, apply)

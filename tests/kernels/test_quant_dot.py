@@ -277,7 +277,7 @@ def test_the_unit_grid_has_both_ends_and_rounds_to_the_nearest_step():
     # A compiler may divide by multiplying: one rounding more.
     np.testing.assert_allclose(found[:-2], np.array(nearest) / 63, rtol=2e-7)
     np.testing.assert_allclose(found[-1], 1 / 63, rtol=2e-7)
-    assert on_grid(np.float32(0.49 / 63)) == 0
+    assert on_grid(np.float32([0.49 / 63])) == 0
     for bits in range(2, 17):
         np.testing.assert_array_equal(jp.weights.unit_grid(bits=bits)(np.float32([0, 1])), [0, 1])
     np.testing.assert_array_equal(on_grid(found), found)

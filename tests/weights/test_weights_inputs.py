@@ -236,6 +236,7 @@ SIZES = {
 }
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_may_be_integers_of_numpy(name):
     # Equal settings make equal methods, which are traced once; 2^7 does not fit into int8.

@@ -33,7 +33,7 @@ Leaves = Sequence[jax.Array]
 _VECTOR, _MATRIX = 16, 8
 
 
-def _shapes(leaves: Sequence[Any]) -> list[tuple[int, ...]]:
+def _shapes(leaves: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [leaf.shape for leaf in leaves]
 
 

@@ -8,16 +8,17 @@ slices, concatenations, flips and reshapes, and affordable for small carries.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxpara.recurrence.structure.moves import Sources, moves, reshape_groups, reshape_order
 from jaxpara.recurrence.structure.propagate import Domain
 
-Shape = tuple[int, ...]
+Shape = tuple[Any, ...]
 # Carry axes merged in this order; -n stands for n indices that are related to nothing. The sizes
 # multiply to that of the axis; an axis of size one is ().
-Entry = tuple[int, ...]
+Entry = tuple[Any, ...]
 Axes = dict[int, tuple[Entry, ...]]  # carry leaf -> one entry for each axis of the value
 Cuts = set[tuple[int, int, int]]  # (leaf, axis, size of its inner part)
 
