@@ -1,15 +1,24 @@
 """Tests, by wing. `check` is how `make types` checks annotations while they run."""
 
+import functools
 
-def check(function):
-    """Checks a function's arguments and results.
 
-    As in JAX, an int will do where a float is wanted, NumPy's integers where Python's are, and
-    its arrays where JAX's are.
-    """
+@functools.cache
+def _conf():
     import jax
     import numpy as np
-    from beartype import BeartypeConf, BeartypeHintOverrides, beartype  # not where only JAX is
+    from beartype import BeartypeConf, BeartypeHintOverrides  # not there where only JAX is
+    from jax import export
 
-    wider = {jax.Array: jax.Array | np.ndarray, int: int | np.integer, float: float | int}
-    return beartype(conf=BeartypeConf(hint_overrides=BeartypeHintOverrides(wider)))(function)
+    # As in JAX: an int will do where a float is wanted, NumPy's integers and the symbols of
+    # `jax.export` where Python's are, and NumPy's arrays where JAX's are.
+    symbol = type(export.symbolic_shape("n")[0])
+    wider = {jax.Array: jax.Array | np.ndarray, int: int | np.integer | symbol, float: float | int}
+    return BeartypeConf(hint_overrides=BeartypeHintOverrides(wider))
+
+
+def check(function):
+    """Checks a function's arguments and results."""
+    from beartype import beartype
+
+    return beartype(conf=_conf())(function)
