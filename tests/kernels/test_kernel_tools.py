@@ -376,4 +376,4 @@ sys.exit(pytest.main(["-q", "-m", "gpu", "--collect-only"]))
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stdout[-2000:]
     for file in ("gpu", "gpu_backward"):
-        assert f"tests/test_kernels_{file}.py::" in outcome.stdout
+        assert f"tests/kernels/test_kernels_{file}.py::" in outcome.stdout
