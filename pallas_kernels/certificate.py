@@ -17,8 +17,7 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    A correction may cross a kink, behind which it says nothing. So, outside of kernels, the `d`
    of the corrected starts is held to `COARSE` ulp after the last roll-out as well; where nothing
    is rolled out, two passes in a row are wanted. Of any step: the square root of a square is a
-   kink, and a sigmoid may be as sharp as one. In the second no `d` is needed where every step
-   agrees within `ROUNDING` ulp: what is left is no more than a step loses by itself.
+   kink, and a sigmoid may be as sharp as one.
 2. Otherwise the solve counts when every `r_c` is 0, bit for bit, the sign of zeros included
    (their reciprocals differ; it is wanted by rule 1 as well, see `meets`): narrower states round
    by as much as they move, and behind a rounding, a cast or a rule of the user's own `d` means
@@ -40,8 +39,6 @@ import jax.numpy as jnp
 # Units in the last place, relative to the scale.
 FINE = 8
 COARSE = 80
-# Of a step by itself: what its own operations may lose.
-ROUNDING = 2
 # Inside a chunk, in limits: corrections of 1e-3 leave 1e-6.
 LINEAR = 100
 # A correction beyond this multiple of the largest state is dropped.

@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 def iterate(
-    attempt: Callable[[Leaves, jax.Array], Attempt],
+    attempt: Callable[[Leaves], Attempt],
     values: Leaves,
     max_iters: int,
     like: Any,
@@ -73,7 +73,7 @@ def iterate(
     agreement only.
 
     Args:
-      attempt: tests values and corrects them, given which rows held in the attempt before.
+      attempt: tests values and corrects them.
       values: to begin with.
       max_iters: the budget; at least one attempt is made.
       like: arrays that vary over the same mesh axes as the values.
@@ -85,7 +85,7 @@ def iterate(
 
     def body(carry):
         number, before, now = carry  # before: which rows held in the last attempt
-        exact, units, residual, corrected, deltas = attempt(now.values, before)
+        exact, units, residual, corrected, deltas = attempt(now.values)
         holds = held = exact
         if units is not None:
             held = exact | (units <= 1)
@@ -109,11 +109,10 @@ def iterate(
 
     zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     values = list(values)
-    rows = jax.eval_shape(lambda v: attempt(v, jnp.zeros((), bool)), values).exact.shape
-    none = vary_like(jnp.zeros(rows, bool), like)
-    shapes = jax.eval_shape(attempt, values, none)
+    shapes = jax.eval_shape(attempt, values)
     deltas = [jnp.zeros_like(v) for v in shapes.deltas]
     fresh = Outcome(values, jnp.zeros((), bool), zero, zero, nothing, deltas)
+    none = vary_like(jnp.zeros(shapes.exact.shape, bool), like)
     _, _, end = lax.while_loop(
         lambda carry: any_lane(~carry[2].done) & (carry[0] < budget),
         body,

@@ -7,12 +7,12 @@ and updates the whole trajectory:
     quasi-Newton:            the same with the diagonal of J_t
     Jacobi (Picard):         h'_t = F_t
 
-After k iterations the first k states are exact. Non-finite updates fall back to `F_t`, which keeps
-that guarantee when Newton overshoots. Newton is done when its next update is within rounding twice
-in a row: an update may cross a kink, or what is as good as one, and the second is taken behind it,
-unless every step agrees there by itself. The updates of the other two understate the error, so they
-only bring the states near, and a few iterations of Newton decide. Where those would need Jacobians
-that the solver is there to avoid, all states must agree with the step bit for bit.
+After k iterations the first k states are exact. Non-finite updates fall back to
+`F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
+within rounding twice in a row: an update may cross a kink, or what is as good as one, and the
+second is taken behind it. The updates of the other two understate the error, so they only bring the
+states near, and a few iterations of Newton decide. Where those would need Jacobians that the solver
+is there to avoid, all states must agree with the step bit for bit.
 [deer], [elk], [pararnn]
 """
 
@@ -23,9 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxpara.recurrence.lanes import any_lane, select, vary_like
+from jaxpara.recurrence.lanes import select, vary_like
 from jaxpara.recurrence.solve import jacobian, timeaxis
 from jaxpara.recurrence.solve.affine import block_operator, forward, held, step_operator
 from jaxpara.recurrence.solve.complete import complete
@@ -183,31 +182,15 @@ def _solve(
     def everywhere(number: jax.Array) -> jax.Array:
         return number if axis is None else jnp.max(axis.gather(number))
 
-    def attempt(correct: Callable, scale_of: Callable, tol, states: Leaves, held) -> Attempt:
+    def attempt(correct: Callable, scale_of: Callable, tol, states: Leaves) -> Attempt:
         before = timeaxis.preceding(axis, init, states)
         after = apply(before)
         exact, worst = residuals(after, states)
-        if not certain:
-            new, _ = correct(system, before, after, states, system.xs)
-            return Attempt(exact, None, everywhere(worst), new)
-        scale, other = scale_of(after), opposite(after, states)
-
-        def corrected():
-            new, bound = correct(system, before, after, states, system.xs)
-            return new, jnp.where(other, jnp.inf, excess(bound, scale, tol))
-
-        gaps = [a - s for a, s in zip(after, states, strict=True)]
-        agree = excess(gaps, scale, None) <= certificate.ROUNDING / certificate.COARSE
-        settled = jnp.all(exact | (held & agree & ~other))
-        if axis is None:
-            # Behind a correction that counted, agreement of every step needs no other one.
-            new, units = lax.cond(
-                any_lane(~settled),
-                corrected,
-                lambda: (list(states), jnp.zeros_like(exact, jnp.float32)),
-            )
-        else:
-            new, units = corrected()
+        new, bound = correct(system, before, after, states, system.xs)
+        units = None
+        if certain:
+            units = excess(bound, scale_of(after), tol)
+            units = jnp.where(opposite(after, states), jnp.inf, units)
         return Attempt(exact, units, everywhere(worst), new)
 
     def run(states: Leaves, correct: Callable, scale_of: Callable, tol, budget: int, **options):

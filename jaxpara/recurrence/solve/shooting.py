@@ -122,7 +122,7 @@ def shoot(
         deltas, corrected = _chain(system.groups, ends, matrices, starts, first, cap)
         return [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas], corrected
 
-    def attempt(starts: Leaves, _: jax.Array) -> Attempt:
+    def attempt(starts: Leaves) -> Attempt:
         ends, peaks, matrices = _rollout_with_product(system, starts, xs, valid)
         deltas, corrected = correct(ends, matrices, starts)
         exact, worst = residuals(before(ends), starts)
