@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from omegaconf import OmegaConf
 
+from experiments.faults import MODEL
 from experiments.generate import FREE_TEXT
 from experiments.run import checkpoints
 from experiments.shell.build import build_model
@@ -12,16 +13,6 @@ from experiments.shell.commandline import quote_text
 from jaxpara.types import TrainState
 from tests.experiments.programs import ending
 
-MODEL = {
-    "_target_": "jaxpara.nn.decoder",
-    "vocab_size": 256,
-    "width": 8,
-    "layers": 1,
-    "mixer": {
-        "_target_": "jaxpara.nn.mixers.recurrent",
-        "cell": {"_target_": "hydra.utils.get_method", "path": "jaxpara.cells.min_gru"},
-    },
-}
 EVALUATION = {"windows": 6, "length": 16, "batch_size": 4}
 
 

@@ -36,14 +36,6 @@ def stop_after(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    root = tmp_path_factory.mktemp("text")
-    for i in range(20):
-        (root / f"f{i}.py").write_text(f"def f_{i}(x):\n    return x + {i}\n" * 20)
-    return root
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory, text):
     """A language model that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"

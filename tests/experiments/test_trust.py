@@ -92,7 +92,7 @@ def test_names_that_are_not_of_what_is_built_are_refused(run, name):
 )
 def test_public_names_of_jaxpara_and_optax_are_built(run, name):
     edited(run, optim={"_target_": name})
-    trust.open_config(run)
+    assert trust.open_config(run).optim["_target_"] == name
 
 
 def test_what_a_folder_may_name_of_jaxpara_is_what_the_reference_documents():

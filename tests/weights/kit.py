@@ -9,6 +9,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from tests.recurrence.kit import QUICK
+
 RULE, DENSE = "rule", "densified"
 
 
@@ -184,3 +186,13 @@ CONTEXTS = {
     "shard_map": Context(sharded, (("shard_map", DENSE),), x=normal(8, 4, 8)),
     "returned": Context(lambda w, x: w, ()),
 }
+
+
+def attached(t, w):
+    attach = lambda w: t.attach(jax.random.key(0), {"w": w})  # noqa: E731
+    return jax.jit(attach, compiler_options=QUICK)(w)
+
+
+def effective(t, w):
+    whole = lambda w: t.effective(t.attach(jax.random.key(0), {"w": w}))["w"]  # noqa: E731
+    return np.asarray(jax.jit(whole, compiler_options=QUICK)(w))

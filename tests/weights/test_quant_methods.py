@@ -13,23 +13,13 @@ from jaxpara.weights.quant.grid import Grid
 from jaxpara.weights.quant.nf4 import NF4
 from jaxpara.weights.weight import Weight
 from tests.recurrence.kit import QUICK
-from tests.weights.kit import CONTEXTS
+from tests.weights.kit import CONTEXTS, attached, effective
 
 slow = pytest.mark.slow
 
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def attached(t, w):
-    attach = lambda w: t.attach(jax.random.key(0), {"w": w})  # noqa: E731
-    return jax.jit(attach, compiler_options=QUICK)(w)
-
-
-def effective(t, w):
-    whole = lambda w: t.effective(t.attach(jax.random.key(0), {"w": w}))["w"]  # noqa: E731
-    return np.asarray(jax.jit(whole, compiler_options=QUICK)(w))
 
 
 def columns(w, group):

@@ -1,27 +1,16 @@
 """Options of quantisers where papers choose otherwise than the defaults here."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxpara as jp
 from jaxpara.weights.weight import Weight
-from tests.recurrence.kit import QUICK
+from tests.weights.kit import attached, effective
 
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def attached(t, w):
-    attach = lambda w: t.attach(jax.random.key(0), {"w": w})  # noqa: E731
-    return jax.jit(attach, compiler_options=QUICK)(w)
-
-
-def effective(t, w):
-    whole = lambda w: t.effective(t.attach(jax.random.key(0), {"w": w}))["w"]  # noqa: E731
-    return np.asarray(jax.jit(whole, compiler_options=QUICK)(w))
 
 
 def replaced(weight, **parts):
