@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     Attributes:
       chunks: number of time chunks; None picks about the square root of the length.
       tol: largest accepted error of a state, as the next Newton correction bounds it, relative
-        to the magnitude that the element has had lately (see `excess` and `limit`).
+        to the magnitude that the element has had lately (see `tested` and `limit`).
       max_iters: iterations before the rest is completed sequentially.
       linear: how pointwise solvers solve their linear recurrence, and how the
         adjoint is solved: "sequential", "associative", "chunked" or "kernel"; "auto" until the
@@ -108,12 +108,7 @@ def _wide(leaf: jax.Array) -> jax.Array:
 
 
 def scales(
-    peaks: Leaves,
-    ends: Leaves,
-    first: Leaves,
-    window: int = certificate.WINDOW,
-    *,
-    one_by_one: bool = False,
+    peaks: Leaves, ends: Leaves, first: Leaves, window: int = certificate.WINDOW
 ) -> list[jax.Array]:
     """The magnitude that every element has had lately, `[n, *leaf]`.
 
@@ -124,23 +119,43 @@ def scales(
       peaks: the largest magnitude of every element on its way to each row, `[n, *leaf]`.
       ends: where it arrives, `[n, *leaf]`.
       first: the state before row 0.
-      window: rows to look back on, rounded up to a power of two.
-      one_by_one: walk the rows, which costs a CPU a third of what looking back in parallel does;
-        `window` is then the farthest row that counts, and half of it the nearest that may not.
+      window: rows to look back on; up to `2 * _BLOCK` more count, or half as many again.
     """
-    lately = _walked if one_by_one else _looked_back
 
     def one(peak, end, before):
         peak, end, before = (jnp.abs(_wide(v)) for v in (peak, end, before))
         arrived = jnp.concatenate([before[None], end])
-        scale = lately(jnp.concatenate([before[None], jnp.maximum(peak, end)]), window)
+        scale = _lately(jnp.concatenate([before[None], jnp.maximum(peak, end)]), window)
         return jnp.minimum(scale[1:], certificate.SLACK * jnp.maximum(arrived[1:], arrived[:-1]))
 
     return [one(*leaves) for leaves in zip(peaks, ends, first, strict=True)]
 
 
+# Rows whose peak a long window looks back on as one: a CPU pays for every pass over all rows.
+_BLOCK = 8
+
+
+def _lately(rows: jax.Array, window: int) -> jax.Array:
+    """The largest of the last `window` magnitudes, at each row, in parallel."""
+    if window < 2 * _BLOCK:
+        return _looked_back(rows, window)
+    count = rows.shape[0]
+    blocks = -(-count // _BLOCK)
+    rows = jnp.pad(rows, [(0, blocks * _BLOCK - count)] + [(0, 0)] * (rows.ndim - 1))
+    rows = rows.reshape(blocks, _BLOCK, *rows.shape[1:])
+    within = [rows[:, 0]]
+    for i in range(1, _BLOCK):
+        within.append(jnp.maximum(within[-1], rows[:, i]))
+    # Magnitudes: zeros are never the largest.
+    earlier = jnp.concatenate([jnp.zeros_like(rows[:1, 0]), within[-1][:-1]])
+    earlier = _looked_back(earlier, window // _BLOCK)
+    # The barrier: a CPU would ask every entry of whatever reads them which row it is of.
+    found = lax.optimization_barrier(jnp.stack([jnp.maximum(r, earlier) for r in within], axis=1))
+    return found.reshape(blocks * _BLOCK, *rows.shape[2:])[:count]
+
+
 def _looked_back(rows: jax.Array, window: int) -> jax.Array:
-    """The largest of the last `window` rows, at each of them, in parallel."""
+    """The same, a pass over all rows for each doubling of `window`, which is rounded up to one."""
     shift = 1
     while shift < min(window, rows.shape[0]):
         earlier = jnp.concatenate([rows[:1]] * shift + [rows[:-shift]])
@@ -148,45 +163,33 @@ def _looked_back(rows: jax.Array, window: int) -> jax.Array:
     return rows
 
 
-def _walked(rows: jax.Array, window: int) -> jax.Array:
-    """The largest of the block of `window / 2` rows before, and of this one so far."""
-    count, size = rows.shape[0], max(window // 2, 1)
-    blocks = -(-count // size)
-    # Magnitudes: zeros are never the largest.
-    rows = jnp.pad(rows, [(0, blocks * size - count)] + [(0, 0)] * (rows.ndim - 1))
-    rows = rows.reshape(blocks, size, *rows.shape[1:])
-    peaks = jnp.max(rows, axis=1)
-    before = jnp.concatenate([jnp.zeros_like(peaks[:1]), peaks[:-1]])
-
-    def further(largest, row):
-        largest = jnp.maximum(largest, row)
-        return largest, largest
-
-    found = lax.scan(further, before, jnp.moveaxis(rows, 1, 0))[1]
-    return jnp.moveaxis(found, 0, 1).reshape(blocks * size, *rows.shape[2:])[:count]
-
-
-def excess(deltas: Leaves, scale: Leaves, tol: float | None) -> jax.Array:
-    """How far corrections exceed what counts as solved, see `pallas_kernels.certificate`.
+def tested(
+    ends: Leaves, starts: Leaves, deltas: Leaves, scale: Leaves, tol: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """What of `starts` counts as solved, see `pallas_kernels.certificate`.
 
     Args:
-      deltas: corrections `[n, *leaf]`; infinite where one was dropped.
-      scale: magnitudes `[n, *leaf]`, see `scales`.
+      ends, starts: `[n, *leaf]`, what should be equal.
+      deltas: the next corrections of the starts; infinite where one was dropped.
+      scale: magnitudes, see `scales`.
       tol: as in `Settings`.
 
     Returns:
-      `[n]`, the largest of each row in units of what is allowed: up to 1 it passes. A NaN counts as
-      infinite.
+      `[n]`, which rows have corrections within the limit; and which of those are `exact` as well.
+      A NaN is not within it, nor is the other zero, of which no correction tells.
     """
-    total = jnp.zeros(deltas[0].shape[0], jnp.float32)
-    for delta, size in zip(deltas, scale, strict=True):
-        delta = jnp.abs(_wide(delta))
-        units = jnp.where(delta == 0, 0, delta / (limit(delta.dtype, tol) * size))
-        # The clause on `size` matters: max may drop a NaN on CPU.
-        units = jnp.where(jnp.isfinite(size) & ~jnp.isnan(units), units, jnp.inf)
-        largest = jnp.max(units, axis=tuple(range(1, units.ndim)), initial=0.0)
-        total = jnp.maximum(vary_like(total, units), largest.astype(jnp.float32))
-    return total
+    within = agreeing = jnp.ones(ends[0].shape[0], bool)
+    for end, start, delta, size in zip(ends, starts, deltas, scale, strict=True):
+        delta, same = jnp.abs(_wide(delta)), _same(end, start)
+        small = (delta == 0) | (delta <= limit(delta.dtype, tol) * size)
+        small &= jnp.isfinite(size) & jnp.isfinite(delta) & (same | (end != start))
+        # One reduction for both, and of floats: a loop without one XLA may take for a small one,
+        # which it runs on one thread of a CPU at up to 1.4 times the time.
+        code = jnp.where(small, jnp.where(same, 0.0, 1.0), 2.0)
+        code = jnp.max(code, axis=tuple(range(1, end.ndim)), initial=0.0)
+        within = vary_like(within, code) & (code < 2)
+        agreeing = vary_like(agreeing, code) & (code == 0)
+    return within, agreeing
 
 
 def limit(dtype: Any, tol: float | None) -> float:
@@ -197,34 +200,32 @@ def limit(dtype: Any, tol: float | None) -> float:
     return certificate.limits(dtype, tol)[1]
 
 
-def residuals(ends: Leaves, starts: Leaves) -> tuple[jax.Array, jax.Array]:
-    """Compares `ends[n, *leaf]` with the `starts[n, *leaf]` that they should equal.
+def exact(ends: Leaves, starts: Leaves) -> jax.Array:
+    """`[n]`, which of the rows `[n, *leaf]` agree bit for bit.
 
-    Returns:
-      `exact[n]`, whether a row agrees bit for bit (a NaN agrees with nothing, and the two zeros
-      not with each other: their reciprocals do not), and the largest residual, infinite where
-      there is a NaN.
+    A NaN agrees with nothing, and the two zeros not with each other: their reciprocals do not.
     """
-    exact = jnp.ones(ends[0].shape[0], bool)
+    every = jnp.ones(ends[0].shape[0], bool)
+    for end, start in zip(ends, starts, strict=True):
+        same = jnp.all(_same(end, start) & (end == end), axis=tuple(range(1, end.ndim)))
+        every = vary_like(every, same) & same
+    return every
+
+
+def residual(ends: Leaves, starts: Leaves) -> jax.Array:
+    """The largest distance of `ends` from the `starts` that they should equal; infinite for NaN."""
     worst = jnp.zeros((), jnp.float32)
     for end, start in zip(ends, starts, strict=True):
-        equal = (end == start) & (jnp.signbit(end) == jnp.signbit(start))
-        same = jnp.all(equal, axis=tuple(range(1, end.ndim)))
-        exact = vary_like(exact, same) & same
         difference = jnp.abs(_wide(end) - _wide(start))
         finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)
         worst = jnp.maximum(worst, jnp.max(finite, initial=0.0).astype(jnp.float32))
-    return exact, worst
+    return worst
 
 
-def opposite(ends: Leaves, starts: Leaves) -> jax.Array:
-    """`[n]`, whether a row holds the other zero than its predecessor: no correction tells."""
-    found = jnp.zeros(ends[0].shape[0], bool)
-    for end, start in zip(ends, starts, strict=True):
-        other = (end == 0) & (start == 0) & (jnp.signbit(end) != jnp.signbit(start))
-        other = jnp.any(other, axis=tuple(range(1, end.ndim)))
-        found = vary_like(found, other) | other
-    return found
+def _same(end: jax.Array, start: jax.Array) -> jax.Array:
+    """Where two arrays have the same bits."""
+    bits = jnp.dtype(f"uint{8 * end.dtype.itemsize}")
+    return lax.bitcast_convert_type(end, bits) == lax.bitcast_convert_type(start, bits)
 
 
 def magnitude(leaves: Leaves) -> list[jax.Array]:

@@ -22,16 +22,14 @@ class Attempt(NamedTuple):
 
     Attributes:
       exact: `[n]`, which of the values that were tried agree with their predecessors bit for bit.
-      excess: `[n]`, how far their next corrections exceed what is allowed: up to 1 they pass.
-        None where corrections bound nothing.
-      residual: the largest, on all devices.
+      passing: `[n]`, which have a next correction within what is allowed. None where corrections
+        bound nothing.
       corrected: the values to try next.
       deltas: what is wanted of the last attempt besides, such as the next corrections.
     """
 
     exact: jax.Array
-    excess: jax.Array | None
-    residual: jax.Array
+    passing: jax.Array | None
     corrected: Leaves
     deltas: Leaves = ()
 
@@ -45,14 +43,13 @@ class Outcome(NamedTuple):
       done: whether they counted.
       used: attempts until then.
       opening: how many of the tested values hold before the first that does not.
-      residual, deltas: of the last attempt.
+      deltas: of the last attempt.
     """
 
     values: Leaves
     done: jax.Array
     used: jax.Array
     opening: jax.Array
-    residual: jax.Array
     deltas: Leaves
 
 
@@ -85,10 +82,10 @@ def iterate(
 
     def body(carry):
         number, before, now = carry  # before: which rows held in the last attempt
-        exact, units, residual, corrected, deltas = attempt(now.values)
+        exact, passing, corrected, deltas = attempt(now.values)
         holds = held = exact
-        if units is not None:
-            held = exact | (units <= 1)
+        if passing is not None:
+            held = exact | passing
             holds = exact | (held & (before if twice else number > 0))
         done = everywhere(jnp.any(~holds).astype(jnp.float32)) == 0
         # Without success the rows that hold are corrected all the same: others start from them.
@@ -102,16 +99,15 @@ def iterate(
                 now.done | done,
                 jnp.where(now.done, now.used, now.used + 1),
                 jnp.where(now.done, now.opening, leading(holds)),
-                jnp.where(now.done, now.residual, residual),
                 select(now.done, now.deltas, deltas),
             ),
         )
 
-    zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+    zero = jnp.zeros((), jnp.int32)
     values = list(values)
     shapes = jax.eval_shape(attempt, values)
     deltas = [jnp.zeros_like(v) for v in shapes.deltas]
-    fresh = Outcome(values, jnp.zeros((), bool), zero, zero, nothing, deltas)
+    fresh = Outcome(values, jnp.zeros((), bool), zero, zero, deltas)
     none = vary_like(jnp.zeros(shapes.exact.shape, bool), like)
     _, _, end = lax.while_loop(
         lambda carry: any_lane(~carry[2].done) & (carry[0] < budget),

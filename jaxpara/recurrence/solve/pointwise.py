@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpara.recurrence.lanes import select, vary_like
 from jaxpara.recurrence.solve import jacobian, timeaxis
@@ -41,11 +42,11 @@ from jaxpara.recurrence.system import (
     Settings,
     Solution,
     System,
-    excess,
+    exact,
     limit,
-    opposite,
-    residuals,
+    residual,
     scales,
+    tested,
 )
 from pallas_kernels import certificate
 
@@ -95,12 +96,8 @@ def jacobi(system: System, settings: Settings, guess: Leaves | None = None) -> S
 
     # No Jacobian larger than it would hold for the adjoint.
     small = held(system.groups, system.init, Settings(linear="sequential"))
-    return _solve(system, settings, guess, correct, small or _one_by_one(settings))
-
-
-def _one_by_one(settings: Settings) -> bool:
-    """Whether linear recurrences are solved step by step, with nothing held for large blocks."""
-    return settings.linear == "sequential" and settings.axis is None
+    one_by_one = settings.linear == "sequential" and settings.axis is None
+    return _solve(system, settings, guess, correct, small or one_by_one)
 
 
 def _exact(system: System, settings: Settings) -> Callable:
@@ -185,13 +182,11 @@ def _solve(
     def attempt(correct: Callable, scale_of: Callable, tol, states: Leaves) -> Attempt:
         before = timeaxis.preceding(axis, init, states)
         after = apply(before)
-        exact, worst = residuals(after, states)
         new, bound = correct(system, before, after, states, system.xs)
-        units = None
-        if certain:
-            units = excess(bound, scale_of(after), tol)
-            units = jnp.where(opposite(after, states), jnp.inf, units)
-        return Attempt(exact, units, everywhere(worst), new)
+        if not certain:
+            return Attempt(exact(after, states), None, new)
+        within, agreeing = tested(after, states, bound, scale_of(after), tol)
+        return Attempt(agreeing, within, new)
 
     def run(states: Leaves, correct: Callable, scale_of: Callable, tol, budget: int, **options):
         return iterate(
@@ -206,7 +201,7 @@ def _solve(
     def scale_lately(after: Leaves) -> Leaves:
         # Steps as far back as shooting looks in its chunks.
         window = certificate.WINDOW * math.isqrt(steps)
-        return scales(after, after, init, window, one_by_one=_one_by_one(settings))
+        return scales(after, after, init, window)
 
     def scale_now(after: Leaves) -> Leaves:
         return scales(after, after, init)
@@ -236,11 +231,13 @@ def _solve(
             values = select(near, found.values, end.values)
             used = jnp.where(near, end.used + found.used, end.used)
     before = timeaxis.preceding(axis, init, values)
-    after, ys = jax.vmap(system.step)(before, system.xs)
-    exact, worst = residuals(list(after), values)
-    # Where the approach did not come near, only what is exact needs no completion.
-    opening = jnp.where(near | (not certain), found.opening, leading(exact))
-    done = near & found.done
+    # The barrier: a CPU would take all steps again for the comparison.
+    after, ys = lax.optimization_barrier(jax.vmap(system.step)(before, system.xs))
+    agreed, worst = exact(list(after), values), residual(list(after), values)
+    # Where the approach did not come near, only what is exact needs no completion. What is exact
+    # counts whatever its correction, which an infinite Jacobian makes a NaN.
+    opening = jnp.maximum(jnp.where(near | (not certain), found.opening, 0), leading(agreed))
+    done = (near & found.done) | (everywhere(jnp.any(~agreed).astype(jnp.float32)) == 0)
     rows = jax.tree.map(lambda r: r[:, None], (list(values), ys))
     xs = jax.tree.map(lambda x: x[None], system.xs)
     rows, fallback = finish(system, rows, xs, None, before, done, opening, axis, (steps, 1))

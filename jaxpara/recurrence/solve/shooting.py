@@ -33,12 +33,12 @@ from jaxpara.recurrence.system import (
     Settings,
     Solution,
     System,
-    excess,
+    exact,
     limit,
     magnitude,
-    opposite,
-    residuals,
+    residual,
     scales,
+    tested,
 )
 from pallas_kernels import certificate
 
@@ -51,8 +51,8 @@ def plan(steps: int, requested: int | None) -> tuple[int, int]:
     """
     if requested is None:
         target = max(1.0, math.sqrt(steps) if steps >= 256 else steps / 16)
-        exact = [c for c in range(1, steps + 1) if steps % c == 0 and 0.5 <= c / target <= 2]
-        count = min(exact, key=lambda c: abs(math.log(c / target)), default=round(target))
+        even = [c for c in range(1, steps + 1) if steps % c == 0 and 0.5 <= c / target <= 2]
+        count = min(even, key=lambda c: abs(math.log(c / target)), default=round(target))
     else:
         count = min(requested, steps)
     length = -(-steps // count)
@@ -125,14 +125,12 @@ def shoot(
     def attempt(starts: Leaves) -> Attempt:
         ends, peaks, matrices = _rollout_with_product(system, starts, xs, valid)
         deltas, corrected = correct(ends, matrices, starts)
-        exact, worst = residuals(before(ends), starts)
         scale = scales(before(peaks), before(ends), init)
-        units = None
-        if system.certain:
-            units = excess(deltas, scale, settings.tol)
-            units = jnp.where(opposite(before(ends), starts), jnp.inf, units)
-        kept = [*deltas, *scale, *matrices] if system.certain else [*deltas, *scale]
-        return Attempt(exact, units, everywhere(worst), corrected, kept)
+        agreed = exact(before(ends), starts)
+        if not system.certain:
+            return Attempt(agreed, None, corrected, [*deltas, *scale])
+        within, _ = tested(before(ends), starts, deltas, scale, settings.tol)
+        return Attempt(agreed, within, corrected, [*deltas, *scale, *matrices])
 
     end = iterate(attempt, starts, settings.max_iters, init, everywhere=everywhere)
     starts = end.values
@@ -144,13 +142,13 @@ def shoot(
     )
     rows, last, peaks, sound = _rollout(system, starts, errors, peaks, xs, valid, settings.tol)
     # The program that returns the states may round in another way than the one that was tested.
-    meets, worst = residuals(before(last), starts)
+    meets, worst = exact(before(last), starts), residual(before(last), starts)
     if system.certain:
         # Nor is what a correction leaves of second order where it crossed a kink: gaps that are
         # small one by one add up over the chunks.
         left, _ = correct(last, matrices, starts)
-        near = excess(left, scales(before(peaks), before(last), init), settings.tol) <= 1
-        meets |= near & ~opposite(before(last), starts)
+        scale = scales(before(peaks), before(last), init)
+        meets |= tested(before(last), starts, left, scale, settings.tol)[0]
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
     done = end.done & (everywhere(1.0 - (jnp.all(holds) & meets[0])) == 0)
     # An open start is the end of the chunk before it, which is redone.
