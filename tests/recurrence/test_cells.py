@@ -107,11 +107,11 @@ def elman_heads_oracle(p, x, h):
 
 # name -> factory, oracle, number of carry leaves
 TABLE = {
-    "gru": (cells.para_gru, gru_oracle, 1),
-    "lstm": (cells.para_lstm, lstm_oracle, 2),
+    "para_gru": (cells.para_gru, gru_oracle, 1),
+    "para_lstm": (cells.para_lstm, lstm_oracle, 2),
     "elman": (cells.elman, elman_oracle, 1),
     "slstm": (cells.slstm, slstm_oracle, 4),
-    "mingru": (cells.min_gru, mingru_oracle, 1),
+    "min_gru": (cells.min_gru, mingru_oracle, 1),
     "linear": (cells.linear, linear_oracle, 1),
     "signed_linear": (
         partial(cells.linear, decays=(-1.0, 1.0)),
@@ -127,7 +127,7 @@ TABLE = {
     "lstm_heads": (cells.lstm_heads, lstm_heads_oracle, 2),
     "elman_heads": (cells.elman_heads, elman_heads_oracle, 1),
 }
-RECURRENT = [name for name in TABLE if "linear" not in name and name != "mingru"]
+RECURRENT = [name for name in TABLE if "linear" not in name and name != "min_gru"]
 
 
 def make(name, **options):
@@ -219,7 +219,7 @@ def test_carry_is_float32_under_bfloat16_inputs_and_parameters(name):
     assert {g.dtype for g in gates} == {jnp.dtype("bfloat16")}
 
 
-@pytest.mark.parametrize("name", ["gru", "slstm", "lstm_heads"])
+@pytest.mark.parametrize("name", ["para_gru", "slstm", "lstm_heads"])
 def test_reset_restarts_a_document_inside_a_row(name):
     cell, params, x = problem(name)
     reset = np.zeros((TIME, BATCH), bool)
@@ -232,7 +232,7 @@ def test_reset_restarts_a_document_inside_a_row(name):
 
 
 def test_a_sequence_in_pieces_equals_the_sequence_whole():
-    cell, params, x = problem("lstm")
+    cell, params, x = problem("para_lstm")
     start = cell.start(params, (BATCH,))
     whole_carry, whole = cells.run(cell, params, start, x)
     carry, parts = start, []
@@ -333,14 +333,16 @@ def test_initialisation_follows_scale_and_time_constants(name):
             r"time_constants=\(64.0, 1.0\) must be \(shortest, longest\)",
         ),
         (
-            lambda: make("gru").project(make("gru").init(jax.random.key(0)), jnp.zeros((2, 9))),
+            lambda: make("para_gru").project(
+                make("para_gru").init(jax.random.key(0)), jnp.zeros((2, 9))
+            ),
             r"x has 9 features .* features=5",
         ),
         (
             lambda: cells.run(
-                *problem("gru")[:2],
+                *problem("para_gru")[:2],
                 jnp.zeros((BATCH, HIDDEN)),
-                problem("gru")[2],
+                problem("para_gru")[2],
                 reset=jnp.zeros((TIME,), bool),
             ),
             r"reset has shape \(12,\), x has leading axes \(12, 3\)",

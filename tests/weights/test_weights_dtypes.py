@@ -129,6 +129,17 @@ def narrow(w, p):
     return np.float64(jnp.asarray(w, p["dtype"]))  # each member of a chain gives a weight
 
 
+def activations(x):
+    """Six bits, a scale for each row."""
+    unit = jnp.max(jnp.abs(x), -1, keepdims=True).astype(jnp.promote_types(x.dtype, "float32")) / 31
+    return (jnp.round(x / unit) * unit).astype(x.dtype)
+
+
+def six_bits(w, p):
+    return grid(w, largest(w) / 31, -31, 31)
+
+
+# name -> method, its formula, and what is done with what the weight is multiplied with.
 TABLE = {
     "number_format": (jp.number_format(jp.weights.FloatFormat(None, 4)), short),
     "dora_inside_fake_quant": (
@@ -149,6 +160,7 @@ TABLE = {
     "fake_quant": (jp.fake_quant(), nearest),
     "fake_quant_affine": (jp.fake_quant(affine=True, ranges="minmax"), affine),
     "fake_quant_mse": (jp.fake_quant(ranges="mse"), searched),
+    "flexq": (jp.flexq(group=None), six_bits, activations),
     "ternary": (jp.ternary(group=8), thirds),
     "rtn": (jp.rtn(), nearest),
     "nf4": (jp.nf4(), quantiles),
@@ -203,7 +215,7 @@ def assert_near(found, wanted, dtype, roundings):
 )
 @pytest.mark.parametrize("name", TABLE)
 def test_every_method_in_every_dtype(name, dtype):
-    t, formula = TABLE[name]
+    t, formula, *operand = TABLE[name]
     with jax.enable_x64(dtype == "float64"):
         w = weight(dtype)
         state = moved(t.attach(jax.random.key(0), {"w": w}), w)
@@ -217,7 +229,8 @@ def test_every_method_in_every_dtype(name, dtype):
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def forward(train):
-            ways = jp.lift(product), lambda s, x: product(t.effective(s), x)
+            seen = operand[0] if operand else lambda x: x
+            ways = jp.lift(product), lambda s, x: product(t.effective(s), seen(x))
             both = [jax.grad(loss, has_aux=True)(train, run) for run in ways]
             return both, jp.lift(lambda p: jnp.tanh(p["w"]) * 0 + p["w"])(jp.combine(train, frozen))
 
