@@ -9,6 +9,8 @@ import signal
 
 import pytest
 
+from tests import durations
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -20,6 +22,41 @@ def _machine() -> str:
     except OSError:
         lines = {platform.processor(), platform.machine()}
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-durations", action="store_true", help="write what the tests cost to the table"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    item.began = durations.now()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    result = yield
+    item.user_properties.append(("cpu_s", durations.now() - item.began))
+    return result
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    reports = [r for each in terminalreporter.stats.values() for r in each]
+    costs = {
+        report.nodeid: dict(report.user_properties)["cpu_s"]
+        for report in reports
+        if getattr(report, "when", "") == "teardown" and report.user_properties
+    }
+    if not costs:
+        return
+    terminalreporter.section("what the tests cost")
+    for line in durations.lines(costs, durations.read()):
+        terminalreporter.write_line(line)
+    if config.getoption("--write-durations"):
+        durations.write(durations.by_wing(costs))
 
 
 def pytest_configure(config):

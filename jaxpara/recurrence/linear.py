@@ -48,6 +48,14 @@ def linear_recurrence(
       ValueError: shapes that do not fit, an unknown implementation, or one that
         cannot run with time sharded.
 
+    Example:
+      >>> import jax.numpy as jnp, jaxpara as jp
+      >>> jp.linear_recurrence(jnp.full(4, 0.5), jnp.ones(4)).tolist()
+      [1.0, 1.5, 1.75, 1.875]
+      >>> swap = jnp.broadcast_to(jnp.array([[0.0, 1.0], [1.0, 0.0]]), (3, 2, 2))
+      >>> jp.linear_recurrence(swap, jnp.zeros((3, 2)), jnp.array([1.0, 2.0])).tolist()
+      [[2.0, 1.0], [1.0, 2.0], [2.0, 1.0]]
+
     References: [blelloch], [pararnn]
     """
     a, b = jnp.asarray(a), jnp.asarray(b)

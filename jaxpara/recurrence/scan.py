@@ -88,6 +88,19 @@ def newton_scan(
     Raises:
       TypeError, ValueError: what `lax.scan` raises; an unknown `derivative` or solver.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpara as jp
+      >>> def step(h, x):
+      ...     h = jnp.tanh(0.5 * h + x)
+      ...     return h, h
+      >>> init, xs = jnp.zeros(4), jnp.sin(jnp.arange(2000.0).reshape(500, 4))
+      >>> h, ys = jp.newton_scan(step, init, xs, solver=jp.shooting())
+      >>> bool(jnp.allclose(ys, jax.lax.scan(step, init, xs)[1], rtol=1e-6, atol=1e-6))
+      True
+      >>> loss = lambda init: jnp.sum(jp.newton_scan(step, init, xs)[1] ** 2)
+      >>> jax.grad(loss)(init).shape
+      (4,)
+
     References: [deer], [pararnn], [shooting]
     """
     out, _ = solve_scan(f, init, xs, length, reverse, unroll, solver=solver, derivative=derivative)
@@ -119,6 +132,18 @@ def solve_scan(
 
     Raises:
       TypeError, ValueError: as for `newton_scan`; a guess of the wrong shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxpara as jp
+      >>> step = lambda h, x: (jnp.tanh(0.5 * h + x), h)
+      >>> init, xs = jnp.zeros(4), jnp.sin(jnp.arange(2000.0).reshape(500, 4))
+      >>> solve = lambda guess: jp.solve_scan(step, init, xs, solver=jp.shooting(), guess=guess)
+      >>> _, info = solve(None)
+      >>> bool(info.converged), int(info.fallback_steps)
+      (True, 0)
+      >>> _, warm = solve(info.starts)
+      >>> int(warm.iterations) < int(info.iterations)
+      True
     """
     if isinstance(solver, Solver) and solver.settings.axis is not None:
         # Each device starts its own steps from a state of its own.

@@ -150,6 +150,17 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
       TypeError: when called, for an input that is neither an array nor hashable.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpara as jp
+      >>> def network(params, x):
+      ...     return jnp.tanh(x @ params["w"])
+      >>> t = jp.lora(rank=2)
+      >>> state = t.attach(jax.random.key(0), {"w": jnp.ones((8, 3))})
+      >>> x = jnp.ones((5, 8))
+      >>> found = jp.lift(network)(state, x)  # x W + s (x A) B: A B is never built
+      >>> bool(jnp.allclose(found, network(t.effective(state), x)))
+      True
     """
     known: dict[Any, Any] = {}
 

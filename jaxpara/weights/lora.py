@@ -127,6 +127,18 @@ def lora(
       ValueError: the rank is not positive, the window negative, or the dropout not in [0, 1); when
         attached: a leaf has fewer axes.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpara as jp
+      >>> params = {"in": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
+      >>> network = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> t = jp.lora(rank=2, where="in")
+      >>> state = t.attach(jax.random.key(0), params)
+      >>> train, frozen = jp.split(state, t.trainable(state))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(train))  # (16 + 32) * 2
+      96
+      >>> jp.lift(network)(state, jnp.ones((3, 16))).shape
+      (3, 4)
+
     References: [lora], [rslora].
     """
     if not 0 <= dropout < 1:

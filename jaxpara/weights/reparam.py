@@ -120,9 +120,8 @@ class Reparam(NamedTuple):
           >>> f = lambda params, x: jnp.einsum("bhk,ohk->bo", x, params["w"])
           >>> t, x = jp.lora(rank=1), jnp.ones((4, 2, 50))
           >>> state = t.attach(jax.random.key(0), params, function=f, inputs=(x,))
-          >>> adapters = jp.weights.adapters(state)["w"]
-          >>> adapters["a"].shape, adapters["b"].shape
-          ((100, 1), (1, 300))
+          >>> {name: part.shape for name, part in jp.weights.adapters(state)["w"].items()}
+          {'a': (100, 1), 'b': (1, 300)}
         """
         layouts = given(function, params, inputs, layout)
         state: Any = params
@@ -389,6 +388,12 @@ def chain(*reparams: Reparam) -> Reparam:
 
     Raises:
       ValueError: none is given.
+
+    Example:
+      >>> import jaxpara as jp
+      >>> t = jp.chain(jp.nf4(), jp.lora(rank=4))  # QLoRA: Q(W) + s A B
+      >>> [member.method.name for member in t.members]
+      ['nf4(block=64)', 'lora(rank=4)']
     """
     if not reparams:
         raise ValueError("chain() needs at least one reparameterisation")

@@ -1,6 +1,7 @@
 """Public names are documented, cited, tested and annotated; what the documents say is so."""
 
 import ast
+import doctest
 import inspect
 import json
 import operator
@@ -254,3 +255,37 @@ def test_notebooks_carry_no_stored_output():
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] == "code":
                 assert cell["outputs"] == [] and cell["execution_count"] is None, path.name
+
+
+# What people try first: each shows itself at work.
+FRONT_DOORS = (
+    "newton_scan solve_scan linear_recurrence auto shooting fused newton quasi_newton jacobi "
+    "sequential lora fake_quant chain lift weights.layout"
+).split()
+
+
+def examples(value):
+    """The examples of a docstring, each beginning with nothing imported."""
+    parts = (value, *vars(value).values()) if inspect.isclass(value) else (value,)
+    finder = doctest.DocTestFinder(recurse=False)
+    for part in parts:
+        if inspect.isfunction(part) or inspect.isclass(part):
+            yield from (test for test in finder.find(part, "example", globs={}) if test.examples)
+
+
+SHOWN = [name for name in sorted(DOCUMENTED) if list(examples(DOCUMENTED[name]))]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_examples_of_a_docstring_are_so(name):
+    for test in examples(DOCUMENTED[name]):
+        said: list[str] = []
+        assert doctest.DocTestRunner().run(test, out=said.append).failed == 0, "".join(said)
+
+
+def test_front_doors_have_examples_and_a_wrong_one_is_found():
+    assert set(FRONT_DOORS) <= set(SHOWN)
+    (test,) = doctest.DocTestFinder().find(
+        types.SimpleNamespace(__doc__=">>> 1 + 1\n3\n"), "wrong", globs={}
+    )
+    assert doctest.DocTestRunner().run(test, out=lambda text: None).failed == 1

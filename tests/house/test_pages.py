@@ -58,6 +58,7 @@ def files_of(page, languages=("python", "yaml")):
         ("contributing/weight_method.md", 3),
         ("contributing/task.md", 2),
         ("contributing/cell.md", 2),
+        ("contributing/solver.md", 2),
     ],
 )
 def test_something_new_takes_at_most_five_files_and_150_lines(page, count):
@@ -114,16 +115,26 @@ def test_every_section_of_the_bridges_page_is_run():
     assert with_code == {"Flax Linen", "Flax NNX", "Equinox", "Haiku"}
 
 
-@pytest.mark.slow
-def test_the_page_on_adding_a_cell_can_be_followed(tmp_path, monkeypatch, capsys):
-    page = (DOCS / "contributing/cell.md").read_text()
-    files = {block.split()[1]: block for block in blocks(page)}
-    assert set(files) == {"mycells.py", "check_mycells.py"}
+@pytest.mark.parametrize("page", ["contributing/cell.md", "contributing/solver.md"])
+def test_a_page_of_a_module_and_its_check_can_be_followed(page, tmp_path, monkeypatch, capsys):
+    files = files_of(page)
+    module, check = files
+    assert check == f"check_{module}"
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    runpy.run_path(str(tmp_path / "check_mycells.py"))
-    assert capsys.readouterr().out.startswith("Diagonal ")
+    runpy.run_path(str(tmp_path / check))
+    assert capsys.readouterr().out.endswith(" iterations\n")
+
+
+def test_the_factory_of_the_page_on_cells_is_what_the_training_command_builds(
+    tmp_path, monkeypatch
+):
+    page = (DOCS / "contributing/cell.md").read_text()
+    files = {block.split()[1]: block for block in blocks(page)}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
     # What the training command builds from the dotted name that the page gives it.
     (override,) = re.findall(r"cell\.path=(\S+)", "".join(blocks(page, "bash")))
     mixer = jp.nn.mixers.recurrent(pkgutil.resolve_name(override))(8)

@@ -161,6 +161,16 @@ def fake_quant(
       ValueError: bits or ranges are out of range, or `group` with `per_tensor`; when attached: the
         group does not divide a leaf's rows.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxpara as jp
+      >>> t = jp.fake_quant(bits=2)
+      >>> state = t.attach(jax.random.key(0), {"w": jnp.array([[1.0], [0.2], [-0.7]])})
+      >>> t.effective(state)["w"].ravel().tolist()
+      [1.0, 0.0, -1.0]
+      >>> merged = t.merge(state)["w"]  # integers and a scale
+      >>> jp.lift(lambda p, x: x @ p["w"])({"w": merged}, jnp.ones((1, 3))).tolist()
+      [[0.0]]
+
     References: [ste], [flexq].
     """
     check_ranges(ranges)
