@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from tests import durations
+import tests.durations as durations
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
