@@ -1,4 +1,4 @@
-"""The report on what tests cost: sums by wing, what is over its budget, what it is compared with."""
+"""The report on what tests cost: sums by wing, what is over its budget, the last table."""
 
 from tests import durations
 from tests.durations import Cost
