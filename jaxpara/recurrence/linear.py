@@ -48,7 +48,7 @@ def linear_recurrence(
       ValueError: shapes that do not fit, an unknown implementation, or one that
         cannot run with time sharded.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> jp.linear_recurrence(jnp.full(4, 0.5), jnp.ones(4)).tolist()
       [1.0, 1.5, 1.75, 1.875]

@@ -88,7 +88,7 @@ def newton_scan(
     Raises:
       TypeError, ValueError: what `lax.scan` raises; an unknown `derivative` or solver.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
       >>> def step(h, x):
       ...     h = jnp.tanh(0.5 * h + x)
@@ -133,7 +133,7 @@ def solve_scan(
     Raises:
       TypeError, ValueError: as for `newton_scan`; a guess of the wrong shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> step = lambda h, x: (jnp.tanh(0.5 * h + x), h)
       >>> init, xs = jnp.zeros(4), jnp.sin(jnp.arange(2000.0).reshape(500, 4))

@@ -93,7 +93,7 @@ def shooting(
     Raises:
       ValueError: a setting out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> step, xs = lambda h, x: (jnp.tanh(0.5 * h + x), h), jnp.linspace(-1.0, 1.0, 1000)
       >>> solver = jp.shooting(chunks=20)
@@ -150,7 +150,7 @@ def fused(
     Raises:
       ValueError: a setting out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> step, xs = lambda h, x: (jnp.tanh(0.5 * h + x), h), jnp.ones((64, 2, 8))
       >>> solver = jp.fused(implementation="xla")  # the kernel's own functions, on any platform
@@ -198,7 +198,7 @@ def newton(
     Raises:
       ValueError: a setting out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> weights, xs = jnp.full((3, 3), 0.2), jnp.sin(jnp.arange(600.0).reshape(200, 3))
       >>> step = lambda h, x: (jnp.tanh(h @ weights + x), h)
@@ -247,7 +247,7 @@ def quasi_newton(
     Raises:
       ValueError: a setting out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> weights, xs = jnp.full((3, 3), 0.2), jnp.sin(jnp.arange(600.0).reshape(200, 3))
       >>> step = lambda h, x: (jnp.tanh(h @ weights + x), h)
@@ -294,7 +294,7 @@ def jacobi(
     Raises:
       ValueError: a setting out of range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> step, xs = lambda h, x: (0.1 * jnp.tanh(h) + x, h), jnp.ones(1000)  # short memory
       >>> _, info = jp.solve_scan(step, jnp.zeros(()), xs, solver=jp.jacobi())
@@ -326,7 +326,7 @@ def sequential(*, structure: Structure | Unchecked | None = None, debug: bool = 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
       >>> step, xs = lambda h, x: (jnp.tanh(0.5 * h + x), h), jnp.ones(1000)
       >>> scan = lambda init: jp.newton_scan(step, init, xs, solver=jp.sequential())[0]
@@ -352,7 +352,7 @@ def auto(*, platform: str | None = None) -> Auto:
       What `solver=None` means: the choice is made by the call, from its platform,
       structure and shapes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> step = lambda h, x: (jnp.tanh(0.5 * h + x), h)
       >>> h, ys = jp.newton_scan(step, jnp.zeros(4), jnp.ones((500, 4)), solver=jp.auto())

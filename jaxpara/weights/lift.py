@@ -151,7 +151,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
       TypeError: when called, for an input that is neither an array nor hashable.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
       >>> def network(params, x):
       ...     return jnp.tanh(x @ params["w"])

@@ -127,7 +127,7 @@ def lora(
       ValueError: the rank is not positive, the window negative, or the dropout not in [0, 1); when
         attached: a leaf has fewer axes.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
       >>> params = {"in": jnp.ones((16, 32)), "out": jnp.ones((32, 4))}
       >>> network = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]

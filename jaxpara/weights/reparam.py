@@ -114,7 +114,7 @@ class Reparam(NamedTuple):
           UserWarning: parts hold more numbers than their weight; what is summed over in a leaf is
             not known from `function`; a method does not do in it what it is for.
 
-        Example:
+        Examples:
           >>> import jax, jax.numpy as jnp, jaxpara as jp
           >>> params = {"w": jnp.ones((300, 2, 50))}  # [out, in, in]
           >>> f = lambda params, x: jnp.einsum("bhk,ohk->bo", x, params["w"])
@@ -389,11 +389,11 @@ def chain(*reparams: Reparam) -> Reparam:
     Raises:
       ValueError: none is given.
 
-    Example:
+    Examples:
       >>> import jaxpara as jp
       >>> t = jp.chain(jp.nf4(), jp.lora(rank=4))  # QLoRA: Q(W) + s A B
-      >>> [member.method.name for member in t.members]
-      ['nf4(block=64)', 'lora(rank=4)']
+      >>> " then ".join(member.method.name for member in t.members)
+      'nf4(block=64) then lora(rank=4)'
     """
     if not reparams:
         raise ValueError("chain() needs at least one reparameterisation")

@@ -258,7 +258,7 @@ def layout(function: Callable[..., Any], params: Params, *inputs: Any, **keyword
       The layouts: `known` by path, and `unknown` with the reason, for leaves that are used in
       products that disagree, or in none.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> params = {"w": jnp.ones((8, 3))}  # [out, in]
       >>> found = jp.weights.layout(lambda p, x: x @ p["w"].T, params, jnp.ones((2, 3)))

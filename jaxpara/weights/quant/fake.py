@@ -161,7 +161,7 @@ def fake_quant(
       ValueError: bits or ranges are out of range, or `group` with `per_tensor`; when attached: the
         group does not divide a leaf's rows.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
       >>> t = jp.fake_quant(bits=2)
       >>> state = t.attach(jax.random.key(0), {"w": jnp.array([[1.0], [0.2], [-0.7]])})
