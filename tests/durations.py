@@ -1,4 +1,4 @@
-"""What the tests cost, by wing: printed after each run beside the committed table.
+"""What the tests cost, by wing: printed after each run, beside the last table if there is one.
 
 CPU-seconds, those of compiling included, because they hardly depend on what else a machine does.
 `make test ARGS=--write-durations` writes the table anew; a run of parts of the tests prints only

@@ -119,7 +119,7 @@ def scales(
       peaks: the largest magnitude of every element on its way to each row, `[n, *leaf]`.
       ends: where it arrives, `[n, *leaf]`.
       first: the state before row 0.
-      window: rows to look back on; up to `2 * _BLOCK` more count, or half as many again.
+      window: rows to look back on at least; less than twice as many and a `_BLOCK` count.
     """
 
     def one(peak, end, before):

@@ -115,6 +115,7 @@ def test_every_section_of_the_bridges_page_is_run():
     assert with_code == {"Flax Linen", "Flax NNX", "Equinox", "Haiku"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["contributing/cell.md", "contributing/solver.md"])
 def test_a_page_of_a_module_and_its_check_can_be_followed(page, tmp_path, monkeypatch, capsys):
     files = files_of(page)

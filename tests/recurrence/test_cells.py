@@ -204,6 +204,7 @@ def test_gradient_equals_finite_differences_in_float64(name):
 
             numeric = (moved(1) - moved(-1)) / (2 * eps)
             analytic = jnp.vdot(jax.tree.leaves(gradient)[i], leaf)
+            # central differences: eps^2 of truncation, 1e-16 / eps of rounding, through 5 steps
             np.testing.assert_allclose(analytic, numeric, rtol=2e-6, atol=2e-8)
 
 
@@ -226,6 +227,7 @@ def test_reset_restarts_a_document_inside_a_row(name):
     reset[4, 0] = reset[9, 0] = reset[0, 1] = True
     start = cell.start(params, (BATCH,))
     _, ys = cells.run(cell, params, start, x, reset=jnp.asarray(reset))
+    # float32 over 12 steps, as without resets above
     np.testing.assert_allclose(ys, slow(name, params, x, reset), rtol=1e-5, atol=3e-6)
     _, without = cells.run(cell, params, start, x)
     assert np.max(np.abs(ys[4:, 0] - without[4:, 0])) > 1e-3
@@ -285,6 +287,7 @@ def test_clip_bounds_the_weights_in_use_and_lets_their_gradient_through(name):
         for c, p in ((cell, params), (free, inside))
     )
     for a, b in zip(jax.tree.leaves(clipped), jax.tree.leaves(projected), strict=True):
+        # float32 sums over 12 steps and all weights of O(1) terms, in two programs
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert all(jnp.any(g != 0) for g in jax.tree.leaves(clipped[1]["recurrent"]))
 

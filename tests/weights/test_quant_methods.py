@@ -60,6 +60,7 @@ def test_a_grid_covers_its_range_as_a_loop_in_float64_does(ranges, affine, bits)
                 for share in 1 - 0.04 * np.arange(20)
             ]
         wanted = min(candidates, key=lambda c: np.sum((c - own) ** 2))
+        # scale, offset and their product are rounded to float32: ulps of the largest entry
         np.testing.assert_allclose(found[index], wanted, atol=2e-6 * largest)
 
 
@@ -85,6 +86,7 @@ def test_ternary_weights_are_the_sign_or_nothing_times_the_mean_magnitude(group)
         shared = w[layer] if group is None else w[layer, rows, column]
         scale = np.mean(np.abs(np.float64(shared)))
         wanted = scale * np.clip(np.round(w[layer, rows, column] / scale), -1, 1)
+        # the mean is summed in float32
         np.testing.assert_allclose(found[layer, rows, column], wanted, rtol=1e-6)
     merged = jp.ternary(group=group).merge(attached(jp.ternary(group=group), w))["w"]
     assert set(np.unique(merged.base)) == {-1, 0, 1}
