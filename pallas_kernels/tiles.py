@@ -293,7 +293,8 @@ def link_affine(
         here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
         new = []
         for end, shift in zip(ends, moved(size, products, here, delta), strict=True):
-            new.append(end[here] + shift)
+            # Where nothing moves it, the end itself, with the sign of its zero.
+            new.append(jnp.where(shift == 0.0, end[here], end[here] + shift))
             holds = jnp.where(finite(new[-1]), holds, 0.0)
         for start, value in zip(starts, new, strict=True):
             start[there] = value

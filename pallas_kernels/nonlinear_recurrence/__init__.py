@@ -77,7 +77,8 @@ def forward(
         bounds the error. Otherwise, and where the step rounds its states, a window counts as
         solved when its chunks meet bit for bit.
       reverse: from the last step to the first.
-      affine: the step is affine in the state: one correction is exact, nothing is tested.
+      affine: the step is affine in the state: one correction is exact but for rounding, and is
+        judged like others; no second is made.
       chunks: of a window, rolled out side by side; None lets the kernel choose.
       window: steps that are solved together; None lets the kernel choose.
       implementation: `"mosaic_gpu"`, `"mosaic_tpu"`, `"xla"` (`lax.scan`), several in order, or

@@ -65,8 +65,7 @@ def forward(
         or where the step rounds its states, only bitwise agreement counts.
       max_iters: passes over a window before it is walked step by step.
       reverse: from the last step to the first.
-      affine: the step is affine in the state: one correction is exact and nothing is tested, but
-        a window whose corrected starts are not finite is walked.
+      affine: the step is affine in the state: one correction, and the pass that counts.
       chunks: of a window; None to choose.
       window: steps of a window; None to choose.
       interpret: `InterpretGPUParams` to simulate on a CPU.
@@ -74,8 +73,8 @@ def forward(
     Returns:
       States, K x [T, B, D]; and for each sequence the largest number of passes that a window took
       (int32 [B]; 1 if affine), the largest difference of an end and the next start in a window's
-      last pass (float32 [B]; infinite for NaN or if none was tested, 0 if affine), and the steps
-      walked (int32 [B]).
+      last pass (float32 [B]; infinite for NaN or if none was tested), and the steps walked
+      (int32 [B]).
 
     Raises:
       NotImplementedError: JAX older than 0.11; a cell without inputs or with more state than
@@ -98,7 +97,7 @@ def forward(
         if max_iters > 2:  # a rough pass, one that corrects, one that counts
             rough = cell.using(mosaic_functions.rough(interpret))
         cell = cell.using(mosaic_functions.exact(interpret))
-    bounded = certain and not cell.rounds
+    bounded = (certain or affine) and not cell.rounds
     limits = certificate.limits(jnp.float32, tol) if bounded else (0.0, 0.0)
     unroll = _UNROLL if interpret is None else 1
 

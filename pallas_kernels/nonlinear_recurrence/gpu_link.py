@@ -128,9 +128,11 @@ def link_affine(block: Block, old: Any, new: Any) -> None:
         shift = [e - s for e, s in zip(exact, starts, strict=True)]
         after = []
         for i in range(count):
-            value = ends[i]
-            for j in range(count):
-                value = value + products[j * count + i] * shift[j]
+            moved = products[i] * shift[0]
+            for j in range(1, count):
+                moved = moved + products[j * count + i] * shift[j]
+            # Where nothing moves it, the end itself, with the sign of its zero.
+            value = jnp.where(moved == 0.0, ends[i], ends[i] + moved)
             bad = jnp.maximum(bad, jnp.where(jnp.abs(value) <= _FINITE, zero, zero + 1.0))
             after.append(value)
         return after, bad

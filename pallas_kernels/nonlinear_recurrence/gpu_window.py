@@ -199,9 +199,10 @@ def iterate(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
 
 
 def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
-    """The same for a step that is affine in the state: exact after one correction.
+    """The same for a step that is affine in the state: one correction, and the pass that counts.
 
-    Chunks start from zero, so that no end is the difference of two large numbers.
+    Chunks start from zero, so that no end is the difference of two large numbers. A product may
+    have vanished on its way through a chunk while the states did not: the pass is judged, too.
     """
     layout = mosaic.tile_layout(block.plan.block)
     shape = (block.plan.chunks // block.plan.warpgroups, block.plan.block)
@@ -219,14 +220,17 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
 
     # All read the vote and their starts, and overwrite the ends.
     mosaic.sync(block.arrived)
-    still = flag(block, OPEN)
+    diverged = flag(block, OPEN)
     first = _load_starts(block, 1)
     _write_summaries(
         block, *_roll(block, block.cell, w, slot, params, first, columns=False, keep=True)
     )
-    # Warpgroup 0 reads the last end, or writes over states that others have just written.
+    # Warpgroup 0 reads the ends of all, or writes over states that others have just written.
     mosaic.sync(block.arrived)
-    return Outcome(jnp.int32(1), still, jnp.float32(0.0))
+    _correct_starts(block, jnp.int32(1), test=True)
+    verdict = lax.select(diverged > 0.0, jnp.float32(FAR), flag(block, VERDICT))
+    still = lax.select(verdict <= ROUNDED, jnp.float32(CLOSED), verdict)
+    return Outcome(jnp.int32(1), still, flag(block, RESIDUAL))
 
 
 def walk(block: Block, w: Any, slot: Any, params: Arrays) -> None:

@@ -52,7 +52,7 @@ def forward(
         or where the step rounds its states, only bitwise agreement counts.
       max_iters: passes over a window before it is completed step by step.
       reverse: from the last step to the first.
-      affine: the step is affine in the state: one correction, no test.
+      affine: the step is affine in the state: one correction, and the pass that counts.
       chunks: runs per window that advance side by side; 1 is a sequential kernel.
       window: steps per block.
       interpret: as for `pl.pallas_call`.
@@ -76,7 +76,7 @@ def forward(
         window=window,
         reverse=reverse,
     )
-    bounded = certain and not cell.rounds
+    bounded = (certain or affine) and not cell.rounds
     limits = certificate.limits(jnp.float32, tol) if bounded else (0.0, 0.0)
     kind = tiles.widest([*init, *xs, *params])
     lanes = plan.over_lanes()
@@ -183,9 +183,11 @@ def _kernel(cell, plan, limits, budget, affine, refs):
     if affine:
         tiles.start_affine(plan, starts, carry)
         roll_with_product(keep=False)
-        done[...] = tiles.link_affine(plan, starts, ends, products)
+        finite = tiles.link_affine(plan, starts, ends, products)
         for ref, value in zip(ends, roll([s[...] for s in starts]), strict=True):
             ref[...] = value
+        exact, _, coarse, residual[...] = _link(plan, limits, starts, ends, products, carry)
+        done[...] = finite * jnp.maximum(exact, coarse)
         passes[...] = jnp.ones(plan.row, jnp.int32)
     else:
         for s, c in zip(starts, carry, strict=True):
@@ -210,7 +212,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             return count, tiles.any_open(inside, done)
 
         lax.while_loop(lambda loop: (loop[1] > 0) & (loop[0] < budget), attempt, (0, 1.0))
-        worst[...] = jnp.maximum(worst[...], residual[...])
+    worst[...] = jnp.maximum(worst[...], residual[...])
 
     @pl.when(tiles.any_open(inside, done) == 0)
     def _():

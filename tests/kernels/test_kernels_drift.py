@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxpara.recurrence.kernel.elementwise import prepare
 from pallas_kernels import compat, nonlinear_recurrence
+from pallas_kernels.linear_recurrence import affine_cell
 from tests.recurrence.kit import QUICK
 
 T, BLOCK = 64, 16
@@ -165,3 +166,36 @@ def test_a_hidden_derivative_counts_bit_for_bit_and_a_false_claim_is_wrong(imple
         expected = expected + x
     np.testing.assert_array_equal(end(False), np.full((1, 4 * BLOCK), expected))
     assert np.all(end(True) < expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("implementation", PATHS)
+def test_an_affine_state_that_all_but_vanishes_comes_back(implementation, reverse):
+    factors = np.ones((T, 4))
+    # Within a chunk by 1e-50, which no product holds, and back; by 1e-20; the sign of a zero.
+    factors[16:20, 0] = [1e-25, 1e-25, 1e25, 1e25]
+    factors[20:22, 1] = [1e-20, 1e20]
+    factors[::4, 2] = -1.0
+    factors = factors[::-1] if reverse else factors
+    a, init, b = (
+        jnp.asarray(np.repeat(x, BLOCK, axis=-1), jnp.float32)
+        for x in (factors[:, None], [[1e20, 1.0, -0.0, 2.0]], np.full((T, 1, 4), -0.0))
+    )
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(a, b, init):
+        settings = {"reverse": reverse, "affine": True, "chunks": 8, "window": 32}
+        return nonlinear_recurrence.forward(
+            affine_cell(1), [init], [a, b], [], implementation=implementation, **settings
+        )
+
+    def one(h, x):
+        h = x[0] * h + x[1]
+        return h, h
+
+    found = run(a, b, init)
+    expected = lax.scan(one, init, (a, b), reverse=reverse)[1]
+    np.testing.assert_allclose(found.states[0], expected, rtol=1e-6, atol=1e-37)
+    np.testing.assert_array_equal(np.signbit(found.states[0]), np.signbit(expected))
+    # What this would notice: the product is 0, and so would be all that comes behind it.
+    assert np.float32(1e-25) * np.float32(1e-25) == 0.0 < np.min(np.abs(expected[..., 0]))

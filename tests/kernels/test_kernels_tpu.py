@@ -130,7 +130,7 @@ def test_values_and_gradients_equal_float64_in_one_correction_or_a_few(case, sha
     assert iterations.shape == residual.shape == completed.shape == shape[1:2]
     assert np.all(completed == 0)
     if case.affine or how.get("chunks") == 1:
-        assert np.all(iterations == 1) and np.all(residual == 0)
+        assert np.all(iterations == 1) and np.all(residual < 1e-5)
     else:
         assert np.all((2 <= iterations) & (iterations <= 6)) and np.all(residual < 1e-5)
 

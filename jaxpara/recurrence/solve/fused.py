@@ -60,7 +60,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         max_iters=settings.max_iters,
         certain=system.certain,
         reverse=system.reverse,
-        affine=prepared.affine,  # then one correction is exact, and no pass is made to confirm it
+        affine=prepared.affine,  # then one correction is exact but for rounding
         chunks=settings.chunks,
         window=settings.window,
         implementation=settings.implementation or KERNELS,
