@@ -101,8 +101,8 @@ def test_what_a_folder_may_name_of_jaxpara_is_what_the_reference_documents():
     there = set()
     for found in pkgutil.walk_packages(jaxpara.__path__, "jaxpara."):
         with contextlib.suppress(ImportError):  # what needs a package that is not here
-            there |= {f"{found.name}.{one}" for one in vars(importlib.import_module(found.name))}
-    there |= {f"{place}.{one}" for place in names.PUBLIC for one in vars(names.locate(place) or 0)}
+            there |= {f"{found.name}.{one}" for one in dir(importlib.import_module(found.name))}
+    there |= {f"{place}.{one}" for place in names.PUBLIC for one in dir(names.locate(place))}
     public = {one for one in there if names.is_public(one)}
     assert public <= documented
     values = {one for one in documented if not callable(names.locate(one))}  # and types of unions
