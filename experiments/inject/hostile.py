@@ -43,7 +43,7 @@ NAMES: tuple[Any, ...] = (
     "jaxpara.weights.method.computed",
     "jaxpara.testing.jax.numpy.load",
     "jaxpara.nn.mixers.newton_scan",
-    "jaxpara._lazy.importlib.import_module",
+    "jaxpara._importlib.import_module",
     "jaxpara.recurrence.rule.json.loads",
     "jaxpara.recurrence.rule.importlib.import_module",
     "jaxpara.nn.mixers.jax.numpy.load",

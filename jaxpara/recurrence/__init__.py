@@ -1,3 +1,0 @@
-import lazy_loader as _lazy
-
-__getattr__, __dir__, __all__ = _lazy.attach(__name__, ["cells", "structure"])

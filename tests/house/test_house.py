@@ -20,7 +20,7 @@ OURS = LIBRARY + sorted(p for d in OUTSIDE for p in (ROOT / d).rglob("*.py"))
 
 ALLOWED = {
     "pallas_kernels": {"jax", "numpy", "pallas_kernels"},
-    "jaxpara": {"jax", "numpy", "optax", "jaxtyping", "lazy_loader", "jaxpara", "pallas_kernels"},
+    "jaxpara": {"jax", "numpy", "optax", "jaxtyping", "jaxpara", "pallas_kernels"},
 }
 ADAPTERS = {"jaxpara/linen.py", "jaxpara/nnx.py"}  # the only two that know Flax
 SHARED = {"types", "compat", "jaxprs", "tree"}  # what every wing may import
