@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks import recurrences, timing
+from benchmarks import chains, recurrences
 from benchmarks.contenders import BACKENDS, contender
 from benchmarks.points import KERNEL, Point
 from pallas_kernels.shapes import PASSES, Shape
@@ -236,7 +236,7 @@ def compare(torch: Any, shape: Shape, call: Callable[..., Rival], which: str) ->
         theirs, wanted = (lambda: rival.backward(rival.forward())), true.d_xs
         found = {"theirs": rival.gates(theirs()), "ours": result.d_xs}
     theirs_ms = _torch_ms(torch, theirs)
-    ours = timing.measure(lambda: run(recurrence.consts, *operands))
+    ours = chains.milliseconds(lambda: run(recurrence.consts, *operands))
     errors = {
         f"{name}_error": max(
             float(np.abs(recurrences.corner(_on_host(g)) - w).max() / np.abs(w).max())

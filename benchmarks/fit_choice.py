@@ -6,7 +6,6 @@ needs no Hydra and no second run on the device.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from benchmarks import rows
 from benchmarks.points import SCAN, SOLVER
 from benchmarks.recurrences import leaves
 from benchmarks.report import Measured, speed_up
-
-MAPS = Path(__file__).resolve().parent.parent / "jaxpara" / "recurrence"
+from experiments.contest import choice_map
 
 
 def points(measured: Measured) -> list[dict[str, Any]]:
@@ -28,29 +26,26 @@ def points(measured: Measured) -> list[dict[str, Any]]:
     Returns:
       Points as `jaxpara.recurrence.rule` reads them, by cell and size.
     """
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
     for point, row in sorted(measured.items()):
         gain = speed_up(measured, point)
         if not point.implementation.startswith(SOLVER) or gain is None:
             continue
-        steps, batch, width = point.shape
-        states = leaves(point.op).states
         scan = measured[point._replace(implementation=SCAN)]
-        entry = found.setdefault(
-            (point.op, point.shape),
-            {
-                "cell": point.op,
-                "block": states,
-                "steps": steps,
-                "elements": states * batch * width,
-                "speedup": {},
-                "spread": {"scan": _spread(scan)},
-            },
-        )
+        speedup, spread = found.setdefault((point.op, point.shape), ({}, {"scan": _spread(scan)}))
         name = point.implementation.removeprefix(SOLVER)
-        entry["speedup"][name] = float(f"{gain:.4g}")
-        entry["spread"][name] = _spread(row)
-    return list(found.values())
+        speedup[name], spread[name] = gain, _spread(row)
+    return [
+        choice_map.point(
+            op,
+            block=leaves(op).states,
+            steps=shape.steps,
+            elements=leaves(op).states * shape.batch * shape.width,
+            speedup=speedup,
+            spread_ms=spread,
+        )
+        for (op, shape), (speedup, spread) in found.items()
+    ]
 
 
 def _spread(row: dict[str, Any]) -> list[float]:
@@ -84,15 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     devices = sorted({str(row["device"]) for row in read})
     if len(devices) > 1:
         parser.error(f"{options.csv} mixes devices {devices}; a map is of one")
-    record = {
-        "platform": options.platform,
-        "device": devices[0],
-        "jax": str(read[0]["jax"]),
-        "date": str(read[0]["date"]),
-        "points": made,
-    }
-    output = options.output or MAPS / f"choice_{options.platform}.json"
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    output = choice_map.write(
+        made,
+        options.output,
+        platform=options.platform,
+        device=devices[0],
+        jax=str(read[0]["jax"]),
+        date=str(read[0]["date"]),
+    )
     print(f"wrote {len(made)} points to {output}")
     return output
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import provenance, recurrences, rows, timing
+from benchmarks import chains, provenance, recurrences, rows
 from benchmarks.contenders import BACKENDS, Result, contender, refusing, without_counts
 from benchmarks.points import (
     ITEMSIZE,
@@ -110,12 +110,12 @@ class Bench:
     def _measured(self, point: Point) -> dict[str, Any]:
         size = ITEMSIZE[point.dtype]
         # The others are slow enough not to gain from a cache, and take long to compile.
-        several = min(self.sets, timing.sets_needed(needs(point)))
+        several = min(self.sets, chains.sets_needed(needs(point)))
         count = several if point.implementation == KERNEL else 1
         operands, true = self._data(point, count)
         consts = recurrences.make(point.op, point.shape.width).consts
         once = contender(point, self.implementation)
-        run = jax.jit(timing.chained(once, count, without_counts))
+        run = jax.jit(chains.chained(once, count, without_counts))
         sets = [tuple(o) for o in operands[:count]]
         began = time.perf_counter()
         fused = point.implementation == SOLVER + "fused"
@@ -133,7 +133,7 @@ class Bench:
             )
         }
         del results
-        timed = timing.measure(lambda: compiled(consts, sets), repeats=count)
+        timed = chains.milliseconds(lambda: compiled(consts, sets), repeats=count)
         if point.implementation == SCAN:
             self._step_s[point.op, point.which, point.dtype] = timed.median / 1e3 / point.shape[0]
         moved = traffic(point.shape, recurrences.leaves(point.op), size, point.which)
@@ -143,9 +143,9 @@ class Bench:
             "ms": timed.median,
             "ms_low": timed.low,
             "ms_high": timed.high,
-            "samples": timed.samples,
+            "samples": timed.rounds,
             "sets": count,
-            "cached": int(count * needs(point) < timing.CACHE_BYTES),
+            "cached": int(count * needs(point) < chains.CACHE_BYTES),
             "compile_s": compile_s,
             "gb_s": moved / timed.median / 1e6,
             "floor_ms": floor_ms,
@@ -219,7 +219,7 @@ def machine(memory_gb: float | None, copy_bytes: int) -> Machine:
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     memory = int(memory_gb * 1e9) if memory_gb else int(stats.get("bytes_limit", 4e9))
-    copy_gb_s = timing.copy_gb_s(copy_bytes)
+    copy_gb_s = chains.copy_gb_s(copy_bytes)
     return Machine(device.device_kind, memory, copy_gb_s, jax.__version__, provenance.commit())
 
 
@@ -233,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--implementation", help="of the kernels; default: that of the platform")
     made.add_argument("--minutes", type=float, default=8.0, help="stop after these; then repeat")
     made.add_argument("--scan-seconds", type=float, default=2.0, help="skip lax.scan above this")
-    made.add_argument("--sets", type=int, default=timing.MOST_SETS, help="of rotated inputs")
+    made.add_argument("--sets", type=int, default=chains.MOST_SETS, help="of rotated inputs")
     made.add_argument("--memory-gb", type=float, help="of the device, if JAX does not know")
     made.add_argument("--retry", action="store_true", help="measure again what failed")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of rows and tables")
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     left = [point for point in points if point not in done]
     print(
         f"{here.device}: {here.memory / 1e9:.0f} GB, copy {here.copy_gb_s:.0f} GB/s, an empty call "
-        f"{timing.call_us():.0f} us; {len(left)} of {len(points)} points to do, "
+        f"{chains.call_us():.0f} us; {len(left)} of {len(points)} points to do, "
         f"{len(large)} need over 60 % of the memory -> {path}",
         flush=True,
     )

@@ -7,7 +7,6 @@ with the reverse rule of training is, and writes the points as the data that the
 
 import datetime
 import importlib.metadata
-import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import jaxpara as jp
+from experiments.contest import choice_map
 from experiments.contest.recurrence_problem import make_problem
 from experiments.contest.timing import measure, prepare
 from experiments.shell.commandline import command, guarded
@@ -61,23 +61,14 @@ def measure_point(
         lambda h, x: problem.step(problem.params, h, x), problem.init, first
     )
     leaves = jax.tree.leaves(problem.init)
-    return {
-        "cell": cell,
-        "block": structure.size([leaf.shape for leaf in leaves]),
-        "steps": shape[0],
-        "elements": sum(leaf.size for leaf in leaves),
-        "speedup": {n: timings["scan"].median / timings[n].median for n in paths},
-        "spread": {n: [t.low * 1e3, t.median * 1e3, t.high * 1e3] for n, t in timings.items()},
-    }
-
-
-def rounded(value: Any) -> Any:
-    """Floats to four digits: the map is data that people read."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
+    return choice_map.point(
+        cell,
+        block=structure.size([leaf.shape for leaf in leaves]),
+        steps=shape[0],
+        elements=sum(leaf.size for leaf in leaves),
+        speedup={n: timings["scan"].median / timings[n].median for n in paths},
+        spread_ms={n: [t.low * 1e3, t.median * 1e3, t.high * 1e3] for n, t in timings.items()},
+    )
 
 
 def fit(
@@ -85,26 +76,26 @@ def fit(
     paths: dict[str, Any],
     rounds: int,
     budget_s: float,
-    output: Path,
+    output: Path | None,
     console: Console,
 ) -> None:
     """Measures every point and writes the map."""
     points = []
     for cell, shapes in grid.items():
         for shape in shapes:
-            point = rounded(measure_point(cell, tuple(shape), paths, rounds, budget_s))
+            point = measure_point(cell, tuple(shape), paths, rounds, budget_s)
             points.append(point)
             gains = ", ".join(f"{n} {s:.2f}x" for n, s in point["speedup"].items())
             console.print(f"{cell} T, B, D = {shape}: {gains}", highlight=False)
             jax.clear_caches()
-    record = {
-        "platform": jax.default_backend(),
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "jax": importlib.metadata.version("jax"),
-        "date": datetime.date.today().isoformat(),
-        "points": points,
-    }
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    output = choice_map.write(
+        points,
+        output,
+        platform=jax.default_backend(),
+        device=f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        jax=importlib.metadata.version("jax"),
+        date=datetime.date.today().isoformat(),
+    )
     console.print(f"wrote {len(points)} points to {output}")
 
 
@@ -115,13 +106,12 @@ def main(config: DictConfig) -> None:
 
     def program():
         settings = instantiate(config, _convert_="all")
-        name = f"choice_{jax.default_backend()}.json"
         fit(
             settings["grid"],
             settings["paths"],
             settings["rounds"],
             settings["budget_s"],
-            Path(settings["output"] or Path(jp.__file__).parent / "recurrence" / name),
+            Path(settings["output"]) if settings["output"] else None,
             Console(),
         )
 

@@ -14,10 +14,10 @@ import numpy as np
 
 
 class Prepared(NamedTuple):
-    """A call without arguments that returns when its result is there.
+    """A call without arguments.
 
     Attributes:
-      call: runs once, blocks, returns the result.
+      call: runs once and returns the result; what it leaves for a device to do is waited for.
       compile_s: seconds that tracing and compiling took, which no timing includes.
     """
 
@@ -67,6 +67,7 @@ def measure(
     calls: Mapping[str, Prepared],
     *,
     rounds: int = 15,
+    least: int = 5,
     sample_s: float = 2e-3,
     budget_s: float = 10.0,
     seed: int = 0,
@@ -74,11 +75,12 @@ def measure(
     """Times every call in every round.
 
     A sample repeats a call until it takes about `sample_s`, so that the clock and the
-    scheduler are small against it.
+    scheduler are small against it, and waits once, at its end, for what was only started.
 
     Args:
       calls: name -> call, as from `prepare`.
-      rounds: how often each is sampled; fewer, but at least 5, when the budget runs out.
+      rounds: how often each is sampled.
+      least: fewer rounds, but at least these, when the budget runs out.
       sample_s: seconds a sample should take at least.
       budget_s: seconds for all calls together, after the warm-up.
       seed: of the order within the rounds.
@@ -93,14 +95,16 @@ def measure(
         raise ValueError(f"rounds={rounds} gives no spread; expected 3 or more.")
     repeats = {}
     for name, prepared in calls.items():
-        prepared.call()  # warm-up: allocations, first touch, lazy initialisation
-        once = min(_clock(prepared.call, 1) for _ in range(2))
+        # The first is the warm-up: allocations, first touch, lazy initialisation.
+        once = _clock(prepared.call, 1)
+        if once < budget_s / 5:
+            once = min(_clock(prepared.call, 1) for _ in range(2))
         repeats[name] = max(1, min(1000, round(sample_s / max(once, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), np.random.default_rng(seed)
     began = time.perf_counter()
     for n in range(rounds):
-        if n >= min(5, rounds) and time.perf_counter() - began > budget_s:
+        if n >= min(least, rounds) and time.perf_counter() - began > budget_s:
             break
         shuffle.shuffle(order)
         for name in order:
@@ -116,9 +120,12 @@ def measure(
 
 
 def _clock(call: Callable[[], Any], repeats: int) -> float:
+    out = None
     began = time.perf_counter()
     for _ in range(repeats):
-        call()
+        del out  # its memory serves the next call, which runs behind it on a device
+        out = call()
+    jax.block_until_ready(out)
     return (time.perf_counter() - began) / repeats
 
 

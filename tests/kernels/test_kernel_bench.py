@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import contenders, fit_choice, kernels, points, recurrences, report, rows, timing
+from benchmarks import chains, contenders, fit_choice, kernels, points, recurrences, report, rows
 from benchmarks.points import KERNEL, SCAN, Point
 from jaxpara.recurrence import rule
 from pallas_kernels import shapes
@@ -90,9 +90,9 @@ def test_a_run_that_is_cut_short_knows_the_targets_and_a_coarse_map():
 
 
 def test_inputs_are_rotated_while_they_fit_a_cache():
-    assert timing.sets_needed(1 << 20) == timing.MOST_SETS
-    assert timing.sets_needed(100 << 20) == 3
-    assert timing.sets_needed(1 << 30) == 1
+    assert chains.sets_needed(1 << 20) == chains.MOST_SETS
+    assert chains.sets_needed(100 << 20) == 3
+    assert chains.sets_needed(1 << 30) == 1
 
 
 def test_rows_that_a_cache_may_hold_are_marked():
@@ -129,9 +129,9 @@ def test_what_is_timed_is_what_users_get(monkeypatch):
 
 def test_rotated_sets_each_give_their_own_result():
     sets = [(np.float32(i), np.float32(10 * i)) for i in range(4)]
-    run = timing.chained(lambda shared, a, b: shared + a + b, 3)
+    run = chains.chained(lambda shared, a, b: shared + a + b, 3)
     assert [float(x) for x in run(np.float32(100), sets)] == [100, 111, 122]
-    trimmed = timing.chained(lambda _, a, b: (a, b), 3, lambda result: result[:1])
+    trimmed = chains.chained(lambda _, a, b: (a, b), 3, lambda result: result[:1])
     assert [len(result) for result in trimmed(None, sets)] == [1, 1, 2]
 
 

@@ -163,8 +163,10 @@ def foreign(path, seen):
     seen.add(path)
     found = set()
     for name in imported(path):
-        if name.startswith("tests."):
-            found |= foreign(ROOT / f"{name.replace('.', '/')}.py", seen)
+        if name.startswith(("tests.", "experiments.")):
+            place = ROOT / name.replace(".", "/")
+            inside = place / "__init__.py"
+            found |= foreign(inside if inside.exists() else place.with_suffix(".py"), seen)
         elif name.split(".")[0] not in ON_A_GPU_MACHINE | OURS | sys.stdlib_module_names:
             found.add(f"{path.name}: {name}")
     return found
@@ -176,9 +178,10 @@ def test_what_make_gpu_runs_needs_nothing_but_jax_and_its_test_packages():
     assert len(tests) >= 4
     measures = [
         ROOT / f"benchmarks/{name}.py"
-        for name in "contenders fit_choice kernels points provenance recurrences report rows "
-        "timing".split()
+        for name in "chains contenders fit_choice kernels points provenance recurrences report "
+        "rows".split()
     ]
+    measures += [ROOT / f"experiments/contest/{name}.py" for name in ("choice_map", "timing")]
     tools = [ROOT / "tools/gpu_tests.py", ROOT / "tools/gpu_ready.py"]
     for path in [*tests, *measures, *tools, ROOT / "tests/conftest.py"]:
         if path.name != pathlib.Path(__file__).name:

@@ -1,36 +1,20 @@
-"""Timing on a device: compiled apart, warmed up, blocked, inputs rotated, median and quartiles.
+"""Operations of microseconds on a device: several in one call, on inputs that are rotated.
 
 A kernel of 20 microseconds is shorter than the call that starts it. So one compiled call holds the
 operation several times, each on its own inputs and each after the one before: the start is paid
 once, and inputs that would fit a cache are not there when their turn comes again.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from experiments.contest.timing import Prepared, Timing, measure
 
 CACHE_BYTES = 64 << 20  # above the 50 MB of an H100's L2
 MOST_SETS = 16
-
-
-class Timing(NamedTuple):
-    """Milliseconds of one operation.
-
-    Attributes:
-      median: of the samples.
-      low: first quartile.
-      high: third quartile.
-      samples: their number.
-    """
-
-    median: float
-    low: float
-    high: float
-    samples: int
 
 
 def sets_needed(set_bytes: int) -> int:
@@ -73,45 +57,21 @@ def chained(
     return run
 
 
-def measure(
-    call: Callable[[], Any],
-    *,
-    repeats: int = 1,
-    samples: int = 15,
-    sample_s: float = 5e-3,
-    budget_s: float = 1.5,
-) -> Timing:
-    """Times a call that returns before its work is done.
+def milliseconds(call: Callable[[], Any], *, repeats: int = 1) -> Timing:
+    """Times a call that may return before its work is done.
 
     Args:
       call: starts the work and returns arrays; compiled already.
       repeats: operations in a call.
-      samples: how often to look at the clock; fewer, but at least 3, when the budget runs out.
-      sample_s: seconds that a sample should take at least.
-      budget_s: seconds for all of them.
 
     Returns:
       Milliseconds of one operation.
     """
-    once = _seconds(call, 1)
-    if once < budget_s / 5:  # the first one also warms up
-        once = min(once, _seconds(call, 1))
-    calls = max(1, min(1000, round(sample_s / max(once, 1e-7))))
-    taken: list[float] = []
-    began = time.perf_counter()
-    while len(taken) < samples and (len(taken) < 3 or time.perf_counter() - began < budget_s):
-        taken.append(1e3 * _seconds(call, calls) / (calls * repeats))
-    return Timing(*(float(np.quantile(taken, q)) for q in (0.5, 0.25, 0.75)), len(taken))
-
-
-def _seconds(call: Callable[[], Any], calls: int) -> float:
-    out = None
-    began = time.perf_counter()
-    for _ in range(calls):
-        del out  # its memory serves the next call, which runs behind it on the device
-        out = call()
-    jax.block_until_ready(out)
-    return time.perf_counter() - began
+    call_s = measure({"": Prepared(call, 0.0)}, least=3, sample_s=5e-3, budget_s=1.5)[""]
+    scale = 1e3 / repeats
+    return call_s._replace(
+        median=scale * call_s.median, low=scale * call_s.low, high=scale * call_s.high
+    )
 
 
 def copy_gb_s(array_bytes: int) -> float:
@@ -126,7 +86,7 @@ def copy_gb_s(array_bytes: int) -> float:
     x = jnp.zeros(array_bytes // 4, jnp.float32)
     add = jax.jit(lambda x: x + 1.0)
     jax.block_until_ready(add(x))
-    return 2e-6 * x.nbytes / measure(lambda: add(x)).median
+    return 2e-6 * x.nbytes / milliseconds(lambda: add(x)).median
 
 
 def call_us() -> float:
@@ -137,4 +97,4 @@ def call_us() -> float:
     """
     x, add = jnp.zeros(()), jax.jit(lambda x: x + 1.0)
     jax.block_until_ready(add(x))
-    return 1e3 * measure(lambda: add(x)).median
+    return 1e3 * milliseconds(lambda: add(x)).median

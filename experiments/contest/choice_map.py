@@ -1,0 +1,71 @@
+"""The map that `jp.auto` looks up: how much faster than `lax.scan` each path was, at points."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[2] / "jaxpara" / "recurrence"
+
+
+def point(
+    cell: str,
+    *,
+    block: int,
+    steps: int,
+    elements: int,
+    speedup: Mapping[str, float],
+    spread_ms: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """A point as `jaxpara.recurrence.rule` reads it, to four digits: people read it, too.
+
+    Args:
+      cell: its name.
+      block: of the step's Jacobian.
+      steps: T.
+      elements: of the state, over batch and channels.
+      speedup: of each path, over `lax.scan`, with gradients.
+      spread_ms: first quartile, median and third quartile of each, `scan` among them.
+
+    Returns:
+      The point.
+    """
+    return {
+        "cell": cell,
+        "block": block,
+        "steps": steps,
+        "elements": elements,
+        "speedup": {name: _short(value) for name, value in speedup.items()},
+        "spread": {name: [_short(v) for v in values] for name, values in spread_ms.items()},
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def write(
+    points: Sequence[Mapping[str, Any]],
+    output: Path | None,
+    *,
+    platform: str,
+    device: str,
+    jax: str,
+    date: str,
+) -> Path:
+    """Writes a map.
+
+    Args:
+      points: from `point`, of one device.
+      output: the file; None for the one that `jp.auto` reads.
+      platform: "cpu", "gpu" or "tpu".
+      device, jax, date: what was measured, with which version, when.
+
+    Returns:
+      The file.
+    """
+    output = output or FOLDER / f"choice_{platform}.json"
+    record = {"platform": platform, "device": device, "jax": jax, "date": date}
+    text = json.dumps({**record, "points": points}, indent=1)
+    output.write_text(text + "\n", encoding="utf-8")
+    return output
