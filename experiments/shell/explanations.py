@@ -97,15 +97,17 @@ def _of_config(error: BaseException) -> str:
     wrong = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     root = getattr(getattr(cause, "parent_node", None), "_get_root", lambda: None)()
     if wrong and isinstance(root, DictConfig):
+        # The value of an override may hold keys of its own: `model={widht: 8}`.
+        asked = str(getattr(cause, "full_key", None) or wrong[1])
         groups = [str(key) for key in root if isinstance(root._get_node(key), DictConfig)]
         there = list(dict.fromkeys([key for key, _ in settings_of(root)] + groups))
-        near = near_misses(wrong[1], [key for key in there if not key.startswith("hydra")])
+        near = near_misses(asked, [key for key in there if not key.startswith("hydra")])
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
-        outer = wrong[1].rpartition(".")[0]
+        outer = asked.rpartition(".")[0]
         beside = [key for key in there if outer and key.startswith(f"{outer}.")]
         meant = meant or (f"; there are {', '.join(beside)}" if beside else "")
         return (
-            f"{wrong[1]}: there is no such setting{meant}\n"
+            f"{asked}: there is no such setting{meant}\n"
             "--cfg job shows all settings, --help the groups"
         )
     if several := re.search(r"Ambiguous value for argument '(([^=]+)=([^']*))'", text):

@@ -217,6 +217,7 @@ def test_objects_of_others_are_theirs_to_judge():
     [
         (["widht=3"], "widht: there is no such setting; did you mean model.width?"),
         (["model.widht=3"], "did you mean model.width?"),
+        (["model={widht: 3}"], "model.widht: there is no such setting; did you mean model.width?"),
         (["stpes=3"], "did you mean steps or trace.steps?"),
         (["mixr=attention"], "did you mean mixer?"),
         (["optim=adamww"], "optim=adamww: no such member; did you mean optim=adamw? there are"),
