@@ -59,6 +59,7 @@ def files_of(page, languages=("python", "yaml")):
         ("contributing/task.md", 2),
         ("contributing/cell.md", 2),
         ("contributing/solver.md", 2),
+        ("contributing/kernel.md", 2),
     ],
 )
 def test_something_new_takes_at_most_five_files_and_150_lines(page, count):
@@ -116,16 +117,21 @@ def test_every_section_of_the_bridges_page_is_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["contributing/cell.md", "contributing/solver.md"])
-def test_a_page_of_a_module_and_its_check_can_be_followed(page, tmp_path, monkeypatch, capsys):
-    files = files_of(page)
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [("cell", " iterations\n"), ("solver", " iterations\n"), ("kernel", " multiples of 128\n")],
+)
+def test_a_page_of_a_module_and_its_check_can_be_followed(
+    page, said, tmp_path, monkeypatch, capsys
+):
+    files = files_of(f"contributing/{page}.md")
     module, check = files
     assert check == f"check_{module}"
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     runpy.run_path(str(tmp_path / check))
-    assert capsys.readouterr().out.endswith(" iterations\n")
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_the_factory_of_the_page_on_cells_is_what_the_training_command_builds(
