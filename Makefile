@@ -40,8 +40,12 @@ bench: setup ## solvers against lax.scan and others (ARGS="suite=recurrence_full
 reproduce: setup ## run every experiment, small, and check its figures (ARGS=full; ARGS="full lm")
 	$(PY) -m experiments.reproduce $(ARGS)
 
-notebooks: setup ## execute the notebooks and their assertions
+notebooks: setup ## execute the notebooks and their assertions (ARGS=write keeps what they show)
+ifeq ($(ARGS),write)
+	$(PY) -m tools.notebooks
+else
 	$(PY) -m pytest -q tests/house/test_notebooks.py $(ARGS)
+endif
 
 docs: ## the site, in site/: `make docs ARGS=serve` shows it while you write
 	@sh tools/setup.sh .venv-docs docs

@@ -3,7 +3,6 @@
 import ast
 import doctest
 import inspect
-import json
 import operator
 import pathlib
 import re
@@ -248,13 +247,6 @@ def test_nothing_that_was_to_be_measured_is_left_open():
     texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *sources()]
     texts += (ROOT / "experiments").rglob("*.yaml")
     assert [p.relative_to(ROOT).as_posix() for p in texts if token in p.read_text()] == []
-
-
-def test_notebooks_carry_no_stored_output():
-    for path in (ROOT / "notebooks").rglob("*.ipynb"):
-        for cell in json.loads(path.read_text())["cells"]:
-            if cell["cell_type"] == "code":
-                assert cell["outputs"] == [] and cell["execution_count"] is None, path.name
 
 
 # What people try first: each shows itself at work.
