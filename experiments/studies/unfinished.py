@@ -61,4 +61,4 @@ def _newton(system: System, settings: Settings, guess=None) -> Solution:
 
 
 def _shooting(system: System, settings: Settings, guess=None) -> Solution:
-    return shooting.shoot(system, settings, guess, finish=_leave_open)
+    return shooting.shooting(system, settings, guess, finish=_leave_open)

@@ -13,13 +13,13 @@ from jaxpara.recurrence import rule
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.solve import cost, explicit, fused
 from jaxpara.recurrence.solve.claims import require
-from jaxpara.recurrence.solve.sequential import sequential
+from jaxpara.recurrence.solve.records import SEQUENTIAL
 from jaxpara.recurrence.structure.blocks import Groups, block_size, elements, is_number
 from jaxpara.recurrence.structure.certain import certain
 from jaxpara.recurrence.structure.cotangents import all_linear
 from jaxpara.recurrence.structure.kinds import Dense
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
-from jaxpara.recurrence.system import Settings, Solver
+from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced import Body, Traced, trace
 from pallas_kernels import unfit
 
@@ -64,7 +64,7 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         if self.solver is None:
             return f"lax.scan with its own derivative: {self.reason}"
-        how = cost.name_of(self.solver)
+        how = self.solver.name
         return f"{how}, implicit adjoint ({self.derivative}), {self.structure}: {self.reason}"
 
 
@@ -192,8 +192,8 @@ def _within_limits(solver: Solver, traced: Traced, positions, size, shapes):
     instead, _ = rule.pick(platform, steps=traced.length, elements=numbers, block=size)
     if instead is None and not settings.debug:
         return None, too_dear
-    own = Settings(linear="sequential", structure=settings.structure, debug=settings.debug)
-    return Solver(sequential, own), too_dear
+    own = SEQUENTIAL.settings._replace(structure=settings.structure, debug=settings.debug)
+    return SEQUENTIAL._replace(settings=own), too_dear
 
 
 def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:

@@ -11,17 +11,11 @@ import json
 import math
 from typing import Any
 
-from jaxpara.recurrence.solve.fused import fused
-from jaxpara.recurrence.solve.sequential import sequential
-from jaxpara.recurrence.solve.shooting import shoot
-from jaxpara.recurrence.system import Settings, Solver
+from jaxpara.recurrence.solve.records import FUSED, SEQUENTIAL, SHOOTING
+from jaxpara.recurrence.system import Solver
 
 # What a point of the map can name, besides plain `lax.scan`.
-PATHS = {
-    "implicit": Solver(sequential, Settings(linear="sequential")),
-    "shooting": Solver(shoot, Settings()),
-    "fused": Solver(fused, Settings(linear="kernel")),
-}
+PATHS = {"implicit": SEQUENTIAL, "shooting": SHOOTING, "fused": FUSED}
 
 # A path is taken if it gained at least this much: smaller gains are within noise.
 _WORTH = 1.1

@@ -3,11 +3,8 @@
 import numbers
 
 from jaxpara.recurrence.choice import Auto
-from jaxpara.recurrence.solve import pointwise
+from jaxpara.recurrence.solve import records
 from jaxpara.recurrence.solve.affine import METHODS
-from jaxpara.recurrence.solve.fused import fused as run_fused
-from jaxpara.recurrence.solve.sequential import sequential as run_sequential
-from jaxpara.recurrence.solve.shooting import shoot
 from jaxpara.recurrence.structure.proof import Block, Dense, Diagonal, Structure, Unchecked
 from jaxpara.recurrence.system import Settings, Solver
 
@@ -103,18 +100,16 @@ def shooting(
 
     References: [shooting], [pararnn]
     """
-    return Solver(
-        shoot,
-        _settings(
-            chunks=chunks,
-            tol=tol,
-            max_iters=max_iters,
-            axis=axis,
-            structure=structure,
-            debug=debug,
-            limit=limit,
-        ),
+    settings = _settings(
+        chunks=chunks,
+        tol=tol,
+        max_iters=max_iters,
+        axis=axis,
+        structure=structure,
+        debug=debug,
+        limit=limit,
     )
+    return records.SHOOTING._replace(settings=settings)
 
 
 def fused(
@@ -171,7 +166,7 @@ def fused(
         debug=debug,
         limit=limit,
     )
-    return Solver(run_fused, settings)
+    return records.FUSED._replace(settings=settings)
 
 
 def newton(
@@ -218,7 +213,7 @@ def newton(
         debug=debug,
         limit=limit,
     )
-    return Solver(pointwise.newton, settings)
+    return records.NEWTON._replace(settings=settings)
 
 
 def quasi_newton(
@@ -266,7 +261,7 @@ def quasi_newton(
         debug=debug,
         limit=limit,
     )
-    return Solver(pointwise.quasi_newton, settings)
+    return records.QUASI_NEWTON._replace(settings=settings)
 
 
 def jacobi(
@@ -311,7 +306,7 @@ def jacobi(
         structure=structure,
         debug=debug,
     )
-    return Solver(pointwise.jacobi, settings)
+    return records.JACOBI._replace(settings=settings)
 
 
 def sequential(*, structure: Structure | Unchecked | None = None, debug: bool = False) -> Solver:
@@ -335,7 +330,8 @@ def sequential(*, structure: Structure | Unchecked | None = None, debug: bool = 
 
     References: [jax]
     """
-    return Solver(run_sequential, _settings(linear="sequential", structure=structure, debug=debug))
+    settings = _settings(linear="sequential", structure=structure, debug=debug)
+    return records.SEQUENTIAL._replace(settings=settings)
 
 
 def auto(*, platform: str | None = None) -> Auto:

@@ -92,15 +92,29 @@ class Solution(NamedTuple):
 
 
 class Solver(NamedTuple):
-    """A parallel solver: a function and its settings.
+    """A parallel solver: functions and their settings.
 
     Attributes:
       solve: `(System, Settings, guess) -> Solution`.
       settings: see `Settings`.
+      kept: the same where nothing is differentiated, for a solver that then need not hold all
+        states: `(System, leaves whose states are wanted) -> ((end, their states), outputs,
+        diagnostics)`, the last as in `Solution`.
+      gradients: of the reverse rule, by other means than the implicit adjoint: as
+        `solve.fused.gradients`, which see; None from it means that it cannot.
+      cost: an estimate, see `solve.cost`; None for what always runs.
     """
 
     solve: Callable[..., Solution]
     settings: Settings = Settings()
+    kept: Callable[..., Any] | None = None
+    gradients: Callable[..., Any] | None = None
+    cost: Callable[..., Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in `jp`; a user's own is called as its function."""
+        return getattr(self.solve, "__name__", repr(self.solve))
 
 
 def _wide(leaf: jax.Array) -> jax.Array:

@@ -31,7 +31,6 @@ from jaxpara.recurrence.solve.leaves import (
     without_zeros,
 )
 from jaxpara.recurrence.solve.problem import Problem, operator_of, steps_of, system_of
-from jaxpara.recurrence.solve.sequential import only_kept, sequential
 from jaxpara.recurrence.structure.blocks import elements
 from jaxpara.recurrence.structure.flow import merged
 from jaxpara.recurrence.system import Leaves, Settings
@@ -72,10 +71,9 @@ def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init
         return ([s[-1] for s in states], [states[i] for i in keep]), smooth, rest
 
     def light(*operands):
-        if problem.solver.solve is not sequential:
+        if problem.solver.kept is None:
             return wanted(full(*operands))
-        states, ys, diagnostics = only_kept(system_of(problem, *operands[:3]), keep)
-        return packed(states, ys, diagnostics)
+        return packed(*problem.solver.kept(system_of(problem, *operands[:3]), keep))
 
     inert = {}
     # Behind a sequential solve the blocked general rule is also the fastest reverse one.

@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxpara.recurrence.lanes import any_lane, vary_like
 from jaxpara.recurrence.solve import jacobian, linear_kernel, timeaxis
-from jaxpara.recurrence.solve.shooting import shoot
+from jaxpara.recurrence.solve.shooting import shooting
 from jaxpara.recurrence.structure.blocks import Groups, block_size
 from jaxpara.recurrence.system import Leaves, Settings, System
 
@@ -240,7 +240,7 @@ def _run(step, apply, operator, offsets, init, settings, reverse):
     certain = all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in init)
     system = System(step, push, init, xs, length, operator.groups, certain, reverse)
     # A converged nonlinear solve may carry its own tolerance; a linear one is exact.
-    solution = shoot(system, settings._replace(tol=None, max_iters=4))
+    solution = shooting(system, settings._replace(tol=None, max_iters=4))
     return solution.states, solution.ys
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
-from jaxpara.recurrence.solve import fused, timeaxis
+from jaxpara.recurrence.solve import timeaxis
 from jaxpara.recurrence.solve.affine import transposed
 from jaxpara.recurrence.solve.leaves import floating, known, unfill, without_zeros
 from jaxpara.recurrence.solve.problem import Problem, operator_of, steps_of
@@ -73,8 +73,8 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
 
         g_outs = [g_ys[i] for i in outs]
         found = None
-        if problem.solver.solve is fused.fused and live:
-            found = _by_kernel(problem, still, live, at, init, states, g, outs, g_outs)
+        if problem.solver.gradients is not None and live:
+            found = _at_once(problem, still, live, at, init, states, g, outs, g_outs)
         if found is None:
             w, into_init = _by_parts(stepwise, live, at, init, g, outs, g_outs)
             grads = through(live, outs, ([w[i] for i in live], g_outs))
@@ -166,8 +166,8 @@ def _seen(problem: Problem, part: Sequence[int], at, g: Leaves, w, outs, g_outs)
     return _following(problem, g, pull(([w[i] for i in later], [c for _, c in pairs])))
 
 
-def _by_kernel(problem: Problem, stopped, live, at, init, states, g, outs, g_outs):
-    """Gradients of the initial state and of the inputs by one kernel, or None if there is none."""
+def _at_once(problem: Problem, stopped, live, at, init, states, g, outs, g_outs):
+    """Gradients of the initial state and of the inputs by the solver's own means, or None."""
     consts, before, xs = at
     still = [i for i in range(len(before)) if i not in live]
     g_live, seen_init = _seen(
@@ -179,7 +179,8 @@ def _by_kernel(problem: Problem, stopped, live, at, init, states, g, outs, g_out
         new, _ = problem.step(consts, [whole[i] for i in range(len(whole))], x[: len(xs)])
         return [new[i] for i in live], []
 
-    found = fused.gradients(
+    assert problem.solver.gradients is not None
+    found = problem.solver.gradients(
         step,
         problem.solver.settings,
         consts,

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.solve import pointwise
 from jaxpara.recurrence.solve.affine import MATERIALISED
-from jaxpara.recurrence.solve.fused import fused
-from jaxpara.recurrence.solve.shooting import plan, shoot
+from jaxpara.recurrence.solve.shooting import plan
 from jaxpara.recurrence.system import Settings, Solver
 from pallas_kernels import linear_recurrence
 
@@ -28,7 +26,7 @@ SECONDS, BYTES = 10e-3, 2**30
 SMALL_BLOCK = 8
 
 # Iterations on a mild cell; what one of them costs decides, not how many there are.
-_ITERATIONS = {shoot: 3, fused: 3, pointwise.newton: 5, pointwise.quasi_newton: 6}
+_OF_SHOOTING, _OF_NEWTON, _OF_QUASI_NEWTON = 3, 5, 6
 # Of Newton's, that follow those of quasi-Newton.
 _CLOSING = 3
 
@@ -155,67 +153,79 @@ def _each(eqn: Any) -> float:
     return 1.0
 
 
-def stepwise(work: Work, steps: int, elements: int, itemsize: int, machine: Machine) -> Cost:
-    """Of the sequential path: one step after another, every state stored."""
-    seconds = steps * (machine.launch + work.whole / machine.alone)
-    return Cost(seconds, itemsize * (steps * elements + work.largest))
+class Sizes(NamedTuple):
+    """Of a call, and what it runs on.
 
-
-def solve(
-    solver: Solver,
-    work: Work,
-    *,
-    steps: int,
-    elements: int,
-    block: int,
-    itemsize: int,
-    machine: Machine,
-) -> Cost | None:
-    """Of a parallel solver, on a mild cell; None for one that pushes no tangents.
-
-    Args:
-      solver: one of ours, its `linear` chosen.
-      work: of one step.
+    Attributes:
       steps: length of the recurrence.
       elements: floating elements of the carry.
       block: K.
       itemsize: bytes of an element.
-      machine: what the time is estimated from.
+      machine: what a time is estimated from.
+    """
+
+    steps: int
+    elements: int
+    block: int
+    itemsize: int
+    machine: Machine
+
+    def side_by_side(self, work: Work) -> float:
+        """Seconds of all steps at once."""
+        return self.steps * work.whole / self.machine.together
+
+    def pushed(self, work: Work) -> float:
+        """Seconds of K tangents through all steps at once."""
+        return self.block * self.steps * work.moved / self.machine.together
+
+    def column(self, work: Work) -> float:
+        """Elements of one tangent in one step: old, new, and what comes between."""
+        return 3.0 * self.elements + 2.0 * work.largest
+
+
+def stepwise(work: Work, sizes: Sizes) -> Cost:
+    """Of the sequential path: one step after another, every state stored."""
+    seconds = sizes.steps * (sizes.machine.launch + work.whole / sizes.machine.alone)
+    return Cost(seconds, sizes.itemsize * (sizes.steps * sizes.elements + work.largest))
+
+
+def of_shooting(settings: Settings, work: Work, sizes: Sizes) -> Cost:
+    """Of multiple shooting, on a mild cell.
+
+    Args:
+      settings: of the solver, `linear` chosen.
+      work: of one step.
+      sizes: of the call.
 
     Returns:
       The cost.
     """
-    kind, settings = solver.solve, solver.settings
-    if kind not in _ITERATIONS:
-        return None
-    iterations = _ITERATIONS[kind]
-    side_by_side = steps * work.whole / machine.together
-    pushed = block * steps * work.moved / machine.together
-    column = 3.0 * elements + 2.0 * work.largest  # old, new, and what comes between
-    if kind in (shoot, fused):
-        chunks, length = plan(steps, settings.chunks)
-        seconds = iterations * (side_by_side + pushed + (length + chunks) * machine.launch)
-        return Cost(seconds + side_by_side, itemsize * chunks * block * column)
-    newton = _newton_iteration(settings.linear, work, steps, elements, block, itemsize, machine)
-    if kind is pointwise.newton:
-        return Cost(iterations * newton.seconds, newton.bytes)
-    after = steps * machine.launch if settings.linear == "sequential" else 0.0
-    seconds = iterations * (side_by_side + pushed + after) + _CLOSING * newton.seconds
-    return Cost(seconds, max(itemsize * steps * block * column, newton.bytes))
+    chunks, length = plan(sizes.steps, settings.chunks)
+    apart = (length + chunks) * sizes.machine.launch
+    once = sizes.side_by_side(work)
+    seconds = _OF_SHOOTING * (once + sizes.pushed(work) + apart) + once
+    return Cost(seconds, sizes.itemsize * chunks * sizes.block * sizes.column(work))
 
 
-def _newton_iteration(
-    linear: str,
-    work: Work,
-    steps: int,
-    elements: int,
-    block: int,
-    itemsize: int,
-    machine: Machine,
-) -> Cost:
-    side_by_side = steps * work.whole / machine.together
-    pushed = block * steps * work.moved / machine.together
-    column = 3.0 * elements + 2.0 * work.largest
+def of_newton(settings: Settings, work: Work, sizes: Sizes) -> Cost:
+    """Of pointwise Newton; arguments and result as for `of_shooting`."""
+    newton = _newton_iteration(settings.linear, work, sizes)
+    return Cost(_OF_NEWTON * newton.seconds, newton.bytes)
+
+
+def of_quasi_newton(settings: Settings, work: Work, sizes: Sizes) -> Cost:
+    """Of quasi-Newton; arguments and result as for `of_shooting`."""
+    newton = _newton_iteration(settings.linear, work, sizes)
+    after = sizes.steps * sizes.machine.launch if settings.linear == "sequential" else 0.0
+    once = sizes.side_by_side(work) + sizes.pushed(work) + after
+    held = sizes.itemsize * sizes.steps * sizes.block * sizes.column(work)
+    return Cost(_OF_QUASI_NEWTON * once + _CLOSING * newton.seconds, max(held, newton.bytes))
+
+
+def _newton_iteration(linear: str, work: Work, sizes: Sizes) -> Cost:
+    steps, elements, block, itemsize, machine = sizes
+    side_by_side, pushed = sizes.side_by_side(work), sizes.pushed(work)
+    column = sizes.column(work)
     if block > MATERIALISED[linear]:  # the step's own tangents, one a step or K a chunk
         if linear == "sequential":
             after = steps * (machine.launch + 2 * work.moved / machine.alone)
@@ -253,7 +263,7 @@ def refusal(
     settings: Settings = solver.settings
     limit = LIMIT if settings.limit is None else settings.limit
     # A sequence that is cut over devices has no sequential path to go back to.
-    if settings.axis is not None or limit == math.inf:
+    if settings.axis is not None or limit == math.inf or solver.cost is None:
         return None
     invars = compat.open_jaxpr(jaxpr).invars
     avals = [invars[position].aval for position in carry]
@@ -264,28 +274,14 @@ def refusal(
     itemsize = max(np.dtype(aval.dtype).itemsize for aval in avals)
     work = count(jaxpr, [position in set(carry) for position in range(len(invars))])
     machine = MACHINES.get(platform, MACHINES["gpu"])
-    sizes = {"steps": steps, "elements": elements, "itemsize": itemsize, "machine": machine}
-    own, base = solve(solver, work, block=block, **sizes), stepwise(work, **sizes)
-    if own is None:
-        return None
+    call = Sizes(steps, elements, block, itemsize, machine)
+    own, base = solver.cost(settings, work, call), stepwise(work, call)
     allowed = Cost(max(SECONDS, limit * base.seconds), max(BYTES, limit * base.bytes))
     if own.seconds <= allowed.seconds and own.bytes <= allowed.bytes:
         return None
     return (
-        f"{name_of(solver)} was asked for, but with blocks of {block} x {block} it would take "
+        f"{solver.name} was asked for, but with blocks of {block} x {block} it would take "
         f"about {own.seconds / base.seconds:.3g} times the time of lax.scan and "
         f"{own.bytes / 1e9:.2g} GB; the limits are {allowed.seconds / base.seconds:.3g} times and "
         f"{allowed.bytes / 1e9:.2g} GB (limit=math.inf on the solver runs it all the same)"
     )
-
-
-def name_of(solver: Solver) -> str:
-    """What a solver is called in `jp`.
-
-    Args:
-      solver: any.
-
-    Returns:
-      The name of the function that makes it; of a user's own, that of its `solve`.
-    """
-    return "shooting" if solver.solve is shoot else solver.solve.__name__

@@ -16,13 +16,13 @@ from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.solve import explicit, timeaxis
 from jaxpara.recurrence.solve.leaves import floating
 from jaxpara.recurrence.solve.linear_kernel import KERNELS, say
-from jaxpara.recurrence.solve.shooting import shoot
+from jaxpara.recurrence.solve.shooting import shooting
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System
 from pallas_kernels import nonlinear_recurrence
 
 
 def fused(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
-    """Solves in one kernel where it can, by `shoot` where it cannot; arguments as for `shoot`.
+    """Solves in one kernel where it can, by `shooting` where it cannot; arguments as for that.
 
     A kernel starts from the exact state before each window and has no use for a guess.
     """
@@ -32,7 +32,7 @@ def fused(system: System, settings: Settings, guess: Leaves | None = None) -> So
         say(str(refusal), "shooting")
     if guess is not None and guess[0].shape[0] == 1:
         guess = None  # of a solve that did run in a kernel
-    return shoot(system, settings, guess)
+    return shooting(system, settings, guess)
 
 
 def _by_kernel(system: System, settings: Settings) -> Solution:

@@ -64,7 +64,7 @@ def newton(
 ) -> Solution:
     """Pointwise Newton with the exact Jacobian of the proved structure.
 
-    `finish` does what the budget left open, see `shooting.shoot`.
+    `finish` does what the budget left open, see `shooting.shooting`.
     """
     return _solve(system, settings, guess, None, True, finish)
 

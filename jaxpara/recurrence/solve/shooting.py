@@ -79,7 +79,7 @@ def valid_steps(steps: int, count: int, length: int) -> jax.Array | None:
     return jnp.arange(count * length).reshape(count, length).T < steps
 
 
-def shoot(
+def shooting(
     system: System,
     settings: Settings,
     guess: Leaves | None = None,
