@@ -98,8 +98,8 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     if not isinstance(solver, Solver | Auto):
         raise TypeError(
             f"solver is {solver!r}; expected jp.shooting(), jp.newton(), jp.quasi_newton(), "
-            "jp.jacobi(), jp.sequential(), jp.auto() or None (mind the call: jp.shooting() "
-            "with parentheses makes the solver)"
+            "jp.jacobi(), jp.fused(), jp.sequential(), jp.auto() or None (mind the call: "
+            "jp.shooting() with parentheses makes the solver)"
         )
     if derivative not in (None, *DERIVATIVES):
         raise ValueError(

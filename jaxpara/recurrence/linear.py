@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxpara.recurrence.lanes import vary_over
-from jaxpara.recurrence.solve import explicit
+from jaxpara.recurrence.solve import explicit, timeaxis
 from jaxpara.recurrence.solve.adjoint import linear_solve
 from jaxpara.recurrence.solve.affine import METHODS, block_operator
 from jaxpara.recurrence.structure.blocks import Group, Groups
@@ -45,8 +45,8 @@ def linear_recurrence(
       `[time, *state]`, the states after each step.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown implementation, or one that
-        cannot run with time sharded.
+      ValueError: shapes that do not fit; an unknown implementation, or one that
+        cannot run with time sharded; `axis` outside of a `shard_map` over it.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -71,6 +71,7 @@ def linear_recurrence(
         return b.astype(dtype)
     a, b, start = a.astype(dtype), b.astype(dtype), start.astype(dtype)
     if axis is not None:
+        timeaxis.require_axis(axis)
         start = vary_over(start, axis)
     return _solve(groups, Settings(linear=method, axis=axis), reverse, a, b, start)
 

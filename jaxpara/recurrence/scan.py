@@ -76,8 +76,8 @@ def newton_scan(
       length: number of steps, needed if `xs` is None.
       reverse: run from the last step to the first.
       unroll: as for `lax.scan`; only sequential solves unroll.
-      solver: `shooting()`, `newton()`, `quasi_newton()`, `jacobi()`, `sequential()`,
-        or None for `auto()`.
+      solver: `shooting()`, `newton()`, `quasi_newton()`, `jacobi()`, `fused()`,
+        `sequential()`, or None for `auto()`.
       derivative: None for the general rule (forward and reverse mode, any order), or
         "reverse" for one fused reverse rule (first-order gradients only), which is
         what a training loop wants.
@@ -86,7 +86,8 @@ def newton_scan(
       `(carry, ys)` as `lax.scan`.
 
     Raises:
-      TypeError, ValueError: what `lax.scan` raises; an unknown `derivative` or solver.
+      TypeError, ValueError: what `lax.scan` raises; an unknown `derivative` or solver; a solver
+        with `axis=` outside of a `shard_map` over that axis.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
@@ -146,6 +147,7 @@ def solve_scan(
       True
     """
     if isinstance(solver, Solver) and solver.settings.axis is not None:
+        timeaxis.require_axis(solver.settings.axis)
         # Each device starts its own steps from a state of its own.
         init = vary_over(init, solver.settings.axis)
     traced = trace(f, init, xs, length, reverse, unroll)

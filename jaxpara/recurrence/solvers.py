@@ -8,6 +8,7 @@ from jaxpara.recurrence.solve.affine import METHODS
 from jaxpara.recurrence.structure.proof import Block, Dense, Diagonal, Structure, Unchecked
 from jaxpara.recurrence.system import Settings, Solver
 
+PLATFORMS = ("cpu", "gpu", "tpu")
 IMPLEMENTATIONS = (
     "mosaic_gpu",
     "mosaic_tpu",
@@ -24,9 +25,13 @@ def _positive(value) -> bool:
 def _settings(**given) -> Settings:
     settings = Settings(**given)
     for name in ("chunks", "window", "max_iters"):
-        value = getattr(settings, name)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        value, optional = getattr(settings, name), name != "max_iters"
+        if not (value is None and optional) and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; expected a positive integer")
+    if not isinstance(settings.axis, str | None):
+        raise TypeError(
+            f"axis is {settings.axis!r}; expected the name of a mesh axis, such as 'time', or None"
+        )
     if settings.tol is not None and not _positive(settings.tol):
         raise ValueError(f"tol is {settings.tol!r}; expected a positive number, such as 1e-6")
     if not isinstance(settings.structure, Diagonal | Block | Dense | Unchecked | None):
@@ -89,6 +94,7 @@ def shooting(
 
     Raises:
       ValueError: a setting out of range.
+      TypeError: a structure or an axis that is none.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -144,6 +150,7 @@ def fused(
 
     Raises:
       ValueError: a setting out of range.
+      TypeError: a structure or an axis that is none.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -192,6 +199,7 @@ def newton(
 
     Raises:
       ValueError: a setting out of range.
+      TypeError: a structure or an axis that is none.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -207,7 +215,7 @@ def newton(
     settings = _settings(
         tol=tol,
         max_iters=max_iters,
-        linear=linear or "auto",
+        linear="auto" if linear is None else linear,
         axis=axis,
         structure=structure,
         debug=debug,
@@ -241,6 +249,7 @@ def quasi_newton(
 
     Raises:
       ValueError: a setting out of range.
+      TypeError: a structure or an axis that is none.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -255,7 +264,7 @@ def quasi_newton(
     settings = _settings(
         tol=tol,
         max_iters=max_iters,
-        linear=linear or "auto",
+        linear="auto" if linear is None else linear,
         axis=axis,
         structure=structure,
         debug=debug,
@@ -288,6 +297,7 @@ def jacobi(
 
     Raises:
       ValueError: a setting out of range.
+      TypeError: a structure or an axis that is none.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -301,7 +311,7 @@ def jacobi(
     settings = _settings(
         tol=tol,
         max_iters=max_iters,
-        linear=linear or "auto",
+        linear="auto" if linear is None else linear,
         axis=axis,
         structure=structure,
         debug=debug,
@@ -348,6 +358,9 @@ def auto(*, platform: str | None = None) -> Auto:
       What `solver=None` means: the choice is made by the call, from its platform,
       structure and shapes.
 
+    Raises:
+      ValueError: an unknown platform.
+
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> step = lambda h, x: (jnp.tanh(0.5 * h + x), h)
@@ -355,4 +368,7 @@ def auto(*, platform: str | None = None) -> Auto:
       >>> ys.shape
       (500, 4)
     """
+    if platform not in (None, *PLATFORMS):
+        known = ", ".join(map(repr, PLATFORMS))
+        raise ValueError(f"platform is {platform!r}; expected one of {known}, or None for this one")
     return Auto(platform)

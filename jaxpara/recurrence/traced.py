@@ -96,6 +96,10 @@ def trace(
     Raises:
       What `lax.scan` raises for these arguments.
     """
+    for leaf in jax.tree.leaves(xs):
+        # lax.scan says so of a number, and not of the tracer that stands for it below.
+        if getattr(leaf, "shape", ()) == ():
+            raise ValueError(f"scan got value with no leading axis to scan over: {leaf}.")
     closed, shape = jax.make_jaxpr(
         lambda i, x: lax.scan(f, i, x, length, reverse, unroll), return_shape=True
     )(init, xs)

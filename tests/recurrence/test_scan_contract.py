@@ -261,6 +261,7 @@ def test_a_large_state_does_not_excuse_errors_in_the_small_ones_after_it(solver,
         lambda scan: scan(step, H0),
         lambda scan: scan(step, H0, (XS, XS[:3])),
         lambda scan: scan(step, H0, XS, length=3),
+        lambda scan: scan(step, H0, 1.0),
         lambda scan: scan("no function", H0, XS),
     ],
 )
@@ -283,3 +284,20 @@ def test_solvers_and_derivatives_that_do_not_exist():
         jp.newton(tol=-1.0)
     with pytest.raises(ValueError, match="linear is 'fast'; expected None or one of sequential"):
         jp.newton(linear="fast")
+    with pytest.raises(ValueError, match="linear is 0; expected None or one of sequential"):
+        jp.newton(linear=0)  # type: ignore
+    with pytest.raises(ValueError, match="max_iters is None; expected a positive integer"):
+        jp.shooting(max_iters=None)  # type: ignore
+    with pytest.raises(ValueError, match="platform is 'gpuu'; expected one of 'cpu', 'gpu', 'tpu'"):
+        jp.auto(platform="gpuu")
+
+
+@pytest.mark.untyped
+def test_an_axis_that_no_shard_map_binds_is_named():
+    for solver in (jp.shooting(axis="time"), jp.newton(axis="time"), jp.jacobi(axis="time")):
+        with pytest.raises(ValueError, match="axis is 'time', and this call is not inside"):
+            jp.newton_scan(step, H0, XS, solver=solver)
+    with pytest.raises(ValueError, match="axis is 'time', and this call is not inside"):
+        jp.linear_recurrence(jnp.ones(4), jnp.ones(4), axis="time")
+    with pytest.raises(TypeError, match="axis is 0; expected the name of a mesh axis"):
+        jp.shooting(axis=0)  # type: ignore

@@ -60,6 +60,25 @@ class Along(NamedTuple):
         )
 
 
+def require_axis(name: str) -> None:
+    """Refuses a call with time sharded that no `shard_map` over that axis surrounds.
+
+    Args:
+      name: the mesh axis, as the user gave it.
+
+    Raises:
+      ValueError: no such axis is bound.
+    """
+    try:
+        lax.axis_size(name)
+    except NameError:
+        raise ValueError(
+            f"axis is {name!r}, and this call is not inside a jax.shard_map over an axis of that "
+            f"name: make one, such as jax.shard_map(..., mesh=jax.make_mesh((4,), ({name!r},))), "
+            "or leave axis= out"
+        ) from None
+
+
 def along(axis: str | None, reverse: bool) -> Along | None:
     """The mesh axis of a solve, or None if time is not sharded."""
     return None if axis is None else Along(axis, reverse)
