@@ -115,8 +115,9 @@ def select(tree: Any, where: Where, *, is_leaf: IsLeaf = None) -> dict[str, Any]
         return found
     text = where if isinstance(where, str) else getattr(where, "pattern", "")
     near = difflib.get_close_matches(text, known, n=3, cutoff=0.3) or list(known)[:3]
+    default = " (floating leaves of two or more axes)" if where is None else ""
     raise ValueError(
-        f"where={where!r} selects none of the {len(known)} leaves; "
+        f"where={where!r}{default} selects none of the {len(known)} leaves; "
         + (f"near it are {', '.join(map(repr, near))}" if near else "the tree is empty")
     )
 
@@ -179,4 +180,10 @@ def combine(first: Any, second: Any) -> Any:
             raise ValueError(f"combine: both parts have a leaf at {path_of(keys)!r}")
         return b if a is None else a
 
-    return jax.tree_util.tree_map_with_path(one, first, second, is_leaf=lambda x: x is None)
+    def hole(x):
+        return x is None
+
+    have, other = (jax.tree.structure(tree, is_leaf=hole) for tree in (first, second))
+    if have != other:
+        raise ValueError(f"combine got trees {have} and {other}: they must be alike")
+    return jax.tree_util.tree_map_with_path(one, first, second, is_leaf=hole)

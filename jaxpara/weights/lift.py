@@ -149,7 +149,8 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
       eagerly is compiled as a whole.
 
     Raises:
-      TypeError: when called, for an input that is neither an array nor hashable.
+      TypeError: `function` cannot be called; when called, for an input that is neither an array
+        nor hashable.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
@@ -162,6 +163,8 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
       >>> bool(jnp.allclose(found, network(t.effective(state), x)))
       True
     """
+    if not callable(function):
+        raise TypeError(f"lift got {function!r}; expected a function (params, *inputs) -> outputs")
     known: dict[Any, Any] = {}
 
     @functools.wraps(function)

@@ -10,7 +10,7 @@ from jaxpara.tree import Where
 from jaxpara.weights.factors import Factors, Term
 from jaxpara.weights.method import additive
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import whole
+from jaxpara.weights.sizes import finite, needed
 from jaxpara.weights.weight import shape_of
 
 
@@ -43,14 +43,14 @@ def low_rank(
       The settings.
 
     Raises:
-      ValueError: the rank is not positive, or the window is negative.
+      ValueError: the rank is not positive, the window is negative, or alpha is no number.
     """
-    rank, window = whole(rank=rank), whole(window=window)
+    rank, window = needed(rank=rank), needed(window=window)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
     if window < 0:
         raise ValueError(f"window={window}: give the number of window axes of a kernel, 0 or more")
-    alpha = 2.0 * rank if alpha is None else alpha
+    alpha = 2.0 * rank if alpha is None else finite(alpha=alpha)
     return LowRank(rank, float(alpha / (math.sqrt(rank) if rank_stabilised else rank)), window)
 
 

@@ -11,7 +11,7 @@ from jaxpara.tree import Where
 from jaxpara.weights.factors import Factors, Term
 from jaxpara.weights.method import Method, additive
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import whole
+from jaxpara.weights.sizes import finite, needed
 from jaxpara.weights.weight import Weight, shape_of
 
 
@@ -142,8 +142,8 @@ def mos(
 
     References: [mos].
     """
-    rank, budget = whole(rank=rank), whole(budget=budget)
-    shards, private = whole(shards=shards), whole(private=private)
+    rank, budget = needed(rank=rank), needed(budget=budget)
+    shards, private = needed(shards=shards), needed(private=private)
     if min(rank, budget, shards) < 1:
         raise ValueError(f"rank={rank}, budget={budget}, shards={shards}: give at least 1")
     if not 0 <= private <= min(rank, budget):
@@ -155,7 +155,7 @@ def mos(
             f"rank={rank} with private=budget={budget}: nothing is shared that could make up the "
             f"rank: give private={budget - 1} at most"
         )
-    alpha = 2.0 * rank if alpha is None else alpha
+    alpha = 2.0 * rank if alpha is None else finite(alpha=alpha)
     method = additive(
         f"mos(rank={rank}, budget={budget})",
         _Settings(rank, budget, shards, private, float(alpha / rank)),

@@ -16,7 +16,7 @@ from jaxpara.weights.factors import Factors, Pick, Term
 from jaxpara.weights.method import additive
 from jaxpara.weights.precision import narrowed, unfused, wide
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import whole
+from jaxpara.weights.sizes import finite, needed
 from jaxpara.weights.weight import shape_of
 
 
@@ -86,12 +86,12 @@ def paca(*, rank: int = 8, alpha: float | None = None, where: Where = None) -> R
 
     References: [paca].
     """
-    rank = whole(rank=rank)
+    rank = needed(rank=rank)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
     method = additive(
         f"paca(rank={rank})",
-        _Settings(rank, float((rank if alpha is None else alpha) / rank)),
+        _Settings(rank, float((rank if alpha is None else finite(alpha=alpha)) / rank)),
         init=_init,
         factors=_factors,
         axes=_axes,

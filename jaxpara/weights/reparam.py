@@ -59,7 +59,15 @@ class Reparam(NamedTuple):
           The model; `init` makes parameters and attaches to them. Its functions take a `key=`, from
           which dropout and stochastic rounding draw, see `sample`; without one they are
           deterministic. A model that takes a `key=` itself gets the same one.
+
+        Raises:
+          TypeError: it is no `Model`.
         """
+        if not isinstance(model, Model):
+            raise TypeError(
+                f"expected a jp.Model, got {model!r}; a function of parameters is lifted by "
+                "jp.lift(function), and its parameters are given to attach(key, params)"
+            )
 
         def init(key: Key) -> Any:
             k_params, k_attach = jax.random.split(key)
@@ -106,6 +114,7 @@ class Reparam(NamedTuple):
           The state: `params` with `Weight`s for the leaves that were selected.
 
         Raises:
+          TypeError: the key is none.
           ValueError: a member selects nothing (names the leaves that come near), or a leaf that is
             not an array of two or more axes and of floats of 16 bits or more; a layout that is
             not one of its leaf.
@@ -123,6 +132,11 @@ class Reparam(NamedTuple):
           >>> {name: part.shape for name, part in jp.weights.adapters(state)["w"].items()}
           {'a': (100, 1), 'b': (1, 300)}
         """
+        if not _is_key(key):
+            raise TypeError(
+                f"attach got a key of type {type(key).__name__}; expected attach(key, params), "
+                "with a key such as jax.random.key(0)"
+            )
         layouts = given(function, params, inputs, layout)
         state: Any = params
         pools: dict[str, jax.Array] = {}
@@ -307,6 +321,13 @@ class Reparam(NamedTuple):
         return found
 
 
+def _is_key(key: Any) -> bool:
+    dtype = getattr(key, "dtype", None)
+    return dtype is not None and (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.dtype(dtype) == jnp.uint32
+    )
+
+
 def _selected(member: Member, params: Params) -> dict[str, Any]:
     if member.optional:
         wanted = matcher(member.where)
@@ -388,6 +409,7 @@ def chain(*reparams: Reparam) -> Reparam:
 
     Raises:
       ValueError: none is given.
+      TypeError: one of them is no reparameterisation.
 
     Examples:
       >>> import jaxpara as jp
@@ -397,4 +419,10 @@ def chain(*reparams: Reparam) -> Reparam:
     """
     if not reparams:
         raise ValueError("chain() needs at least one reparameterisation")
+    for each in reparams:
+        if not isinstance(each, Reparam):
+            raise TypeError(
+                f"chain got {each!r}; expected reparameterisations, such as "
+                "jp.chain(jp.lora(rank=4), jp.fake_quant(bits=4)), each configured by a call"
+            )
     return Reparam(tuple(member for each in reparams for member in each.members))

@@ -1,5 +1,6 @@
-"""Sizes that a user gives: Python's integers, or NumPy's."""
+"""Numbers that a user gives: Python's, or NumPy's."""
 
+import math
 import operator
 from typing import Any
 
@@ -23,3 +24,43 @@ def whole(**size: Any) -> Any:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name}={value!r}: give a whole number, such as 8") from None
+
+
+def needed(**size: Any) -> int:
+    """`whole`, of a size that must be given.
+
+    Args:
+      size: one, by the name that the user knows.
+
+    Returns:
+      The integer.
+
+    Raises:
+      ValueError: it is None, or not a whole number.
+    """
+    ((name, value),) = size.items()
+    if value is None:
+        raise ValueError(f"{name}={value!r}: give a whole number, such as 8")
+    return whole(**size)
+
+
+def finite(**number: Any) -> float:
+    """A number as Python's.
+
+    Args:
+      number: one, by the name that the user knows.
+
+    Returns:
+      The number.
+
+    Raises:
+      ValueError: it is no number, infinite or NaN.
+    """
+    ((name, value),) = number.items()
+    try:
+        found = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{name}={value!r}: give a finite number, such as 16")
+    return found

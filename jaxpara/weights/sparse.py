@@ -12,7 +12,7 @@ from jaxpara.tree import Where
 from jaxpara.types import AnyArray
 from jaxpara.weights.method import computed
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import whole
+from jaxpara.weights.sizes import needed
 from jaxpara.weights.weight import dense, shape_of
 
 
@@ -119,7 +119,7 @@ def _leading(settings: _Settings, ndim: int):
 
 
 def _checked(n: int, m: int, decay: float = 0.0) -> _Settings:
-    n, m = whole(n=n), whole(m=m)
+    n, m = needed(n=n), needed(m=m)
     if not 1 <= n <= m:
         raise ValueError(f"n={n}, m={m}: of each group of m weights n remain, with 1 <= n <= m")
     if decay < 0:

@@ -247,6 +247,43 @@ def test_sizes_may_be_integers_of_numpy(name):
         SIZES[name](lambda n: n + 0.5)
 
 
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", ["lora", "dora", "paca", "mos", "l4q", "lr_qat"])
+@pytest.mark.parametrize("alpha", ["x", float("nan"), float("inf"), [1.0]])
+def test_an_alpha_that_is_no_finite_number_is_refused(name, alpha):
+    with pytest.raises(ValueError, match="alpha=.*: give a finite number"):
+        getattr(jp, name)(alpha=alpha)
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", ["lora", "dora", "paca", "mos", "l4q", "lr_qat"])
+def test_a_rank_of_none_is_refused(name):
+    with pytest.raises(ValueError, match="rank=None: give a whole number"):
+        getattr(jp, name)(rank=None)
+
+
+@pytest.mark.untyped
+def test_what_is_given_in_the_wrong_place_is_named():
+    t, params = jp.lora(rank=2), {"w": normal(0, 8, 8)}
+    for wrong in (jp.lora, 1, [t]):
+        with pytest.raises(TypeError, match="chain got .*expected reparameterisations"):
+            jp.chain(wrong)  # type: ignore
+    with pytest.raises(TypeError, match="expected a jp.Model.*jp.lift"):
+        t(product)  # type: ignore
+    with pytest.raises(TypeError, match="a key of type dict; expected attach"):
+        t.attach(params, KEY)  # type: ignore
+    with pytest.raises(TypeError, match="lift got 3; expected a function"):
+        jp.lift(3)  # type: ignore
+    with pytest.raises(ValueError, match="bits=None: give a whole number"):
+        jp.fake_quant(bits=None)  # type: ignore
+    with pytest.raises(
+        ValueError, match="where=None .floating leaves of two or more axes. selects"
+    ):
+        t.attach(KEY, {"w": normal(0, 8)})
+    with pytest.raises(ValueError, match="combine got trees .*must be alike"):
+        jp.combine({"a": 1}, {"b": None})
+
+
 def test_integers_of_numpy_are_sizes_inside_a_lifted_function_too():
     run = jp.lift(lambda p, x, n: (x @ p["w"])[:n])
     state = jp.lora(rank=2).attach(KEY, {"w": normal(0, 8, 4)})

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from jaxpara.weights.precision import unfused, wide
-from jaxpara.weights.sizes import whole
+from jaxpara.weights.sizes import needed, whole
 
 Parts = dict[str, jax.Array]
 
@@ -59,7 +59,7 @@ def make_grid(
       ValueError: a size is not a whole number, the bits are not 2 to 8, or `group` with
         `per_tensor`.
     """
-    bits, group = whole(bits=bits), whole(group=group)
+    bits, group = needed(bits=bits), whole(group=group)
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits}: give 2 to 8")
     if group is not None and group < 1:

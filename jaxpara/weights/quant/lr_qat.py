@@ -31,7 +31,7 @@ from jaxpara.weights.quant.grid import (
 )
 from jaxpara.weights.quant.ranges import searched
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import whole
+from jaxpara.weights.sizes import finite, needed
 from jaxpara.weights.weight import dense
 
 DOWNCASTS = ("float32", "bfloat16", "fixed8", "int8")
@@ -149,10 +149,10 @@ def lr_qat(
         raise ValueError(f"downcast={downcast!r}: expected one of {', '.join(DOWNCASTS)}")
     if downcast == "fixed8" and bits > 7:
         raise ValueError(f"bits={bits} leave no binary place in a byte: downcast another way")
-    rank = whole(rank=rank)
+    rank = needed(rank=rank)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
-    scale = (rank if alpha is None else alpha) / rank
+    scale = (rank if alpha is None else finite(alpha=alpha)) / rank
     grid = make_grid(bits, group, per_tensor=False, full=full)
     return reparam(_method(_Settings(grid, rank, float(scale), downcast)), where)
 
