@@ -6,6 +6,7 @@ One row a run: the keys of the config in which runs differ, seeds too, then what
 import csv
 import io
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.plot import pick_y
+from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError
 from experiments.shell.commandline import command, guarded
 from experiments.sweep.run_sets import Run, differing_keys, read_all, short_names
@@ -282,4 +284,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs",))
     main()

@@ -11,6 +11,7 @@ survived, with exactly the numbers that were saved. The exit code is 1 if one di
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -341,9 +342,15 @@ HEADER = ("| kind | fault | injected | refused | survived | wrong |", "|---|---|
 
 def main() -> None:
     """The command line."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     given = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
     chosen = given.pop("only", None)
-    share = float(given.pop("share", 1))
+    try:
+        share = float(given.pop("share", 1))
+    except ValueError:
+        share = math.nan
     if given or (chosen is not None and chosen not in KINDS) or not 0 < share <= 1:
         raise SystemExit(
             f"error: {' '.join(sys.argv[1:])}: give only=KIND of {', '.join(KINDS)}, or "

@@ -4,12 +4,14 @@ From `metrics.csv` and `config.yaml` alone. Runs that differ only in seeds are o
 mean, and a band from the lowest to the highest of them.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError
 from experiments.shell.commandline import command, guarded
 from experiments.studies import curves
@@ -108,4 +110,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs",))
     main()

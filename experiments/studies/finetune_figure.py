@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from experiments.adapt.shared_numbers import NUMBERS, unused
+from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError, load_config
 from experiments.run.tables import show
 from experiments.shell.commandline import command, guarded, quote_text
@@ -330,4 +331,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs",))
     main()

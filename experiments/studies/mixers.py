@@ -7,6 +7,7 @@ speed is the runs' own, memory is XLA's account of the training step, and decodi
 """
 
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -20,6 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.run import trust
+from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError, read_yaml
 from experiments.run.tables import show
 from experiments.shell.build import build_model
@@ -288,4 +290,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs", trust.TRUST))
     main()

@@ -7,6 +7,7 @@ last evaluation against the length of the test; the mean over seeds and their ra
 """
 
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError
 from experiments.shell.commandline import command, guarded
 from experiments.studies.curves import styles
@@ -165,4 +167,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs",))
     main()

@@ -72,8 +72,13 @@ def test_a_message_that_is_too_long_a_traceback_and_a_wrong_value_are_wrong():
 
 
 def test_what_the_command_does_not_know_is_said(tmp_path):
-    for given in ("only=flip", "shares=1", "share=2"):
+    for given in ("only=flip", "shares=1", "share=2", "share=half"):
         assert "give only=KIND of flips, " in ending(faults, tmp_path, given)
+
+
+def test_help_is_not_an_error(tmp_path, capsys):
+    assert ending(faults, tmp_path, "--help") is None
+    assert "python -m experiments.faults only=hostile" in capsys.readouterr().out
 
 
 def test_a_flipped_bit_is_one_bit(tmp_path):

@@ -3,6 +3,8 @@
 import csv
 import math
 import re
+import subprocess
+import sys
 
 import matplotlib.image
 import numpy as np
@@ -12,7 +14,7 @@ from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 
 from experiments import compare, plot
-from experiments.run.folders import RunError
+from experiments.run.folders import REPOSITORY, RunError
 from experiments.studies import curves
 from experiments.sweep import run_sets
 from tests.experiments.programs import call
@@ -338,3 +340,15 @@ def test_runs_of_a_group_without_a_shared_range_are_refused(tmp_path):
     runs, _ = run_sets.read_all(str(tmp_path))
     with pytest.raises(RunError, match="share no range of x='step'"):
         curves.make_curve(runs, "step", "loss")
+
+
+@pytest.mark.parametrize("program", ["compare", "plot"])
+def test_a_folder_with_spaces_and_brackets_is_given_as_it_is_called(tmp_path, program):
+    folder = make_run(tmp_path / "a b [x]", config())
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{program}", f"runs={folder}", "output=x.nothing"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert "output='x.nothing': give a file that ends in" in done.stderr
