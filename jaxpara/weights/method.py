@@ -152,3 +152,17 @@ def computed(
         penalty=penalty,
         beyond=beyond,
     )
+
+
+def without_window(method: Method) -> Method:
+    """A method for leaves whose layout is known, which says what `window=` would say.
+
+    Args:
+      method: any.
+
+    Returns:
+      The method, its `window` setting at 0 if it has one.
+    """
+    if getattr(method.settings, "window", 0):
+        return method._replace(settings=method.settings._replace(window=0))
+    return method

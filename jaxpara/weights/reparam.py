@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from jaxpara.tree import Where, is_matrix, matcher, path_of, select
 from jaxpara.types import Key, Model, Params
-from jaxpara.weights import notice, trained
+from jaxpara.weights import arguments, notice, trained
 from jaxpara.weights.lazy import Axes
 from jaxpara.weights.lift import Report, lift, report
 from jaxpara.weights.matrices import Layout, axes_for, in_matrices, matrices_of, put_back
-from jaxpara.weights.method import Method
+from jaxpara.weights.method import Method, without_window
 from jaxpara.weights.parts import owned
 from jaxpara.weights.pools import Pooled, resolved, unresolved
 from jaxpara.weights.sampling import key_of, sampled
@@ -63,11 +63,7 @@ class Reparam(NamedTuple):
         Raises:
           TypeError: it is no `Model`.
         """
-        if not isinstance(model, Model):
-            raise TypeError(
-                f"expected a jp.Model, got {model!r}; a function of parameters is lifted by "
-                "jp.lift(function), and its parameters are given to attach(key, params)"
-            )
+        arguments.need_model(model)
 
         def init(key: Key) -> Any:
             k_params, k_attach = jax.random.split(key)
@@ -132,11 +128,7 @@ class Reparam(NamedTuple):
           >>> {name: part.shape for name, part in jp.weights.adapters(state)["w"].items()}
           {'a': (100, 1), 'b': (1, 300)}
         """
-        if not _is_key(key):
-            raise TypeError(
-                f"attach got a key of type {type(key).__name__}; expected attach(key, params), "
-                "with a key such as jax.random.key(0)"
-            )
+        arguments.need_key(key)
         layouts = given(function, params, inputs, layout)
         state: Any = params
         pools: dict[str, jax.Array] = {}
@@ -321,13 +313,6 @@ class Reparam(NamedTuple):
         return found
 
 
-def _is_key(key: Any) -> bool:
-    dtype = getattr(key, "dtype", None)
-    return dtype is not None and (
-        jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.dtype(dtype) == jnp.uint32
-    )
-
-
 def _selected(member: Member, params: Params) -> dict[str, Any]:
     if member.optional:
         wanted = matcher(member.where)
@@ -351,13 +336,6 @@ def _as_matrices(path: str, leaf: Any, layouts: Layouts) -> tuple[Any, Axes | No
     return (leaf if axes is None else in_matrices(leaf, axes)), axes
 
 
-def _without_window(method: Method) -> Method:
-    """What `window=` says of a kernel, its layout has said already."""
-    if getattr(method.settings, "window", 0):
-        return method._replace(settings=method.settings._replace(window=0))
-    return method
-
-
 def _attached(method: Method, key: Key, leaves: Mapping[str, Any], axes: Mapping[str, Axes | None]):
     """The weights in the place of leaves, and the pools of those that have parts in common."""
     if method.share is not None:
@@ -365,7 +343,7 @@ def _attached(method: Method, key: Key, leaves: Mapping[str, Any], axes: Mapping
         return weights, pools
     weights = {}
     for path, leaf in leaves.items():
-        own = method if axes[path] is None else _without_window(method)
+        own = method if axes[path] is None else without_window(method)
         assert own.init is not None
         try:
             made = own.init(own.settings, key_of(key, path), leaf)
@@ -408,8 +386,7 @@ def chain(*reparams: Reparam) -> Reparam:
       The reparameterisation.
 
     Raises:
-      ValueError: none is given.
-      TypeError: one of them is no reparameterisation.
+      TypeError, ValueError: one of them is no reparameterisation; none is given.
 
     Examples:
       >>> import jaxpara as jp
@@ -417,12 +394,5 @@ def chain(*reparams: Reparam) -> Reparam:
       >>> " then ".join(member.method.name for member in t.members)
       'nf4(block=64) then lora(rank=4)'
     """
-    if not reparams:
-        raise ValueError("chain() needs at least one reparameterisation")
-    for each in reparams:
-        if not isinstance(each, Reparam):
-            raise TypeError(
-                f"chain got {each!r}; expected reparameterisations, such as "
-                "jp.chain(jp.lora(rank=4), jp.fake_quant(bits=4)), each configured by a call"
-            )
+    arguments.need_reparams(reparams, Reparam)
     return Reparam(tuple(member for each in reparams for member in each.members))
