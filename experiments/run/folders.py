@@ -262,6 +262,8 @@ def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
     if not run:
         raise RunError(f"give {key}=FOLDER, the folder of a training run; {hint}")
     folder = Path(str(run)).expanduser()  # a folder may be called 2024
+    if folder.is_file():
+        raise RunError(f"{key}={run!r} is a file: give the run's folder, {key}={folder.parent}")
     if not folder.is_dir():
         raise RunError(f"{key}={run!r}: no such folder (looked in {Path.cwd()}); {hint}")
     if not (folder / CONFIG).is_file():

@@ -357,4 +357,6 @@ def test_a_missing_run_is_answered_with_the_newest_one(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(folders.RunError, match="'empty' holds no config.yaml"):
         folders.find_run("empty")
+    with pytest.raises(folders.RunError, match="is a file: give .* folder, run=runs/lm/old$"):
+        folders.find_run("runs/lm/old/config.yaml")
     assert folders.load_config(folders.find_run("runs/lm/old")).steps == 1
