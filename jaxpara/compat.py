@@ -11,6 +11,9 @@ import jax
 from jax.extend import core as jex_core
 from jax.interpreters import ad
 
+# In JAX 0.12 another name of `Jaxpr`, which its stubs do not export.
+ClosedJaxpr = jex_core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+
 
 def scan_parts(eqn: Any) -> tuple[Any, int, int]:
     """`(body, number of constants, number of carries)` of a `scan` equation.

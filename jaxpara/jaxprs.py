@@ -38,7 +38,7 @@ COLLECTIVES = frozenset(
 
 
 def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+    return isinstance(value, core.Jaxpr | compat.ClosedJaxpr)
 
 
 def subjaxprs(eqn: Any) -> list[Any]:
@@ -211,7 +211,7 @@ def dependence(jaxpr: Any) -> list[frozenset[int]]:
     return _flow(jaxpr, [frozenset({i}) for i in range(len(inputs))])
 
 
-def prune(jaxpr: core.ClosedJaxpr, keep: Sequence[bool]) -> tuple[core.ClosedJaxpr, list[bool]]:
+def prune(jaxpr: compat.ClosedJaxpr, keep: Sequence[bool]) -> tuple[compat.ClosedJaxpr, list[bool]]:
     """Remove what the wanted outputs do not need.
 
     Args:
@@ -232,4 +232,4 @@ def prune(jaxpr: core.ClosedJaxpr, keep: Sequence[bool]) -> tuple[core.ClosedJax
             f"pass one flag for each output"
         )
     pruned, used = partial_eval.dce_jaxpr(compat.open_jaxpr(jaxpr), list(keep))
-    return core.ClosedJaxpr(pruned, jaxpr.consts), list(used)
+    return compat.ClosedJaxpr(pruned, jaxpr.consts), list(used)
