@@ -77,7 +77,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
     if result.signal is not None:
         print(
             f"interrupted after step {result.step} of {settings.steps}; "
-            f"everything is saved in {folder}. Go on with\n"
+            f"everything is saved in {folder}. Continue with\n"
             f"  {checkpoints.resume_command(folder)}",
             flush=True,
         )

@@ -136,7 +136,7 @@ def saver(
         said = reason(error)
         return RunError(
             f"the checkpoint of step {begun} could not be written to {folder / FOLDER}: "
-            f"{said}; {kept}. {remedy(said)}, then go on with\n"
+            f"{said}; {kept}. {remedy(said)}, then continue with\n"
             f"  {resume_command(folder)}"
         )
 

@@ -48,7 +48,7 @@ def _plain(node: Any) -> Any:
 def check_overrides(
     overrides: Sequence[str], *, cfg: DictConfig, stored: DictConfig, folder: Path
 ) -> None:
-    """Refuses a command line that contradicts the run it is to go on with.
+    """Refuses a command line that contradicts the run it is to continue.
 
     Args:
       overrides: as given, `KEY=VALUE` or `GROUP=MEMBER`.
@@ -75,7 +75,7 @@ def check_overrides(
             shown = known if not isinstance(known, dict) else choices.get(key, "another one")
             raise RunError(
                 f"{override} contradicts the run in {folder}, which has {key}={shown}: leave it "
-                "out to go on with that run, or begin a new one without resume"
+                "out to continue that run, or begin a new one without resume"
             )
 
 

@@ -56,7 +56,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     if missing:
         raise RunError(
             f"the config has no {', '.join(missing)}: another version of this program wrote it, "
-            "and that version can go on with it"
+            "and that version can continue it"
         )
     check_settings(OmegaConf.create({name: values[name] for name in Settings._fields}))
     settings = Settings(**{name: values[name] for name in Settings._fields})

@@ -148,7 +148,7 @@ def train(
                 f"{jax.devices()[0].device_kind}; {folder}"
             )
             if resume:
-                line.say(f"goes on after step {begin} of {settings.steps}")
+                line.say(f"continues after step {begin} of {settings.steps}")
 
             def keep(state: TrainState, memory: Memory, values: dict[str, float] | None) -> None:
                 remembered = {**memory._asdict(), "others": dict(memory.others)}
@@ -197,7 +197,7 @@ def train(
     except KeyboardInterrupt:  # outside the loop, or a second one
         summary["status"] = "interrupted"
         print(
-            f"interrupted. {_last_checkpoint(folder)}. Go on with\n"
+            f"interrupted. {_last_checkpoint(folder)}. Continue with\n"
             f"  {checkpoints.resume_command(folder)}",
             flush=True,
         )
@@ -206,7 +206,7 @@ def train(
         if error.errno not in disk.UNWRITABLE:
             raise
         raise folders.RunError(
-            f"{error}. {_last_checkpoint(folder)}. {disk.remedy(str(error))}, then go on with\n"
+            f"{error}. {_last_checkpoint(folder)}. {disk.remedy(str(error))}, then continue with\n"
             f"  {checkpoints.resume_command(folder)}"
         ) from error
     finally:

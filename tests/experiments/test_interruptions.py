@@ -147,7 +147,7 @@ def test_a_checkpoint_that_was_being_written_when_the_process_was_killed_is_igno
     assert killed.code == -signal.SIGKILL and happened["half"], "it was in the middle of a write"
     half = int(happened["half"][0].name.partition(".")[0])
     assert half not in killed.after and killed.after == full.before != []
-    assert f"goes on after step {killed.after[-1]} of" in full.said
+    assert f"continues after step {killed.after[-1]} of" in full.said
 
 
 @pytest.mark.slow
@@ -158,13 +158,13 @@ def test_a_full_disk_is_said_with_the_way_on_and_the_checkpoint_before_it_surviv
     last = full.before[-1]
     assert re.search(
         rf"error: the checkpoint of step {last + 1} could not be written to .*checkpoints: "
-        rf"File too large; that of step {last} is whole. Make room there, then go on with\n"
+        rf"File too large; that of step {last} is whole. Make room there, then continue with\n"
         rf"  python -m experiments.train resume=\S*{folder.name} trust=\S+\n",
         full.said,
     ), full.said
     assert "_SignalingThread" not in full.said, "Orbax's own accounts are not shown"
     assert full.after == full.before
-    assert f"goes on after step {last} of" in happened["SIGTERM"].said
+    assert f"continues after step {last} of" in happened["SIGTERM"].said
 
 
 @pytest.mark.slow
@@ -175,10 +175,10 @@ def test_a_signal_saves_and_says_how_to_go_on(life, name, code):
     assert event.code == code, event.said
     last = event.after[-1]
     assert last > event.before[-1]
-    assert f"goes on after step {event.before[-1]} of 1000000" in event.said
+    assert f"continues after step {event.before[-1]} of 1000000" in event.said
     assert re.search(
         rf"interrupted after step {last} of 1000000; everything is saved in \S+{folder.name}\. "
-        rf"Go on with\n  python -m experiments\.train resume=\S+{folder.name} trust=\S+\n"
+        rf"Continue with\n  python -m experiments\.train resume=\S+{folder.name} trust=\S+\n"
         + ("queued again\n$" if name == "SIGUSR2" else "$"),
         event.said,
     ), event.said

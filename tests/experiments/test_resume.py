@@ -233,7 +233,7 @@ def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(
         run_toy(folder, sinks=[full])
     assert re.search(
         rf"{os.strerror(code)}. The last checkpoint is {folder}/checkpoints/4. {remedy}, "
-        rf"then go on with\n  python -m experiments.train resume={folder}$",
+        rf"then continue with\n  python -m experiments.train resume={folder}$",
         str(caught.value),
     )
     assert folders.status(folder) == "failed"

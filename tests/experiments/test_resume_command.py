@@ -57,7 +57,7 @@ def test_a_language_model_interrupted_and_resumed_equals_one_that_was_not(
     assert call(train, ".", command[1]) == 1, "its text is outside of its folder"
     assert f"asks to read data.root={text}" in capsys.readouterr().err
     assert call(train, ".", *command.groups()) == 0
-    assert "goes on after step 5 of 10" in capsys.readouterr().out
+    assert "continues after step 5 of 10" in capsys.readouterr().out
     parts = build(folders.load_config(folder))
     key = jax.random.key(0)
     like = jax.eval_shape(lambda: init_state(parts.task.model, parts.optimizer, key))
