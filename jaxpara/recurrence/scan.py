@@ -215,9 +215,10 @@ def _solve(spec: _Spec, consts, init, xs, guess):
     if spec.reverse:
         counted = [x[::-1] for x in counted]
     floats = [init[i] for i in body.floats]
+    seen = len(inputs)  # rules of derivatives keep the step, which must not hold a tracer
 
     def step(consts, state, x):
-        return body.on_floats(consts, state, x[: len(inputs)])
+        return body.on_floats(consts, state, x[:seen])
 
     problem = Problem(
         step,

@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.structure.blocks import Groups
+from jaxpara.recurrence.wide import narrow
 from pallas_kernels import certificate
 
 Leaves = Sequence[jax.Array]
@@ -118,7 +119,8 @@ class Solver(NamedTuple):
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    # Not by promotion, which 8-bit types have none of.
+    return leaf.astype(jnp.float32) if narrow(leaf.dtype) else leaf
 
 
 def scales(

@@ -96,10 +96,9 @@ def trace(
     Raises:
       What `lax.scan` raises for these arguments.
     """
-    for leaf in jax.tree.leaves(xs):
-        # lax.scan says so of a number, and not of the tracer that stands for it below.
-        if getattr(leaf, "shape", ()) == ():
-            raise ValueError(f"scan got value with no leading axis to scan over: {leaf}.")
+    if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(xs)):
+        # Tracing makes arrays of numbers, and `lax.scan` has a message for numbers.
+        lax.scan(f, init, xs, length, reverse, unroll)
     closed, shape = jax.make_jaxpr(
         lambda i, x: lax.scan(f, i, x, length, reverse, unroll), return_shape=True
     )(init, xs)
@@ -185,6 +184,8 @@ def _obstacle(body: Body, carry_avals, eqn) -> str | None:
     if effects:
         names = ", ".join(sorted({type(e).__name__ for e in effects}))
         return f"the step has side effects ({names})"
+    if jaxprs.contains(body.jaxpr, "pure_callback", skip=(SOLVE_NAME,)):
+        return "the step calls Python (pure_callback), of which there is no derivative"
     collectives = sorted(
         {
             e.primitive.name

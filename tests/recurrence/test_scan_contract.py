@@ -175,6 +175,18 @@ def test_small_floats_keep_their_dtype(dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2fnuz])
+@pytest.mark.parametrize("solver", [SHOOTING, jp.newton()])
+def test_eight_bits_are_enough_for_a_carry(dtype, solver):
+    # JAX promotes no such type by itself, and rounds each step: the bits are `lax.scan`'s.
+    f = lambda h, x: ((0.5 * h.astype(jnp.float32) + x).astype(dtype), h)  # noqa: E731
+    init = jnp.asarray(H0, dtype)
+    found, wanted = ours(f, init, XS, solver=solver), lax.scan(f, init, XS)
+    for g, w in zip(found, wanted, strict=True):
+        assert g.dtype == w.dtype == dtype
+        np.testing.assert_array_equal(g.astype(jnp.float32), w.astype(jnp.float32))
+
+
 def test_float64():
     with jax.enable_x64(True):
         assert_is_lax_scan(step, H0.astype(np.float64), XS.astype(np.float64), tol=1e-14)
@@ -262,6 +274,7 @@ def test_a_large_state_does_not_excuse_errors_in_the_small_ones_after_it(solver,
         lambda scan: scan(step, H0, (XS, XS[:3])),
         lambda scan: scan(step, H0, XS, length=3),
         lambda scan: scan(step, H0, 1.0),
+        lambda scan: scan(step, H0, (XS, 1)),
         lambda scan: scan("no function", H0, XS),
     ],
 )

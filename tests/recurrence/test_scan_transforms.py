@@ -130,6 +130,38 @@ def test_disable_jit_runs_the_plain_loop():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_a_step_may_call_python_for_a_value(solver):
+    def f(h, x):
+        half = jax.pure_callback(lambda v: np.float32(0.5) * v, h, h, vmap_method="sequential")
+        return (jnp.tanh(half + x),) * 2
+
+    found = jp.newton_scan(f, H0, XS, solver=SOLVERS[solver])
+    assert_same(found, lax.scan(f, H0, XS))
+    assert "pure_callback" in jp.explain_choice(f, H0, XS, solver=SOLVERS[solver]).reason
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_strict_promotion_finds_nothing_to_promote(solver):
+    own = SOLVERS[solver]
+    # A cell of its own: what has been traced before is not traced again.
+    f = lambda h, x: (jnp.sin(0.5 * h + x),) * 2  # noqa: E731
+    init = jnp.full_like(XS[0], 0.3)
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.grad(lambda h: jnp.sum(jp.newton_scan(f, h, XS, solver=own)[1]))(init)
+    assert_same(found, jax.grad(lambda h: jnp.sum(lax.scan(f, h, XS)[1]))(init))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_tracer_outlives_its_trace(solver):
+    own = SOLVERS[solver]
+    f = lambda h, x: (jnp.cos(0.5 * h + x),) * 2  # noqa: E731
+    init = jnp.full_like(XS[0], 0.3)
+    with jax.checking_leaks():
+        found = jax.jit(lambda h: jp.newton_scan(f, h, XS, solver=own))(init)
+    assert_same(found, lax.scan(f, init, XS))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_callbacks_happen_once_a_step_and_in_order(solver):
     seen = []
 

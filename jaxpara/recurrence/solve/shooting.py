@@ -150,7 +150,8 @@ def shooting(
         scale = scales(before(peaks), before(last), init)
         meets |= tested(before(last), starts, left, scale, settings.tol)[0]
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
-    done = end.done & (everywhere(1.0 - (jnp.all(holds) & meets[0])) == 0)
+    fails = ~(jnp.all(holds) & meets[0])
+    done = end.done & (everywhere(fails.astype(jnp.float32)) == 0)
     # An open start is the end of the chunk before it, which is redone.
     opening = jnp.where(end.done, count, jnp.maximum(end.opening - 1, 0))
     opening = jnp.minimum(opening, leading(holds))
@@ -206,7 +207,7 @@ def _rollout_with_product(system: System, starts: Leaves, xs: Any, valid):
 
 
 def _higher(peaks: Leaves, states: Leaves) -> list[jax.Array]:
-    return [jnp.maximum(p, jnp.abs(s)) for p, s in zip(peaks, states, strict=True)]
+    return [jnp.maximum(p, jnp.abs(s).astype(p.dtype)) for p, s in zip(peaks, states, strict=True)]
 
 
 def _rollout(system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: Any, valid, tol):
