@@ -15,7 +15,7 @@ from jaxpara.recurrence.solve import cost, explicit, fused
 from jaxpara.recurrence.solve.claims import require
 from jaxpara.recurrence.solve.records import SEQUENTIAL
 from jaxpara.recurrence.structure.blocks import Groups, block_size, elements, is_number
-from jaxpara.recurrence.structure.certain import certain
+from jaxpara.recurrence.structure.certain import certain, kinked
 from jaxpara.recurrence.structure.cotangents import all_linear
 from jaxpara.recurrence.structure.kinds import Dense
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
@@ -45,6 +45,7 @@ class Choice(NamedTuple):
       structure: the structure of the Jacobian, proved or trusted.
       groups: the same, resolved for the shapes of the carry.
       certain: a Newton correction bounds the error of a state, see `certain.certain`.
+      kinks: taken on both sides of a state that rests on a kink, see `system.beside`.
       vjp_only: the step holds a `custom_vjp`.
       length: number of (local) steps.
       reason: one sentence for `explain_choice`.
@@ -56,6 +57,7 @@ class Choice(NamedTuple):
     structure: Structure | None
     groups: Groups
     certain: bool
+    kinks: bool
     vjp_only: bool
     length: int
     reason: str
@@ -136,6 +138,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
     groups = structure.resolve(shapes)
     trusted = isinstance(given, Unchecked)
     sure = not (vjp_only or trusted) and certain(body.jaxpr, positions, body.floats)
+    kinks = sure and kinked(body.jaxpr, positions, body.floats)
     sizes = [block_size(group, shapes) for group in groups]
     if not all(map(is_number, sizes)):
         symbolic = next(size for size in sizes if not is_number(size))
@@ -167,7 +170,9 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         )
         reason += f"; no kernel: {why_not}" if why_not else ""
     refused = refused is not None
-    return Choice(solver, mode, structure, groups, sure, vjp_only, traced.length, reason, refused)
+    return Choice(
+        solver, mode, structure, groups, sure, kinks, vjp_only, traced.length, reason, refused
+    )
 
 
 @functools.cache
@@ -202,7 +207,7 @@ def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:
             f"time is sharded over {axis!r}, but this step can only run sequentially: {why}; "
             "gather the sequence first"
         )
-    return Choice(None, "general", None, (), False, False, traced.length, why)
+    return Choice(None, "general", None, (), False, False, False, traced.length, why)
 
 
 @functools.lru_cache(maxsize=512)

@@ -224,6 +224,7 @@ def _solve(spec: _Spec, consts, init, xs, guess):
         step,
         choice.groups,
         choice.certain,
+        choice.kinks,
         spec.solver,
         choice.vjp_only,
         spec.reverse,

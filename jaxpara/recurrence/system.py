@@ -65,6 +65,7 @@ class System(NamedTuple):
       groups: proved structure of the Jacobian.
       certain: the Jacobian is proved to be the derivative of the step, and the state is float32
         or wider: a correction bounds the error. Otherwise only bitwise agreement counts.
+      kinks: that derivative may jump where a state moves a little, see `beside`.
       reverse: whether scan order runs against the order of the mesh axis.
       unroll: as for `lax.scan`; only a sequential solve unrolls.
     """
@@ -76,6 +77,7 @@ class System(NamedTuple):
     length: int
     groups: Groups
     certain: bool = False
+    kinks: bool = False
     reverse: bool = False
     unroll: int | bool = 1
 
@@ -242,6 +244,31 @@ def _same(end: jax.Array, start: jax.Array) -> jax.Array:
     """Where two arrays have the same bits."""
     bits = jnp.dtype(f"uint{8 * end.dtype.itemsize}")
     return lax.bitcast_convert_type(end, bits) == lax.bitcast_convert_type(start, bits)
+
+
+def beside(
+    system: System, states: Leaves, scale: Leaves, number: jax.Array, tol: float | None
+) -> Leaves:
+    """Where the Jacobians of an attempt are taken: at its states, or beside them where kinks are.
+
+    The derivative of a state that rests on a kink is that of one side. With `number`, that of the
+    attempt, the sides take turns: what two attempts in a row prove is proved of both.
+
+    Args:
+      system: the recurrence.
+      states: `[n, *leaf]`.
+      scale: their magnitudes; two limits of them are what a state may be off.
+      number: of the attempt.
+      tol: as in `Settings`.
+    """
+    if not system.kinks:
+        return states
+    side = jnp.where(number % 2 == 0, 2.0, -2.0)
+
+    def one(state, size):
+        return state + (side * limit(state.dtype, tol) * size).astype(state.dtype)
+
+    return [one(*leaves) for leaves in zip(states, scale, strict=True)]
 
 
 def magnitude(leaves: Leaves) -> list[jax.Array]:

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
-from jaxpara.recurrence.structure.certain import certain
+from jaxpara.recurrence.structure.certain import certain, kinked
 
 X = np.float32([0.3, -0.2, 0.5])
 W = np.float32([[0.1, 0.2, 0.3], [0.0, 0.5, 0.1], [0.2, 0.2, 0.2]])
@@ -114,6 +114,21 @@ def test_true_derivatives_are_proved(name):
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_links_are_not(name):
     assert not proved(BROKEN[name])
+
+
+# `softplus` is smooth, but made of a maximum, and nobody proves that it cancels.
+WITH_KINKS = {"a kink", "relu", "softplus", "log_sigmoid"}
+
+
+@pytest.mark.parametrize("name", PROVED)
+def test_kinks_are_found(name):
+    jaxpr = jax.make_jaxpr(PROVED[name])(X)
+    assert kinked(jaxpr, (0,), (0,)) == (name in WITH_KINKS)
+
+
+def test_a_kink_of_the_inputs_is_none():
+    step = lambda h, x: jnp.tanh(h + jax.nn.relu(x) + jnp.max(x))  # noqa: E731
+    assert not kinked(jax.make_jaxpr(step)(X, X), (0,), (0,))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -238,7 +238,7 @@ def _run(step, apply, operator, offsets, init, settings, reverse):
 
     # Its own derivative by construction; rounding is as large as a step below float32.
     certain = all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in init)
-    system = System(step, push, init, xs, length, operator.groups, certain, reverse)
+    system = System(step, push, init, xs, length, operator.groups, certain, reverse=reverse)
     # A converged nonlinear solve may carry its own tolerance; a linear one is exact.
     solution = shooting(system, settings._replace(tol=None, max_iters=4))
     return solution.states, solution.ys

@@ -58,7 +58,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
         params,
         tol=settings.tol,
         max_iters=settings.max_iters,
-        certain=system.certain,
+        certain=system.certain and not system.kinks,  # see `certificate`
         reverse=system.reverse,
         affine=prepared.affine,  # then one correction is exact but for rounding
         chunks=settings.chunks,

@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 def iterate(
-    attempt: Callable[[Leaves], Attempt],
+    attempt: Callable[[Leaves, jax.Array], Attempt],
     values: Leaves,
     max_iters: int,
     like: Any,
@@ -71,7 +71,7 @@ def iterate(
     agreement only.
 
     Args:
-      attempt: tests values and corrects them.
+      attempt: tests values and corrects them; given the values and the number of the attempt.
       values: to begin with.
       max_iters: the budget; at least one attempt is made.
       like: arrays that vary over the same mesh axes as the values.
@@ -83,7 +83,7 @@ def iterate(
 
     def body(carry):
         number, before, now = carry  # before: which rows held in the last attempt
-        exact, passing, corrected, deltas = attempt(now.values)
+        exact, passing, corrected, deltas = attempt(now.values, number)
         holds = held = exact
         if passing is not None:
             held = exact | passing
@@ -106,7 +106,7 @@ def iterate(
 
     zero = jnp.zeros((), jnp.int32)
     values = list(values)
-    shapes = jax.eval_shape(attempt, values)
+    shapes = jax.eval_shape(attempt, values, zero)
     deltas = [jnp.zeros_like(v) for v in shapes.deltas]
     fresh = Outcome(values, jnp.zeros((), bool), zero, zero, deltas)
     none = vary_like(jnp.zeros(shapes.exact.shape, bool), like)

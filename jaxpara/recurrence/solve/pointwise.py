@@ -10,9 +10,10 @@ and updates the whole trajectory:
 After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
 within rounding twice in a row: an update may cross a kink, or what is as good as one, and the
-second is taken behind it. The updates of the other two understate the error, so they only bring the
-states near, and a few iterations of Newton decide. Where those would need Jacobians that the solver
-is there to avoid, all states must agree with the step bit for bit.
+second is taken behind it, on the other side of a kink that a state rests on (see `beside`). The
+updates of the other two understate the error, so they only bring the states near, and a few
+iterations of Newton decide. Where those would need Jacobians that the solver is there to avoid, all
+states must agree with the step bit for bit.
 [deer], [elk], [pararnn]
 """
 
@@ -42,6 +43,7 @@ from jaxpara.recurrence.system import (
     Settings,
     Solution,
     System,
+    beside,
     exact,
     limit,
     residual,
@@ -179,13 +181,20 @@ def _solve(
     def everywhere(number: jax.Array) -> jax.Array:
         return number if axis is None else jnp.max(axis.gather(number))
 
-    def attempt(correct: Callable, scale_of: Callable, tol, states: Leaves) -> Attempt:
+    def attempt(
+        correct: Callable, scale_of: Callable, tol, states: Leaves, number: jax.Array
+    ) -> Attempt:
         before = timeaxis.preceding(axis, init, states)
         after = apply(before)
-        new, bound = correct(system, before, after, states, system.xs)
         if not certain:
+            new, _ = correct(system, before, after, states, system.xs)
             return Attempt(exact(after, states), None, new)
-        within, agreeing = tested(after, states, bound, scale_of(after), tol)
+        scale = scale_of(after)
+        if system.kinks:
+            near = timeaxis.preceding(axis, [jnp.abs(i) for i in init], scale)
+            before = beside(system, before, near, number, settings.tol)
+        new, bound = correct(system, before, after, states, system.xs)
+        within, agreeing = tested(after, states, bound, scale, tol)
         return Attempt(agreeing, within, new)
 
     def run(states: Leaves, correct: Callable, scale_of: Callable, tol, budget: int, **options):

@@ -26,7 +26,7 @@ class Problem(NamedTuple):
     Attributes:
       step: `(consts, state, x) -> (state, outputs)`, lists of leaves.
       groups: proved structure of its Jacobian.
-      certain: as for `System`.
+      certain, kinks: as for `System`.
       solver: the solver.
       vjp_only: the step contains a `custom_vjp`, so it must not be pushed forward.
       reverse: scan order runs against the mesh axis.
@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     step: Callable[..., Any]
     groups: Groups
     certain: bool
+    kinks: bool
     solver: Solver
     vjp_only: bool
     reverse: bool
@@ -68,6 +69,7 @@ def system_of(problem: Problem, consts, init, xs) -> System:
         length,
         problem.groups,
         problem.certain,
+        problem.kinks,
         problem.reverse,
         problem.unroll,
     )

@@ -33,6 +33,7 @@ from jaxpara.recurrence.system import (
     Settings,
     Solution,
     System,
+    beside,
     exact,
     limit,
     magnitude,
@@ -122,8 +123,11 @@ def shooting(
         deltas, corrected = _chain(system.groups, ends, matrices, starts, first, cap)
         return [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas], corrected
 
-    def attempt(starts: Leaves) -> Attempt:
-        ends, peaks, matrices = _rollout_with_product(system, starts, xs, valid)
+    def attempt(starts: Leaves, number: jax.Array) -> Attempt:
+        lately = [jnp.abs(s) for s in starts]
+        lately = [jnp.maximum(a, jnp.roll(a, 1, axis=0)) for a in lately]
+        near = beside(system, starts, lately, number, settings.tol)
+        ends, peaks, matrices = _rollout_with_product(system, starts, near, xs, valid)
         deltas, corrected = correct(ends, matrices, starts)
         scale = scales(before(peaks), before(ends), init)
         agreed = exact(before(ends), starts)
@@ -132,7 +136,9 @@ def shooting(
         within, _ = tested(before(ends), starts, deltas, scale, settings.tol)
         return Attempt(agreed, within, corrected, [*deltas, *scale, *matrices])
 
-    end = iterate(attempt, starts, settings.max_iters, init, everywhere=everywhere)
+    end = iterate(
+        attempt, starts, settings.max_iters, init, everywhere=everywhere, twice=system.kinks
+    )
     starts = end.values
     leaves = len(init)
     errors, peaks, matrices = (
@@ -187,21 +193,26 @@ def _hold(valid, new, old):
     return new if valid is None else select(valid, new, old)
 
 
-def _rollout_with_product(system: System, starts: Leaves, xs: Any, valid):
-    """Ends and peaks `[count, *leaf]` and Jacobian products `[count, K, K, N]` of all chunks."""
+def _rollout_with_product(system: System, starts: Leaves, near: Leaves, xs: Any, valid):
+    """Ends and peaks `[count, *leaf]` and Jacobian products `[count, K, K, N]` of all chunks.
+
+    The Jacobians are those of the chunks that start `near`: at the starts themselves, or `beside`.
+    """
     count = starts[0].shape[0]
     unit = jacobian.basis(system.groups, [s[0] for s in starts])
     unit = [jnp.broadcast_to(u, (count, *u.shape)) for u in unit]
 
     def step(carry, inputs):
-        states, peaks, products = carry
+        states, peaks, near, products = carry
         x, present = inputs
-        new, pushed = jax.vmap(system.push)(states, x, products)
-        new = _hold(present, new, states)
-        return (new, _higher(peaks, new), _hold(present, pushed, products)), None
+        moved, pushed = jax.vmap(system.push)(near or states, x, products)
+        new = jax.vmap(system.step)(states, x)[0] if near else moved
+        new, products = _hold(present, new, states), _hold(present, pushed, products)
+        return (new, _higher(peaks, new), near and _hold(present, moved, near), products), None
 
-    carry = (list(starts), [jnp.abs(s) for s in starts], vary_like(unit, starts))
-    (ends, peaks, products), _ = lax.scan(step, carry, (xs, valid))
+    near = list(near) if system.kinks else []
+    carry = (list(starts), [jnp.abs(s) for s in starts], near, vary_like(unit, starts))
+    (ends, peaks, _, products), _ = lax.scan(step, carry, (xs, valid))
     matrices = jax.vmap(lambda *p: jacobian.gather_columns(system.groups, p))(*products)
     return ends, peaks, matrices
 

@@ -4,8 +4,10 @@ A Newton correction bounds the error of a solve only where the step's Jacobian i
 of what the step computes. A `stop_gradient`, a custom rule that is not JAX's own, a rounding, a
 cast to fewer bits, an integer or a comparison on the way from the carry to the carry breaks that
 link; inputs and outputs may hold any of them. So does a branch cut, where a value jumps and its
-derivative does not (`atan2`, a complex logarithm). Kinks (`max`, `abs`, the square root of a
-square) keep it: both sides have their own true derivative.
+derivative does not (`atan2`, a complex logarithm). Kinks (`max`, `abs`, `relu`) keep it: both sides
+have their own true derivative. But at a state that rests on one, the derivative is that of one side
+and the next move may go to the other, so steps with kinks are told apart. How sharp a smooth
+function is nobody proves: the square root of a square has a kink that is not seen here.
 """
 
 import functools
@@ -28,7 +30,8 @@ class Link(IntEnum):
 
     NONE = 0
     TRUE = 1
-    BROKEN = 2
+    KINKED = 2
+    BROKEN = 3
 
 
 # Continuous, and with JAX's derivative equal to the true one wherever that exists. What is not
@@ -43,6 +46,13 @@ _CONTINUOUS = frozenset(
     reduce_prod reduce_sum reduce_window_max reduce_window_min reduce_window_sum reshape reshard
     rev rsqrt scatter scatter-add scatter_add select_n sharding_constraint sin sinh slice split
     sqrt square squeeze stack sub tan tanh tile transpose triangular_solve unstack
+    """.split()
+)
+
+# Of those, what has a different derivative on each side of some value.
+_KINKS = frozenset(
+    """
+    abs clamp cummax cummin max min reduce_max reduce_min reduce_window_max reduce_window_min
     """.split()
 )
 
@@ -62,7 +72,6 @@ _CHOOSING = {
 }
 
 
-@functools.lru_cache(maxsize=512)
 def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> bool:
     """Whether the carry reaches the new carry by true derivatives alone, in float32 or wider.
 
@@ -73,12 +82,29 @@ def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -
     Returns:
       Whether that is proved.
     """
+    return _link(jaxpr, carry_in, carry_out) is not Link.BROKEN
+
+
+def kinked(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> bool:
+    """Whether one of those derivatives may jump where a state moves a little.
+
+    Args:
+      jaxpr, carry_in, carry_out: as for `certain`, which holds.
+
+    Returns:
+      Whether the step holds a kink on the way.
+    """
+    return _link(jaxpr, carry_in, carry_out) is Link.KINKED
+
+
+@functools.lru_cache(maxsize=512)
+def _link(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> Link:
     opened = compat.open_jaxpr(jaxpr)
     if any(jnp.finfo(opened.invars[i].aval.dtype).bits < 32 for i in carry_in):
-        return False
+        return Link.BROKEN
     ins = [Link.TRUE if i in carry_in else Link.NONE for i in range(len(opened.invars))]
     outs = _flow(jaxpr, ins)
-    return _worst([outs[i] for i in carry_out]) is not Link.BROKEN
+    return _worst([outs[i] for i in carry_out])
 
 
 def _worst(links: Collection[Link]) -> Link:
@@ -164,8 +190,9 @@ def _primitive(eqn: Any, operands: list[Link]) -> Link:
     choosing = _CHOOSING.get(name, lambda n: ())(len(operands))
     if any(operands[i] is not Link.NONE for i in choosing):
         return Link.BROKEN
-    cut = name in _CUT and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)
-    return Link.BROKEN if cut else link
+    if name in _CUT and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating):
+        return Link.BROKEN
+    return max(link, Link.KINKED) if name in _KINKS else link
 
 
 def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
@@ -182,7 +209,10 @@ def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
             outs = [worst] * len(eqn.outvars)
         elif eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
             kept = eqn.primitive.name == "custom_jvp_call" and compat.jax_rule(eqn)
-            outs = [worst if kept else Link.BROKEN] * len(eqn.outvars)
+            outs = [Link.BROKEN] * len(eqn.outvars)
+            if kept:  # a true derivative, of a function that may have kinks
+                inside = _flow(eqn.params["call_jaxpr"], operands)
+                outs = [min(link, Link.KINKED) for link in inside]
         elif (inner := jaxprs.called(eqn)) is not None:
             outs = _flow(inner, operands)
         elif eqn.primitive.name in _CONTROL:

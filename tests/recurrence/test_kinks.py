@@ -1,0 +1,96 @@
+"""States that rest on a kink: the derivative there is that of one side, and they go to the other.
+
+A small kick grows where the derivative at rest says that it dies out. No value may pass as solved
+that is not, and a step whose kinks are only crossed must not be walked for them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxpara as jp
+from tests.recurrence.kit import QUICK, normal
+
+STEPS, AT = 1024, 30
+SOLVERS = {
+    "newton": jp.newton(),
+    "quasi_newton": jp.quasi_newton(),
+    "jacobi": jp.jacobi(),
+    "shooting": jp.shooting(),
+    "short_chunks": jp.shooting(chunks=64),
+    "long_chunks": jp.shooting(chunks=8),
+}
+SLOPES = np.array([1.02, 1.05, 1.3, 2.0, 0.9], np.float32)
+
+# What exceeds 1, upwards: with the derivative 0, 1/2, 1/2 and 1/2 at 1 itself.
+EXCESS = {
+    "relu": lambda h: jax.nn.relu(h - 1),
+    "maximum": lambda h: jnp.maximum(h, 1) - 1,
+    "clip": lambda h: jnp.clip(h, 1, 1000) - 1,
+    "abs": lambda h: (jnp.abs(h - 1) + h - 1) / 2,
+}
+
+
+def at_rest(excess, slope, xs):
+    """The step, and its states from 1 by `lax.scan` in the dtype of the inputs."""
+
+    def step(h, x):
+        h = jnp.minimum(1 + slope * EXCESS[excess](h) + x, 100)
+        return h, h
+
+    return step, lax.scan(step, jnp.ones((), xs.dtype), xs)[1]
+
+
+@functools.cache
+def solved(excess, solver):
+    """For each slope a lane of its own, which is judged by itself."""
+
+    def run(slope, xs):
+        step, scanned = at_rest(excess, slope, xs)
+        (_, ys), _ = jp.solve_scan(step, jnp.float32(1), xs, solver=SOLVERS[solver])
+        return ys, scanned
+
+    return jax.jit(jax.vmap(run, (0, None)), compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("kick", [5e-6, 2.4e-7, -5e-6])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("excess", EXCESS)
+def test_a_kick_from_rest_is_not_lost(excess, solver, kick):
+    xs = np.zeros(STEPS, np.float32)
+    xs[AT] = kick
+    ys, scanned = solved(excess, solver)(SLOPES, xs)
+    with jax.enable_x64(True):
+        wide = [at_rest(excess, slope, xs.astype(np.float64))[1] for slope in SLOPES]
+        exact = np.stack([np.asarray(states) for states in wide])
+    lost = np.maximum.accumulate(np.abs(scanned - exact), axis=1)
+    assert np.all(np.abs(ys - exact) <= 1e-5 * exact + 2 * lost)
+    # What this would notice: a state that stays what it was.
+    grown = np.max(np.abs(exact - 1) - 2 * lost, axis=1)
+    assert kick < 0 or grown[3] > 10
+
+
+def crossing(weights, steps=512):
+    """A ReLU network: kinks everywhere, crossed and not rested on."""
+
+    def step(h, x):
+        h = jax.nn.relu(h @ weights + x)
+        return h, h
+
+    return step, np.zeros(8, np.float32), normal(np.random.default_rng(1), steps, 8)
+
+
+@pytest.mark.parametrize("solver", ["newton", "quasi_newton", "shooting"])
+def test_a_network_of_relus_is_not_walked(solver):
+    weights = 0.3 * normal(np.random.default_rng(0), 8, 8)
+    step, init, xs = crossing(weights)
+    run = jax.jit(lambda h, x: jp.solve_scan(step, h, x, solver=SOLVERS[solver]))
+    (_, ys), info = run(init, xs)
+    scanned = lax.scan(step, init, xs)[1]
+    # 2e-6: sixteen units, as for the sums of the other conformance tests.
+    np.testing.assert_allclose(ys, scanned, atol=2e-6 * np.max(scanned))
+    assert info.converged and info.fallback_steps == 0
