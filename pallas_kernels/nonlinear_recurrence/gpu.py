@@ -28,7 +28,6 @@ from pallas_kernels.nonlinear_recurrence import windows
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
     channels,
-    last_end,
     load_row,
     stage,
 )
@@ -123,7 +122,7 @@ def forward(
             gpu.SMEM((cell.states**2, *tile), jnp.float32),
             gpu.SMEM((2, cell.states, *tile), jnp.float32),
             gpu.SMEM((cell.states, plan.block), jnp.float32),
-            gpu.SMEM((FLAGS, plan.block), jnp.float32),
+            gpu.SMEM((FLAGS + cell.states, plan.block), jnp.float32),
             gpu.Barrier(num_arrivals=plan.warpgroups),
             gpu.Barrier(num_arrivals=len(xs), num_barriers=plan.slots),
         ],
@@ -191,7 +190,7 @@ def _solve(block: Block, affine: bool) -> None:
         @pl.when((wg == 0) & (outcome.still == 0.0))
         def _():
             for k in states:
-                mosaic.store(block.carry.at[k], load_row(block, last_end(block, k)))
+                mosaic.store(block.carry.at[k], load_row(block, block.flags.at[FLAGS + k]))
 
         # The copy engine is about to write where all have read inputs: their reads come first.
         if plan.slots < plan.windows:

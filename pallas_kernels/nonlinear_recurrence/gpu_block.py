@@ -28,7 +28,7 @@ class Block(NamedTuple):
       ends, products, starts: summaries of the chunks, `[K, C, block]`, `[K * K, C, block]` and two
         of `[K, C, block]`.
       carry: the exact state before the window, `[K, block]`.
-      flags: what `gpu_link` finds, `[3, block]`.
+      flags: what `gpu_link` finds, `[3 + K, block]`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
     """
 
@@ -85,11 +85,6 @@ def load_tile(block: Block, ref: Any) -> jax.Array:
 def zeros(block: Block) -> jax.Array:
     """A row of zeros."""
     return mosaic.full((block.plan.block,), 0.0, mosaic.row_layout(block.plan.block))
-
-
-def last_end(block: Block, state: int) -> Any:
-    """Where a state leaf stands after the window's last chunk."""
-    return block.ends.at[state, in_memory(block, block.plan.chunks - 1, block.plan.chunks)]
 
 
 def stage(block: Block, w: Any) -> None:

@@ -28,7 +28,9 @@ _FINITE = float(_FINFO.max)
 # root of the limit to below it. Bitwise agreement comes one pass after corrections of rounding.
 CLOSED, ROUNDED, NEAR, FAR = 0.0, 1.0, 2.0, 3.0
 _NEAR = 2.0
-# What `link` finds, in the rows of the block's flags.
+# What `link` finds, in the rows of the block's flags; behind them, for each state, what the next
+# window starts from. What a window leaves within the limit of its own states would stay for good
+# where they were large and are no more.
 VERDICT, OPEN, RESIDUAL = range(3)
 FLAGS = 3
 
@@ -107,9 +109,14 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
         [(jnp.abs(c),) * certificate.WINDOW for c in carry],
         (zero + CLOSED, zero, zero),
     )
-    verdict, unequal, worst = _over_chunks(block, _summaries(block, old), visit, begin)[-1]
+    leaving, _, _, (verdict, unequal, worst) = _over_chunks(
+        block, _summaries(block, old), visit, begin
+    )
     if not test:
         return
+    for k, (end, moved, _) in enumerate(leaving):
+        value = jnp.where(moved == 0.0, end, end + moved)
+        mosaic.store(block.flags.at[FLAGS + k], value)
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
     for row, value in ((VERDICT, verdict), (OPEN, unequal), (RESIDUAL, worst)):
         mosaic.store(block.flags.at[row], value)

@@ -241,6 +241,9 @@ def _kernel(cell, plan, limits, budget, affine, refs):
 def _link(plan, limits, starts, ends, products, before):
     """Tests the boundaries, and leaves each chunk's corrected successor in the place of its end.
 
+    In that of the last one stands what the next window starts from: what a window leaves within the
+    limit of its own states would stay for good where they were large and are no more.
+
     Returns:
       Four rows: 1.0 where every end is the next start; where every correction is within the first
       limit, and within the second; and the largest residual (infinite for a NaN).
@@ -290,7 +293,11 @@ def _link(plan, limits, starts, ends, products, before):
         [zero] * size,
         [(f,) * (certificate.WINDOW - 1) for f in first],
     )
-    exact, (fine, coarse), largest, _, _ = lax.fori_loop(0, plan.chunks - 1, link, loop)
+    exact, (fine, coarse), largest, delta, _ = lax.fori_loop(0, plan.chunks - 1, link, loop)
+    last = plan.place(plan.chunks - 1, plan.chunks)
+    for end, cap, value in zip(ends, caps, tiles.moved(size, products, last, delta), strict=True):
+        moves = (value != 0.0) & (jnp.abs(value) <= cap)
+        end[last] = jnp.where(moves, end[last] + value, end[last])
     return exact, fine, coarse, largest
 
 

@@ -78,7 +78,7 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     tile, k = 4 * block * chunks, problem.states
     inputs = [slots * chunks * length * block * size for size in problem.itemsizes]
     # Ends, products, two sets of starts; carry and flags.
-    summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, 12 * block]
+    summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, (12 + 4 * k) * block]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 

@@ -199,3 +199,24 @@ def test_an_affine_state_that_all_but_vanishes_comes_back(implementation, revers
     np.testing.assert_array_equal(np.signbit(found.states[0]), np.signbit(expected))
     # What this would notice: the product is 0, and so would be all that comes behind it.
     assert np.float32(1e-25) * np.float32(1e-25) == 0.0 < np.min(np.abs(expected[..., 0]))
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_what_is_rounding_of_a_large_state_does_not_stay_when_it_is_small(implementation):
+    # From 1e6 to about 1 in the last chunk but one of a window: what its last boundary leaves is
+    # rounding of 1e6, and in the next window, where the state is small, would be an error.
+    b = 0.1 * np.random.default_rng(1).normal(size=(T, 1, BLOCK)).astype(np.float32)
+    b[:25], b[25] = 0.0, -1e6
+    a, init = jnp.ones_like(b), jnp.full((1, BLOCK), 1e6)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(a, b, init):
+        settings = {"affine": True, "chunks": 8, "window": 32}
+        return nonlinear_recurrence.forward(
+            affine_cell(1), [init], [a, b], [], implementation=implementation, **settings
+        )
+
+    exact = 1e6 + np.cumsum(b.astype(np.float64), axis=0)
+    found = np.asarray(run(a, jnp.asarray(b), init).states[0])
+    # 1e-5 of a window's largest; a fourth of the rounding of 1e6 would be 1.5e-2.
+    np.testing.assert_allclose(found[32:], exact[32:], atol=1e-5 * np.max(np.abs(exact[32:])))

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from pallas_kernels import shapes
+from pallas_kernels import linear_recurrence, shapes
 from pallas_kernels.nonlinear_recurrence import tpu
 from tests.kernels.kit import (
     AFFINE,
@@ -252,6 +252,26 @@ def test_products_that_overflow_where_the_recurrence_does_not_are_done_step_by_s
     assert relative_error(pulled[0], truth.d_init) < 2e-6
     assert relative_error(pulled[1], truth.d_xs) < 2e-6
     assert list(pulled[3]) == [0, 64]
+
+
+@pytest.mark.parametrize("shift", range(8))
+def test_an_adjoint_that_overflows_inside_a_chunk_overflows_as_in_lax_scan(shift):
+    # Against time by 1e25 twice, then back: a chunk's product may hold both and overflow nowhere.
+    factors = np.ones((32, 1, 1), np.float32)
+    factors[[9 + shift, 8 + shift]], factors[[7 + shift, 6 + shift]] = 1e25, 1e-25
+    a, zeros = jnp.asarray(factors), jnp.zeros((32, 1, 1))
+    last = zeros.at[-1].set(1.0)
+
+    def run(implementation):
+        settings = {"chunks": 4, "window": 32} if implementation != "xla" else {}
+        return linear_recurrence.backward(
+            [a], [zeros], [zeros[0]], [zeros], [last], implementation=implementation, **settings
+        )
+
+    found, wanted = (run(name) for name in ("mosaic_tpu_interpret", "xla"))
+    np.testing.assert_array_equal(found.b[0], wanted.b[0])
+    np.testing.assert_array_equal(found.init[0], wanted.init[0])
+    assert np.isinf(wanted.init[0])  # which is 1 in exact arithmetic
 
 
 def test_two_cores_that_write_one_block_are_found_racing(capfd):
