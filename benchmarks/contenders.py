@@ -157,7 +157,7 @@ def _kernel(recurrence: Recurrence, point: Point, backward: bool, implementation
             init,
             inputs,
             params,
-            certain=True,  # of a GRU and an LSTM, as `newton_scan` proves; all else is its default
+            certain=recurrence.certain,  # as `newton_scan` proves; all else is its default
             implementation=implementation,
         )
         if not backward:

@@ -29,6 +29,7 @@ class Recurrence(NamedTuple):
       consts: `[D]` each.
       draw: `(key, shape, index) -> values` of input `index`, `[T, B, D]`, float32.
       affine: the step is affine in the state.
+      certain: what `newton_scan` tells a kernel of the step: a correction bounds its error.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Recurrence(NamedTuple):
     consts: list[jax.Array]
     draw: Callable[[jax.Array, Shape, int], jax.Array]
     affine: bool = False
+    certain: bool = True
 
 
 class Data(NamedTuple):
@@ -74,7 +76,9 @@ def gated(name: str, width: int) -> Recurrence:
         return jax.random.normal(key, shape) + gates[index][0]
 
     leaves = Leaves(len(jax.tree.leaves(carry)), len(gates))
-    return Recurrence(name, leaves, step, [params["recurrent"][n] for n in names], draw)
+    consts = [params["recurrent"][n] for n in names]
+    # The stabiliser of an sLSTM is a maximum.
+    return Recurrence(name, leaves, step, consts, draw, certain=name != "slstm")
 
 
 def linear(size: int) -> Recurrence:

@@ -49,9 +49,10 @@ def kernel_call(
     if which == "forward":
 
         def forward(init, xs, params):
-            # As users get it: the default tolerance, a proved Jacobian.
-            how = {"tol": None, "max_iters": 8, "certain": True, "affine": chosen.affine}
-            return kernel(cell, init, xs, params, **how)
+            # As users get it: the default tolerance, and what is proved of the step.
+            how = {"tol": None, "max_iters": 8}
+            known = {"certain": chosen.certain, "affine": chosen.affine}
+            return kernel(cell, init, xs, params, **how, **known)
 
         return forward, (init, xs, params)
 

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+import jaxpara as jp
 from benchmarks import chains, contenders, fit_choice, kernels, points, recurrences, report, rows
 from benchmarks.points import KERNEL, SCAN, Point
 from jaxpara.recurrence import rule
@@ -125,6 +126,18 @@ def test_what_is_timed_is_what_users_get(monkeypatch):
     monkeypatch.setattr(contenders.nonlinear_recurrence, "forward", forward)
     bench().row(Point("gru", "float32", "forward", Shape(16, 1, 8), KERNEL))
     assert asked == {"certain": True, "implementation": "xla"}
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "slstm"])
+def test_a_kernel_is_told_of_a_cell_what_newton_scan_tells_it(name):
+    recurrence = recurrences.make(name, 4)
+    (operands,) = recurrences.data(recurrence, Shape(3, 1, 4), "float32")
+
+    def step(states, inputs):
+        return recurrence.step(recurrence.consts, states, inputs), None
+
+    choice = jp.explain_choice(step, operands.init, operands.xs, solver=jp.fused())
+    assert recurrence.certain == (choice.certain and not choice.kinks)
 
 
 def test_rotated_sets_each_give_their_own_result():
