@@ -11,16 +11,16 @@ from jaxtyping import PyTree
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence import rule
 from jaxpara.recurrence.lanes import shaped
-from jaxpara.recurrence.solve import cost, explicit, fused
-from jaxpara.recurrence.solve.claims import require
+from jaxpara.recurrence.solve import cost, explicit_meshes, fused
+from jaxpara.recurrence.solve.claimed_structure import require
 from jaxpara.recurrence.solve.records import SEQUENTIAL
-from jaxpara.recurrence.structure.blocks import Groups, block_size, elements, is_number
-from jaxpara.recurrence.structure.certain import certain, kinked
-from jaxpara.recurrence.structure.cotangents import all_linear
+from jaxpara.recurrence.structure.jacobian_blocks import Groups, block_size, elements, is_number
 from jaxpara.recurrence.structure.kinds import Dense
+from jaxpara.recurrence.structure.linear_cotangents import all_linear
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
+from jaxpara.recurrence.structure.true_derivative import certain, kinked
 from jaxpara.recurrence.system import Solver
-from jaxpara.recurrence.traced import Body, Traced, trace
+from jaxpara.recurrence.traced_scan import Body, Traced, trace
 from pallas_kernels import unfit
 
 DERIVATIVES = ("general", "reverse")
@@ -44,8 +44,8 @@ class Choice(NamedTuple):
       derivative: "general" or "reverse".
       structure: the structure of the Jacobian, proved or trusted.
       groups: the same, resolved for the shapes of the carry.
-      certain: a Newton correction bounds the error of a state, see `certain.certain`.
-      kinks: taken on both sides of a state that rests on a kink, see `system.beside`.
+      certain: a Newton correction bounds the error of a state, see `true_derivative.certain`.
+      kinks: taken on both sides of a state that rests on a kink, see `solve.certified.beside`.
       vjp_only: the step holds a `custom_vjp`.
       length: number of (local) steps.
       reason: one sentence for `explain_choice`.
@@ -158,7 +158,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         # On a CPU there is no kernel to ask for; of another platform's devices nothing is known.
         why_not = ""
         if platform != "cpu":
-            why_not = explicit.no_kernel(body.jaxpr) or _refusal(body)
+            why_not = explicit_meshes.no_kernel(body.jaxpr) or _refusal(body)
         if why_not is None and platform == jax.default_backend():
             why_not = unfit(platform)
         solver, reason = rule.pick(

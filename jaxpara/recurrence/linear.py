@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxpara.recurrence.lanes import vary_over
-from jaxpara.recurrence.solve import explicit, timeaxis
-from jaxpara.recurrence.solve.adjoint import linear_solve
-from jaxpara.recurrence.solve.affine import METHODS, block_operator
-from jaxpara.recurrence.structure.blocks import Group, Groups
+from jaxpara.recurrence.solve import explicit_meshes, sharded_time
+from jaxpara.recurrence.solve.general_rule import linear_solve
+from jaxpara.recurrence.solve.linear_recurrences import METHODS, block_operator
+from jaxpara.recurrence.structure.jacobian_blocks import Group, Groups
 from jaxpara.recurrence.system import Settings
 from pallas_kernels.dispatch import choose
 
@@ -71,7 +71,7 @@ def linear_recurrence(
         return b.astype(dtype)
     a, b, start = a.astype(dtype), b.astype(dtype), start.astype(dtype)
     if axis is not None:
-        timeaxis.require_axis(axis)
+        sharded_time.require_axis(axis)
         start = vary_over(start, axis)
     return _solve(groups, Settings(linear=method, axis=axis), reverse, a, b, start)
 
@@ -92,9 +92,9 @@ def _solve(groups: Groups, settings: Settings, reverse: bool, a, b, start):
         return states[::-1] if reverse else states
 
     types = [jax.typeof(leaf) for leaf in (a, b, start)]
-    mesh = explicit.explicit_mesh(types)
+    mesh = explicit_meshes.explicit_mesh(types)
     if mesh is not None:
-        run = explicit.in_auto_axes(run, mesh, explicit.sharding(mesh, types[1]))
+        run = explicit_meshes.in_auto_axes(run, mesh, explicit_meshes.sharding(mesh, types[1]))
     return run(a, b, start)
 
 

@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxpara import compat
 from jaxpara.recurrence.choice import Auto, Choice, decide, say
 from jaxpara.recurrence.lanes import vary_over
-from jaxpara.recurrence.solve import explicit, timeaxis
-from jaxpara.recurrence.solve.adjoint import Problem, solve
-from jaxpara.recurrence.solve.claims import check_structure
+from jaxpara.recurrence.solve import explicit_meshes, sharded_time
+from jaxpara.recurrence.solve.claimed_structure import check_structure
+from jaxpara.recurrence.solve.general_rule import Problem, solve
 from jaxpara.recurrence.system import Solver
-from jaxpara.recurrence.traced import SOLVE_NAME, Body, Traced, flow_of, trace
+from jaxpara.recurrence.traced_scan import SOLVE_NAME, Body, Traced, flow_of, trace
 
 
 class SolveInfo(NamedTuple):
@@ -147,7 +147,7 @@ def solve_scan(
       True
     """
     if isinstance(solver, Solver) and solver.settings.axis is not None:
-        timeaxis.require_axis(solver.settings.axis)
+        sharded_time.require_axis(solver.settings.axis)
         # Each device starts its own steps from a state of its own.
         init = vary_over(init, solver.settings.axis)
     traced = trace(f, init, xs, length, reverse, unroll)
@@ -191,23 +191,23 @@ def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
     Jitted with the traced step as a static argument, so that a second eager call with
     the same `f` compiles nothing, and named so that a jaxpr search can pass over it.
     """
-    inputs, outputs = explicit.avals_of(spec.body.jaxpr)
-    mesh = explicit.explicit_mesh(inputs)
+    inputs, outputs = explicit_meshes.avals_of(spec.body.jaxpr)
+    mesh = explicit_meshes.explicit_mesh(inputs)
     if mesh is None:
         return _solve(spec, consts, init, xs, guess)
     # Results have the shardings that `lax.scan` gives them; diagnostics are replicated.
     carry, ys = outputs[: spec.body.carries], outputs[spec.body.carries :]
-    leaves = [explicit.sharding(mesh, c) for c in carry]
-    leaves += [explicit.sharding(mesh, y, None) for y in ys]
-    starts = [explicit.sharding(mesh, carry[i], None) for i in spec.body.floats]
+    leaves = [explicit_meshes.sharding(mesh, c) for c in carry]
+    leaves += [explicit_meshes.sharding(mesh, y, None) for y in ys]
+    starts = [explicit_meshes.sharding(mesh, carry[i], None) for i in spec.body.floats]
     shardings = (leaves, [NamedSharding(mesh, jax.P())] * 4, starts)
-    run = explicit.in_auto_axes(functools.partial(_solve, spec), mesh, shardings)
+    run = explicit_meshes.in_auto_axes(functools.partial(_solve, spec), mesh, shardings)
     return run(consts, init, xs, guess)
 
 
 def _solve(spec: _Spec, consts, init, xs, guess):
     body, choice = spec.body, spec.choice
-    axis = timeaxis.along(spec.solver.settings.axis, spec.reverse)
+    axis = sharded_time.along(spec.solver.settings.axis, spec.reverse)
     length = choice.length
     # With neither xs nor integer leaves the steps still need something to count.
     inputs = [*_run_ahead(spec, consts, init, xs, length), *xs]

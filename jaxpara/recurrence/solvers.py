@@ -4,7 +4,7 @@ import numbers
 
 from jaxpara.recurrence.choice import Auto
 from jaxpara.recurrence.solve import records
-from jaxpara.recurrence.solve.affine import METHODS
+from jaxpara.recurrence.solve.linear_recurrences import METHODS
 from jaxpara.recurrence.structure.proof import Block, Dense, Diagonal, Structure, Unchecked
 from jaxpara.recurrence.system import Settings, Solver
 

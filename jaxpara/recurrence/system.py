@@ -9,13 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from jaxpara.recurrence.lanes import vary_like
-from jaxpara.recurrence.structure.blocks import Groups
-from jaxpara.recurrence.wide import narrow
-from pallas_kernels import certificate
+from jaxpara.recurrence.structure.jacobian_blocks import Groups
 
 Leaves = Sequence[jax.Array]
 
@@ -26,7 +21,7 @@ class Settings(NamedTuple):
     Attributes:
       chunks: number of time chunks; None picks about the square root of the length.
       tol: largest accepted error of a state, as the next Newton correction bounds it, relative
-        to the magnitude that the element has had lately (see `tested` and `limit`).
+        to the magnitude that the element has had lately, see `solve.certified`.
       max_iters: iterations before the rest is completed sequentially.
       linear: how pointwise solvers solve their linear recurrence, and how the
         adjoint is solved: "sequential", "associative", "chunked" or "kernel"; "auto" until the
@@ -65,7 +60,7 @@ class System(NamedTuple):
       groups: proved structure of the Jacobian.
       certain: the Jacobian is proved to be the derivative of the step, and the state is float32
         or wider: a correction bounds the error. Otherwise only bitwise agreement counts.
-      kinks: that derivative may jump where a state moves a little, see `beside`.
+      kinks: that derivative may jump where a state moves a little, see `certified.beside`.
       reverse: whether scan order runs against the order of the mesh axis.
       unroll: as for `lax.scan`; only a sequential solve unrolls.
     """
@@ -118,164 +113,3 @@ class Solver(NamedTuple):
     def name(self) -> str:
         """What it is called in `jp`; a user's own is called as its function."""
         return getattr(self.solve, "__name__", repr(self.solve))
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    # Not by promotion, which 8-bit types have none of.
-    return leaf.astype(jnp.float32) if narrow(leaf.dtype) else leaf
-
-
-def scales(
-    peaks: Leaves, ends: Leaves, first: Leaves, window: int = certificate.WINDOW
-) -> list[jax.Array]:
-    """The magnitude that every element has had lately, `[n, *leaf]`.
-
-    Its peak over the last `window` rows, and no more than `SLACK` times its larger magnitude at the
-    last two ends.
-
-    Args:
-      peaks: the largest magnitude of every element on its way to each row, `[n, *leaf]`.
-      ends: where it arrives, `[n, *leaf]`.
-      first: the state before row 0.
-      window: rows to look back on at least; less than twice as many and a `_BLOCK` count.
-    """
-
-    def one(peak, end, before):
-        peak, end, before = (jnp.abs(_wide(v)) for v in (peak, end, before))
-        arrived = jnp.concatenate([before[None], end])
-        scale = _lately(jnp.concatenate([before[None], jnp.maximum(peak, end)]), window)
-        return jnp.minimum(scale[1:], certificate.SLACK * jnp.maximum(arrived[1:], arrived[:-1]))
-
-    return [one(*leaves) for leaves in zip(peaks, ends, first, strict=True)]
-
-
-# Rows whose peak a long window looks back on as one: a CPU pays for every pass over all rows.
-_BLOCK = 8
-
-
-def _lately(rows: jax.Array, window: int) -> jax.Array:
-    """The largest of the last `window` magnitudes, at each row, in parallel."""
-    if window < 2 * _BLOCK:
-        return _looked_back(rows, window)
-    count = rows.shape[0]
-    blocks = -(-count // _BLOCK)
-    rows = jnp.pad(rows, [(0, blocks * _BLOCK - count)] + [(0, 0)] * (rows.ndim - 1))
-    rows = rows.reshape(blocks, _BLOCK, *rows.shape[1:])
-    within = [rows[:, 0]]
-    for i in range(1, _BLOCK):
-        within.append(jnp.maximum(within[-1], rows[:, i]))
-    # Magnitudes: zeros are never the largest.
-    earlier = jnp.concatenate([jnp.zeros_like(rows[:1, 0]), within[-1][:-1]])
-    earlier = _looked_back(earlier, window // _BLOCK)
-    # The barrier: a CPU would ask every entry of whatever reads them which row it is of.
-    found = lax.optimization_barrier(jnp.stack([jnp.maximum(r, earlier) for r in within], axis=1))
-    return found.reshape(blocks * _BLOCK, *rows.shape[2:])[:count]
-
-
-def _looked_back(rows: jax.Array, window: int) -> jax.Array:
-    """The same, a pass over all rows for each doubling of `window`, which is rounded up to one."""
-    shift = 1
-    while shift < min(window, rows.shape[0]):
-        earlier = jnp.concatenate([rows[:1]] * shift + [rows[:-shift]])
-        rows, shift = jnp.maximum(rows, earlier), 2 * shift
-    return rows
-
-
-def tested(
-    ends: Leaves, starts: Leaves, deltas: Leaves, scale: Leaves, tol: float | None
-) -> tuple[jax.Array, jax.Array]:
-    """What of `starts` counts as solved, see `pallas_kernels.certificate`.
-
-    Args:
-      ends, starts: `[n, *leaf]`, what should be equal.
-      deltas: the next corrections of the starts; infinite where one was dropped.
-      scale: magnitudes, see `scales`.
-      tol: as in `Settings`.
-
-    Returns:
-      `[n]`, which rows have corrections within the limit; and which of those are `exact` as well.
-      A NaN is not within it, nor is the other zero, of which no correction tells.
-    """
-    within = agreeing = jnp.ones(ends[0].shape[0], bool)
-    for end, start, delta, size in zip(ends, starts, deltas, scale, strict=True):
-        delta, same = jnp.abs(_wide(delta)), _same(end, start)
-        small = (delta == 0) | (delta <= limit(delta.dtype, tol) * size)
-        small &= jnp.isfinite(size) & jnp.isfinite(delta) & (same | (end != start))
-        # One reduction for both, and of floats: a loop without one XLA may take for a small one,
-        # which it runs on one thread of a CPU at up to 1.4 times the time.
-        code = jnp.where(small, jnp.where(same, 0.0, 1.0), 2.0)
-        code = jnp.max(code, axis=tuple(range(1, end.ndim)), initial=0.0)
-        within = vary_like(within, code) & (code < 2)
-        agreeing = vary_like(agreeing, code) & (code == 0)
-    return within, agreeing
-
-
-def limit(dtype: Any, tol: float | None) -> float:
-    """Relative size of a correction that counts, after which it is applied once more.
-
-    `COARSE` ulp; a `tol` is taken at its word where it is larger, or asks for less than `FINE` ulp.
-    """
-    return certificate.limits(dtype, tol)[1]
-
-
-def exact(ends: Leaves, starts: Leaves) -> jax.Array:
-    """`[n]`, which of the rows `[n, *leaf]` agree bit for bit.
-
-    A NaN agrees with nothing, and the two zeros not with each other: their reciprocals do not.
-    """
-    every = jnp.ones(ends[0].shape[0], bool)
-    for end, start in zip(ends, starts, strict=True):
-        same = jnp.all(_same(end, start) & (end == end), axis=tuple(range(1, end.ndim)))
-        every = vary_like(every, same) & same
-    return every
-
-
-def residual(ends: Leaves, starts: Leaves) -> jax.Array:
-    """The largest distance of `ends` from the `starts` that they should equal; infinite for NaN."""
-    worst = jnp.zeros((), jnp.float32)
-    for end, start in zip(ends, starts, strict=True):
-        difference = jnp.abs(_wide(end) - _wide(start))
-        finite = jnp.where(jnp.isnan(difference), jnp.inf, difference)
-        worst = jnp.maximum(worst, jnp.max(finite, initial=0.0).astype(jnp.float32))
-    return worst
-
-
-def _same(end: jax.Array, start: jax.Array) -> jax.Array:
-    """Where two arrays have the same bits."""
-    bits = jnp.dtype(f"uint{8 * end.dtype.itemsize}")
-    return lax.bitcast_convert_type(end, bits) == lax.bitcast_convert_type(start, bits)
-
-
-def beside(
-    system: System, states: Leaves, scale: Leaves, number: jax.Array, tol: float | None
-) -> Leaves:
-    """Where the Jacobians of an attempt are taken: at its states, or beside them where kinks are.
-
-    The derivative of a state that rests on a kink is that of one side. With `number`, that of the
-    attempt, the sides take turns: what two attempts in a row prove is proved of both.
-
-    Args:
-      system: the recurrence.
-      states: `[n, *leaf]`.
-      scale: their magnitudes; two limits of them are what a state may be off.
-      number: of the attempt.
-      tol: as in `Settings`.
-    """
-    if not system.kinks:
-        return states
-    side = jnp.where(number % 2 == 0, 2.0, -2.0)
-
-    def one(state, size):
-        return state + (side * limit(state.dtype, tol) * size).astype(state.dtype)
-
-    return [one(*leaves) for leaves in zip(states, scale, strict=True)]
-
-
-def magnitude(leaves: Leaves) -> list[jax.Array]:
-    """Largest finite magnitude of each leaf, `[]` each."""
-
-    def one(leaf):
-        finite = jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), jnp.zeros_like(leaf))
-        return jnp.max(finite, initial=0.0)
-
-    return [one(leaf) for leaf in leaves]

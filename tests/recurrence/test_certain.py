@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
-from jaxpara.recurrence.structure.certain import certain, kinked
+from jaxpara.recurrence.structure.true_derivative import certain, kinked
 
 X = np.float32([0.3, -0.2, 0.5])
 W = np.float32([[0.1, 0.2, 0.3], [0.0, 0.5, 0.1], [0.2, 0.2, 0.2]])

@@ -14,7 +14,7 @@ import jaxpara as jp
 from jaxpara import linen
 from jaxpara.recurrence import choice
 from jaxpara.recurrence.solve import cost
-from jaxpara.recurrence.solve.affine import MATERIALISED
+from jaxpara.recurrence.solve.linear_recurrences import MATERIALISED
 from tests.recurrence.kit import QUICK, assert_close
 
 PARALLEL = {

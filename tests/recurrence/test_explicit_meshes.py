@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpara as jp
-from jaxpara.recurrence.solve import explicit
+from jaxpara.recurrence.solve import explicit_meshes
 from tests.recurrence.kit import QUICK
 
 TIME, BATCH, WIDTH = 6, 4, 4
@@ -160,7 +160,7 @@ def test_eager_calls_equal_lax_scan():
 
 def test_without_auto_axes_jax_refuses_the_solve(monkeypatch):
     h, xs, b = placed(BOTH)
-    monkeypatch.setattr(explicit, "explicit_mesh", lambda avals: None)
+    monkeypatch.setattr(explicit_meshes, "explicit_mesh", lambda avals: None)
     with pytest.raises(Exception, match="shard"):
         # Another step, so that no compilation of the other tests is found.
         ours()(lambda h, x: (jnp.tanh(h * b + 2 * x), h), h, xs)

@@ -18,9 +18,9 @@ from jax.extend import core
 from jax.interpreters import ad
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.structure import moves
-from jaxpara.recurrence.structure.custom import RULES
-from jaxpara.recurrence.structure.patterns import axis_patterns, element_sets
+from jaxpara.recurrence.structure import axis_moves
+from jaxpara.recurrence.structure.axis_patterns import axis_patterns, element_sets
+from jaxpara.recurrence.structure.custom_vjps import RULES
 from jaxpara.recurrence.structure.propagate import propagate
 
 SHAPE = (2, 3, 4)
@@ -305,7 +305,7 @@ def test_random_chains_are_covered(seed):
 
 def test_a_rule_that_says_too_little_is_caught(monkeypatch):
     wrong = {name: lambda e, s, o: [(0, 1, 2)] * len(s) for name in ("rev", "triangular_solve")}
-    monkeypatch.setattr(moves, "_RULES", moves._RULES | wrong)
+    monkeypatch.setattr(axis_moves, "_RULES", axis_moves._RULES | wrong)
     for name in ("flip", "triangular solve of rows"):
         with pytest.raises(AssertionError):
             assert_covered(name, OPS[name][0])
@@ -344,7 +344,12 @@ def test_every_differentiable_primitive_of_jax_has_a_rule_or_a_reason():
         if isinstance(value, core.Primitive)
     }
     names = {p.name for table in (ad.primitive_jvps, ad.primitive_transposes) for p in table} & own
-    ruled = moves.ELEMENTWISE | moves.PAIRWISE | moves.CUMULATIVE | set(moves._RULES)
+    ruled = (
+        axis_moves.ELEMENTWISE
+        | axis_moves.PAIRWISE
+        | axis_moves.CUMULATIVE
+        | set(axis_moves._RULES)
+    )
     families = ("scatter", "reduce_")
     missing = names - ruled - MIXING - DISCRETE - jaxprs.COLLECTIVES
     assert not {name for name in missing if not name.startswith(families)}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxpara as jp
-from jaxpara.recurrence import system
+from jaxpara.recurrence.solve import certified
 from pallas_kernels import certificate
 
 
@@ -15,14 +15,14 @@ def test_the_scale_looks_back_over_the_window_and_never_ahead(count, window):
     # Magnitudes within SLACK of one another, so that only the window decides.
     rows = np.random.default_rng(count).uniform(1, 100, (count, 2, 3)).astype(np.float32)
     first = np.full((2, 3), 0.5, np.float32)
-    (found,) = system.scales([rows], [rows], [first], window)
+    (found,) = certified.scales([rows], [rows], [first], window)
     for t in range(count):
         least = rows[max(0, t - window + 1) : t + 1].max(0)
-        most = rows[max(0, t - 2 * window - system._BLOCK) : t + 1].max(0)
+        most = rows[max(0, t - 2 * window - certified._BLOCK) : t + 1].max(0)
         assert np.all(least <= found[t]) and np.all(found[t] <= most)
     # A peak in the last row reaches no other.
     rows[-1] = 120
-    (other,) = system.scales([rows], [rows], [first], window)
+    (other,) = certified.scales([rows], [rows], [first], window)
     np.testing.assert_array_equal(other[:-1], found[:-1])
     assert np.all(np.asarray(other[-1]) == 120)
 
@@ -30,14 +30,14 @@ def test_the_scale_looks_back_over_the_window_and_never_ahead(count, window):
 def test_a_peak_is_forgotten_behind_the_window_and_beyond_the_slack():
     rows = np.ones((200, 1), np.float32)
     rows[10] = 100
-    (found,) = system.scales([rows], [rows], [rows[0]], 16)
+    (found,) = certified.scales([rows], [rows], [rows[0]], 16)
     assert found[25, 0] == 100 and found[60, 0] == 1
     rows[10] = 1e6
-    (found,) = system.scales([rows], [rows], [rows[0]], 16)
+    (found,) = certified.scales([rows], [rows], [rows[0]], 16)
     assert found[12, 0] == certificate.SLACK
 
 
-LIMIT = system.limit(jnp.float32, None)
+LIMIT = certified.limit(jnp.float32, None)
 # end, start, correction, scale -> within, exact
 CASES = {
     "equal": ((1.0, 1.0, 0.0, 1.0), (True, True)),
@@ -63,10 +63,10 @@ def test_what_counts_as_solved(name):
     # Rows of two entries, one of which is good: the worse one decides, whichever comes first.
     for pair in ((numbers, good), (good, numbers)):
         leaves = [[jnp.asarray([part], jnp.float32)] for part in zip(*pair, strict=True)]
-        within, agreeing = system.tested(*leaves, None)
+        within, agreeing = certified.tested(*leaves, None)
         assert (bool(within[0]), bool(agreeing[0])) == wanted
     # A tolerance so large that its limit overflows lets nothing dropped pass.
-    assert not system.tested(*[[jnp.asarray([v])] for v in (1.0, 1.0, np.inf, 3e38)], 1e30)[0][0]
+    assert not certified.tested(*[[jnp.asarray([v])] for v in (1.0, 1.0, np.inf, 3e38)], 1e30)[0][0]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -74,7 +74,7 @@ def test_exact_is_bit_for_bit_in_every_dtype(dtype):
     one = jnp.asarray(1, dtype)
     ends = jnp.asarray([[1, 2], [1, 2], [0, 0], [jnp.nan, 0]], dtype)
     starts = ends.at[1, 0].add(jnp.finfo(dtype).eps * one).at[2, 1].multiply(-1)
-    assert system.exact([ends], [starts]).tolist() == [True, False, False, False]
+    assert certified.exact([ends], [starts]).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("solver", [jp.newton(), jp.jacobi(), jp.shooting()])

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
-from jaxpara.recurrence.structure.flow import flow
+from jaxpara.recurrence.structure.tangent_flow import flow
 
 SOLVERS = {
     "shooting": jp.shooting(),

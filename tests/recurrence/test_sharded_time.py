@@ -10,8 +10,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxpara as jp
-from jaxpara.recurrence.solve import shooting, timeaxis
-from jaxpara.recurrence.structure.blocks import Group
+from jaxpara.recurrence.solve import sharded_time, shooting
+from jaxpara.recurrence.structure.jacobian_blocks import Group
 from tests.recurrence.kit import (
     CASES,
     EVERYDAY,
@@ -120,10 +120,10 @@ def test_a_correction_dropped_on_its_way_to_the_next_device_bounds_nothing(last,
     matrices = jnp.asarray([1.0, last]).reshape(2, 1, 1, 1)
 
     def device(ends):
-        axis = timeaxis.along("time", False)
+        axis = sharded_time.along("time", False)
         left = shooting._leaving(groups, [ends], [matrices], [one], [4.0])
         cap, chain = [4.0], shooting._chain
-        return timeaxis.first(axis, groups, [one[0]], cap, chain, *left, [one])[1]
+        return sharded_time.first(axis, groups, [one[0]], cap, chain, *left, [one])[1]
 
     ends = jnp.stack([one.at[0].add(1e-7), one])
     found = jax.vmap(device, axis_name="time")(ends)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxpara.recurrence.solve import jacobian
+from jaxpara.recurrence.solve import jacobian_products
 from jaxpara.recurrence.structure.proof import Block, Dense, Diagonal, jacobian_structure
 
 B, D, H, W = 2, 4, 2, 3
@@ -388,12 +388,12 @@ def test_blocks_hold_the_whole_jacobian(name):
             sum(np.tensordot(d, p, p.ndim) for d, p in zip(row, vector, strict=True)) for row in jac
         ]
 
-    unit = map(np.asarray, jacobian.basis(groups, probe))
+    unit = map(np.asarray, jacobian_products.basis(groups, probe))
     pushed = [np.stack(leaf) for leaf in zip(*map(apply, zip(*unit, strict=True)), strict=True)]
-    matrices = jacobian.gather_columns(groups, pushed)
+    matrices = jacobian_products.gather_columns(groups, pushed)
     rows = [
         np.einsum("ijn,jn->in", matrix, p)
-        for matrix, p in zip(matrices, jacobian.to_lanes(groups, probe), strict=True)
+        for matrix, p in zip(matrices, jacobian_products.to_lanes(groups, probe), strict=True)
     ]
-    for a, b in zip(jacobian.from_lanes(groups, rows, probe), apply(probe), strict=True):
+    for a, b in zip(jacobian_products.from_lanes(groups, rows, probe), apply(probe), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)

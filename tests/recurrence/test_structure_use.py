@@ -11,9 +11,9 @@ from jax import lax
 from jax.extend import core
 
 import jaxpara as jp
-from jaxpara.recurrence.solve import jacobian
-from jaxpara.recurrence.solve.claims import check_structure, require
-from jaxpara.recurrence.structure.blocks import Group
+from jaxpara.recurrence.solve import jacobian_products
+from jaxpara.recurrence.solve.claimed_structure import check_structure, require
+from jaxpara.recurrence.structure.jacobian_blocks import Group
 from jaxpara.recurrence.structure.proof import (
     Block,
     Dense,
@@ -258,10 +258,10 @@ def test_from_lanes_undoes_to_lanes_and_keeps_dtypes():
         jnp.arange(4.0).reshape(2, 2),
         jnp.arange(3.0).astype(jnp.bfloat16),
     ]
-    held = jacobian.to_lanes(groups, leaves)
+    held = jacobian_products.to_lanes(groups, leaves)
     assert [lanes.shape for lanes in held] == [(9, 3), (1, 4)]
     np.testing.assert_array_equal(held[0][:, 1], [4, 5, 6, 7, 16, 17, 18, 19, 1])
-    back = jacobian.from_lanes(groups, held, leaves)
+    back = jacobian_products.from_lanes(groups, held, leaves)
     for a, b in zip(leaves, back, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
@@ -271,11 +271,11 @@ def test_spread_columns_undoes_gather_columns_up_to_columns_that_a_group_lacks()
     groups = (Group((0,), ((0,),)), Group((1,), ((0,),)))
     like = [jnp.zeros((2, 3)), jnp.zeros(4)]
     columns = [jnp.arange(18.0).reshape(3, 2, 3), jnp.arange(12.0).reshape(3, 4)]
-    matrices = jacobian.gather_columns(groups, columns)
+    matrices = jacobian_products.gather_columns(groups, columns)
     assert [m.shape for m in matrices] == [(3, 3, 2), (1, 1, 4)]
     # Entry [i, j, n] is element i of block n in column j.
     np.testing.assert_array_equal(matrices[0][2, 1], columns[0][1, :, 2])
-    back = jacobian.spread_columns(groups, matrices, like)
+    back = jacobian_products.spread_columns(groups, matrices, like)
     np.testing.assert_array_equal(back[0], columns[0])
     np.testing.assert_array_equal(back[1], columns[1] * np.array([[1], [0], [0]]))
 
@@ -286,9 +286,9 @@ def test_products_of_blocks_are_those_of_their_matrices(size):
     a, b = (jax.random.normal(k, (size, size, 5)) for k in (k_a, k_b))
     v = jax.random.normal(k_v, (size, 5))
     for got, subscripts, operands in (
-        (jacobian.multiply([a], [b]), "ikn,kjn->ijn", (a, b)),
-        (jacobian.apply([a], [v]), "ijn,jn->in", (a, v)),
-        (jacobian.apply([a], [v], transpose=True), "ijn,in->jn", (a, v)),
+        (jacobian_products.multiply([a], [b]), "ikn,kjn->ijn", (a, b)),
+        (jacobian_products.apply([a], [v]), "ijn,jn->in", (a, v)),
+        (jacobian_products.apply([a], [v], transpose=True), "ijn,in->jn", (a, v)),
     ):
         exact = np.einsum(subscripts, *(np.asarray(x, np.float64) for x in operands))
         np.testing.assert_allclose(got[0], exact, rtol=1e-5, atol=1e-5)
@@ -303,7 +303,7 @@ def test_blocks_of_are_the_jacobians_of_the_blocks(reverse_mode):
 
     h = jax.random.normal(jax.random.key(1), (2, 4, 3))
     groups = Block(coupled=1).resolve([h.shape])
-    (got,) = jacobian.blocks_of(step, [h], groups, reverse_mode)
+    (got,) = jacobian_products.blocks_of(step, [h], groups, reverse_mode)
     full = jax.jacrev(lambda h: step([h])[0])(h)
     expected = [full[b, k, :, b, k, :] for b in range(2) for k in range(4)]
     np.testing.assert_allclose(jnp.moveaxis(got, -1, 0), expected, rtol=1e-5, atol=1e-6)

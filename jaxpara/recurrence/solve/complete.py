@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.lanes import min_lane, select, vary_like
-from jaxpara.recurrence.solve.timeaxis import Along
+from jaxpara.recurrence.solve.sharded_time import Along
 from jaxpara.recurrence.system import Leaves, System
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.solve.affine import MATERIALISED
+from jaxpara.recurrence.solve.linear_recurrences import MATERIALISED
 from jaxpara.recurrence.solve.shooting import plan
 from jaxpara.recurrence.system import Settings, Solver
 from pallas_kernels import linear_recurrence

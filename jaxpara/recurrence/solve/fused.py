@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from jaxpara.recurrence.kernel.elementwise import prepare
 from jaxpara.recurrence.lanes import vary_like
-from jaxpara.recurrence.solve import explicit, timeaxis
-from jaxpara.recurrence.solve.leaves import floating
+from jaxpara.recurrence.solve import explicit_meshes, sharded_time
 from jaxpara.recurrence.solve.linear_kernel import KERNELS, say
 from jaxpara.recurrence.solve.shooting import shooting
+from jaxpara.recurrence.solve.tangent_leaves import floating
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System
 from pallas_kernels import nonlinear_recurrence
 
@@ -38,7 +38,7 @@ def fused(system: System, settings: Settings, guess: Leaves | None = None) -> So
 def _by_kernel(system: System, settings: Settings) -> Solution:
     if settings.axis is not None:
         raise NotImplementedError(f"time is sharded over {settings.axis!r}")
-    if settings.implementation != "xla" and (why := explicit.no_kernel()):
+    if settings.implementation != "xla" and (why := explicit_meshes.no_kernel()):
         raise NotImplementedError(why)
     init, xs = list(system.init), jax.tree.leaves(system.xs)
     tree = jax.tree.structure(system.xs)
@@ -67,7 +67,7 @@ def _by_kernel(system: System, settings: Settings) -> Solution:
     )
     solved = vary_like(solved, first)  # kernels say nothing about mesh axes
     states = _turned(prepared.leaves(solved.states), system.reverse)
-    before = timeaxis.preceding(None, init, states)
+    before = sharded_time.preceding(None, init, states)
     # Outputs that are states are not computed again: the caller drops them from the step.
     ys = jax.vmap(lambda s, x: system.step(s, x)[1])(before, system.xs)
     steps = jnp.max(solved.fallback_steps)
@@ -109,7 +109,7 @@ def gradients(
     """
     if settings.axis is not None:
         return None
-    if settings.implementation != "xla" and explicit.no_kernel():
+    if settings.implementation != "xla" and explicit_meshes.no_kernel():
         return None  # `fused` has said why
     (c, x), fill = floating((list(consts), list(xs)))
     try:

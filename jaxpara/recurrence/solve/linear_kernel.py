@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxpara.recurrence.kernel.elementwise import rows
 from jaxpara.recurrence.lanes import vary_like
-from jaxpara.recurrence.solve import explicit, jacobian
-from jaxpara.recurrence.structure.blocks import block_size
+from jaxpara.recurrence.solve import explicit_meshes, jacobian_products
+from jaxpara.recurrence.structure.jacobian_blocks import block_size
 from jaxpara.recurrence.system import Leaves
 from pallas_kernels import linear_recurrence
 
@@ -46,7 +46,7 @@ def solve(
             raise NotImplementedError(f"blocks of {size}; kernels take {linear_recurrence.LARGEST}")
         if any(leaf.dtype.itemsize > 4 for leaf in (*b, *init)):
             raise NotImplementedError(f"{b[0].dtype}; kernels take float32 or narrower")
-        if implementation != "xla" and (why := explicit.no_kernel()):
+        if implementation != "xla" and (why := explicit_meshes.no_kernel()):
             raise NotImplementedError(why)
         run = functools.partial(_group, implementation=implementation, transpose=transpose)
         if operator.columns:
@@ -91,13 +91,13 @@ def _columns(operator: Any, b: Leaves, init: Leaves, run: Any) -> list[jax.Array
 
 def _blocks(operator: Any, b: Leaves, init: Leaves, run: Any) -> list[jax.Array]:
     groups = operator.groups
-    offsets = jax.vmap(lambda *leaves: jacobian.to_lanes(groups, leaves))(*b)
+    offsets = jax.vmap(lambda *leaves: jacobian_products.to_lanes(groups, leaves))(*b)
     lanes = []
     for matrix, offset, start in zip(
-        operator.data, offsets, jacobian.to_lanes(groups, init), strict=True
+        operator.data, offsets, jacobian_products.to_lanes(groups, init), strict=True
     ):
         every = range(start.shape[0])
         a = [[matrix[:, i, j] for j in every] for i in every]
         solved = run(a, [offset[:, i] for i in every], [start[i] for i in every])
         lanes.append(jnp.stack(solved, axis=1))
-    return jax.vmap(lambda *row: jacobian.from_lanes(groups, row, init))(*lanes)
+    return jax.vmap(lambda *row: jacobian_products.from_lanes(groups, row, init))(*lanes)

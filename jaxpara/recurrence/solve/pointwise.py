@@ -27,29 +27,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.lanes import select, vary_like
-from jaxpara.recurrence.solve import jacobian, timeaxis
-from jaxpara.recurrence.solve.affine import block_operator, forward, held, step_operator
+from jaxpara.recurrence.solve import jacobian_products, sharded_time
+from jaxpara.recurrence.solve.certified import beside, exact, limit, residual, scales, tested
 from jaxpara.recurrence.solve.complete import complete
 from jaxpara.recurrence.solve.iterate import Attempt, iterate, leading
-from jaxpara.recurrence.structure.blocks import (
+from jaxpara.recurrence.solve.linear_recurrences import block_operator, forward, held, step_operator
+from jaxpara.recurrence.structure.jacobian_blocks import (
     Group,
     Groups,
     block_size,
     coupled_axes,
     coupled_size,
 )
-from jaxpara.recurrence.system import (
-    Leaves,
-    Settings,
-    Solution,
-    System,
-    beside,
-    exact,
-    limit,
-    residual,
-    scales,
-    tested,
-)
+from jaxpara.recurrence.system import Leaves, Settings, Solution, System
 from pallas_kernels import certificate
 
 # Iterations of Newton that may follow those of a solver whose updates bound nothing, once these are
@@ -106,7 +96,7 @@ def _exact(system: System, settings: Settings) -> Callable:
     groups = system.groups
 
     def blocks(pushed):
-        return jax.vmap(lambda *p: jacobian.gather_columns(groups, p))(*pushed)
+        return jax.vmap(lambda *p: jacobian_products.gather_columns(groups, p))(*pushed)
 
     return _newton_correction(groups, settings, blocks)
 
@@ -142,7 +132,7 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
         if groups == system.groups and not held(groups, like, settings):
             operator = step_operator(system, before)
         else:
-            unit = vary_like(jacobian.basis(system.groups, like), before)
+            unit = vary_like(jacobian_products.basis(system.groups, like), before)
             pushed = jax.vmap(lambda s, x: system.push(s, x, unit)[1])(list(before), xs)
             operator = block_operator(groups, blocks(pushed), like)
         gap = [a - s for a, s in zip(after, states, strict=True)]
@@ -170,7 +160,7 @@ def _solve(
       certifying: Newton's corrections may follow; without them only bitwise agreement counts.
       finish: see `newton`.
     """
-    axis = timeaxis.along(settings.axis, system.reverse)
+    axis = sharded_time.along(settings.axis, system.reverse)
     init = vary_like(list(system.init), system.xs)
     steps = system.length
     certain = system.certain and certifying
@@ -184,14 +174,14 @@ def _solve(
     def attempt(
         correct: Callable, scale_of: Callable, tol, states: Leaves, number: jax.Array
     ) -> Attempt:
-        before = timeaxis.preceding(axis, init, states)
+        before = sharded_time.preceding(axis, init, states)
         after = apply(before)
         if not certain:
             new, _ = correct(system, before, after, states, system.xs)
             return Attempt(exact(after, states), None, new)
         scale = scale_of(after)
         if system.kinks:
-            near = timeaxis.preceding(axis, [jnp.abs(i) for i in init], scale)
+            near = sharded_time.preceding(axis, [jnp.abs(i) for i in init], scale)
             before = beside(system, before, near, number, settings.tol)
         new, bound = correct(system, before, after, states, system.xs)
         within, agreeing = tested(after, states, bound, scale, tol)
@@ -239,7 +229,7 @@ def _solve(
             found = proving(end.values, budget=_CLOSING)
             values = select(near, found.values, end.values)
             used = jnp.where(near, end.used + found.used, end.used)
-    before = timeaxis.preceding(axis, init, values)
+    before = sharded_time.preceding(axis, init, values)
     # The barrier: a CPU would take all steps again for the comparison.
     after, ys = lax.optimization_barrier(jax.vmap(system.step)(before, system.xs))
     agreed, worst = exact(list(after), values), residual(list(after), values)

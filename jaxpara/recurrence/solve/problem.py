@@ -5,17 +5,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpara.recurrence.solve import jacobian
-from jaxpara.recurrence.solve.affine import (
+from jaxpara.recurrence.solve import jacobian_products
+from jaxpara.recurrence.solve.linear_recurrences import (
     MATERIALISED,
     Operator,
     block_operator,
     column_operator,
     elementwise,
 )
-from jaxpara.recurrence.solve.leaves import differentiable
-from jaxpara.recurrence.structure.blocks import Groups, block_size, restricted
-from jaxpara.recurrence.structure.flow import Flow
+from jaxpara.recurrence.solve.tangent_leaves import differentiable
+from jaxpara.recurrence.structure.jacobian_blocks import Groups, block_size, restricted
+from jaxpara.recurrence.structure.tangent_flow import Flow
 from jaxpara.recurrence.system import Leaves, Solver, System
 from jaxpara.recurrence.wide import widened
 
@@ -56,9 +56,11 @@ def system_of(problem: Problem, consts, init, xs) -> System:
             new, linear = jax.linearize(lambda *s: list(step(list(s), x)[0]), *state)
             return new, jax.vmap(lambda *c: linear(*c))(*columns)
         new = step(state, x)[0]
-        matrices = jacobian.blocks_of(lambda s: step(s, x)[0], state, problem.groups, True)
-        product = jacobian.multiply(matrices, jacobian.gather_columns(problem.groups, columns))
-        return new, jacobian.spread_columns(problem.groups, product, new)
+        matrices = jacobian_products.blocks_of(lambda s: step(s, x)[0], state, problem.groups, True)
+        product = jacobian_products.multiply(
+            matrices, jacobian_products.gather_columns(problem.groups, columns)
+        )
+        return new, jacobian_products.spread_columns(problem.groups, product, new)
 
     length = jax.tree.leaves(xs)[0].shape[0]
     return System(
@@ -111,7 +113,7 @@ def operator_of(problem: Problem, part: Sequence[int], consts, before: Leaves, x
 
         def columns(whole, x):
             function, state = at(whole, x)
-            return jacobian.columns_of(lambda s: function(*s), state, groups)
+            return jacobian_products.columns_of(lambda s: function(*s), state, groups)
 
         return column_operator(groups, jax.vmap(columns)(list(before), xs))
     most = MATERIALISED[problem.solver.settings.linear]
@@ -120,7 +122,9 @@ def operator_of(problem: Problem, part: Sequence[int], consts, before: Leaves, x
 
         def blocks(whole, x):
             function, state = at(whole, x)
-            return jacobian.blocks_of(lambda s: function(*s), state, groups, problem.vjp_only)
+            return jacobian_products.blocks_of(
+                lambda s: function(*s), state, groups, problem.vjp_only
+            )
 
         return block_operator(groups, jax.vmap(blocks)(list(before), xs), like)
 

@@ -25,14 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.lanes import select, vary_like
-from jaxpara.recurrence.solve import jacobian, timeaxis
-from jaxpara.recurrence.solve.complete import complete
-from jaxpara.recurrence.solve.iterate import Attempt, iterate, leading
-from jaxpara.recurrence.system import (
-    Leaves,
-    Settings,
-    Solution,
-    System,
+from jaxpara.recurrence.solve import jacobian_products, sharded_time
+from jaxpara.recurrence.solve.certified import (
     beside,
     exact,
     limit,
@@ -41,6 +35,9 @@ from jaxpara.recurrence.system import (
     scales,
     tested,
 )
+from jaxpara.recurrence.solve.complete import complete
+from jaxpara.recurrence.solve.iterate import Attempt, iterate, leading
+from jaxpara.recurrence.system import Leaves, Settings, Solution, System
 from pallas_kernels import certificate
 
 
@@ -102,13 +99,13 @@ def shooting(
     count, length = plan(system.length, settings.chunks)
     xs = cut(system.xs, system.length, count, length)
     valid = valid_steps(system.length, count, length)
-    axis = timeaxis.along(settings.axis, system.reverse)
+    axis = sharded_time.along(settings.axis, system.reverse)
     init = vary_like(list(system.init), system.xs)
     starts: Leaves = first_guess(init, guess, count, axis)
 
     def before(ends: Leaves) -> Leaves:
         """What the starts should be."""
-        return timeaxis.preceding(axis, init, ends)
+        return sharded_time.preceding(axis, init, ends)
 
     def everywhere(number: jax.Array) -> jax.Array:
         return number if axis is None else jnp.max(axis.gather(number))
@@ -119,7 +116,9 @@ def shooting(
         first, lost = init, jnp.zeros((), bool)
         if axis is not None:
             device = _leaving(system.groups, ends, matrices, starts, cap)
-            first, lost = timeaxis.first(axis, system.groups, init, cap, _chain, *device, starts)
+            first, lost = sharded_time.first(
+                axis, system.groups, init, cap, _chain, *device, starts
+            )
         deltas, corrected = _chain(system.groups, ends, matrices, starts, first, cap)
         return [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas], corrected
 
@@ -199,7 +198,7 @@ def _rollout_with_product(system: System, starts: Leaves, near: Leaves, xs: Any,
     The Jacobians are those of the chunks that start `near`: at the starts themselves, or `beside`.
     """
     count = starts[0].shape[0]
-    unit = jacobian.basis(system.groups, [s[0] for s in starts])
+    unit = jacobian_products.basis(system.groups, [s[0] for s in starts])
     unit = [jnp.broadcast_to(u, (count, *u.shape)) for u in unit]
 
     def step(carry, inputs):
@@ -213,7 +212,7 @@ def _rollout_with_product(system: System, starts: Leaves, near: Leaves, xs: Any,
     near = list(near) if system.kinks else []
     carry = (list(starts), [jnp.abs(s) for s in starts], near, vary_like(unit, starts))
     (ends, peaks, _, products), _ = lax.scan(step, carry, (xs, valid))
-    matrices = jax.vmap(lambda *p: jacobian.gather_columns(system.groups, p))(*products)
+    matrices = jax.vmap(lambda *p: jacobian_products.gather_columns(system.groups, p))(*products)
     return ends, peaks, matrices
 
 
@@ -290,8 +289,8 @@ def _move(groups, matrix, delta, like, cap) -> tuple[Leaves, Leaves]:
 
     Returns the update and where nothing was dropped.
     """
-    lanes = jacobian.to_lanes(groups, delta)
-    moved = jacobian.from_lanes(groups, jacobian.apply(matrix, lanes), like)
+    lanes = jacobian_products.to_lanes(groups, delta)
+    moved = jacobian_products.from_lanes(groups, jacobian_products.apply(matrix, lanes), like)
     quiet = _quiet(groups, delta)
     fits = [q | (jnp.abs(m) <= c) for q, m, c in zip(quiet, moved, cap, strict=True)]
     none = [q | ~f for q, f in zip(quiet, fits, strict=True)]
@@ -300,10 +299,10 @@ def _move(groups, matrix, delta, like, cap) -> tuple[Leaves, Leaves]:
 
 def _quiet(groups, delta: Leaves) -> list[jax.Array]:
     """Where no element of a block moves, so that its Jacobian, even an infinite one, is idle."""
-    lanes = jacobian.to_lanes(groups, list(delta))
+    lanes = jacobian_products.to_lanes(groups, list(delta))
     still = [jnp.broadcast_to(jnp.all(v == 0, axis=0), v.shape) for v in lanes]
     like: Any = [jax.ShapeDtypeStruct(d.shape, jnp.bool_) for d in delta]
-    return jacobian.from_lanes(groups, still, like)
+    return jacobian_products.from_lanes(groups, still, like)
 
 
 def _leaving(groups, ends, matrices, starts, cap) -> tuple[Leaves, Leaves, jax.Array]:
@@ -324,6 +323,6 @@ def _product(matrices: Leaves) -> list[jax.Array]:
     """Product of all chunks' Jacobians, the last chunk leftmost."""
 
     def multiply(total, matrix):
-        return jacobian.multiply(matrix, total), None
+        return jacobian_products.multiply(matrix, total), None
 
     return lax.scan(multiply, [m[0] for m in matrices], [m[1:] for m in matrices])[0]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxpara.recurrence.structure.blocks import Group, Groups, Shape, block_size
+from jaxpara.recurrence.structure.jacobian_blocks import Group, Groups, Shape, block_size
 
 
 class Diagonal(NamedTuple):

@@ -17,8 +17,16 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxpara import compat
-from jaxpara.recurrence.structure import custom
-from jaxpara.recurrence.structure.blocks import (
+from jaxpara.recurrence.structure import custom_vjps
+from jaxpara.recurrence.structure.axis_patterns import (
+    Cuts,
+    TooLarge,
+    axis_patterns,
+    element_sets,
+    split_entry,
+    whole_axes,
+)
+from jaxpara.recurrence.structure.jacobian_blocks import (
     Group,
     Groups,
     Shape,
@@ -34,14 +42,6 @@ from jaxpara.recurrence.structure.kinds import (
     Unchecked,
     largest,
     unchecked,
-)
-from jaxpara.recurrence.structure.patterns import (
-    Cuts,
-    TooLarge,
-    axis_patterns,
-    element_sets,
-    split_entry,
-    whole_axes,
 )
 from jaxpara.recurrence.structure.propagate import NotAnalysable, Rules, propagate
 
@@ -195,7 +195,7 @@ def _run(flows: Tangents, domain, start, known):
     ins = [
         start(into[i]) if i in into else None for i in range(len(compat.open_jaxpr(linear).invars))
     ]
-    outs = propagate(linear, ins, domain, {**custom.RULES, **(known or {})})
+    outs = propagate(linear, ins, domain, {**custom_vjps.RULES, **(known or {})})
     return [None if place is None else outs[place] for place in back]
 
 

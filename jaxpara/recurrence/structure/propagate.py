@@ -25,7 +25,7 @@ class Domain(NamedTuple):
 
     Attributes:
       apply: `(equation, operands) -> outputs` for one primitive.
-      move: `(equation, operands, table) -> outputs` by a table as that of `moves.moves`.
+      move: `(equation, operands, table) -> outputs` by a table as that of `axis_moves.moves`.
       join: `(a, b) -> c`, what may be reached along either way.
       unstack: the value of one slice of a scanned input.
       stack: the value of the stacked slices of a scanned output.

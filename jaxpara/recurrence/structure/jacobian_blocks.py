@@ -2,7 +2,7 @@
 
 A `Group` couples some leaves: `shared` axes carry the same index in and out and
 number the N blocks, all other axes and all leaves together make the K entries of
-one block. `jacobian` moves arrays between leaves and blocks.
+one block. `jacobian_products` moves arrays between leaves and blocks.
 """
 
 import math

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, use_abstract_mesh
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.solve.leaves import differentiable
+from jaxpara.recurrence.solve.tangent_leaves import differentiable
 
 
 def _axes(mesh: Any, kind: AxisType) -> tuple[str, ...]:

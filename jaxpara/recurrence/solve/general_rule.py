@@ -6,7 +6,7 @@ At the solution the tangents obey one linear recurrence,
 
 whatever solver found it. The general rule is a `custom_jvp` that poses it through
 `lax.custom_linear_solve`, so that every transform and every order follows. The
-"reverse" rule is a `custom_vjp`, see `backward`. [deer], [pararnn]
+"reverse" rule is a `custom_vjp`, see `reverse_rule`. [deer], [pararnn]
 """
 
 import functools
@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence.solve import timeaxis
-from jaxpara.recurrence.solve.affine import Operator, forward, transposed
-from jaxpara.recurrence.solve.backward import reverse_rule
-from jaxpara.recurrence.solve.leaves import (
+from jaxpara.recurrence.solve import sharded_time
+from jaxpara.recurrence.solve.linear_recurrences import Operator, forward, transposed
+from jaxpara.recurrence.solve.problem import Problem, operator_of, steps_of, system_of
+from jaxpara.recurrence.solve.reverse_rule import reverse_rule
+from jaxpara.recurrence.solve.tangent_leaves import (
     as_before,
     as_float,
     differentiable,
@@ -30,9 +31,8 @@ from jaxpara.recurrence.solve.leaves import (
     shapes_of,
     without_zeros,
 )
-from jaxpara.recurrence.solve.problem import Problem, operator_of, steps_of, system_of
-from jaxpara.recurrence.structure.blocks import elements
-from jaxpara.recurrence.structure.flow import merged
+from jaxpara.recurrence.structure.jacobian_blocks import elements
+from jaxpara.recurrence.structure.tangent_flow import merged
 from jaxpara.recurrence.system import Leaves, Settings
 from jaxpara.recurrence.wide import narrow
 
@@ -95,7 +95,7 @@ def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init
 
 def _general(problem: Problem, full, light, wanted):
     settings = problem.solver.settings
-    axis = timeaxis.along(settings.axis, problem.reverse)
+    axis = sharded_time.along(settings.axis, problem.reverse)
 
     @jax.custom_jvp
     def run(consts, init, xs, guess):
@@ -115,7 +115,7 @@ def _general(problem: Problem, full, light, wanted):
             jnp.zeros_like(leaf) if d is None and i in moving else d
             for i, (d, leaf) in enumerate(zip(d_init, init, strict=True))
         ]
-        before = timeaxis.preceding(axis, init, states)
+        before = sharded_time.preceding(axis, init, states)
         along = _tangents if settings.linear != "sequential" else _blocked_tangents
         delta, dy, _ = along(problem, consts, d_consts, d_init, (before, xs, d_xs))
         delta = [jnp.zeros_like(s) if d is None else d for d, s in zip(delta, states, strict=True)]
@@ -133,11 +133,11 @@ def _general(problem: Problem, full, light, wanted):
 def _tangents(problem: Problem, consts, d_consts, d_init, rows):
     """Tangents of states and outputs over `rows = (before, xs, d_xs)`, and of the end.
 
-    Part by part, see `flow`: each is a linear recurrence of its own, driven by those before it.
-    A leaf whose `d_init` is None never moves.
+    Part by part, see `tangent_flow`: each is a linear recurrence of its own, driven by those before
+    it. A leaf whose `d_init` is None never moves.
     """
     flow, settings = problem.flow(), problem.solver.settings
-    axis = timeaxis.along(settings.axis, problem.reverse)
+    axis = sharded_time.along(settings.axis, problem.reverse)
     before, xs, d_xs = rows
     nothing: list[Any] = [None] * len(before)
     delta, end, moved = (list(nothing) for _ in range(3))
@@ -152,7 +152,7 @@ def _tangents(problem: Problem, consts, d_consts, d_init, rows):
             continue
         b = slopes(steps_of(problem, part, ()), merged(flow.leaves[i] for i in part))[0]
         solution, last = _solved(problem, part, b, first, (consts, before, xs))
-        ahead = timeaxis.preceding(axis, first, solution)
+        ahead = sharded_time.preceding(axis, first, solution)
         for i, d, e, m in zip(part, solution, last, ahead, strict=True):
             delta[i], end[i], moved[i] = d, e, m
     ys = range(len(flow.ys))
@@ -236,7 +236,7 @@ def linear_solve(
     maps in it keep their derivatives of every order. `over_time` applies the operator to
     all steps where those are taken.
     """
-    axis = timeaxis.along(settings.axis, reverse)
+    axis = sharded_time.along(settings.axis, reverse)
     still = [jnp.zeros_like(i) for i in init]
     first = operator.push(jax.tree.map(lambda d: d[0], operator.data), init)
     if axis is not None:
@@ -244,7 +244,7 @@ def linear_solve(
     b = _together([b_.at[0].add(f) for b_, f in zip(b, first, strict=True)])
 
     def matvec(v):
-        moved = over_time(operator.push)(operator.data, timeaxis.preceding(axis, still, v))
+        moved = over_time(operator.push)(operator.data, sharded_time.preceding(axis, still, v))
         return [a - m for a, m in zip(v, moved, strict=True)]
 
     return lax.custom_linear_solve(

@@ -1,6 +1,6 @@
 """Jacobians and their products, small axes first.
 
-For a group of coupled leaves (see `blocks`) a state is `[K, N]` and a Jacobian
+For a group of coupled leaves (see `jacobian_blocks`) a state is `[K, N]` and a Jacobian
 `[K, K, N]`: for the small `K` of diagonal and elementwise cells every product is a
 few fused multiply-adds over contiguous lanes instead of `N` tiny matrix products.
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.lanes import vary_like
-from jaxpara.recurrence.structure.blocks import (
+from jaxpara.recurrence.structure.jacobian_blocks import (
     Groups,
     block_count,
     block_size,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpara.recurrence.structure.moves import Sources, moves, reshape_groups, reshape_order
+from jaxpara.recurrence.structure.axis_moves import Sources, moves, reshape_groups, reshape_order
 from jaxpara.recurrence.structure.propagate import Domain
 
 Shape = tuple[Any, ...]

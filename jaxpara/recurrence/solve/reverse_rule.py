@@ -5,7 +5,7 @@ Cotangents run through one reversed linear recurrence over recomputed Jacobians,
     w_t = g_t + J_{t+1}^T w_{t+1},
 
 and one batched vjp of the step turns them into gradients; memory O(T). Only what has a cotangent
-takes part, see `flow`. [deer], [pararnn]
+takes part, see `tangent_flow`. [deer], [pararnn]
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import custom_vjp_primal_tree_values
 
-from jaxpara.recurrence.solve import timeaxis
-from jaxpara.recurrence.solve.affine import transposed
-from jaxpara.recurrence.solve.leaves import floating, known, unfill, without_zeros
+from jaxpara.recurrence.solve import sharded_time
+from jaxpara.recurrence.solve.linear_recurrences import transposed
 from jaxpara.recurrence.solve.problem import Problem, operator_of, steps_of
+from jaxpara.recurrence.solve.tangent_leaves import floating, known, unfill, without_zeros
 from jaxpara.recurrence.system import Leaves
 
 
 def reverse_rule(problem: Problem, full, light, wanted, keep):
-    """`light`, differentiated by the rule of this module; arguments as made by `adjoint.solve`.
+    """`light`, differentiated by the rule of this module; arguments as `general_rule.solve` makes.
 
     `wanted` takes what `full` returns to what `light` does: of the states the last ones, and all
     those of the leaves `keep`.
     """
-    axis = timeaxis.along(problem.solver.settings.axis, problem.reverse)
+    axis = sharded_time.along(problem.solver.settings.axis, problem.reverse)
 
     @jax.custom_vjp
     def run(consts, init, xs, guess):
@@ -57,7 +57,7 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
             jnp.zeros_like(s) if g_ is None and i in live else g_
             for i, (g_, s) in enumerate(zip(g, states, strict=True))
         ]
-        before = timeaxis.preceding(axis, init, states)
+        before = sharded_time.preceding(axis, init, states)
         at = (consts, before, xs)
         (c, x), fill = floating((consts, xs))
 
@@ -204,11 +204,11 @@ def _following(problem: Problem, g: Leaves, seen: Leaves):
 
     Returns `(g, cotangent of the initial state)`.
     """
-    axis = timeaxis.along(problem.solver.settings.axis, problem.reverse)
+    axis = sharded_time.along(problem.solver.settings.axis, problem.reverse)
     first = [s[0] for s in seen]
     last = [jnp.zeros_like(f) for f in first]
     if axis is not None:
-        backwards = timeaxis.Along(axis.name, not problem.reverse)
+        backwards = sharded_time.Along(axis.name, not problem.reverse)
         last = backwards.previous(first, last)
         mine = axis.rank() == 0
         first = [jnp.where(mine, f, jnp.zeros_like(f)) for f in first]

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.structure.custom import backward
+from jaxpara.recurrence.structure.custom_vjps import backward
 
 
 class Kind(IntEnum):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.solve import explicit
-from jaxpara.recurrence.structure.flow import Flow, flow
+from jaxpara.recurrence.solve import explicit_meshes
+from jaxpara.recurrence.structure.tangent_flow import Flow, flow
 
 # The name under which our own solve appears in a jaxpr. Its inside is known to be
 # pure and is not searched for effects, collectives or custom rules of the user.
@@ -46,7 +46,7 @@ class Body(NamedTuple):
 
     def __call__(self, consts, carry, x):
         """One step on lists of leaves: `(carry, ys)`."""
-        out = explicit.evaluate(self.jaxpr, [*consts, *carry, *x])
+        out = explicit_meshes.evaluate(self.jaxpr, [*consts, *carry, *x])
         return out[: self.carries], out[self.carries :]
 
     def on_floats(self, consts, state, x):
@@ -201,7 +201,7 @@ def _obstacle(body: Body, carry_avals, eqn) -> str | None:
     if mixed:
         kind = carry_avals[mixed[0]].str_short()
         return f"a carry leaf that is not floating ({kind}) depends on the floating part"
-    return explicit.obstacle(body.jaxpr, sorted(floating))
+    return explicit_meshes.obstacle(body.jaxpr, sorted(floating))
 
 
 def _reaches(depends, body: Body, leaf: int) -> frozenset[int]:

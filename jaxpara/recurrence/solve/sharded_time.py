@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.recurrence.structure.blocks import Groups
+from jaxpara.recurrence.structure.jacobian_blocks import Groups
 from jaxpara.recurrence.system import Leaves
 
 

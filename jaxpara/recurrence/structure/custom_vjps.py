@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from jaxpara import compat
-from jaxpara.recurrence.structure.moves import Sources
-from jaxpara.recurrence.structure.patterns import axis_patterns, whole_axes
+from jaxpara.recurrence.structure.axis_moves import Sources
+from jaxpara.recurrence.structure.axis_patterns import axis_patterns, whole_axes
 from jaxpara.recurrence.structure.propagate import NotAnalysable, propagate
 
 

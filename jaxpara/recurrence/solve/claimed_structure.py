@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Key
 
-from jaxpara.recurrence.solve import jacobian
-from jaxpara.recurrence.structure.blocks import Groups, Shape
+from jaxpara.recurrence.solve import jacobian_products
+from jaxpara.recurrence.structure.jacobian_blocks import Groups, Shape
 from jaxpara.recurrence.structure.kinds import Structure
 from jaxpara.recurrence.structure.proof import Edges, edges_of, ones, shapes_in, structure_of
 
@@ -103,9 +103,11 @@ def check_structure(
     _, pull = jax.vjp(lambda *x: list(f(list(x))), *leaves)
     exact = pull(cotangents)
     # By vjps, which every differentiable step has; a custom_vjp has nothing else.
-    blocks = jacobian.blocks_of(f, leaves, groups, reverse_mode=True)
-    rows = jacobian.apply(blocks, jacobian.to_lanes(groups, cotangents), transpose=True)
-    claimed = jacobian.from_lanes(groups, rows, leaves)
+    blocks = jacobian_products.blocks_of(f, leaves, groups, reverse_mode=True)
+    rows = jacobian_products.apply(
+        blocks, jacobian_products.to_lanes(groups, cotangents), transpose=True
+    )
+    claimed = jacobian_products.from_lanes(groups, rows, leaves)
     # A value that is not finite says nothing about the structure.
     gaps = [
         jnp.max(jnp.where(jnp.isfinite(a), jnp.abs(a - b), 0), initial=0)

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.lanes import any_lane, vary_like
-from jaxpara.recurrence.solve import jacobian, linear_kernel, timeaxis
+from jaxpara.recurrence.solve import jacobian_products, linear_kernel, sharded_time
 from jaxpara.recurrence.solve.shooting import shooting
-from jaxpara.recurrence.structure.blocks import Groups, block_size
+from jaxpara.recurrence.structure.jacobian_blocks import Groups, block_size
 from jaxpara.recurrence.system import Leaves, Settings, System
 
 METHODS = ("sequential", "associative", "chunked", "kernel")
@@ -58,8 +58,10 @@ def block_operator(groups: Groups, matrices: Leaves, like: Sequence[Any]) -> Ope
 
     def applied(transpose):
         def function(matrix, v):
-            moved = jacobian.apply(matrix, jacobian.to_lanes(groups, list(v)), transpose)
-            return jacobian.from_lanes(groups, moved, like)
+            moved = jacobian_products.apply(
+                matrix, jacobian_products.to_lanes(groups, list(v)), transpose
+            )
+            return jacobian_products.from_lanes(groups, moved, like)
 
         return function
 
@@ -202,7 +204,7 @@ def transposed(
     backwards = operator._replace(data=flipped[0])
     states, w = _run(step, operator.pull, backwards, flipped[1], zero, settings, not reverse)
     last = [s[-1] for s in states]
-    axis = timeaxis.along(settings.axis, not reverse)
+    axis = sharded_time.along(settings.axis, not reverse)
     if axis is not None:
         # The initial state belongs to the first device; elsewhere nothing reaches it.
         mine = axis.rank() == axis.size - 1
@@ -247,9 +249,9 @@ def _run(step, apply, operator, offsets, init, settings, reverse):
 def _sequential(operator: Operator, b: Leaves, init: Leaves) -> list[jax.Array]:
     """`lax.scan` over rows `[K, N]`: leaves become rows before the loop, not in its every step."""
     groups = operator.groups
-    rows = jax.vmap(lambda *leaves: jacobian.to_lanes(groups, leaves))(*b)
-    states = _rows(operator.data, rows, jacobian.to_lanes(groups, init))
-    return jax.vmap(lambda *v: jacobian.from_lanes(groups, v, init))(*states)
+    rows = jax.vmap(lambda *leaves: jacobian_products.to_lanes(groups, leaves))(*b)
+    states = _rows(operator.data, rows, jacobian_products.to_lanes(groups, init))
+    return jax.vmap(lambda *v: jacobian_products.from_lanes(groups, v, init))(*states)
 
 
 def _rows(matrices: Leaves, rows: Leaves, start: Leaves) -> list[jax.Array]:
@@ -263,7 +265,7 @@ def _rows(matrices: Leaves, rows: Leaves, start: Leaves) -> list[jax.Array]:
 
     def step(state, inputs):
         new = [
-            ((m * v if s else jacobian.apply([m], [v])[0]) + r).astype(r.dtype)
+            ((m * v if s else jacobian_products.apply([m], [v])[0]) + r).astype(r.dtype)
             for m, v, r, s in zip(inputs[0], state, inputs[1], single, strict=True)
         ]
         return new, new
@@ -274,12 +276,12 @@ def _rows(matrices: Leaves, rows: Leaves, start: Leaves) -> list[jax.Array]:
 
 def _associative(operator: Operator, matrices: Leaves, offset: Leaves) -> list[jax.Array]:
     groups = operator.groups
-    rows = jax.vmap(lambda *b: jacobian.to_lanes(groups, b))(*offset)
+    rows = jax.vmap(lambda *b: jacobian_products.to_lanes(groups, b))(*offset)
 
     def combine(left, right):
         (a1, b1), (a2, b2) = left, right
-        product = jax.vmap(lambda x, y: jacobian.multiply(x, y))(a2, a1)
-        moved = jax.vmap(lambda x, y: jacobian.apply(x, y))(a2, b1)
+        product = jax.vmap(lambda x, y: jacobian_products.multiply(x, y))(a2, a1)
+        moved = jax.vmap(lambda x, y: jacobian_products.apply(x, y))(a2, b1)
         return product, [m + b for m, b in zip(moved, b2, strict=True)]
 
     _, states = lax.associative_scan(combine, (list(matrices), list(rows)))
@@ -288,4 +290,4 @@ def _associative(operator: Operator, matrices: Leaves, offset: Leaves) -> list[j
     still = [jnp.zeros_like(r[0]) for r in rows]
     states = lax.cond(any_lane(~finite), lambda: _rows(matrices, rows, still), lambda: list(states))
     like = [o[0] for o in offset]
-    return jax.vmap(lambda *s: jacobian.from_lanes(groups, s, like))(*states)
+    return jax.vmap(lambda *s: jacobian_products.from_lanes(groups, s, like))(*states)
