@@ -24,11 +24,11 @@ run: setup ## train the default language model (ARGS="steps=4000" and other Hydr
 test: setup ## run all tests (on a CPU; the GPU ones are skipped), two processes, a file to each
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: setup ## ruff, types and the fast tests
+check: setup ## ruff, types and the cheap tests, in three minutes
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" --cheap $(ARGS)
 
 types: setup ## the annotations of jaxpara checked while its fast tests run, by beartype
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not untyped" \

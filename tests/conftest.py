@@ -28,6 +28,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--write-durations", action="store_true", help="write what the tests cost to the table"
     )
+    parser.addoption(
+        "--cheap", action="store_true", help=f"leave out what took over {durations.CHEAP} CPU s"
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,6 +60,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(line)
     if config.getoption("--write-durations"):
         durations.write(durations.by_wing(costs))
+        durations.LIST.write_text("".join(f"{name}\n" for name in durations.dear(costs)))
 
 
 def pytest_configure(config):
@@ -92,7 +96,12 @@ def no_handlers_from_imports():
     logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--cheap"):
+        dear = set(durations.LIST.read_text().split())
+        left = [item for item in items if durations.function_of(item.nodeid) in dear]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if durations.function_of(item.nodeid) not in dear]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

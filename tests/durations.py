@@ -1,7 +1,8 @@
 """What the tests cost, by wing: printed after each run, beside the last table if there is one.
 
 CPU-seconds, those of compiling included, because they hardly depend on what else a machine does.
-`make test ARGS=--write-durations` writes the table anew; a run of parts of the tests prints only
+`make test ARGS=--write-durations` writes the table anew, and beside it the list of the test
+functions that are not cheap, which `make check` leaves out. A run of parts of the tests prints only
 the wings that it ran, and is compared with nothing that it did not run whole.
 """
 
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("durations.csv")
+LIST = Path(__file__).with_name("dear.txt")
 # CPU-seconds: of a test, such as the row of a method in a conformance table, and of a wing, which
 # are six minutes on two cores.
 A_TEST, A_WING = 4.0, 720.0
+CHEAP = 0.4  # of a test of a function, on average: a minute and a half for all of them
 SLOWEST = 8  # named after each run
 
 
@@ -43,6 +46,19 @@ def by_wing(costs: Mapping[str, float]) -> dict[str, Cost]:
     for test, cpu_s in costs.items():
         sums[wing_of(test)].append(cpu_s)
     return {wing: Cost(len(each), sum(each)) for wing, each in sorted(sums.items())}
+
+
+def function_of(test: str) -> str:
+    """`tests/weights/test_lift.py::test_a[b]` -> `tests/weights/test_lift.py::test_a`."""
+    return test.partition("[")[0]
+
+
+def dear(costs: Mapping[str, float]) -> list[str]:
+    """The functions whose tests cost more than `CHEAP` on average."""
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for test, cpu_s in costs.items():
+        found[function_of(test)].append(cpu_s)
+    return sorted(name for name, each in found.items() if sum(each) / len(each) > CHEAP)
 
 
 def read(path: Path = TABLE) -> dict[str, Cost]:

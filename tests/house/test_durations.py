@@ -1,8 +1,11 @@
 """The report on what tests cost: sums by wing, what is over its budget, the last table."""
 
+import pathlib
+
 from tests import durations
 from tests.durations import Cost
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 COSTS = {
     "tests/weights/test_lora.py::test_a": 1.0,
     "tests/weights/test_lora.py::test_b[x]": 5.0,
@@ -25,6 +28,23 @@ def test_the_table_is_read_as_it_was_written(tmp_path):
     assert durations.read(path) == {}
     durations.write(durations.by_wing(COSTS), path)
     assert durations.read(path) == {"nn": Cost(1, 800.0), "weights": Cost(2, 6.0)}
+
+
+def test_functions_are_dear_by_the_mean_of_their_tests():
+    costs = {"a.py::f[x]": 0.7, "a.py::f[y]": 0.3, "a.py::g[z]": 0.7, "a.py::g[w]": 0.0}
+    assert durations.dear(costs) == ["a.py::f"]
+
+
+def test_most_of_the_list_is_still_there():
+    listed = durations.LIST.read_text().split()
+    gone = []
+    for name in listed:
+        path, _, function = name.partition("::")
+        file = ROOT / path
+        if not file.exists() or f"def {function}(" not in file.read_text():
+            gone.append(name)
+    assert 100 < len(listed) < 1000
+    assert len(gone) < 0.1 * len(listed), "`make test ARGS=--write-durations` writes it anew"
 
 
 def test_the_clock_counts_work_and_not_waiting():
