@@ -208,7 +208,7 @@ def test_ctrl_c_while_finishing_is_an_interruption_that_says_how_to_go_on(tmp_pa
         run_toy(folder, finish=press, **solved)
     assert folders.status(folder) == "interrupted"
     said = capsys.readouterr().out
-    assert f"interrupted. The last checkpoint is {checkpoints.path_of(folder, 4)}. Go on" in said
+    assert f"interrupted. The last checkpoint is {checkpoints.path_of(folder, 4)}. Continue" in said
     assert checkpoints.resume_command(folder) in said
     assert run_toy(folder, resume=True, **solved) == ("finished", None, 4)
 
