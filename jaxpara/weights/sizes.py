@@ -38,10 +38,10 @@ def needed(**size: Any) -> int:
     Raises:
       ValueError: it is None, or not a whole number.
     """
-    ((name, value),) = size.items()
-    if value is None:
-        raise ValueError(f"{name}={value!r}: give a whole number, such as 8")
-    return whole(**size)
+    found = whole(**size)
+    if found is None:
+        raise ValueError(f"{next(iter(size))}=None: give a whole number, such as 8")
+    return found
 
 
 def finite(**number: Any) -> float:
