@@ -229,7 +229,13 @@ SPEED = re.compile(r"TB/s|microsecond|[Ff]astest|wins|in one kernel|Pallas kerne
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/methods/recurrence.md", "docs/methods/kernels.md"]
+    "document",
+    [
+        "README.md",
+        "docs/methods/recurrence.md",
+        "docs/methods/kernels.md",
+        "docs/measured/kernels.md",
+    ],
 )
 def test_where_speed_on_a_device_is_spoken_of_it_is_said_that_no_kernel_has_run(document):
     spoken = 0
