@@ -3,6 +3,7 @@
 import ast
 import doctest
 import inspect
+import itertools
 import operator
 import pathlib
 import re
@@ -212,6 +213,24 @@ def test_the_links_of_the_documents_lead_somewhere(document):
     path = ROOT / document
     for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", path.read_text()):
         assert (path.parent / link).exists(), f"{document} links to {link}"
+
+
+ITEM = re.compile(r"(?:[-*]|\d+\.) ")
+
+
+def glued(text):
+    """First items of lists that follow a paragraph's line: the site shows them as more of it."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    lines = ["", *prose.splitlines()]
+    for before, line in itertools.pairwise(lines):
+        if ITEM.match(line) and before.strip() and not re.match(r" |[-*] |\d+\. ", before):
+            yield line
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.startswith("docs/")])
+def test_lists_of_the_site_follow_an_empty_line(document):
+    assert list(glued((ROOT / document).read_text())) == []
+    assert list(glued("said:\n- one\n  more\n- two\n\n1. three\n\n```\nx\n- y\n```")) == ["- one"]
 
 
 def test_the_code_of_the_readme_runs_and_the_custom_cell_has_ten_lines_or_fewer():
