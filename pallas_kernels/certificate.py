@@ -12,8 +12,9 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    counts when `|d_c| <= FINE` ulp of scale at every boundary, or in two passes in a row `<= COARSE`
    ulp, where rounding inside the chunks keeps it. Where the starts are corrected by `d` once more
    before they are rolled out, what remains is of second order, and `COARSE` ulp count at once, if
-   `d` grows to no more than `LINEAR` times that on its way through a chunk. A `d` that is not
-   finite, or beyond what a correction may be (`CAP`), never counts.
+   `d` grows to no more than `LINEAR` times that on its way through a chunk. Where they are not,
+   as in kernels, the states of a chunk arrive `P_c d_c` off, which is held to the same limits as
+   `d`. A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    A correction may cross a kink, behind which it says nothing. So, outside of kernels, the `d`
    of the corrected starts is held to `COARSE` ulp after the last roll-out as well; where nothing
    is rolled out, two passes in a row are wanted. Of any step: the square root of a square is a

@@ -70,7 +70,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
             mosaic.store(block.starts.at[new, k, place], value)
             deltas.append(moved + (end - start))
             if test:
-                found = judge(found, end, start, deltas[k], kept, recent[k])
+                found = judge(found, end, start, moved, deltas[k], kept, recent[k])
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
         arriving = []
         for i in range(count):
@@ -83,17 +83,22 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
         return arriving, tops, recent, found
 
-    def judge(found, end, start, delta, kept, recent):
-        verdict, unequal, worst = found
-        equal, met = end == start, certificate.meets(end, start)
+    def sized(size, sound, recent):
         scale = functools.reduce(jnp.maximum, recent)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
         here = zero + FAR
         for limit, kind in kinds:
             # A NaN fails the first comparison, an infinite end the second.
-            within = (jnp.abs(delta) <= limit * scale) & (recent[0] <= _FINITE) & (kept > 0.0)
-            within = within & (met | ~equal)  # no correction turns a zero
+            within = (size <= limit * scale) & (recent[0] <= _FINITE) & sound
             here = jnp.where(within, kind, here)
+        return here
+
+    def judge(found, end, start, moved, delta, kept, recent):
+        verdict, unequal, worst = found
+        equal, met = end == start, certificate.meets(end, start)
+        # Of the chunk's end, and of the next one's start; no correction turns a zero.
+        size = jnp.maximum(jnp.abs(moved), jnp.abs(delta))
+        here = sized(size, (kept > 0.0) & (met | ~equal), recent)
         gap = jnp.abs(end - start)
         gap = jnp.where(gap <= _FINITE, gap, jnp.inf)
         return (
@@ -109,12 +114,13 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
         [(jnp.abs(c),) * certificate.WINDOW for c in carry],
         (zero + CLOSED, zero, zero),
     )
-    leaving, _, _, (verdict, unequal, worst) = _over_chunks(
+    leaving, _, recent, (verdict, unequal, worst) = _over_chunks(
         block, _summaries(block, old), visit, begin
     )
     if not test:
         return
-    for k, (end, moved, _) in enumerate(leaving):
+    for k, (end, moved, kept) in enumerate(leaving):
+        verdict = jnp.maximum(verdict, sized(jnp.abs(moved), kept > 0.0, recent[k]))
         value = jnp.where(moved == 0.0, end, end + moved)
         mosaic.store(block.flags.at[FLAGS + k], value)
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)

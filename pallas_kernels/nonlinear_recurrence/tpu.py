@@ -255,6 +255,17 @@ def _link(plan, limits, starts, ends, products, before):
         value = jnp.where(value < jnp.inf, value, 0.0)
         caps.append(certificate.CAP * jnp.max(value, axis=0))
 
+    def small(within, sound, off, end, recent):
+        """`within`, where corrections of this size are within the limits of an end."""
+        now = jnp.abs(end)
+        scale = functools.reduce(jnp.maximum, recent, now)
+        scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
+        sound = sound & tiles.finite(end)
+        return [
+            jnp.where(sound & (off <= limit * scale), w, 0.0)
+            for w, limit in zip(within, limits, strict=True)
+        ]
+
     def link(index, loop):
         exact, within, largest, delta, recent = loop
         here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
@@ -266,15 +277,10 @@ def _link(plan, limits, starts, ends, products, before):
         for i in rows:
             equal, met = end[i] == start[i], certificate.meets(end[i], start[i])
             exact = jnp.where(met, exact, 0.0)
-            now = jnp.abs(end[i])
-            near = jnp.maximum(now, recent[i][0])
-            scale = functools.reduce(jnp.maximum, recent[i], now)
-            scale = jnp.minimum(scale, certificate.SLACK * near)
-            sound = kept[i] & tiles.finite(end[i]) & (met | ~equal)  # no correction turns a zero
-            within = [
-                jnp.where(sound & (jnp.abs(delta[i]) <= limit * scale), w, 0.0)
-                for w, limit in zip(within, limits, strict=True)
-            ]
+            sound = kept[i] & (met | ~equal)  # no correction turns a zero
+            # Of this chunk's end, and of the next one's start.
+            off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i]))
+            within = small(within, sound, off, end[i], recent[i])
             residual = jnp.abs(end[i] - start[i])
             # NaN compares false: it counts as infinite.
             residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
@@ -293,12 +299,14 @@ def _link(plan, limits, starts, ends, products, before):
         [zero] * size,
         [(f,) * (certificate.WINDOW - 1) for f in first],
     )
-    exact, (fine, coarse), largest, delta, _ = lax.fori_loop(0, plan.chunks - 1, link, loop)
+    exact, within, largest, delta, recent = lax.fori_loop(0, plan.chunks - 1, link, loop)
     last = plan.place(plan.chunks - 1, plan.chunks)
-    for end, cap, value in zip(ends, caps, tiles.moved(size, products, last, delta), strict=True):
-        moves = (value != 0.0) & (jnp.abs(value) <= cap)
-        end[last] = jnp.where(moves, end[last] + value, end[last])
-    return exact, fine, coarse, largest
+    moved = tiles.moved(size, products, last, delta)
+    for end, cap, value, before in zip(ends, caps, moved, recent, strict=True):
+        kept = jnp.abs(value) <= cap
+        within = small(within, kept, jnp.abs(value), end[last], before)
+        end[last] = jnp.where(kept & (value != 0.0), end[last] + value, end[last])
+    return exact, *within, largest
 
 
 def _correct(plan, starts, ends, done, dtypes):

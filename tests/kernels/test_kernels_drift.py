@@ -127,6 +127,33 @@ def test_a_bfloat16_state_is_lax_scans(implementation, reverse):
     assert np.all(np.abs(end - np.asarray(init, np.float32)) > 2.0**-6 * np.abs(end))
 
 
+def scaled(h, x):
+    """A product, and not affine for the proof."""
+    return h * x[0] / (1.0 + 1e-30 * h * h)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_correction_that_grows_in_its_chunk_is_judged_where_it_arrives(implementation, reverse):
+    # Where a chunk begins the state is small beside what it was, and a start of 0 within the limit;
+    # where it ends that is all of the state, and the next start may be right already.
+    rng = np.random.default_rng(0)
+    init = jnp.asarray(1.0 + rng.random((1, 4 * BLOCK)), jnp.float32)
+    factors = 1.0 + 0.1 * rng.normal(size=(T, 1, 4 * BLOCK))
+    factors[16:32:4] = np.exp([[[-25.0]], [[-25.0]], [[25.0]], [[25.0]]])
+    factors = jnp.asarray(factors, jnp.float32)
+    factors = factors[::-1] if reverse else factors
+    xs = [factors, *drifting(jnp.float32)[1][1:]]
+    found = solver(implementation, True, reverse, jnp.float32, scaled)(init, xs)
+
+    def one(h, x):
+        h = scaled(h, x)
+        return h, h
+
+    expected = lax.scan(one, init, xs, reverse=reverse)[1]
+    np.testing.assert_allclose(found.states[0], expected, rtol=1e-5)
+
+
 def turned(h, x):
     """Odd, and not affine: a zero stays one, and changes its sign where the input is negative."""
     return h * x[0] / (1.0 + h * h)
