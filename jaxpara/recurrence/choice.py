@@ -45,11 +45,12 @@ class Choice(NamedTuple):
       structure: the structure of the Jacobian, proved or trusted.
       groups: the same, resolved for the shapes of the carry.
       certain: a Newton correction bounds the error of a state, see `true_derivative.certain`.
-      kinks: taken on both sides of a state that rests on a kink, see `solve.certified.beside`.
+      kinks: the correction is taken on both sides of a state that rests on a kink, see
+        `solve.certified.beside`.
       vjp_only: the step holds a `custom_vjp`.
       length: number of (local) steps.
       reason: one sentence for `explain_choice`.
-      refused: whether this is not the solver that was asked for, which would take too much.
+      refused: whether another solver was asked for, and would take too much.
     """
 
     solver: Solver | None
@@ -80,7 +81,7 @@ def explain_choice(
     solver: Solver | Auto | None = None,
     derivative: str | None = None,
 ) -> Choice:
-    """What `newton_scan` would do with these arguments, without running anything.
+    """Says what `newton_scan` would do with these arguments, and why; runs nothing.
 
     Args:
       f, init, xs, length, reverse, solver, derivative: as for `newton_scan`.
@@ -177,7 +178,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
 
 @functools.cache
 def say(choice: Choice) -> None:
-    """Logs once that something else runs than what was asked for."""
+    """Logs once that another solver runs than the one asked for."""
     logging.getLogger("jaxpara").warning("%s", choice)
 
 

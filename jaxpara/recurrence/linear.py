@@ -25,7 +25,7 @@ def linear_recurrence(
     implementation: str | None = None,
     axis: str | None = None,
 ) -> Float[Array, " time *state"]:
-    """All states of `s_t = A_t s_{t-1} + b_t`.
+    """Solves `s_t = A_t s_{t-1} + b_t` and returns all states.
 
     Args:
       a: `[time, *state]` for a diagonal recurrence, or `[time, *batch, K, K]` with `b`

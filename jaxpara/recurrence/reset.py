@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 def with_reset(
     f: Callable[[Any, Any], tuple[Any, Any]], init: PyTree
 ) -> Callable[[Any, tuple[Any, Any]], tuple[Any, Any]]:
-    """A step that starts again from `init` wherever it is told to.
+    """Makes a step that starts again from `init` wherever `reset_t` is true.
 
         h_t, y_t = f(init if reset_t else h_{t-1}, x_t)
 

@@ -26,10 +26,10 @@ class SolveInfo(NamedTuple):
     Attributes:
       converged: the states are certified within the budget of iterations: by the next Newton
         correction where the step's derivative is proved, by bitwise agreement otherwise.
-      iterations: evaluations of all steps, the confirming one included; 0 if the
+      iterations: evaluations of all steps, including the confirming one; 0 if the
         recurrence ran sequentially from the beginning.
-      residual: the largest jump that the last test found between pieces that should meet,
-        absolute, before any completion.
+      residual: the largest jump between pieces that should meet, found by the last test;
+        absolute, and before any completion.
       fallback_steps: steps that were completed sequentially after the budget.
       starts: the carry at the chunk starts (floating leaves `[chunks, *leaf]`, None
         for the others): pass it as `guess` of a later call.
@@ -66,8 +66,8 @@ def newton_scan(
     """`jax.lax.scan`, solved in parallel over time.
 
     The recurrence `h_t, y_t = f(h_{t-1}, x_t)` is posed as one system of equations in
-    all h_t and solved by a Newton-type iteration; whatever the solver leaves open is
-    finished step by step, so values and gradients are those of `lax.scan`.
+    all h_t and solved by a Newton-type iteration. Steps that the solver leaves open are
+    finished one by one, so values and gradients are those of `lax.scan`.
 
     Args:
       f: the step, as for `lax.scan`.
@@ -79,8 +79,8 @@ def newton_scan(
       solver: `shooting()`, `newton()`, `quasi_newton()`, `jacobi()`, `fused()`,
         `sequential()`, or None for `auto()`.
       derivative: None for the general rule (forward and reverse mode, any order), or
-        "reverse" for one fused reverse rule (first-order gradients only), which is
-        what a training loop wants.
+        "reverse" for one fused reverse rule (first-order gradients only), the right choice
+        for a training loop.
 
     Returns:
       `(carry, ys)` as `lax.scan`.
@@ -126,7 +126,7 @@ def solve_scan(
     Args:
       f, init, xs, length, reverse, unroll, solver, derivative: as for `newton_scan`.
       guess: `SolveInfo.starts` of an earlier call with the same solver and length. A
-        wrong guess costs iterations, never values.
+        wrong guess costs iterations and never changes values.
 
     Returns:
       `((carry, ys), info)`.

@@ -66,35 +66,35 @@ def shooting(
 ) -> Solver:
     """Multiple shooting: Newton on the states at chunk starts, chunks rolled out exactly.
 
-    The main parallel solver: 2 to 4 iterations where pointwise Newton takes 5 to 50 or
-    diverges, sequential depth about `2 iterations sqrt(T)`.
+    The main parallel solver. It takes 2 to 4 iterations where pointwise Newton takes 5 to 50
+    or diverges. Its sequential depth is about `2 iterations sqrt(T)`.
 
     Args:
       chunks: time chunks (per device); default about the square root of the length.
-      tol: size of the next Newton correction at which a solve counts, relative to what the
-        element has been over the last few chunks or steps; there is no absolute part. The
-        states are then corrected by it once more. Default 80 ulp of float32 or float64,
-        which anything from 8 to 80 ulp means too: rounding may keep a correction there.
-        Narrower states, and steps whose derivative is not proved, count by bitwise
-        agreement only, whatever `tol`.
+      tol: size of the next Newton correction at which a solve counts. It is relative to the
+        magnitude of the element over the last few chunks or steps; there is no absolute part.
+        The states are then corrected by it once more. Default: 80 ulp of float32 or float64. A
+        value from 8 to 80 ulp means 80 ulp, because rounding may keep a correction there.
+        Narrower states, and steps whose derivative is not proved, count by bitwise agreement
+        only, whatever `tol`.
       max_iters: iterations before the rest is completed sequentially.
       axis: mesh axis over which time is sharded, inside `shard_map`: `xs` and `ys` are
         local shards, the initial and the final carry are replicated.
-      structure: of the Jacobian, in the place of the proved one. A sparser one, which may
-        be wrong, is refused unless it is written `jp.unchecked(jp.structure.Diagonal())`.
+      structure: of the Jacobian, in place of the proved one. A sparser one may be wrong. It is
+        refused unless it is written `jp.unchecked(jp.structure.Diagonal())`.
       debug: check the structure against one random vjp of the step, at the state that
         the solve ended in, and raise if it is too sparse.
       limit: where a block is larger than 8 x 8, how many times the estimated time and bytes of
-        `lax.scan` the solve may take; beyond it the call runs step by step, and one line in the
-        log says so. Default 4; what takes less than 10 ms and 1 GiB always runs, and with
-        `math.inf` everything does.
+        `lax.scan` the solve may take. Beyond it the call runs step by step, and one line in the
+        log says so. Default: 4. A solve of less than 10 ms and 1 GiB always runs. With
+        `math.inf` every solve runs.
 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
 
     Raises:
       ValueError: a setting out of range.
-      TypeError: a structure or an axis that is none.
+      TypeError: `structure` is no structure, or `axis` no name of a mesh axis.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -131,10 +131,10 @@ def fused(
 ) -> Solver:
     """Multiple shooting in one kernel that is generated from the step, for GPU and TPU.
 
-    For steps that are elementwise over up to a few state leaves of one shape: inputs are read
-    once and states written once. What no kernel takes, and other platforms, go the way of
-    `shooting`; the reason is logged once, and `jp.explain_choice` names it. No kernel has run on
-    a GPU or a TPU yet: its values there are tested in simulators, its speed is not known.
+    For steps that are elementwise over up to a few state leaves of one shape. Inputs are read
+    once and states are written once. `shooting` solves a step that no kernel takes, and every step
+    on other platforms. The reason is logged once, and `jp.explain_choice` names it. No kernel has
+    run on a GPU or a TPU yet: its values are tested in simulators, and its speed is not known.
 
     Args:
       chunks: chunks of a window of time, rolled out side by side; None lets the kernel choose.
@@ -150,7 +150,7 @@ def fused(
 
     Raises:
       ValueError: a setting out of range.
-      TypeError: a structure or an axis that is none.
+      TypeError: `structure` is no structure, or `axis` no name of a mesh axis.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -191,15 +191,15 @@ def newton(
     Args:
       tol, max_iters, axis, structure, debug, limit: as for `shooting`.
       linear: how the linear recurrence of an iteration, and of the adjoint, is solved:
-        "sequential" (`lax.scan`), "associative", "chunked" or "kernel"; None for the one that
-        measured best on a CPU, and a guess on accelerators, see `jp.linear_recurrence`.
+        "sequential" (`lax.scan`), "associative", "chunked" or "kernel". None takes the best one
+        measured on a CPU, and a guess on accelerators; see `jp.linear_recurrence`.
 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
 
     Raises:
       ValueError: a setting out of range.
-      TypeError: a structure or an axis that is none.
+      TypeError: `structure` is no structure, or `axis` no name of a mesh axis.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -236,10 +236,10 @@ def quasi_newton(
 ) -> Solver:
     """Pointwise Newton with only the diagonal of the Jacobian.
 
-    For dense cells: the linear recurrence of an iteration is diagonal, in exchange for
-    more iterations. The diagonal is read off K tangents, K being the size of a block.
-    Once its updates are small a few iterations of `newton` follow, which certify the states.
-    The same as `newton` for diagonal cells. The adjoint always uses the full Jacobian.
+    For dense cells. The linear recurrence of an iteration is diagonal, in exchange for more
+    iterations. The diagonal is read off K tangents, where K is the size of a block. Once the
+    updates are small, a few iterations of `newton` follow, which certify the states. For
+    diagonal cells it is the same as `newton`. The adjoint always uses the full Jacobian.
 
     Args:
       tol, max_iters, linear, axis, structure, debug, limit: as for `newton`.
@@ -249,7 +249,7 @@ def quasi_newton(
 
     Raises:
       ValueError: a setting out of range.
-      TypeError: a structure or an axis that is none.
+      TypeError: `structure` is no structure, or `axis` no name of a mesh axis.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -284,9 +284,9 @@ def jacobi(
 ) -> Solver:
     """Jacobi (Picard) iteration: the step applied to all times at once.
 
-    Converges in about as many iterations as the recurrence has memory. Once its updates are
-    small a few iterations of `newton` follow, which certify the states; they hold no Jacobians
-    larger than 16 x 16. The adjoint takes one.
+    The number of iterations is about the length of the recurrence's memory. Once the updates are
+    small, a few iterations of `newton` follow, which certify the states. They hold no Jacobians
+    larger than 16 x 16. The adjoint takes a Jacobian.
 
     Args:
       tol, max_iters, axis, structure, debug: as for `shooting`.
@@ -297,7 +297,7 @@ def jacobi(
 
     Raises:
       ValueError: a setting out of range.
-      TypeError: a structure or an axis that is none.
+      TypeError: `structure` is no structure, or `axis` no name of a mesh axis.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -322,8 +322,8 @@ def jacobi(
 def sequential(*, structure: Structure | Unchecked | None = None, debug: bool = False) -> Solver:
     """`lax.scan` forward, implicit adjoint backward.
 
-    Often the fastest on a CPU: the backward pass evaluates all Jacobians side by side
-    and leaves one tight linear recurrence.
+    Often the fastest solver on a CPU. The backward pass evaluates all Jacobians side by side
+    and then runs one tight linear recurrence.
 
     Args:
       structure, debug: as for `shooting`.
@@ -347,16 +347,16 @@ def sequential(*, structure: Structure | Unchecked | None = None, debug: bool = 
 def auto(*, platform: str | None = None) -> Auto:
     """Chooses by a map of measurements: the path that gained most over `lax.scan`.
 
-    The nearest measured point in block size, length and size of the state decides;
-    where no path gained beyond noise, plain `lax.scan` runs.
+    The nearest measured point in block size, length and size of the state decides. Plain
+    `lax.scan` runs where no path gained beyond noise.
 
     Args:
       platform: "cpu", "gpu" or "tpu"; default the default backend. See
         `jp.explain_choice` for what is chosen and why.
 
     Returns:
-      What `solver=None` means: the choice is made by the call, from its platform,
-      structure and shapes.
+      The value that `solver=None` means. Each call chooses from its platform, structure and
+      shapes.
 
     Raises:
       ValueError: an unknown platform.

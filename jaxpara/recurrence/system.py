@@ -98,9 +98,9 @@ class Solver(NamedTuple):
       kept: the same where nothing is differentiated, for a solver that then need not hold all
         states: `(System, leaves whose states are wanted) -> ((end, their states), outputs,
         diagnostics)`, the last as in `Solution`.
-      gradients: of the reverse rule, by other means than the implicit adjoint: as
-        `solve.fused.gradients`, which see; None from it means that it cannot.
-      cost: an estimate, see `solve.cost`; None for what always runs.
+      gradients: the reverse rule by other means than the implicit adjoint, see
+        `solve.fused.gradients`. It returns None where it cannot.
+      cost: an estimate, see `solve.cost`; None for a solver that always runs.
     """
 
     solve: Callable[..., Solution]
@@ -111,5 +111,5 @@ class Solver(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in `jp`; a user's own is called as its function."""
+        """Its name in `jp`; a user's own solver has the name of its function."""
         return getattr(self.solve, "__name__", repr(self.solve))

@@ -1,4 +1,4 @@
-"""A call of `lax.scan`, traced: its body, its operands, and what stands in the way.
+"""A call of `lax.scan`, traced: its body, its operands, and obstacles to a parallel solve.
 
 `lax.scan` itself does the tracing, so its error messages, weak-type promotion,
 `None` outputs and hoisted constants (outer tracers too) are the user's own.
@@ -50,7 +50,7 @@ class Body(NamedTuple):
         return out[: self.carries], out[self.carries :]
 
     def on_floats(self, consts, state, x):
-        """One step of the floating leaves alone: `(state, ys)`, the other leaves leading `x`."""
+        """One step of only the floating leaves: `(state, ys)`, the other leaves leading `x`."""
         carry: list[Any] = [None] * self.carries
         for position, leaf in zip(self.floats, state, strict=True):
             carry[position] = leaf
@@ -185,7 +185,7 @@ def _obstacle(body: Body, carry_avals, eqn) -> str | None:
         names = ", ".join(sorted({type(e).__name__ for e in effects}))
         return f"the step has side effects ({names})"
     if jaxprs.contains(body.jaxpr, "pure_callback", skip=(SOLVE_NAME,)):
-        return "the step calls Python (pure_callback), of which there is no derivative"
+        return "the step calls Python (pure_callback), which has no derivative"
     collectives = sorted(
         {
             e.primitive.name

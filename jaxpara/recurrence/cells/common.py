@@ -1,9 +1,8 @@
 """What all cells share: the hoisted input projection, initialisation, clipping, running.
 
-A cell is split so that everything which does not depend on the carry, `x_t W + b`, is one
-matmul over all time steps. Its result is a tuple of *separate* gate arrays
-`[time, batch, hidden]`: a scan over them trains about twice as fast as over one
-`[time, batch, gates, hidden]` array.
+A cell is split: everything that does not depend on the carry, `x_t W + b`, is one matmul over
+all time steps. Its result is a tuple of *separate* gate arrays `[time, batch, hidden]`. A scan
+over them trains about twice as fast as a scan over one `[time, batch, gates, hidden]` array.
 """
 
 import math
@@ -71,8 +70,8 @@ def clip_recurrent(bound: float) -> Callable[[Params], Params]:
     `a <- min(max(a, -bound), bound)` for every leaf below a key named `"recurrent"`; other
     leaves are returned as they are, so a model without recurrences is unchanged. With
     elementwise recurrences and `bound = 0.5` Newton's method converges in a few iterations
-    [pararnn]; for per-head matrices the bound holds for each entry, which is no bound on
-    their norm.
+    [pararnn]. For per-head matrices the bound holds for each entry and does not bound the
+    norm.
 
     Args:
       bound: the largest absolute value, positive.
@@ -107,7 +106,7 @@ def assemble(
     clip: float | None = None,
     time_constants: Sequence[float] = (1.0, 64.0),
 ) -> Cell:
-    """A cell from its equations.
+    """Makes a cell from its equations.
 
     Args:
       step: `(recurrent weights by name, carry, gates) -> (carry, y)`, all in one dtype.

@@ -1,8 +1,8 @@
 """Nonlinear cells whose recurrent weights are vectors: unit i sees only its own past.
 
 The Jacobian of a step is then diagonal (GRU, Elman), 2x2 (LSTM) or 4x4 (sLSTM) for each
-unit, which is what makes Newton's method over time cheap [pararnn]. Units mix through the
-input projection of the next layer.
+unit. This makes Newton's method over time cheap [pararnn]. Units mix through the input
+projection of the next layer.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Cells whose units mix within heads: block-diagonal recurrent matrices [flashrnn].
 
 Carries are `[..., heads, size]` with `size = hidden / heads`; `h R` below means
-`h[k] R[k]` for each head k. One unit a head is the diagonal cell, one head the classical
-dense one.
+`h[k] R[k]` for each head k. With one unit a head it is the diagonal cell. With one head it is
+the classical dense cell.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Controls: cells that are linear in their state, so that one Newton iteration solves them.
 
-`h' = a(x) h + b(x)`. With `0 < a < 1` they cannot count modulo two [pararnn], which is why a
-comparison needs them; with decays of both signs they can.
+`h' = a(x) h + b(x)`. With `0 < a < 1` they cannot count modulo two [pararnn]. A comparison
+therefore needs them as controls. With decays of both signs they can count modulo two.
 """
 
 from collections.abc import Sequence

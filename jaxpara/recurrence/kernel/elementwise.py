@@ -1,9 +1,9 @@
 """From a user's step to what a kernel takes: an `ElementwiseCell` and its operands.
 
-The step is traced and taken apart. What does not depend on the state is computed outside, over
-all time steps at once, except for elementwise work on inputs of the state's own shape: that
-stays in, so that inputs travel in their storage type. What depends on the state must be
-elementwise. The rest is differentiated here and replayed in the kernel, see `replay`.
+The step is traced and taken apart. Work that does not depend on the state is done outside, over
+all time steps at once. Elementwise work on inputs of the state's own shape is the exception: it
+stays in the kernel, so that inputs travel in their storage type. Work that depends on the state
+must be elementwise. It is differentiated here and replayed in the kernel, see `replay`.
 """
 
 import functools
@@ -173,7 +173,7 @@ def _sorted_out(flat: Flat, arguments: Sequence[Sequence[int]], shape: tuple[int
 
 
 def _light(node: Node, flat: Flat, kinds: dict[int, int], shape: tuple[int, ...]) -> bool:
-    """Whether work on inputs alone may stay in the kernel: elementwise on arrays of `shape`."""
+    """Whether work on inputs only may stay in the kernel: elementwise on arrays of `shape`."""
     if node.name in RULED:
         if not all(_known(eqn, shape) for eqn in jaxprs.equations(jaxprs.called(node.eqn))):
             return False
@@ -203,7 +203,7 @@ def _check(node: Node, flat: Flat, kinds: dict[int, int], shape: tuple[int, ...]
     if node.name == "pow" and any(kinds[s] != LITERAL for s in slots(node.operands[1:])):
         raise refuse(node, NO_POWER)
     if node.name == "reduce_precision" and rounding(node.eqn.params) is None:
-        raise refuse(node, "kernels round to bfloat16 and float16 alone")
+        raise refuse(node, "kernels round to bfloat16 and float16 only")
     if node.name in ("broadcast_in_dim", "reshape") and shapes[0] == shape:
         pass
     elif node.name not in TABLE and node.name not in RULED:

@@ -2,8 +2,8 @@
 
 A kernel cannot call the user's step: its shapes are the user's, and differentiating inside a
 kernel meets primitives that the compilers of kernels lack. So the step is traced and
-differentiated outside, and what is left, a list of elementwise equations, is replayed inside on
-whatever tile the kernel holds. Values are float32; where the trace keeps a narrower type they
+differentiated outside. The result is a list of elementwise equations, which are replayed inside
+on whatever tile the kernel holds. Values are float32. Where the trace keeps a narrower type they
 are rounded to it after each equation.
 """
 
@@ -286,7 +286,7 @@ def _python(value: Any) -> Any:
 
 
 def _folded(node: Node, operands: Sequence[tuple[bool, Any]], flat: Flat) -> Any:
-    """The scalar that an equation on scalars alone gives, or None."""
+    """The scalar that an equation on scalars only gives, or None."""
     if not operands or any(known for known, _ in operands):
         return None
     if node.name in ("broadcast_in_dim", "reshape", "pcast", "pvary"):

@@ -77,7 +77,7 @@ def check_structure(
 ) -> None:
     """Compare one random vjp of a step with the same product by the structured Jacobian.
 
-    u^T J by autodiff against u^T J from the blocks alone; they differ, for almost
+    u^T J by autodiff against u^T J from the blocks only; they differ, for almost
     every u, when the structure leaves out an entry that is not zero here. With
     concrete values the comparison happens at once. Under a trace it is attached as
     a debug callback: the program raises when it runs, as JAX's runtime error with

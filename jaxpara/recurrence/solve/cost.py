@@ -1,9 +1,10 @@
-"""What a solver takes beside the sequential path, estimated before anything compiles.
+"""What a solver takes compared with the sequential path, estimated before anything compiles.
 
-A parallel solver pushes K tangents through every step, K being the size of a block. For the small
-blocks that it is made for that is little; for a large dense block it is K times the work and the
-memory of `lax.scan`. So a solver that was asked for by name runs within the bounds of this file,
-and beyond them the call runs step by step, unless the solver's own `limit` says otherwise.
+A parallel solver pushes K tangents through every step, where K is the size of a block. This is
+little for the small blocks that it is made for. For a large dense block it is K times the work and
+the memory of `lax.scan`. A solver that was asked for by name therefore runs only within the bounds
+of this file. Beyond them the call runs step by step, unless the solver's own `limit` says
+otherwise.
 """
 
 import math
@@ -74,11 +75,11 @@ class Cost(NamedTuple):
 
 
 def linear_method(platform: str, block: int) -> str:
-    """How the linear recurrence of a pointwise solver, and its adjoint, is solved best.
+    """The best method for the linear recurrence of a pointwise solver, and its adjoint.
 
     On a CPU no parallel form beat `lax.scan` by more than noise, at T 256 and 2048, D 8 and 64,
-    B 1 and 4; the methods of the literature over a larger grid stand beside it in
-    `python -m experiments.bench suite=pointwise`. For an accelerator, where a step costs a launch,
+    B 1 and 4. `python -m experiments.bench suite=pointwise` compares it with the methods of the
+    literature over a larger grid. For an accelerator, where a step costs a launch,
     this is a guess: a kernel for the blocks that one takes, the associative scan where the
     Jacobians are materialised, else `lax.scan`.
 

@@ -1,8 +1,8 @@
 """The fused solver: a whole multiple-shooting solve in one kernel, and its gradients in another.
 
-The kernel is made from the user's step, see `elementwise`. A step that no kernel takes, a
-platform without one, and time sharded over a mesh axis go the way of `shooting`, and the reason
-is logged once.
+The kernel is made from the user's step, see `elementwise`. `shooting` takes over for a step that
+no kernel takes, on a platform without kernels, and where time is sharded over a mesh axis. The
+reason is logged once.
 """
 
 from collections.abc import Callable, Sequence

@@ -26,7 +26,7 @@ class Attempt(NamedTuple):
       passing: `[n]`, which have a next correction within what is allowed. None where corrections
         bound nothing.
       corrected: the values to try next.
-      deltas: what is wanted of the last attempt besides, such as the next corrections.
+      deltas: what else is wanted of the last attempt, such as the next corrections.
     """
 
     exact: jax.Array

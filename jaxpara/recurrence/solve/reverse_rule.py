@@ -105,7 +105,7 @@ def _still(consts_varied, xs_varied):
         return lax.stop_gradient(leaf) if varied is None else leaf
 
     def still(consts, xs):
-        # What a kernel is given besides stands behind the inputs.
+        # The other operands of a kernel follow the inputs.
         own = list(map(one, xs, xs_varied))
         return list(map(one, consts, consts_varied)), [*own, *xs[len(own) :]]
 

@@ -24,7 +24,7 @@ def sequential(system: System, settings: Settings, guess: Leaves | None = None) 
 
 
 def only_kept(system: System, keep: tuple[int, ...]):
-    """The recurrence step by step, storing the states of the leaves `keep` alone.
+    """Runs the recurrence step by step and stores only the states of the leaves `keep`.
 
     Returns:
       `((end, kept states), outputs, diagnostics)`, the last as in `Solution`.

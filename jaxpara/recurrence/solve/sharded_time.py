@@ -61,7 +61,7 @@ class Along(NamedTuple):
 
 
 def require_axis(name: str) -> None:
-    """Refuses a call with time sharded that no `shard_map` over that axis surrounds.
+    """Refuses a call with time sharded outside of a `shard_map` over that axis.
 
     Args:
       name: the mesh axis, as the user gave it.
@@ -87,7 +87,7 @@ def along(axis: str | None, reverse: bool) -> Along | None:
 def preceding(axis: Along | None, first: Leaves, states: Leaves) -> list[jax.Array]:
     """The state before every step: `states` shifted by one, `first` in front.
 
-    With time sharded, `first` stands before the first step of the first device only.
+    With time sharded, `first` comes before the first step of the first device only.
     """
     if axis is not None:
         first = axis.previous([s[-1] for s in states], list(first))

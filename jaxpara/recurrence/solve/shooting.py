@@ -178,7 +178,7 @@ def first_guess(init, guess, count, axis) -> list[jax.Array]:
                 f"{(count, *i.shape)}: pass SolveInfo.starts of a call with the same length, "
                 "chunks and state"
             )
-    # The true initial state stands before the first step, whatever the guess says.
+    # The true initial state comes before the first step, whatever the guess says.
     exact = True if axis is None else axis.rank() == 0
     # A state that is not finite would have to be pushed out chunk by chunk.
     guess = [jnp.where(jnp.isfinite(g), g, i) for g, i in zip(guess, init, strict=True)]

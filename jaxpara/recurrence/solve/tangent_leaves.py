@@ -53,12 +53,12 @@ def without_zeros(tangents):
 
 
 def known(leaves: Sequence[Any]) -> list[int]:
-    """Positions of what is not None, which stands for zero."""
+    """Positions of the leaves that are not None; None means zero."""
     return [i for i, leaf in enumerate(leaves) if leaf is not None]
 
 
 def only(leaves: Sequence[Any], chosen: Collection[int]) -> list[Any]:
-    """The chosen leaves, and None in the place of all others."""
+    """The chosen leaves, and None in place of all others."""
     return [leaf if i in chosen else None for i, leaf in enumerate(leaves)]
 
 
@@ -80,7 +80,7 @@ def jvp(f, primals, tangents):
 
 
 def floating(trees):
-    """Floating leaves of `(consts, xs)`, and how to put new ones in their place."""
+    """Floating leaves of `(consts, xs)`, and a function that puts new ones in their place."""
     leaves, tree = jax.tree.flatten(trees)
     chosen = [i for i, leaf in enumerate(leaves) if differentiable(leaf)]
 

@@ -149,7 +149,7 @@ def _stack(eqn, shapes, out):
 
 
 def _reshape(eqn, shapes, out):
-    """Axes that stand alone between the same products of sizes; ones come and go."""
+    """Axes that are single between equal products of sizes; axes of size one come and go."""
     order = reshape_order(eqn)
     kept: dict[int, int] = {}
     for inner, outer in reshape_groups([shapes[0][i] for i in order], out):

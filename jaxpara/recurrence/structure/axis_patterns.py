@@ -16,7 +16,7 @@ from jaxpara.recurrence.structure.axis_moves import Sources, moves, reshape_grou
 from jaxpara.recurrence.structure.propagate import Domain
 
 Shape = tuple[Any, ...]
-# Carry axes merged in this order; -n stands for n indices that are related to nothing. The sizes
+# Carry axes merged in this order; -n means n indices that are related to nothing. The sizes
 # multiply to that of the axis; an axis of size one is ().
 Entry = tuple[Any, ...]
 Axes = dict[int, tuple[Entry, ...]]  # carry leaf -> one entry for each axis of the value
@@ -106,7 +106,7 @@ def axis_patterns(
         return math.prod(-atom if atom < 0 else shapes[leaf][atom] for atom in entry)
 
     def common(leaf: int, a: Entry, b: Entry) -> Entry:
-        """What holds by both: atoms that stand at the same place."""
+        """The atoms that are at the same place in both."""
         if a == b:
             return a
         ends = [{extent(leaf, entry[k:]) for k in range(len(entry) + 1)} for entry in (a, b)]

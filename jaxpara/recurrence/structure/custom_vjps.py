@@ -1,8 +1,8 @@
 """What a `custom_vjp` mixes, proved from its backward rule.
 
-JAX keeps the rule as `custom_lin`, an equation that nothing but a transpose can enter. So it is
-transposed, and what the transpose does with axes is read backwards: where an axis of a cotangent
-keeps its index on the way in, that axis keeps its index on the way out.
+JAX keeps the rule as `custom_lin`, an equation that only a transpose can enter. So it is
+transposed, and the way of the axes through the transpose is read backwards: where an axis of a
+cotangent keeps its index on the way in, that axis keeps its index on the way out.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""A jaxpr as one flat list of equations, the functions that it calls laid open.
+"""A jaxpr as one flat list of equations, with the functions that it calls inlined.
 
 Values are numbered slots; constants of inner functions come along, whatever traced them.
 """
@@ -49,7 +49,7 @@ class Flat(NamedTuple):
 
 
 def flatten(closed: Any, *, closed_calls: Collection[str] = ()) -> Flat:
-    """Lays a closed jaxpr open, except for calls of the primitives in `closed_calls`."""
+    """Inlines the calls of a closed jaxpr, except those of the primitives in `closed_calls`."""
     nodes: list[Node] = []
     avals: list[Any] = []
     consts: dict[int, Any] = {}

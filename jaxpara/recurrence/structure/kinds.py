@@ -12,7 +12,7 @@ from jaxpara.recurrence.structure.jacobian_blocks import Group, Groups, Shape, b
 
 
 class Diagonal(NamedTuple):
-    """Every entry of the carry depends on itself alone.
+    """Every entry of the carry depends only on itself.
 
     Attributes:
       groups: None, or one group for each leaf with all its axes shared.
@@ -107,11 +107,11 @@ class Unchecked(NamedTuple):
 
 
 def unchecked(structure: Structure) -> Unchecked:
-    """A structure for a solver that holds although it cannot be proved from the step.
+    """Marks a structure as true although the step does not prove it.
 
     Solvers refuse a `structure` with fewer entries than the proved one, unless it comes from
-    here. Where it is wrong, values are right and gradients are not, and nothing says so:
-    try it with `debug=True`, which compares it with one random vjp of the step.
+    here. Where it is wrong, values are right and gradients are wrong, and nothing says so. Try
+    it with `debug=True`, which compares it with one random vjp of the step.
 
     Args:
       structure: what is claimed.

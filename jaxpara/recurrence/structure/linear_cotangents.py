@@ -1,8 +1,8 @@
 """Whether a `custom_vjp` in a step is a derivative: linear in the cotangent.
 
 The implicit adjoint solves one linear recurrence. A backward rule that is not linear, such as one
-that clips gradients, has no such adjoint: only step after step, as `lax.scan` does it, gives what
-its author means. Linear is what the equations of the rule prove.
+that clips gradients, has no such adjoint. Only the way of `lax.scan`, step after step, gives what
+its author means. A rule counts as linear if its equations prove it.
 """
 
 import functools

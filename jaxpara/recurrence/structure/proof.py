@@ -2,9 +2,9 @@
 
 The step's jaxpr is differentiated by JAX itself (`jvp` of the jaxpr), so that
 custom rules, `stop_gradient`, casts and rounding mean here what they mean in the
-gradient; what the tangents of the carry reach is then followed through the linear
-jaxpr that remains. Over-approximation is safe and under-approximation never
-happens: an unknown primitive mixes everything.
+gradient. The entries that the tangents of the carry reach are then followed through the
+linear jaxpr that remains. Over-approximation is safe, and under-approximation never happens:
+an unknown primitive mixes everything.
 """
 
 import math
@@ -61,13 +61,13 @@ SMALL = 128
 def jacobian_structure(
     f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], init: PyTree, x: PyTree
 ) -> Structure:
-    """Prove which entries of the Jacobian of one step can be non-zero.
+    """Proves which entries of the Jacobian of one step can be non-zero.
 
     J[i, j] = d carry'[i] / d carry[j], for every carry and every x of these shapes.
     Blocks are products of whole axes, or of parts of axes that the step itself cuts by a
     reshape (heads packed along one axis). A state that packs [c, h] along one axis is
-    analysed exactly, but its strided 2x2 blocks cannot be said and come out Dense (keep c
-    and h as two leaves).
+    analysed exactly, but no structure expresses its strided 2x2 blocks. The answer is then
+    Dense. Keep c and h as two leaves instead.
 
     Args:
       f: the step, as for `lax.scan`.
@@ -79,7 +79,7 @@ def jacobian_structure(
       order of `jax.tree.leaves`.
 
     Raises:
-      TypeError: the carry that comes out has not the shapes of the one that goes in.
+      TypeError: the carry that comes out does not have the shapes of the one that goes in.
     """
     closed, (out, _) = jax.make_jaxpr(f, return_shape=True)(init, x)
     going, coming = jax.tree.leaves(init), jax.tree.leaves(out)

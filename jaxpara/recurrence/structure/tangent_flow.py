@@ -149,7 +149,7 @@ _SETS = Domain(
 
 
 def _parts(leaves: Sequence[Fed]) -> tuple[tuple[int, ...], ...]:
-    """Strongly connected leaves, in an order in which whatever feeds a part stands before it."""
+    """Strongly connected leaves, in an order in which whatever feeds a part comes before it."""
     count = len(leaves)
     feeds = np.eye(count, dtype=bool)  # [i, j]: i feeds j, after any number of steps
     for j, fed in enumerate(leaves):

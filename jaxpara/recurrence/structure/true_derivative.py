@@ -6,8 +6,8 @@ cast to fewer bits, an integer or a comparison on the way from the carry to the 
 link; inputs and outputs may hold any of them. So does a branch cut, where a value jumps and its
 derivative does not (`atan2`, a complex logarithm). Kinks (`max`, `abs`, `relu`) keep it: both sides
 have their own true derivative. But at a state that rests on one, the derivative is that of one side
-and the next move may go to the other, so steps with kinks are told apart. How sharp a smooth
-function is nobody proves: the square root of a square has a kink that is not seen here.
+and the next move may go to the other, so steps with kinks are told apart. No proof sees how sharp
+a smooth function is: the square root of a square has a kink that is not seen here.
 """
 
 import functools
@@ -73,7 +73,7 @@ _CHOOSING = {
 
 
 def certain(jaxpr: Any, carry_in: tuple[int, ...], carry_out: tuple[int, ...]) -> bool:
-    """Whether the carry reaches the new carry by true derivatives alone, in float32 or wider.
+    """Whether the carry reaches the new carry only by true derivatives, in float32 or wider.
 
     Args:
       jaxpr: of the step, open or closed.
