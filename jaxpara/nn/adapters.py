@@ -3,8 +3,8 @@
     h' = h + s f(x)     parallel: beside the layer, from its input
     h' = h + s f(h)     sequential: behind it, from its output
 
-with `h = layer(x)`. docs/methods/index.md has the table; what is linear in a weight is a method of
-`jaxpara.weights` instead (`lora`, `ia3`), and a prefix is an option of `mixers.attention`.
+with `h = layer(x)`. docs/methods/layers.md has the table. Adapters that are linear in a weight are
+methods of `jaxpara.weights` instead (`lora`, `ia3`). A prefix is an option of `mixers.attention`.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def parallel_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> Mod
       scale: the paper's scaled parallel adapter has 4.
 
     Returns:
-      A model with parameters `{"layer", "adapter"}`; of a trained layer put its parameters there.
+      A model with parameters `{"layer", "adapter"}`. Put those of a trained layer in `"layer"`.
 
     References: [unified_adapters].
     """
@@ -101,7 +101,7 @@ def sequential_adapter(layer: Model, adapter: Model, *, scale: float = 1.0) -> M
       scale: of what is added.
 
     Returns:
-      A model with parameters `{"layer", "adapter"}`; of a trained layer put its parameters there.
+      A model with parameters `{"layer", "adapter"}`. Put those of a trained layer in `"layer"`.
 
     References: [houlsby].
     """

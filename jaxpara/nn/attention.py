@@ -80,8 +80,8 @@ def rotary_attention(
       base: of the rotary angles.
       prefix: number of trained keys and values that every query also sees; they have no position,
         so each document sees them alike.
-      probabilities: what is done with the softmax before it is multiplied with the values, such as
-        `jaxpara.weights.unit_grid(bits=6)`; elementwise; None: nothing.
+      probabilities: an elementwise function of the softmax before it is multiplied with the
+        values, such as `jaxpara.weights.unit_grid(bits=6)`; None: the identity.
 
     Returns:
       `init(key)`, `start(params, batch_size, max_length, dtype)` and
@@ -90,7 +90,7 @@ def rotary_attention(
 
     Raises:
       ValueError: if the width does not split into heads of even size or the prefix is negative;
-        from `run`, if one call alone is longer than `max_length`.
+        from `run`, if a single call is longer than `max_length`.
 
     References: [rope], [prefix_tuning].
     """

@@ -16,7 +16,7 @@ def short_conv(width: int, *, taps: int = 4) -> Mixer:
 
     Returns:
       A `Mixer` whose state is the last `taps - 1` inputs, zero at the start. Where a reset is
-      true, what came before is taken as zero.
+      true, the inputs before it count as zero.
 
     Raises:
       ValueError: if `taps` is not positive.

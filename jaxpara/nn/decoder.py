@@ -1,7 +1,7 @@
 """The one sequence model of jaxpara: a decoder whose token mixer is a choice.
 
 A block is `u = norm(x)`, `x += out(mixer(conv(u)) * silu(gate(u)))`,
-`x += swiglu(norm(x))` [prenorm]: all that differs between mixers is the mixer.
+`x += swiglu(norm(x))` [prenorm]. Decoders with different mixers differ only in the mixer.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,14 +105,14 @@ def decoder(
       mlp_hidden: hidden size of the MLPs; None takes 8/3 of the width, down to a multiple of
         16 where the width allows it.
       mlp_adapter: a function from the MLP and the width to the MLP with an adapter, such as
-        `adapted_mlp()`; None leaves it as it is.
+        `adapted_mlp()`; None adds no adapter.
       conv_taps: number of inputs that the short convolutions see.
       tied: the embedding is also the output matrix.
       compute_dtype: of activations and matmuls; parameters, recurrences, norms and logits are
         float32.
       remat: wraps the body of the scan over blocks, e.g. `jax.checkpoint`, to store less.
-      unroll: of the scan over blocks, as in `lax.scan`; the default makes a shallow model a
-        straight line, which trains 1.6 times faster on a CPU than a loop over three blocks.
+      unroll: of the scan over blocks, as in `lax.scan`; the default unrolls a shallow model
+        fully, which trains 1.6 times faster on a CPU than a loop over three blocks.
 
     Returns:
       A sequence `Model`. `apply(params, tokens[batch, time], reset=None)` gives logits

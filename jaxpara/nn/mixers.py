@@ -1,4 +1,4 @@
-"""Token mixers: what lets a position of the decoder see the ones before it.
+"""Token mixers: they let a position of the decoder see the positions before it.
 
 A mixer is a value, `Mixer(init, start, run, outputs)`; the decoder takes a function
 `width -> Mixer`, which the factories here return, so that a mixer can be chosen before the
@@ -85,8 +85,8 @@ def attention(
       heads: number of heads; the width must be a multiple of twice this number.
       base: of the rotary angles.
       prefix: number of trained keys and values that every query also sees.
-      probabilities: what is done with the softmax before it meets the values, elementwise, such as
-        `jaxpara.weights.unit_grid(bits=6)`; None: nothing.
+      probabilities: an elementwise function of the softmax before it is multiplied with the
+        values, such as `jaxpara.weights.unit_grid(bits=6)`; None: the identity.
 
     Returns:
       A function from the decoder's width to a `Mixer`.

@@ -1,4 +1,4 @@
-"""What is done with reparameterised weights besides training them; methods are `jp.NAME`."""
+"""Functions of reparameterised weights other than training; methods are `jp.NAME`."""
 
 from jaxpara.weights.matrices import Layout as Layout
 from jaxpara.weights.parts import adapters as adapters

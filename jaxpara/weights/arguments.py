@@ -1,4 +1,4 @@
-"""What a reparameterisation is given, refused where it is something else."""
+"""Checks of the arguments of a reparameterisation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from jaxpara.types import Model
 
 
 def need_key(key: Any) -> None:
-    """Refuses what is no random key, such as the parameters in its place.
+    """Refuses a key that is no random key, such as the parameters in its place.
 
     Args:
       key: of `attach`.
@@ -29,10 +29,10 @@ def need_key(key: Any) -> None:
 
 
 def need_model(model: Any) -> None:
-    """Refuses what is no model, such as a function.
+    """Refuses a model that is no `Model`, such as a function.
 
     Args:
-      model: what a reparameterisation is called with.
+      model: the argument of a reparameterisation.
 
     Raises:
       TypeError: it is no `Model`.
@@ -45,14 +45,14 @@ def need_model(model: Any) -> None:
 
 
 def need_reparams(reparams: Sequence[Any], kind: type) -> None:
-    """Refuses what is no reparameterisation, such as a method that was not called.
+    """Refuses arguments of `chain` that are no reparameterisations, such as an uncalled method.
 
     Args:
       reparams: of `chain`.
       kind: what each must be.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no argument is given.
       TypeError: one is something else.
     """
     if not reparams:

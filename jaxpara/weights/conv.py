@@ -44,14 +44,14 @@ class Kernel(NamedTuple):
 
 
 def kernel_of(eqn: Any, lazy: Lazy) -> Kernel | None:
-    """The parts that the axes of a kernel play.
+    """The roles of the axes of a kernel.
 
     Args:
       eqn: a `conv_general_dilated`.
       lazy: its second operand.
 
     Returns:
-      The parts; None where groups are no whole pieces of the outputs, or batches have groups.
+      The roles; None where groups are no whole pieces of the outputs, or batches have groups.
     """
     params = eqn.params
     if params["batch_group_count"] != 1:
@@ -171,7 +171,7 @@ def _thin(kernel: Kernel, term: Term, name: str, place: int) -> jax.Array:
     array = spread(term, tuple(piece for axis in axes for piece in axis))
     rank = term.array.shape[term.axes.index(name)]
     size = lambda piece: rank if isinstance(piece, str) else piece.size  # noqa: E731
-    # A kernel that groups have in common stands once for each.
+    # A kernel that groups have in common is repeated for each of them.
     array = jnp.broadcast_to(array, [size(piece) for axis in axes for piece in axis])
     return array.reshape([math.prod(map(size, axis)) for axis in axes])
 

@@ -50,9 +50,9 @@ def dora(
     """Trains the magnitudes and, by a low-rank update, the directions of the columns.
 
     `W' = m V / |V|` with `V = W + s A B` and the norm over the inputs of each output; `m` starts
-    as `|W|` and `B` at zero, so the function starts as it was. The norm is recomputed at each
-    step and held constant in the derivative, as in section 4.3 of the paper: gradients of A and
-    B are those of LoRA times `m / |V|`.
+    as `|W|` and `B` at zero, so the function does not change at the start. The norm is recomputed
+    at each step and held constant in the derivative, as in section 4.3 of the paper: gradients of
+    A and B are those of LoRA times `m / |V|`.
 
     Args:
       rank: of the update.

@@ -89,7 +89,7 @@ def contract(
 ) -> jax.Array:
     """Multiplies factors, and an operand if there is one, term by term.
 
-    The term that shares most summed axes with what is there comes first, so that
+    The term that shares most summed axes with the operand comes first, so that
     `x A B` is `(x A) B` where `x` runs along the axes of `A` and `(x B^T) A^T` where it runs
     along those of `B`.
 

@@ -28,7 +28,7 @@ def _scaling(axis: int, base, parts):
 
 
 def ia3(*, axis: int = -1, where: Where = None) -> Reparam:
-    """Trains one factor for each output, or input, of a weight and leaves the weight as it is.
+    """Trains one factor for each output, or input, of a weight; the weight is frozen.
 
     The paper scales keys and values, `x W * l`, the columns of their matrices; and the hidden
     activations of an MLP, `(h * l) W`, the rows of its second matrix.

@@ -48,7 +48,7 @@ class Lazy:
 
     Attributes:
       weight: a `Weight`.
-      axes: of the array that it stands for, in terms of the weight's.
+      axes: of the array that it represents, in terms of the weight's.
       casts: dtypes, in order, still to be taken.
       path: of the leaf that it came from, for reports.
     """
@@ -77,7 +77,7 @@ def lazy(weight: Weight, path: str) -> Lazy:
 
 
 def axes_of(shape: Sequence[int]) -> Axes:
-    """The axes of an array of this shape that is a weight as it stands."""
+    """The axes of an array of this shape that is a weight in its own layout."""
     return tuple((Atom(i - len(shape), (), size),) for i, size in enumerate(shape))
 
 

@@ -102,7 +102,7 @@ def lora(
     dropout: float = 0.0,
     where: Where = None,
 ) -> Reparam:
-    """Trains `A[.., in, r]` and `B[.., r, out]` in `W + s A B` and leaves `W` as it is.
+    """Trains `A[.., in, r]` and `B[.., r, out]` in `W + s A B`; `W` is frozen.
 
     `B` starts at zero, so the function starts as it was. Leading axes of a leaf (layers,
     experts) have adapters of their own.
@@ -114,10 +114,10 @@ def lora(
         ranks [rslora].
       window: of a convolution: how many axes before the last two its window has, 2 for
         `[height, width, in, out]`. The window then belongs to A, `A[.., window, in, r]`, and a
-        convolution with the weight is one with A and a matmul; 0 makes adapters for each place.
-      dropout: the probability with which a call that is given a key, see `t.sample`, leaves an
-        input of A out; the others are scaled by `1 / (1 - dropout)`. The rows of a batch lose the
-        same inputs, those of each layer of a stack other ones: a dropped adapter is still a weight.
+        convolution with the weight is one with A and a matmul. 0 makes an adapter for each place.
+      dropout: the probability with which a call with a key (see `t.sample`) leaves out an input
+        of A. The others are scaled by `1 / (1 - dropout)`. All rows of a batch lose the same
+        inputs, so a dropped adapter is still a weight. Each layer of a stack loses its own.
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:

@@ -22,10 +22,10 @@ from jaxpara.weights.weight import Weight, is_weight, shape_of
 
 
 class Layout(NamedTuple):
-    """The parts that the axes of a leaf play in a product; each has one.
+    """The roles of the axes of a leaf in a product; each axis has one.
 
     `Layout(inputs=(1,), outputs=(0,))` is the weight of `w @ x`, as Equinox and PyTorch keep it.
-    An axis that plays two parts is given in pieces: `Layout((2,), (0, 1), (3,),
+    An axis with two roles is given in pieces: `Layout((2,), (0, 1), (3,),
     pieces=((3,), (4,), (8, 16)))` is the kernel `[3, 4, 128]` of a convolution with 8 groups.
 
     Attributes:
@@ -50,7 +50,7 @@ def axes_for(layout: Layout, shape: Sequence[int]) -> Axes | None:
       shape: of the leaf.
 
     Returns:
-      The axes; None where the leaf is `[*batch, inputs, outputs]` as it stands.
+      The axes; None where the leaf already is `[*batch, inputs, outputs]`.
 
     Raises:
       ValueError: the layout does not name each axis once, or its pieces do not make them up.
@@ -138,7 +138,7 @@ def _method(axes: Axes) -> Method:
 
 
 def put_back(matrices: Any, axes: Axes | None) -> Any:
-    """What stands for matrices as what stands for the leaf.
+    """Matrices, or a weight of matrices, in the layout of the leaf.
 
     Args:
       matrices: an array or a `Weight`.

@@ -28,8 +28,8 @@ class Method(NamedTuple):
       factors: `(settings, parts, shape of the weight) -> Factors`; None for the others.
       axes: `(settings, ndim) -> axes of each part`.
       separable: `(settings, ndim) -> axes` along which a slice of the effective weight is
-        computed from slices alone.
-      freezes: whether the base is left as it is while the parts are trained.
+        computed from slices only.
+      freezes: whether the base is frozen while the parts are trained.
       merge: `(settings, dense base, parts) -> Weight | dense`, what is deployed; None means
         the effective weight.
       product: `(settings, x, base, parts, cast, **options) -> x @ W` for a floating `x[.., rows]`
@@ -41,12 +41,12 @@ class Method(NamedTuple):
       remark: `(settings, weight) -> text`, what a report says of `product`; may be empty.
       scaling: `(settings, dense base, parts) -> Term`, by which an additive weight is multiplied
         in the end.
-      penalty: `(settings, dense base, parts) -> scalar`, to be added to the loss.
-      beyond: what `product` does that the product with the effective weight does not, said as
+      penalty: `(settings, dense base, parts) -> scalar`, a term of the loss.
+      beyond: what `product` does that the product with the effective weight does not, worded as
         missing: "its activations are not quantised"; empty if nothing.
-      share: for leaves that have parts in common, in the place of `init`: `(this method, key,
-        {path: base}) -> (pools, {path: Weight})`. A weight's `shared` names its pools, which stand
-        once beside the parameters, see `Pooled`; its method may differ from leaf to leaf.
+      share: for leaves that have parts in common, in place of `init`: `(this method, key,
+        {path: base}) -> (pools, {path: Weight})`. A weight's `shared` names its pools, which are
+        kept once beside the parameters, see `Pooled`; its method may differ from leaf to leaf.
     """
 
     name: str
@@ -85,7 +85,7 @@ def additive(
     sample: Callable[..., dict[str, jax.Array]] | None = None,
     share: Callable[..., Any] | None = None,
 ) -> Method:
-    """A method that leaves the base as it is and adds a product of trained factors.
+    """A method that freezes the base and adds a product of trained factors.
 
     Products with such a weight are never dense: `x W + s (x A) B` follows from the factors.
 

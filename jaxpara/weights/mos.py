@@ -118,18 +118,18 @@ def mos(
 ) -> Reparam:
     """Trains `W + s A B` whose A and B are put together from shards in common pools.
 
-    A vector of rank one is cut into shards. Each matrix takes `rank` vectors' worth of them, by
-    indices that are drawn once, apart for A and for B: `private` vectors of its own and the rest
-    from what all matrices of its size share, none twice; one that shares with none has rank
-    `budget`. Pools hold as many numbers as LoRA of
-    rank `budget`, `budget * matrices * (rows + columns)`, whatever the rank. They stand once
-    beside the parameters (`Pooled`); in a scan over layers they are constants of the scan.
+    A vector of rank one is cut into shards. Each matrix takes the shards of `rank` vectors, by
+    indices that are drawn once, separately for A and for B. `private` of these vectors are its
+    own. The others come from the shards that all matrices of its size share, none twice. A matrix
+    that shares with no other has rank `budget`. Pools hold as many numbers as LoRA of rank
+    `budget`, `budget * matrices * (rows + columns)`, whatever the rank. They are kept once beside
+    the parameters (`Pooled`). In a scan over layers they are constants of the scan.
 
     Args:
       rank: of the update of each matrix.
       budget: the rank that LoRA would have with as many numbers.
-      shards: into how many a vector is cut.
-      private: how many of the rank's vectors no other matrix uses.
+      shards: the number of shards that a vector is cut into.
+      private: the number of vectors, of the `rank`, that no other matrix uses.
       alpha: `s = alpha / rank`; None means `2 rank`, so `s = 2`.
       where: the leaves that share, see `jaxpara.tree.matcher`; `chain` several for several pools.
 

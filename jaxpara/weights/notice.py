@@ -1,4 +1,4 @@
-"""Warnings about weights: a method that does not do what it is for, and parts that are too many."""
+"""Warnings about weights: a method that does not do what it is for, and too many parts."""
 
 import inspect
 import math
@@ -60,7 +60,7 @@ def about_uses(uses: Iterable[Use], told: bool) -> list[str]:
 
 
 def about_sizes(state: Any, told: Iterable[str]) -> list[str]:
-    """Parts that hold more numbers than the weight they stand beside.
+    """Parts that hold more numbers than their weight.
 
     Args:
       state: from `attach`.

@@ -1,4 +1,4 @@
-"""A product with a weight whose axes are split, joined or elsewhere, as one with the weight itself.
+"""A product with a weight whose axes are split, joined or moved, as one with the weight itself.
 
     einsum("bd,dhk->bhk", x, w)  with w the weight [d, (h k)] reshaped  =  (x W) reshaped
 
@@ -18,7 +18,7 @@ from jaxpara.weights.weight import shape_of
 
 
 class Ordered(NamedTuple):
-    """A product with a weight as it stands.
+    """A product with a weight in its own layout.
 
     Attributes:
       equation: the `dot_general`.
@@ -38,7 +38,7 @@ def in_order(walk: Any, eqn: Any, lazy: Lazy, side: int, other: Any) -> Ordered 
       walk: that keeps the new equation.
       eqn: the old one.
       lazy: the weight.
-      side: on which it stands, 0 or 1.
+      side: the operand that it is, 0 or 1.
       other: the other operand.
 
     Returns:

@@ -1,8 +1,8 @@
-"""PaCA: some rows of a weight are trained, the others stay as they are. [paca]
+"""PaCA: some rows of a weight are trained, the others are frozen. [paca]
 
     W' = W + s S D,  S[rows[k], k] = 1
 
-The gradient of D needs of the input what D multiplies, `x[.., rows]`, and nothing else.
+The gradient of D needs only the inputs that D multiplies, `x[.., rows]`.
 """
 
 import math
@@ -66,11 +66,11 @@ def _merge(settings: _Settings, w, parts):
 
 
 def paca(*, rank: int = 8, alpha: float | None = None, where: Where = None) -> Reparam:
-    """Trains randomly chosen input rows of a weight, which are drawn once, when it is attached.
+    """Trains random input rows of a weight; the rows are drawn once, when it is attached.
 
     The gradient is the full one restricted to these rows, and the backward pass keeps only the
-    inputs that they see. What is stored is the change of the rows, which starts at zero: the
-    frozen weight stays what it was, and several sets of rows can be kept beside it.
+    inputs that they see. The change of the rows is stored, and starts at zero. The frozen weight
+    does not change, and several sets of rows can be kept beside it.
 
     Args:
       rank: r, the number of rows; leading axes of a leaf (layers, experts) have rows of their own.

@@ -1,4 +1,4 @@
-"""What a method added to the parameters, alone: small trees to save, to send and to put back."""
+"""Only the parts that a method added to the parameters: small trees to save and to put back."""
 
 import dataclasses
 from typing import Any
@@ -37,12 +37,12 @@ def owned(tree: Any) -> Any:
 
 
 def adapters(state: Any, trained: Any = None) -> dict[str, Any]:
-    """What was trained beside frozen weights, without them.
+    """The trained parts beside frozen weights, without the weights.
 
     Args:
       state: from `t.attach`, trained or not.
-      trained: booleans in the structure of the state, where it was not `t.trainable(state)` that
-        said what is trained: biases and other leaves that a mask of your own added are saved too.
+      trained: booleans in the structure of the state, for a mask other than
+        `t.trainable(state)`. Biases and other leaves that your mask added are saved too.
 
     Returns:
       Nested dictionaries of copied arrays in the structure of the parameters: the parts of every
@@ -51,8 +51,8 @@ def adapters(state: Any, trained: Any = None) -> dict[str, Any]:
       these as `params`, and `pools`.
 
     Raises:
-      ValueError: no leaf is reparameterised, or one is whose own weight was trained too, which
-        its parts cannot give back.
+      ValueError: no leaf is reparameterised, or the weight of a leaf was itself trained, so that
+        its parts cannot give it back.
     """
     mask = trainable(state) if trained is None else trained
     if is_pooled(state):
@@ -67,7 +67,7 @@ def adapters(state: Any, trained: Any = None) -> dict[str, Any]:
         if is_weight(leaf) and trains_itself(marked):
             raise ValueError(
                 f"adapters: {leaf.method.name} trains the weight {path!r} itself, so its parts "
-                "alone do not give it back: save the whole state, or what t.merge gives"
+                "do not give it back: save the whole state, or what t.merge gives"
             )
         if not (is_weight(leaf) or marked):
             continue
@@ -84,10 +84,10 @@ def adapters(state: Any, trained: Any = None) -> dict[str, Any]:
 
 
 def with_adapters(state: Any, adapters: dict[str, Any]) -> Any:
-    """A state with saved parts and leaves in the place of its own: undoes `adapters`.
+    """Puts saved parts and leaves back into a state: undoes `adapters`.
 
     Args:
-      state: from `t.attach` on the weights that the parts belong to; the key is of no matter.
+      state: from `t.attach` on the weights that the parts belong to, with any key.
       adapters: as from `adapters`; arrays of any kind.
 
     Returns:

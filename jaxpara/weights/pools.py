@@ -18,7 +18,7 @@ class Pooled:
 
     Attributes:
       params: the tree; its weights name their pools, see `Weight.shared`.
-      pools: arrays that stand here once, by name.
+      pools: arrays that are kept here once, by name.
     """
 
     params: Any
@@ -37,7 +37,7 @@ def resolved(state: Any) -> Any:
       state: any tree, with a `Pooled` in it or not.
 
     Returns:
-      The tree. A pool stands in each weight of it, so its gradient is the sum over them.
+      The tree. Each weight of a pool holds it, so its gradient is the sum over these weights.
     """
 
     def of(pools):
@@ -58,7 +58,7 @@ def resolved(state: Any) -> Any:
 
 
 def unresolved(weight: Any) -> Any:
-    """A weight without the parts that stand in pools: undoes `resolved`."""
+    """A weight without the parts that are in pools: undoes `resolved`."""
     if not is_weight(weight):
         return weight
     common = dict(weight.shared)

@@ -32,7 +32,7 @@ class Member(NamedTuple):
     Attributes:
       method: how.
       where: which leaves.
-      optional: whether it may be that there are none.
+      optional: whether the selection may be empty.
     """
 
     method: Method
@@ -88,36 +88,36 @@ class Reparam(NamedTuple):
         inputs: Sequence[Any] = (),
         layout: Layouts | Mapping[str, Layout] | None = None,
     ) -> Any:
-        """Puts the parts beside existing parameters.
+        """Adds the parts to existing parameters.
 
-        Methods work on matrices `[.., inputs, outputs]`, and as such a leaf is taken as it stands,
-        unless it is known what is summed over: `function` and `inputs` prove it (see
-        `jp.weights.layout`), for leaves `(out, in)`, kernels of convolutions and einsums too.
+        Methods work on matrices `[.., inputs, outputs]`. A leaf is read in this layout unless it is
+        known what is summed over. `function` and `inputs` prove this (see `jp.weights.layout`),
+        also for leaves `(out, in)`, kernels of convolutions and einsums.
 
-        A leaf without elements stays as it is. The state has copies of the arrays, so either may be
-        donated and the other lives on. Where the parameters are not needed any more,
+        A leaf without elements does not change. The state has copies of the arrays, so either may
+        be donated while the other is used. Where the parameters are not needed any more,
         `jax.jit(t.attach, donate_argnums=1)` hands their memory over instead.
 
         Args:
-          key: random; each leaf draws from it by its path, so the order of leaves is of no matter.
+          key: random; each leaf draws from it by its path, so the order of leaves does not matter.
           params: arrays.
           function: `(params, *inputs) -> outputs`, which is traced and not run.
           inputs: arrays or shapes.
           layout: instead of both, `jp.weights.layout(function, params, *inputs)`, or layouts by
-            path, for leaves that are not to be taken as they stand.
+            path, for leaves of another layout.
 
         Returns:
           The state: `params` with `Weight`s for the leaves that were selected.
 
         Raises:
-          TypeError: the key is none.
-          ValueError: a member selects nothing (names the leaves that come near), or a leaf that is
-            not an array of two or more axes and of floats of 16 bits or more; a layout that is
-            not one of its leaf.
+          TypeError: `key` is no random key.
+          ValueError: a member selects nothing (the message names near leaves), or selects a leaf
+            that is not an array of two or more axes and of floats of 16 bits or more; a layout
+            does not fit its leaf.
 
         Warns:
-          UserWarning: parts hold more numbers than their weight; what is summed over in a leaf is
-            not known from `function`; a method does not do in it what it is for.
+          UserWarning: parts hold more numbers than their weight; `function` does not tell what is
+            summed over in a leaf; a method does not do in it what it is for.
 
         Examples:
           >>> import jax, jax.numpy as jnp, jaxpara as jp
@@ -201,8 +201,8 @@ class Reparam(NamedTuple):
     def sample(self, state: Any, key: Key) -> Any:
         """The state of one step, with the random choices of methods made: dropout, rounding.
 
-        `jp.lift(f)(t.sample(state, key), x)` sees one weight wherever it uses a leaf, the one that
-        `t.effective(t.sample(state, key))` has. What is trained and merged is the state itself.
+        `jp.lift(f)(t.sample(state, key), x)` sees the same weight wherever it uses a leaf, that of
+        `t.effective(t.sample(state, key))`. Train and merge the state itself.
 
         Args:
           state: from `attach`.
@@ -239,7 +239,7 @@ class Reparam(NamedTuple):
         return jax.tree.map(dense, resolved(state), is_leaf=is_weight)
 
     def penalty(self, state: Any) -> jax.Array:
-        """What the methods want added to the loss, such as the decay of pruned weights.
+        """The term that the methods add to the loss, such as the decay of pruned weights.
 
         Args:
           state: from `attach`.
@@ -258,11 +258,11 @@ class Reparam(NamedTuple):
         return total
 
     def trainable(self, state: Any) -> Any:
-        """What is trained, as a mask for `jp.split`.
+        """The mask of what is trained, for `jp.split`.
 
-        A method that freezes does so to the leaves that it matched: a leaf of another member of a
-        chain is trained as that one alone would train it. Leaves that no member matched are trained
-        where no member freezes.
+        A method that freezes does so to the leaves that it matched. A leaf of another member of a
+        chain is trained as if that member were the only one. Leaves that no member matched are
+        trained where no member freezes.
 
         Args:
           state: from `attach`.
@@ -273,13 +273,13 @@ class Reparam(NamedTuple):
         return trained.trainable(state)
 
     def merge(self, state: Any) -> Any:
-        """What is deployed: plain arrays, or integers with their scales.
+        """The weights for deployment: plain arrays, or integers with their scales.
 
         Args:
           state: from `attach`.
 
         Returns:
-          The tree; `lift` runs it as it is.
+          The tree; `lift` runs it.
         """
 
         def one(leaf):
@@ -355,7 +355,7 @@ def _attached(method: Method, key: Key, leaves: Mapping[str, Any], axes: Mapping
 
 
 def _without_pools(weight: Weight, prefix: str) -> Weight:
-    """A new weight as it stands in a state: pools by their names there, the base without any."""
+    """A new weight as a state holds it: pools by their names there, the base without any."""
     shared = tuple((part, prefix + pool) for part, pool in sorted(weight.shared))
     return dataclasses.replace(weight, base=unresolved(weight.base), shared=shared)
 
@@ -374,7 +374,7 @@ def reparam(method: Method, where: Where) -> Reparam:
 
 
 def chain(*reparams: Reparam) -> Reparam:
-    """Reparameterisations one after another, as the weight flows.
+    """Applies reparameterisations one after another, as the weight flows.
 
     `chain(lora(), fake_quant())` quantises `W + A B` (the adapter is inside the quantiser);
     `chain(fake_quant(), lora())` adapts a quantised weight, `Q(W) + A B`.

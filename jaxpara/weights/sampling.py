@@ -1,7 +1,7 @@
 """Random choices of a reparameterisation: a key goes in, a state with the choices comes out.
 
-Nothing is drawn while a weight is computed: the same state is the same weight at every look, and
-one that no key was given for is deterministic.
+Nothing is drawn while a weight is computed. The same state is the same weight at every use, and a
+state without a key is deterministic.
 """
 
 import dataclasses

@@ -54,7 +54,7 @@ def finite(**number: Any) -> float:
       The number.
 
     Raises:
-      ValueError: it is no number, infinite or NaN.
+      ValueError: it is not a number, or is infinite or NaN.
     """
     ((name, value),) = number.items()
     try:

@@ -23,7 +23,7 @@ class _Settings(NamedTuple):
 
 
 def largest(w: Float[AnyArray, "..."], n: int, m: int, axis: int) -> Bool[Array, "..."]:
-    """Where the `n` largest magnitudes of each group of `m` stand; ties go to the first.
+    """Where the `n` largest magnitudes of each group of `m` are; ties go to the first.
 
     Args:
       w: weights; `m` divides the axis.
@@ -128,7 +128,7 @@ def _checked(n: int, m: int, decay: float = 0.0) -> _Settings:
 
 
 def sparse_nm(*, n: int = 2, m: int = 4, decay: float = 2e-4, where: Where = None) -> Reparam:
-    """Trains a weight of which, in each group of `m` along the inputs, the `n` largest remain.
+    """Trains a weight with only the `n` largest entries of each group of `m` along the inputs.
 
     The forward pass sees `W * M`; the gradient passes straight through to all of W. SR-STE pulls
     the pruned entries towards zero, so that the mask settles: add `t.penalty(state)`, which is

@@ -1,4 +1,4 @@
-"""What of a state is trained: a method that freezes does so to the leaves that it matched."""
+"""Which parts of a state are trained: a method that freezes does so to the leaves it matched."""
 
 import dataclasses
 from typing import Any
@@ -35,7 +35,7 @@ def _pools(leaf: Any) -> set[str]:
 
 
 def trainable(state: Any) -> Any:
-    """What is trained, as a mask for `jp.split`.
+    """The mask of what is trained, for `jp.split`.
 
     Args:
       state: from `t.attach`.

@@ -243,11 +243,11 @@ def layout(function: Callable[..., Any], params: Params, *inputs: Any, **keyword
     """The layouts of the matrices among parameters, from the function that uses them.
 
     Nothing is computed: the function is traced, and its jaxpr says which axes of each leaf are
-    summed over. `t.attach(key, params, function=f, inputs=(x,))` calls this; call it yourself to
-    look at it, to change it, or to use it more than once.
+    summed over. `t.attach(key, params, function=f, inputs=(x,))` calls this. Call it yourself to
+    inspect the layouts, to change them, or to use them more than once.
 
     Where all entries along an axis meet the same operand, as with `jax.vmap(lambda w: x @ w)(w)`,
-    the axis is one of outputs, for that is what the product is.
+    the axis is an output, because such a product is one matrix product.
 
     Args:
       function: `(params, *inputs, **keywords) -> outputs`.
@@ -255,8 +255,8 @@ def layout(function: Callable[..., Any], params: Params, *inputs: Any, **keyword
       inputs, keywords: arrays or shapes, as the function takes them.
 
     Returns:
-      The layouts: `known` by path, and `unknown` with the reason, for leaves that are used in
-      products that disagree, or in none.
+      The layouts: `known` by path, and `unknown` with the reason, for leaves whose products
+      disagree and for leaves in no product.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp

@@ -1,4 +1,4 @@
-"""What stands in a parameter tree instead of an array: a weight that is computed from parts."""
+"""A leaf of a parameter tree instead of an array: a weight that is computed from parts."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def shape_of(weight: Any) -> jax.ShapeDtypeStruct:
 
 
 def dense(weight: Any) -> Any:
-    """The array that a weight stands for: the definition, and the oracle.
+    """The array that a weight represents: the definition, and the oracle.
 
     Args:
       weight: an array or a `Weight`.

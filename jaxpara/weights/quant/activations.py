@@ -1,4 +1,4 @@
-"""What is multiplied with a quantised weight, quantised as it comes. [flexq]
+"""Activations that are multiplied with a quantised weight, quantised as they come. [flexq]
 
 One symmetric grid for each row of the operand and each group of entries along the contraction,
 from the largest magnitude there: nothing is calibrated.
@@ -58,7 +58,7 @@ def activation_integers(x: jax.Array, bits: int, groups: int) -> tuple[jax.Array
 
 
 def fake_activations(x: jax.Array, bits: int, groups: int) -> jax.Array:
-    """What those integers stand for; the gradient passes straight through.
+    """The numbers that those integers represent; the gradient passes straight through.
 
     Args:
       x: floating; `bits, groups` as for `activation_integers`.
@@ -73,11 +73,11 @@ def fake_activations(x: jax.Array, bits: int, groups: int) -> jax.Array:
 
 
 def unit_grid(*, bits: int = 6) -> Callable[[Float[AnyArray, "..."]], Float[Array, "..."]]:
-    """Rounds numbers from 0 to 1 to a grid that does not move, as FlexQ does with probabilities.
+    """Rounds numbers from 0 to 1 to a fixed grid, as FlexQ does with probabilities.
 
-    `p -> round(p (2^bits - 1)) / (2^bits - 1)`, and the gradient passes straight through. No scale
-    is looked for: zero and one are on the grid, and what is below half of its step becomes zero.
-    For the probabilities of an attention of one's own, or `nn.mixers.attention(probabilities=...)`.
+    `p -> round(p (2^bits - 1)) / (2^bits - 1)`, and the gradient passes straight through. There is
+    no scale: zero and one are on the grid, and numbers below half of its step become zero. Use it
+    in `nn.mixers.attention(probabilities=...)`, or in an attention of your own.
 
     Args:
       bits: 2 to 16.

@@ -1,4 +1,4 @@
-"""Integers with their scales, standing in a parameter tree where a float weight stood."""
+"""Integers with their scales, in a parameter tree in place of a float weight."""
 
 import functools
 import math
@@ -29,9 +29,9 @@ class Stored(NamedTuple):
 
     Attributes:
       grid: of the integers.
-      activations: bits of what they are multiplied with; None: it stays as it is.
+      activations: bits of what they are multiplied with; None: it is not quantised.
       ranges: from which the grid was fitted, where a method does it once.
-      dtype: by name, of the weight that the integers stand for; None: that of the scale.
+      dtype: by name, of the weight that the integers represent; None: that of the scale.
     """
 
     grid: Grid
@@ -42,7 +42,7 @@ class Stored(NamedTuple):
 
 def part_axes(grid: Grid, ndim: int):
     """The axes of scales and offsets, for `Method.axes`."""
-    # They have one axis more: groups and entries of a group stand for the axis -2.
+    # They have one axis more: groups and entries of a group take the place of the axis -2.
     along = (*range(-ndim, -2), "groups", "entry", "all" if grid.per_tensor else -1)
     return {"scale": along, "offset": along}
 
@@ -63,7 +63,7 @@ def packed_values(grid: Grid, values: jax.Array) -> jax.Array:
 
 
 def stored_effective(stored: Stored, base: jax.Array, parts: Parts) -> jax.Array:
-    """What stored integers stand for, in the dtype of the weight."""
+    """The numbers that stored integers represent, in the dtype of the weight."""
     whole = dequantised(stored.grid, stored_values(stored.grid, base), parts)
     return narrowed(whole, _dtype_of(stored, parts))
 
@@ -183,7 +183,7 @@ def store(
       dtype: of the weight; None: that of the scale.
 
     Returns:
-      A weight that stands for `values * scale + offset`.
+      A weight that represents `values * scale + offset`.
     """
     more = "" if activations is None else f", activations={activations}"
     stored = Stored(grid, activations, None, None if dtype is None else jnp.dtype(dtype).name)
@@ -192,7 +192,7 @@ def store(
 
 
 def stored_method(name: str, stored: Stored, init: Any, merge: Any = None) -> Method:
-    """The method of a weight that is held as integers and stays as it is.
+    """The method of a weight that is held as integers and does not change.
 
     Args:
       name: for reports.
@@ -225,7 +225,7 @@ def quantised_array(
     bits: int = 8,
     dtype: Any = None,
 ) -> Weight:
-    """Integers with scales as a weight, such as `merge` makes of a quantised one.
+    """Makes a weight of integers with scales, as `merge` does of a quantised weight.
 
     Args:
       values: within the range of `bits`.
@@ -235,7 +235,7 @@ def quantised_array(
       dtype: of the weight; None: that of the scale.
 
     Returns:
-      A weight that stands for `values * scale + offset`, with the fields `base` (the values) and
+      A weight that represents `values * scale + offset`, with the fields `base` (the values) and
       `parts` (scale and offset). `lift` runs it, `jp.weights.pack` packs it.
 
     Raises:
@@ -266,7 +266,7 @@ def quantised_dot(
     *,
     implementation: None | str | Sequence[str] = None,
 ) -> Float[Array, "*batch columns"]:
-    """`x @ W` with a weight of integers, dequantised as they are multiplied.
+    """`x @ W` with a weight of integers, which are dequantised as they are multiplied.
 
     `lift` calls it where a function multiplies with such a weight. It may be differentiated.
     Kernels for GPUs and TPUs take rows, groups and columns in multiples of 128 and, of packed
@@ -285,7 +285,7 @@ def quantised_dot(
 
     Raises:
       TypeError: the weight holds no integers.
-      ValueError: it has not two axes.
+      ValueError: the weight does not have two axes.
 
     References: [flexq].
     """
@@ -305,7 +305,7 @@ def quantised_dot(
 
 
 def pack(tree: Any) -> Any:
-    """Packs the integers of merged weights: of 2 bits four in a byte, of 4 two, of 6 four in three.
+    """Packs merged integers: of 2 bits four in a byte, of 4 two in a byte, of 6 four in three.
 
     Args:
       tree: of parameters, as `merge` gives it.

@@ -77,7 +77,7 @@ def _outliers(settings: _Settings, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     slots = math.ceil(settings.share * w.shape[-2])
     sizes, index = lax.top_k(jnp.swapaxes(jnp.abs(w), -1, -2), slots)
     sizes, index = jnp.swapaxes(sizes, -1, -2), jnp.swapaxes(index, -1, -2)
-    # Of a matrix of zeros no entry stands out.
+    # A matrix of zeros has no outlier.
     chosen = (sizes >= bound) & (sizes > 0)
     values = jnp.where(chosen, jnp.take_along_axis(w, index, axis=-2), 0)
     return values, jnp.where(chosen, index, w.shape[-2])

@@ -133,8 +133,8 @@ def fake_quant(
 ) -> Reparam:
     """Trains a weight as the nearest point of an integer grid.
 
-    The grid follows the weight as it is at each step: one scale over the contraction axis -2 for
-    each output channel; leading axes are batches. Every floating leaf is trained.
+    The grid follows the current weight at each step. There is one scale over the contraction axis
+    -2 for each output channel; leading axes are batches. Every floating leaf is trained.
 
     Args:
       bits: 2 to 8.
@@ -147,7 +147,7 @@ def fake_quant(
         where the grid is symmetric) the one with the least squared error.
       activations: bits of a symmetric grid for what the weight is multiplied with, one scale a row
         and group, taken from it as it comes. It acts where a matmul contracts the axis -2 of the
-        weight, which `report` calls "rule"; elsewhere the weight alone is quantised.
+        weight, which `report` calls "rule"; elsewhere only the weight is quantised.
       rounding: "nearest"; or "stochastic", to one of the two neighbours, so that the mean is the
         weight, where a call is given a key (see `t.sample`). Without one, and in `merge`, the
         nearest is taken.

@@ -12,10 +12,10 @@ def flexq(
 ) -> Reparam:
     """Quantises weights and what they are multiplied with, by FlexQ's rules (W6A6).
 
-    Both stand on symmetric grids with a scale for each group along the contraction, taken from
-    their largest magnitudes as they come: nothing is calibrated. Products of sensitive leaves keep
-    eight bits for the activations. Attention probabilities are no operand of a weight: give the
-    attention `jp.weights.unit_grid`.
+    Both have symmetric grids with a scale for each group along the contraction. The scales are
+    taken from their current largest magnitudes: nothing is calibrated. Products of sensitive
+    leaves keep eight bits for the activations. Attention probabilities are not multiplied with a
+    weight: give `jp.weights.unit_grid` to the attention.
 
     Args:
       sensitive: leaves whose activations get eight bits, of those that `where` selects, for

@@ -1,4 +1,4 @@
-"""Number formats, emulated: `round_to(x, format)` is the nearest number that a format has.
+"""Emulated number formats: `round_to(x, format)` is the nearest number that a format has.
 
 Floats by exponent and significand bits, fixed point, integers, and blocks with a shared
 power-of-two scale; no global state, and the random modes take a key. Floats are rounded on the
@@ -26,12 +26,12 @@ class FloatFormat(NamedTuple):
     """A binary floating-point format.
 
     Attributes:
-      exponent_bits: 1 to 8, to 11 for float64 numbers; None: the significand alone is rounded, and
+      exponent_bits: 1 to 8, to 11 for float64 numbers; None: only the significand is rounded, and
         no number is too large or too small (`explim=0` in [pychop]).
       significand_bits: stored ones, 0 to 23, to 52 for float64; one more is implied.
       subnormals: without them the smallest number beside zero is the smallest normal one.
-      specials: what the largest exponent is for. `"ieee"`: infinities and NaNs alone; `"nan"`:
-        numbers, but for one NaN (the "fn" types); `"none"`: numbers alone.
+      specials: what the largest exponent is for. `"ieee"`: only infinities and NaNs; `"nan"`:
+        numbers, but for one NaN (the "fn" types); `"none"`: only numbers.
       saturate: numbers beyond the largest become the largest; otherwise they become what the
         format has for it (infinity, NaN; the largest where it has neither).
     """
@@ -214,7 +214,7 @@ def round_to(
     rounding: str = "nearest_even",
     key: Key | None = None,
 ) -> Float[Array, "..."]:
-    """Rounds every number to one that a format has.
+    """Rounds every number to a number of the format.
 
     Args:
       x: any shape; float64, float32, bfloat16 or float16.

@@ -1,7 +1,7 @@
 """Weights rounded once and kept as integers: bases for adapters, and post-training quantisation.
 
-The floats are gone after `attach`. What a later member of a chain freezes is not trained; alone,
-such a base trains its scales and nothing else, which is PEQA. [qlora], [peqa]
+The floats are gone after `attach`. A base that a later member of a chain freezes is not trained.
+Without such a member the base trains only its scales, which is PEQA. [qlora], [peqa]
 """
 
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def rtn(
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
-      The reparameterisation; nothing but scales and offsets is left to train.
+      The reparameterisation; only scales and offsets can be trained.
 
     Raises:
       ValueError: as for `fake_quant`.

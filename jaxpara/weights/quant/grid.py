@@ -170,7 +170,7 @@ def integers(
 
 
 def dequantised(grid: Grid, values: jax.Array, parts: Parts) -> jax.Array:
-    """What integers stand for, in the dtype of the scale or float32, whichever is wider.
+    """The numbers that integers represent, in the wider of float32 and the dtype of the scale.
 
     Args:
       grid: the grid.

@@ -7,8 +7,8 @@ or, where the downcast is to the integers themselves,
 
     W_q = s clip(round(Phi) + round((alpha / r) A B), low, high)
 
-Rounding passes gradients straight through, clipping those of integers on the grid. What is merged
-are the integers of the forward pass and `s`, with nothing left over.
+Rounding passes gradients straight through, and clipping passes those of integers on the grid.
+Merging gives the integers of the forward pass and `s`, with nothing left over.
 """
 
 from typing import NamedTuple

@@ -100,7 +100,7 @@ def lsq(
       per_tensor: one scale for both last axes.
       affine: with an offset as well [lsqplus].
       full: without an offset, the integers `-2^(bits-1)` to `2^(bits-1) - 1`, as in the paper: at
-        2 bits four levels, of which a symmetric grid has three. With an offset it is always so.
+        2 bits four levels, where a symmetric grid has three. With an offset it is always so.
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
@@ -136,7 +136,7 @@ def l4q(
 ) -> Reparam:
     """L4Q: adapters inside a quantiser with learned scales and offsets, the base frozen.
 
-    `W_q = Q(W + s A B)`: what is merged are the integers that were trained, with nothing left over.
+    `W_q = Q(W + s A B)`: merging gives the integers that were trained, with nothing left over.
     It is `chain(lora(...), lsq(affine=True, ...))`.
 
     Args:

@@ -152,7 +152,7 @@ def nf4(*, block: int = 64, scale_block: int | None = None, where: Where = None)
       where: the leaves, see `jaxpara.tree.matcher`.
 
     Returns:
-      The reparameterisation; `merge` keeps codes and scales as they are. Alone it trains the
+      The reparameterisation; `merge` keeps codes and scales. Without an adapter it trains the
       scales, or their steps and mean.
 
     Raises:

@@ -68,7 +68,7 @@ def number_format(
     rounding: str = "nearest_even",
     where: Where = None,
 ) -> Reparam:
-    """Trains a weight of which the forward pass sees the nearest number of a format.
+    """Trains a weight; the forward pass sees the nearest numbers of a format.
 
     Blocks run along the contraction axis -2. The derivative is that of the identity, and zero for
     weights beyond the format's largest number.

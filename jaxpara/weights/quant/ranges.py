@@ -28,7 +28,7 @@ RANGES = ("absmax", "minmax", "mse")  # and "absmean", which is for ternary weig
 
 
 def check_ranges(ranges: str) -> None:
-    """Refuses what is no range.
+    """Refuses an unknown range.
 
     Args:
       ranges: a name.

@@ -96,7 +96,7 @@ def check_rounding(rounding: str) -> None:
       rounding: the mode.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the mode is unknown.
     """
     if rounding not in UP:
         raise ValueError(f"rounding={rounding!r}: give one of {', '.join(map(repr, UP))}")
