@@ -20,8 +20,9 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    is rolled out, two passes in a row are wanted. Of any step: the square root of a square is a
    kink, and a sigmoid may be as sharp as one.
    And a state may rest on a kink, where the derivative is that of one side. A step that holds one
-   (`max`, `abs`, `relu`) takes its Jacobians beside its states, by two limits of their scale, on
-   the other side in the next pass, and two passes in a row are wanted; in kernels it counts by 2.
+   (`max`, `abs`, `relu`) takes its Jacobians beside its states, on both sides, by at least two
+   limits of their scale, and `d` must be within the limit by both; in kernels it counts by 2.
+   Equal bits count only up to the first gap: behind one, `d` is what tells.
 2. Otherwise the solve counts when every `r_c` is 0, bit for bit, the sign of zeros included
    (their reciprocals differ; it is wanted by rule 1 as well, see `meets`): narrower states round
    by as much as they move, and behind a rounding, a cast or a rule of the user's own `d` means

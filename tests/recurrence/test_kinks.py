@@ -74,6 +74,50 @@ def test_a_kick_from_rest_is_not_lost(excess, solver, kick):
     assert kick < 0 or grown[3] > 10
 
 
+def meeting(excess, h, x):
+    """Two elements that are equal, of which one grows once it exceeds the other."""
+    grown = jnp.minimum(1 + 1.05 * excess(h) + x, 100)
+    h = jnp.stack([grown, h[1]])
+    return h, h
+
+
+def opposite(lasting, h, x):
+    """The second element falls below its kink, which lifts the first above its own."""
+    low = jax.nn.relu(1 - h[1])
+    first = jnp.minimum(1 + 1.05 * jax.nn.relu(h[0] - 1) + 0.3 * low, 100)
+    h = jnp.stack([first, jnp.maximum(1 - lasting * low + x, 0.5)])
+    return h, h
+
+
+PAIRS = {
+    "difference": functools.partial(meeting, lambda h: jax.nn.relu(h[0] - h[1])),
+    "largest": functools.partial(meeting, lambda h: jnp.max(h) - h[1]),
+    "largest so far": functools.partial(meeting, lambda h: lax.cummax(h)[1] - h[1]),
+    "opposite kinks": functools.partial(opposite, 1.0),
+    "opposite kinks, one kick": functools.partial(opposite, 0.0),
+}
+
+
+@pytest.mark.parametrize("solver", ["newton", "short_chunks"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_kick_from_where_two_elements_rest_is_not_lost(pair, solver):
+    step, init = PAIRS[pair], jnp.ones(2)
+    run = jax.jit(
+        lambda xs: jp.solve_scan(step, init, xs, solver=SOLVERS[solver]), compiler_options=QUICK
+    )
+    scan = jax.jit(lambda h, xs: lax.scan(step, h, xs)[1])
+    # 31: the last step of a chunk, so that what it does is first a gap between two of them.
+    for kick, at in ((5e-6, 30), (-5e-6, 31), (-2.4e-7, 31)):
+        xs = np.zeros(STEPS, np.float32)
+        xs[at] = kick
+        (_, states), _ = run(xs)
+        scanned = scan(init, xs)
+        with jax.enable_x64(True):
+            exact = np.asarray(scan(np.ones(2), xs.astype(np.float64)))
+        lost = np.maximum.accumulate(np.abs(scanned - exact), axis=0)
+        assert np.all(np.abs(states - exact) <= 1e-5 * exact + 2 * lost), (kick, at)
+
+
 def crossing(weights, steps=512):
     """A ReLU network: kinks everywhere, crossed and not rested on."""
 

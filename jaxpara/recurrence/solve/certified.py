@@ -4,6 +4,8 @@ Values are `[n, *leaf]`: what should be equal from row to row, how far the next 
 would move them, and the magnitude that the correction is relative to.
 """
 
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -144,27 +146,42 @@ def _same(end: jax.Array, start: jax.Array) -> jax.Array:
 
 def beside(
     system: System, states: Leaves, scale: Leaves, number: jax.Array, tol: float | None
-) -> Leaves:
-    """Where the Jacobians of an attempt are taken: at its states, or beside them where kinks are.
+) -> tuple[Leaves, ...]:
+    """Where the Jacobians of an attempt are taken: at its states, or on both sides of them.
 
-    The derivative of a state that rests on a kink is that of one side. With `number`, that of the
-    attempt, the sides take turns: what two attempts in a row prove is proved of both.
+    The derivative of a state that rests on a kink is that of one side, and only one that is done by
+    both derivatives at the same states is done: an attempt later a state may have been moved.
 
     Args:
       system: the recurrence.
       states: `[n, *leaf]`.
-      scale: their magnitudes; two limits of them are what a state may be off.
-      number: of the attempt.
+      scale: their magnitudes; two to four limits of them are what a state may be off. Elements move
+        by different amounts, or a kink where two of them are equal would stay where it is.
+      number: of the attempt, in which the sides take turns to be the first, that corrects.
       tol: as in `Settings`.
+
+    Returns:
+      The states, or, where the step holds kinks, two variants of them.
     """
     if not system.kinks:
-        return states
-    side = jnp.where(number % 2 == 0, 2.0, -2.0)
+        return (list(states),)
+    sizes = [math.prod(state.shape[1:]) for state in states]
+    firsts = itertools.accumulate([0, *sizes])
 
-    def one(state, size):
-        return state + (side * limit(state.dtype, tol) * size).astype(state.dtype)
+    def one(state, size, first, side):
+        share = _spread(first, math.prod(state.shape[1:])).reshape(state.shape[1:])
+        moved = side * limit(state.dtype, tol) * (2 + 2 * share) * size
+        return state + moved.astype(state.dtype)
 
-    return [one(*leaves) for leaves in zip(states, scale, strict=True)]
+    turn = jnp.where(number % 2 == 0, 1.0, -1.0)
+    rows = list(zip(states, scale, firsts, strict=False))
+    return tuple([one(*row, side) for row in rows] for side in (turn, -turn))
+
+
+def _spread(first: int, count: int) -> jax.Array:
+    """Numbers of `[0, 1)` for indices from `first` on, near ones far apart: golden sections."""
+    index = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(first % 2**32)
+    return (index * jnp.uint32(2654435769)).astype(jnp.float32) * 2.0**-32
 
 
 def magnitude(leaves: Leaves) -> list[jax.Array]:

@@ -21,8 +21,8 @@ class Attempt(NamedTuple):
     """One evaluation of all steps.
 
     Attributes:
-      exact: `[n]`, which of the values that were tried agree with their predecessors bit for bit;
-        a solver may leave out those whose correction is not `passing`.
+      exact: `[n]`, which of the values that were tried agree with their predecessors bit for bit.
+        Where corrections bound something, without those behind a gap: closing it moves them.
       passing: `[n]`, which have a next correction within what is allowed. None where corrections
         bound nothing.
       corrected: the values to try next.

@@ -10,7 +10,7 @@ and updates the whole trajectory:
 After k iterations the first k states are exact. Non-finite updates fall back to
 `F_t`, which keeps that guarantee when Newton overshoots. Newton is done when its next update is
 within rounding twice in a row: an update may cross a kink, or what is as good as one, and the
-second is taken behind it, on the other side of a kink that a state rests on (see `beside`). The
+second is taken behind it. Where a step holds kinks both sides must agree (see `beside`). The
 updates of the other two understate the error, so they only bring the states near, and a few
 iterations of Newton decide. Where those would need Jacobians that the solver is there to avoid, all
 states must agree with the step bit for bit.
@@ -180,12 +180,14 @@ def _solve(
             new, _ = correct(system, before, after, states, system.xs)
             return Attempt(exact(after, states), None, new)
         scale = scale_of(after)
-        if system.kinks:
-            near = sharded_time.preceding(axis, [jnp.abs(i) for i in init], scale)
-            before = beside(system, before, near, number, settings.tol)
-        new, bound = correct(system, before, after, states, system.xs)
-        within, agreeing = tested(after, states, bound, scale, tol)
-        return Attempt(agreeing, within, new)
+        near = sharded_time.preceding(axis, [jnp.abs(i) for i in init], scale)
+        sides = [
+            correct(system, at, after, states, system.xs)
+            for at in beside(system, before, near, number, settings.tol)
+        ]
+        tests = [tested(after, states, bound, scale, tol) for _, bound in sides]
+        within, agreeing = (functools.reduce(jnp.logical_and, t) for t in zip(*tests, strict=True))
+        return Attempt(agreeing, within, sides[0][0])
 
     def run(states: Leaves, correct: Callable, scale_of: Callable, tol, budget: int, **options):
         return iterate(

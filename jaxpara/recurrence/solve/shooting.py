@@ -16,8 +16,9 @@ them is returned and certified in turn, and open chunks are completed sequential
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -122,38 +123,61 @@ def shooting(
         deltas, corrected = _chain(system.groups, ends, matrices, starts, first, cap)
         return [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas], corrected
 
-    def attempt(starts: Leaves, number: jax.Array) -> Attempt:
-        lately = [jnp.abs(s) for s in starts]
-        lately = [jnp.maximum(a, jnp.roll(a, 1, axis=0)) for a in lately]
+    def attempt(values: Leaves, number: jax.Array) -> Attempt:
+        starts, lately = values[:leaves], values[leaves:]
         near = beside(system, starts, lately, number, settings.tol)
-        ends, peaks, matrices = _rollout_with_product(system, starts, near, xs, valid)
-        deltas, corrected = correct(ends, matrices, starts)
+        ends, peaks, products = _rollout_with_product(system, starts, near, xs, valid)
         scale = scales(before(peaks), before(ends), init)
-        agreed = exact(before(ends), starts)
-        if not system.certain:
-            return Attempt(agreed, None, corrected, [*deltas, *scale])
-        within, _ = tested(before(ends), starts, deltas, scale, settings.tol)
-        return Attempt(agreed, within, corrected, [*deltas, *scale, *matrices])
+        if lately:  # what a state may be off must be less than what it was moved by
+            allowed = [jnp.minimum(s, z) for s, z in zip(scale, lately, strict=True)]
+        else:
+            allowed = scale
+        deltas, corrected = correct(ends, products[0], starts)
+        agreed, within = agreeing(ends, starts), None
+        if system.certain:
+            sides = [deltas, *(correct(ends, p, starts)[0] for p in products[1:])]
+            within = proved(ends, starts, sides, allowed)
+        kept = [*deltas, *scale]
+        if system.certain:
+            kept += itertools.chain(*products)
+        return Attempt(agreed, within, [*corrected, *(scale if lately else [])], kept)
 
-    end = iterate(
-        attempt, starts, settings.max_iters, init, everywhere=everywhere, twice=system.kinks
-    )
-    starts = end.values
+    def proved(ends: Leaves, starts: Leaves, sides: list[Leaves], scale: Leaves) -> jax.Array:
+        """`[chunks]`, which corrections are within the limit, on all sides of the states."""
+        found = [tested(before(ends), starts, d, scale, settings.tol)[0] for d in sides]
+        return functools.reduce(jnp.logical_and, found)
+
+    def agreeing(ends: Leaves, starts: Leaves) -> jax.Array:
+        """`[chunks]`, which agree bit for bit, as do all before them.
+
+        Behind a gap agreement says nothing: where the gap is closed, ends and starts move.
+        """
+        same = exact(before(ends), starts)
+        if axis is None:
+            return jnp.cumprod(same.astype(jnp.int32)) == 1
+        return same & (everywhere(jnp.any(~same).astype(jnp.float32)) == 0)
+
     leaves = len(init)
-    errors, peaks, matrices = (
-        end.deltas[:leaves],
-        end.deltas[leaves : 2 * leaves],
-        end.deltas[2 * leaves :],
-    )
+    values = list(starts)
+    if system.kinks:
+        values += [jnp.maximum(jnp.abs(s), jnp.roll(jnp.abs(s), 1, axis=0)) for s in starts]
+    end = iterate(attempt, values, settings.max_iters, init, everywhere=everywhere)
+    starts = end.values[:leaves]
+    errors, peaks = end.deltas[:leaves], end.deltas[leaves : 2 * leaves]
+    products = end.deltas[2 * leaves :]
     rows, last, peaks, sound = _rollout(system, starts, errors, peaks, xs, valid, settings.tol)
     # The program that returns the states may round in another way than the one that was tested.
-    meets, worst = exact(before(last), starts), residual(before(last), starts)
+    meets, worst = agreeing(last, starts), residual(before(last), starts)
     if system.certain:
         # Nor is what a correction leaves of second order where it crossed a kink: gaps that are
         # small one by one add up over the chunks.
-        left, _ = correct(last, matrices, starts)
+        groups = len(system.groups)
+        sides = [
+            correct(last, products[i : i + groups], starts)[0]
+            for i in range(0, len(products), groups)
+        ]
         scale = scales(before(peaks), before(last), init)
-        meets |= tested(before(last), starts, left, scale, settings.tol)[0]
+        meets |= proved(last, starts, sides, scale)
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
     fails = ~(jnp.all(holds) & meets[0])
     done = end.done & (everywhere(fails.astype(jnp.float32)) == 0)
@@ -192,27 +216,36 @@ def _hold(valid, new, old):
     return new if valid is None else select(valid, new, old)
 
 
-def _rollout_with_product(system: System, starts: Leaves, near: Leaves, xs: Any, valid):
-    """Ends and peaks `[count, *leaf]` and Jacobian products `[count, K, K, N]` of all chunks.
+def _rollout_with_product(system: System, starts: Leaves, near: Sequence[Leaves], xs: Any, valid):
+    """Ends and peaks `[count, *leaf]` of all chunks, and products of their Jacobians.
 
-    The Jacobians are those of the chunks that start `near`: at the starts themselves, or `beside`.
+    The latter, `[count, K, K, N]` for each group, are of the chunks that start `near`: at the
+    starts themselves, or on each side of them, see `beside`.
     """
     count = starts[0].shape[0]
     unit = jacobian_products.basis(system.groups, [s[0] for s in starts])
-    unit = [jnp.broadcast_to(u, (count, *u.shape)) for u in unit]
+    unit = vary_like([jnp.broadcast_to(u, (count, *u.shape)) for u in unit], starts)
 
     def step(carry, inputs):
-        states, peaks, near, products = carry
+        states, peaks, sides = carry
         x, present = inputs
-        moved, pushed = jax.vmap(system.push)(near or states, x, products)
-        new = jax.vmap(system.step)(states, x)[0] if near else moved
-        new, products = _hold(present, new, states), _hold(present, pushed, products)
-        return (new, _higher(peaks, new), near and _hold(present, moved, near), products), None
+        push = jax.vmap(system.push)
+        moved = [push(at or states, x, products) for at, products in sides]
+        new = jax.vmap(system.step)(states, x)[0] if system.kinks else moved[0][0]
+        new = _hold(present, new, states)
+        sides = [
+            (at and _hold(present, then, at), _hold(present, pushed, products))
+            for (then, pushed), (at, products) in zip(moved, sides, strict=True)
+        ]
+        return (new, _higher(peaks, new), sides), None
 
-    near = list(near) if system.kinks else []
-    carry = (list(starts), [jnp.abs(s) for s in starts], near, vary_like(unit, starts))
-    (ends, peaks, _, products), _ = lax.scan(step, carry, (xs, valid))
-    matrices = jax.vmap(lambda *p: jacobian_products.gather_columns(system.groups, p))(*products)
+    sides = [(list(at) if system.kinks else [], unit) for at in near]
+    carry = (list(starts), [jnp.abs(s) for s in starts], sides)
+    (ends, peaks, sides), _ = lax.scan(step, carry, (xs, valid))
+    matrices = [
+        jax.vmap(lambda *p: jacobian_products.gather_columns(system.groups, p))(*products)
+        for _, products in sides
+    ]
     return ends, peaks, matrices
 
 

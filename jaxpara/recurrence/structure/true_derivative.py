@@ -146,7 +146,9 @@ def _cond(eqn: Any, ins: list[Link]) -> list[Link]:
 
 def _linear_solve(eqn: Any, ins: list[Link]) -> list[Link]:
     # Its derivative is that of the equation, whatever solves it.
-    return [_worst(ins)] * len(eqn.outvars)
+    matvec, given = eqn.params["jaxprs"].matvec, eqn.params["const_lengths"]
+    right = ins[sum(given) :]
+    return _fixpoint(lambda x: _flow(matvec, ins[: given.matvec] + x), right)
 
 
 _CONTROL = {
