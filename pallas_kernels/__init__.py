@@ -1,4 +1,4 @@
-"""Kernels, one folder an op, and the one place that picks an implementation of each.
+"""Kernels, one folder for each op, and the one place that picks an implementation.
 
 Imports JAX, NumPy and the standard library only: a kernel receives a cell as ready elementwise
 functions and walks no jaxpr.

@@ -1,7 +1,7 @@
 """`vmap` of a kernel over sequences: the new axis joins B, since all lanes are independent.
 
-A kernel called once a sequence would leave most of a device idle, and Mosaic GPU kernels have no
-batching rule at all.
+A kernel that is called once for each sequence would leave most of a device idle. Mosaic GPU kernels
+have no batching rule at all.
 """
 
 from collections.abc import Callable

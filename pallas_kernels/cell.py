@@ -2,7 +2,7 @@
 
 `jaxpara.recurrence.kernel.elementwise` prepares them from a traced step. Every function takes lists
 of arrays of one common shape, whatever that shape is (a tile of the kernel's own), computes in
-float32 and uses elementwise primitives alone, so that a kernel body may call it on values in
+float32 and uses only elementwise primitives, so that a kernel body may call it on values in
 registers. Values that the step keeps in a narrower type are rounded to it inside.
 """
 
@@ -28,7 +28,7 @@ class ElementwiseCell(NamedTuple):
         the states *before* the step; nothing is summed over lanes.
       pull_state: `(states, inputs, params, cotangents) -> d_states`, the first part of `pull`.
       using: from functions of one array, by the name of their primitive (`"tanh"`), to the same
-        cell made of them, for a backend that has better ones; None where it takes none.
+        cell made of them, for a backend with better functions; None where the cell takes none.
       rounds: `step` rounds new states to the dtype that the carry has; otherwise they are float32
         and rounded only where they are stored.
     """

@@ -28,11 +28,11 @@ a boundary adds up, and a guess that is constant in time has the residual of one
    by as much as they move, and behind a rounding, a cast or a rule of the user's own `d` means
    nothing.
 3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
-   counts by 2 alone.
-4. What does not count within the budget is completed step by step.
+   counts only by 2.
+4. Steps that do not count within the budget are completed one by one.
 
 The scale of an element is its largest magnitude over the last `WINDOW` ends, and at most `SLACK`
-times that over the last two: a fixed absolute limit would take anything for a small state, one
+times that over the last two. A fixed absolute limit would accept anything for a small state. One
 relative to the instant would refuse rounding at a zero crossing.
 """
 
@@ -58,7 +58,7 @@ def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
 
     Args:
       dtype: of the state; of several leaves, the coarsest.
-      tol: the user's own in the place of `FINE` ulp, or None.
+      tol: the user's own in place of `FINE` ulp, or None.
 
     Returns:
       `(accept, stalled)`: what counts in one pass, and what counts in two passes in a row. A `tol`

@@ -104,7 +104,7 @@ def choose(
       The name and the callable.
 
     Raises:
-      ValueError: a name that `implementations` does not have; the message lists those it has.
+      ValueError: an unknown name; the message lists the names of `implementations`.
       NoImplementation: none of the named ones runs on the platform; one reason for each.
     """
     refused: dict[str, Exception] = {}
@@ -139,7 +139,7 @@ def first_that_works(
       A callable of the implementations' own signature.
 
     Raises:
-      ValueError: a name that `implementations` does not have.
+      ValueError: an unknown name.
       NoImplementation: when called, if every implementation refused; it lists every reason.
     """
     names = _order(implementations, implementation, platform)

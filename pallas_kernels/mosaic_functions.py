@@ -1,10 +1,10 @@
 """Logistic and tanh in few instructions, for cells in Mosaic GPU kernels.
 
-What the compiler makes of `1 / (1 + exp(-x))` is 17 instructions, of `tanh` 16: most of them care
-for denormal numbers and for arguments that cannot occur here. Written on the GPU's own `ex2` and
-`rcp` they take 4 and 13, and are good to two or three units in the last place (the logistic of a
-large negative x to 8e-8 |x|, relatively). `rough` ones are good to 1e-3 in 3 and 1: enough to guess
-where chunks of time start, never for what is returned.
+The compiler makes 17 instructions of `1 / (1 + exp(-x))` and 16 of `tanh`. Most of them handle
+denormal numbers and arguments that cannot occur here. Written on the GPU's own `ex2` and `rcp` they
+take 4 and 13, and are good to two or three units in the last place (the logistic of a large
+negative x to 8e-8 |x|, relatively). The `rough` functions are good to 1e-3 in 3 and 1 instructions.
+They serve to guess where chunks of time start, never for what is returned.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ def exact(interpret: Any = None) -> Mapping[str, Callable[[jax.Array], jax.Array
 
     Args:
       interpret: not None in the simulator, which knows no instruction of a GPU; then the same
-        formulas stand on JAX's `exp2` and division.
+        formulas use JAX's `exp2` and division.
 
     Returns:
       `logistic` and `tanh`, to float32 rounding, and tanh's derivative given tanh.

@@ -87,7 +87,7 @@ def traffic(shape: Shape, leaves: Leaves, itemsize: int, which: str) -> int:
     Args:
       shape: T, B, D.
       leaves: of the recurrence.
-      itemsize: bytes of an entry as it is stored.
+      itemsize: bytes of an entry in storage.
       which: `forward`, `backward` or `forward_backward`.
 
     Returns:
@@ -100,7 +100,7 @@ def traffic(shape: Shape, leaves: Leaves, itemsize: int, which: str) -> int:
     backward = 2 * leaves.inputs - leaves.idle + 2 * leaves.states
     arrays = {"forward": forward, "backward": backward, "forward_backward": forward + backward}
     if which not in arrays:
-        raise ValueError(f"which={which!r} is no pass; expected one of {sorted(arrays)}.")
+        raise ValueError(f"which={which!r} is not a pass; expected one of {sorted(arrays)}.")
     return arrays[which] * elements(shape) * itemsize
 
 
@@ -110,7 +110,7 @@ def footprint(shape: Shape, leaves: Leaves, itemsize: int, which: str) -> int:
     Args:
       shape: T, B, D.
       leaves: of the recurrence.
-      itemsize: bytes of an entry as it is stored.
+      itemsize: bytes of an entry in storage.
       which: a pass.
 
     Returns:

@@ -77,8 +77,8 @@ def forward(
         bounds the error. Otherwise, and where the step rounds its states, a window counts as
         solved when its chunks meet bit for bit.
       reverse: from the last step to the first.
-      affine: the step is affine in the state: one correction is exact but for rounding, and is
-        judged like others; no second is made.
+      affine: the step is affine in the state. One correction is exact but for rounding, and is
+        judged like others; there is no second correction.
       chunks: of a window, rolled out side by side; None lets the kernel choose.
       window: steps that are solved together; None lets the kernel choose.
       implementation: `"mosaic_gpu"`, `"mosaic_tpu"`, `"xla"` (`lax.scan`), several in order, or
@@ -86,7 +86,7 @@ def forward(
         run a kernel's body on any platform, slowly, for tests.
 
     Returns:
-      What `Solved` says.
+      A `Solved`.
 
     Raises:
       NoImplementation: none takes the call; it lists every reason.
@@ -122,7 +122,7 @@ def backward(
       cotangents: of the states, `[T, B, D]` each.
 
     Returns:
-      What `Gradients` says; `params` are not summed over B.
+      A `Gradients`; its `params` are not summed over B.
 
     Raises:
       NoImplementation: none takes the call; it lists every reason.

@@ -8,9 +8,9 @@ of their Jacobians along; then every end `e[c]` is compared with the next start,
     s'[c+1] = e[c] + P[c] (s'[c] - s[c])
 
 corrects the starts, over C rows in shared memory, until the next correction would be rounding (see
-`certificate`). The rollout that passed is what lies in device memory; a window that `max_iters`
-passes leave open is walked step by step. Inputs come into
-shared memory once, by the copy engine, the next window's while this one is solved.
+`certificate`). The rollout that passed is in device memory. A window that `max_iters` passes leave
+open is walked step by step. The copy engine brings inputs into shared memory once, those of the
+next window while this one is solved.
 """
 
 from collections.abc import Sequence

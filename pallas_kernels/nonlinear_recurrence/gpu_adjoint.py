@@ -1,11 +1,11 @@
 """What a block of threads does in the backward kernel: windows of the adjoint, last step first.
 
-Tiles `[C / warpgroups, block]` live in registers and every warpgroup runs its own chunks. What goes
-from chunk to chunk is done on rows by warpgroup 0 alone, whose four warps all do the same and write
-the same values; it reads and writes different buffers, so that no warp reads what another one has
+Tiles `[C / warpgroups, block]` live in registers and every warpgroup runs its own chunks. Only
+warpgroup 0 goes from chunk to chunk, on rows. Its four warps all do the same and write the same
+values; it reads and writes different buffers, so that no warp reads what another one has
 already replaced.
 
-A `sync` stands wherever one thread reads what another one wrote, or writes over what another one
+There is a `sync` wherever one thread reads what another one wrote, or writes over what another one
 reads: simulated without any one of them, the kernel races or is wrong. The simulator knows nothing
 of warps, nor of the copy engine's own order (`commit_smem`, `wait_smem_to_gmem`).
 """

@@ -1,4 +1,4 @@
-"""The vjp of a nonlinear recurrence in one Mosaic GPU kernel: nothing is saved but the states.
+"""The vjp of a nonlinear recurrence in one Mosaic GPU kernel: only the states are saved.
 
 The adjoint of `h_t = f(h_{t-1}, x_t, p)` is a linear recurrence that runs the other way,
 
@@ -8,11 +8,11 @@ with g the states' cotangents and J recomputed at the stored `h_{t-1}`. A block 
 sequence and 16 or 32 channels and walks windows of time from the last step to the first. In a
 window, C chunks of L steps run side by side, an entry of a tile `[C, channels]` each:
 
-1. every chunk alone, from its last step: the adjoint that leaves it when none enters, and the
+1. every chunk by itself, from its last step: the adjoint that leaves it when none enters, and the
    product of its J^T, column by column (`pull_state`);
 2. one warpgroup goes from chunk to chunk: what enters each. A product that overflowed makes that
    non-finite; then the warpgroup takes the window's steps one after the other instead, which is
-   backpropagation as it stands;
+   plain backpropagation;
 3. every chunk again, from what really enters it, with the whole vjp (`pull`). Inputs' cotangents
    take the inputs' place in shared memory; parameters' stay in registers to the end.
 
@@ -95,7 +95,7 @@ def choose(
         length = _up(-(-window // chunks), _UNIT)
     else:
         lengths = [n for n in range(_LONGEST, 0, -_UNIT) if fits(chunks, n)] or [_UNIT]
-        # At least two windows, so that copies of one go on beside the other; and a length that
+        # At least two windows, so that copies of one run beside the other; and a length that
         # divides T if one does, for padding copies every array.
         lengths = [n for n in lengths if 2 * n * chunks <= steps] or [_UNIT]
         length = next((n for n in lengths if steps % n == 0), lengths[0])

@@ -18,8 +18,8 @@ class Block(NamedTuple):
 
     Attributes:
       cell, plan, max_iters, reverse: as the op was given them.
-      limits: of a correction in one pass, and in two in a row; zeros for bitwise agreement alone.
-      rough: the cell to about 1e-3, for first guesses; None where there is none.
+      limits: of a correction in one pass, and in two in a row; zeros for bitwise agreement only.
+      rough: the cell to about 1e-3, for first guesses; None where the cell has no such form.
       unroll: steps of a rollout that are unrolled where it divides the chunk's length.
       steps: T where the last window is padded, else None.
       dtypes: of the states.

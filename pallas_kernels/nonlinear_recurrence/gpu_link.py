@@ -1,8 +1,8 @@
 """From chunk to chunk of a window on Mosaic GPU: the starts corrected, and the window judged.
 
-The chunks' order is sequential work on rows, done by warpgroup 0 alone, whose four warps all do the
-same: they write the same values, and no warp reads a row that another one might not have written
-yet, because the corrected starts go into a second buffer.
+The chunks' order is sequential work on rows. Only warpgroup 0 does it, and its four warps all do
+the same: they write the same values, and no warp reads a row that another one might not have
+written yet, because the corrected starts go into a second buffer.
 """
 
 import functools

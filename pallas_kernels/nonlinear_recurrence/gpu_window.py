@@ -1,7 +1,7 @@
 """One window of multiple shooting on Mosaic GPU: rollouts, passes until it is solved, the walk.
 
 Tiles `[C / warpgroups, block]` live in registers and every warpgroup rolls its own chunks out.
-What concerns the chunks' order (`gpu_link`, the walk) is done on rows by warpgroup 0 alone.
+Only warpgroup 0 does what concerns the chunks' order (`gpu_link`, the walk), on rows.
 
 Functions of this file that hold a `sync` are called by all warpgroups, the others by any.
 """

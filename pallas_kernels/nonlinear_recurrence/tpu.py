@@ -4,9 +4,9 @@ Windows of time run one after the other with the exact state between them. In a 
 advance side by side from guessed starts through the true step, and carry the product P of their
 Jacobians; the starts are corrected in delta form, `s'[c+1] = e[c] + P[c] (s'[c] - s[c])`, until
 the next correction would be rounding (see `certificate`). Every pass writes the states that it
-computes, so that the pass which is confirmed is the answer; what a budget leaves open is completed
-step by step. Each lane (one element of the batch, one channel) is a system of its own: it stops,
-counts, is capped and is completed by itself, so that its states never depend on its neighbours.
+computes, so the pass that is confirmed is the answer. Steps that the budget leaves open are
+completed one by one. Each lane (one element of the batch, one channel) is a system of its own: it
+stops, counts, is capped and is completed by itself, so its states never depend on its neighbours.
 [shooting] [pararnn]
 """
 
@@ -241,8 +241,8 @@ def _kernel(cell, plan, limits, budget, affine, refs):
 def _link(plan, limits, starts, ends, products, before):
     """Tests the boundaries, and leaves each chunk's corrected successor in the place of its end.
 
-    In that of the last one stands what the next window starts from: what a window leaves within the
-    limit of its own states would stay for good where they were large and are no more.
+    The place of the last one gets the start of the next window. That start is corrected once more:
+    an error within the limit of a window's own states would remain where they are no longer large.
 
     Returns:
       Four rows: 1.0 where every end is the next start; where every correction is within the first

@@ -91,7 +91,7 @@ def quantised_dot(
       offset: as the scale, or None.
       bits: of the integers.
       precision: of the product, as for `jnp.matmul`.
-      dtype: of the weight that the integers stand for; None: that of the scale.
+      dtype: of the weight that the integers represent; None: that of the scale.
       implementation: `"mosaic_gpu"`, `"mosaic_tpu"`, `"xla"`, or names in order; None: the
         best for the platform.
 
@@ -99,7 +99,7 @@ def quantised_dot(
       `[m, columns]` in `x`'s dtype or float32, whichever is wider.
 
     Raises:
-      ValueError: an implementation that there is not.
+      ValueError: an unknown implementation.
       NoImplementation: the implementations that were named cannot take the call.
     """
     known = {

@@ -1,4 +1,4 @@
-"""A matmul with integer weights in one Mosaic GPU kernel for Hopper: bytes are all that is read.
+"""A matmul with integer weights in one Mosaic GPU kernel for Hopper: only bytes are read.
 
 A warpgroup owns a tile of the result. Blocks of bytes are copied to shared memory a step ahead,
 converted in registers, written back as a block of `x`'s dtype, and multiplied on the tensor cores;
@@ -38,7 +38,7 @@ def quantised_dot(
 
     Args:
       x, values, scale, offset, bits: as for `reference.quantised_dot`.
-      precision: not looked at; it is there for `reference.quantised_dot`'s sake.
+      precision: not used; it is there for the sake of `reference.quantised_dot`.
       interpret: None, or the parameters of Mosaic GPU's simulator.
 
     Returns:

@@ -1,7 +1,7 @@
 """Small integers in bytes: four of two bits, two of four bits, four of six bits in three bytes.
 
-What is packed together lies a half or a quarter of the rows apart, not side by side: a block of
-bytes then unpacks to blocks of consecutive rows, without interleaving.
+Integers that are packed together are a half or a quarter of the rows apart, not side by side. A
+block of bytes then unpacks to blocks of consecutive rows, without interleaving.
 """
 
 import jax

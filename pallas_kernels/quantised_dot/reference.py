@@ -1,4 +1,4 @@
-"""A matmul with integer weights as XLA does it; what the kernels are held against."""
+"""A matmul with integer weights as XLA does it: what the kernels must equal."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def quantised_dot(
       offset: as the scale, or None.
       bits: of the integers.
       precision: of the product, as for `jnp.matmul`.
-      dtype: of the weight that the integers stand for; None: that of the scale. Where the weight
+      dtype: of the weight that the integers represent; None: that of the scale. Where the weight
         is built, it is not rounded to less than that.
 
     Returns:
@@ -85,7 +85,7 @@ def integer_dot(
 
     Args:
       x: int8 `[m, rows]`.
-      x_scale: `[m, groups]`: `x` stands for `x * x_scale`.
+      x_scale: `[m, groups]`: `x` represents `x * x_scale`.
       values, scale, offset, bits: as for `quantised_dot`.
 
     Returns:

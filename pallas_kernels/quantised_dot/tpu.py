@@ -1,4 +1,4 @@
-"""A matmul with integer weights in one Mosaic TPU kernel: what is read from memory are the bytes.
+"""A matmul with integer weights in one Mosaic TPU kernel: only the bytes are read from memory.
 
 A block of weights is unpacked, converted and multiplied in VMEM; the scale of its group is applied
 to the product of the block, in float32. Two integers of a byte lie half of the rows apart, so
@@ -33,7 +33,7 @@ def quantised_dot(
 
     Args:
       x, values, scale, offset, bits: as for `reference.quantised_dot`.
-      precision: not looked at; it is there for `reference.quantised_dot`'s sake.
+      precision: not used; it is there for the sake of `reference.quantised_dot`.
       interpret: as for `pl.pallas_call`.
 
     Returns:

@@ -59,7 +59,7 @@ def test_the_floor_counts_every_array_once_and_the_grid_is_the_issues():
     assert traffic(shape, gru, 4, "forward_backward") == footprint(
         shape, gru, 4, "forward_backward"
     ) + footprint(shape, gru, 4, "forward")
-    with pytest.raises(ValueError, match="which='sideways' is no pass"):
+    with pytest.raises(ValueError, match="which='sideways' is not a pass"):
         traffic(shape, gru, 4, "sideways")
     assert len(GRID) == len(set(GRID)) == 5 * 3 * 3
 
