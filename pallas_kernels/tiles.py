@@ -3,8 +3,8 @@
 An array `[T, B, D]` is taken in blocks of a window of time by `rows` batch elements by `lanes`
 channels, as it lies in memory: no transposed, shifted or padded copy. A window holds `chunks` runs
 of `length` steps. One step of all its chunks is a tile `[chunks, rows, lanes]`, stacked from one
-register tile a chunk. Blocks that reach beyond the array hold garbage there: `Plan.exists` drops the
-results of a step beyond T, and lanes beyond B or D never decide anything (`inside`).
+register tile a chunk. Blocks that reach beyond the array hold garbage there: `Plan.exists` drops
+the results of a step beyond T, and lanes beyond B or D never decide anything (`inside`).
 """
 
 import functools
