@@ -12,6 +12,7 @@ from experiments.run.checks import check_settings
 from experiments.run.claim import claimed
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.memory import check_step
+from experiments.run.opening import opened
 from experiments.run.resuming import check_overrides, resume_arguments
 from experiments.run.settings import make_settings
 from experiments.run.stopping import pass_on
@@ -62,8 +63,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
         folders.reopen_run(folder)
     else:
         folders.check_inert(values, "the config")
-        held.enter_context(claimed(folder))
-        folders.open_run(folder, cfg)
+        held.enter_context(opened(folder, cfg))
     result = train(
         parts.task,
         optimizer=parts.optimizer,

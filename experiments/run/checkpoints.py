@@ -303,7 +303,7 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
 
     Raises:
       Damaged: something in it is not what was saved.
-      ValueError: what is on disk has another structure or other shapes.
+      Unlike: what is on disk has another structure or other shapes.
     """
     rest = jax.eval_shape(_rest, like)
     placed = rest | {"opt_state": like.opt_state, "step": like.step}
@@ -337,7 +337,7 @@ def restore_newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
 
     Raises:
       Damaged: none is whole.
-      ValueError: what is on disk has another structure or other shapes.
+      Unlike: what is on disk has another structure or other shapes.
     """
     return seals.first_whole(steps(folder)[::-1], lambda step: restore(folder, step, like))
 
@@ -357,7 +357,7 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
 
     Raises:
       RunError: the run has no checkpoint, or none that is whole.
-      ValueError: what is on disk has another structure or other shapes.
+      Unlike: what is on disk has another structure or other shapes.
     """
     order = steps(folder)[::-1]
     if not order:

@@ -134,12 +134,13 @@ def instead(value: Any, rule: Rule) -> str:
     return f"{top if usable and value > 0 else rule.low:g}"
 
 
-def settings_of(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def settings_of(node: DictConfig, prefix: str = "", command: str = "") -> Iterator[tuple[str, Any]]:
     """The settings of a config that a person can override: what is no reference to another one.
 
     Args:
       node: composed.
       prefix: the path to it.
+      command: whose config it is; its own rules say which settings are mappings.
 
     Yields:
       Path and plain value; objects and groups are entered.
@@ -153,11 +154,15 @@ def settings_of(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]
             continue
         value = node[key]
         if isinstance(value, DictConfig):
-            yield from settings_of(value, f"{path}.")
+            rule = None if "_target_" in value else rule_for(path, command)
+            if rule is None or rule.kind in ("section", "any"):
+                yield from settings_of(value, f"{path}.", command)
+            else:  # a mapping where a number or a text belongs
+                yield path, OmegaConf.to_container(value, resolve=False)
         elif isinstance(value, ListConfig):
             inner = dict(_objects_in(value, path))
             for place, item in inner.items():
-                yield from settings_of(item, f"{place}.")
+                yield from settings_of(item, f"{place}.", command)
             if ours and not inner:
                 yield path, OmegaConf.to_container(value, resolve=True)
         elif ours:
@@ -185,7 +190,7 @@ def check_settings(cfg: DictConfig, command: str = "") -> None:
     Raises:
       RunError: what was given, what was expected, what to type.
     """
-    for key, value in settings_of(cfg):
+    for key, value in settings_of(cfg, command=command):
         rule = rule_for(key, command)
         if rule is None or fits(value, rule):
             if rule is not None and rule.kind in ("text", "words"):

@@ -15,6 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import args as items
 
+from experiments.run.folders import CONFIG, RunError
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
@@ -62,6 +64,10 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class Unlike(RunError, ValueError):
+    """What was saved is of another model or optimiser than what is to be read."""
+
+
 def read_items(path: Path, **what: Any) -> Any:
     """Reads items of a folder that Orbax wrote.
 
@@ -73,10 +79,17 @@ def read_items(path: Path, **what: Any) -> Any:
       The items by name.
 
     Raises:
-      ValueError: what is on disk has another structure or other shapes.
+      Unlike: what is on disk has another structure or other shapes.
     """
     with by_plain_name(path) as place, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        return reader.restore(place, items.Composite(**what))
+        try:
+            return reader.restore(place, items.Composite(**what))
+        except ValueError as error:
+            said = " ".join(str(error).split())[:200]
+            raise Unlike(
+                f"{path} does not fit what {CONFIG} beside it describes, or is damaged: {said};\n"
+                f"put back the {CONFIG} that the run was begun with, or give another run"
+            ) from error
 
 
 def target(like: Any) -> Any:

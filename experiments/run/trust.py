@@ -195,9 +195,10 @@ def check_place(folder: Path) -> None:
     for place, inner, files in os.walk(folder):
         for path in (Path(place) / name for name in (*inner, *files)):
             if path.is_symlink() and not _is_ours(str(path), folder):
+                there = os.path.realpath(path)  # of a link to itself its own name
                 raise RunError(
-                    f"{path} is a link to {path.resolve()}, which is not in the run's folder: "
-                    f"replace it by what it points to, or give {TRUST}={path.resolve()}"
+                    f"{path} is a link to {there}, which is not in the run's folder: "
+                    f"replace it by what it points to, or give {TRUST}={there}"
                 )
 
 
@@ -284,7 +285,11 @@ def _is_inside(value: str, folder: Path) -> bool:
     """Whether a path, a folder or a glob leads nowhere but into a folder."""
     if "://" in value or "\0" in value:
         return False
-    return Path(value).expanduser().resolve().is_relative_to(folder.expanduser().resolve())
+    try:
+        whole = Path(value).expanduser().resolve()
+    except (RuntimeError, OSError):  # a link that leads back to itself, or nobody's home
+        return False
+    return whole.is_relative_to(folder.expanduser().resolve())
 
 
 def _is_ours(value: str, folder: Path) -> bool:

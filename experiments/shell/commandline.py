@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import records, trust
 from experiments.run.checks import check_settings
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
+from experiments.shell.overrides import misread
 
 _short = contextvars.ContextVar("short", default=False)  # whether errors end as lines
 
@@ -122,8 +125,8 @@ def launch(main: Callable[[], Any]) -> Any:
         text = explain(error)
         if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
             text = str(error)
-        if isinstance(error, ValueError) and "Config group override" in str(error):
-            text = "a group takes the name of a member, GROUP=NAME; --help lists groups and members"
+        if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
+            text = misread(sys.argv[1:]) or text  # Hydra does not say which argument it was
         if text is None or before == "1":
             raise
         sys.stdout.flush()

@@ -12,6 +12,9 @@ import yaml
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
+    ConfigAttributeError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
     InterpolationToMissingValueError,
     MissingMandatoryValue,
     OmegaConfBaseException,
@@ -38,6 +41,9 @@ def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
     text = _text_of(error, cfg)
     if text is None:
         return None
+    if isinstance(error, InterpolationResolutionError):  # it names the reader, not the origin
+        typed = [argument for argument in sys.argv[1:] if "${" in argument]
+        text = ": ".join([" ".join(typed), text]) if typed else text
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[:LINES])
 
@@ -58,6 +64,8 @@ def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
         # A task reads the data and the model where they stand in groups of their own.
         name = re.sub(r"^task\.(data|model)\.", r"\1.", name)
         return f"{name} must be given: {name}=VALUE on the command line"
+    if isinstance(error, InterpolationKeyError | ConfigAttributeError):
+        return _of_absence(error)
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         return _of_config(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -132,6 +140,18 @@ def _of_config(error: BaseException) -> str:
     return (f"{key}: " if key else "") + "\n".join(kept[:LINES])
 
 
+def _of_absence(error: OmegaConfBaseException) -> str:
+    """A setting or group that another one, or the command, reads and that is not there."""
+    key = str(error.full_key or error.key)
+    referred = re.search(r"Interpolation key '([^']+)' not found", str(error))
+    name = referred[1] if referred else key
+    reader = key if referred else "this command"
+    return (
+        f"{name}: {reader} reads it, and it is not there;\n"
+        f"leave ~{name} out if that is what you typed, or give +{name}=VALUE"
+    )
+
+
 def typed_key(cfg: DictConfig | None, key: str) -> str:
     """The key by which a node is overridden: `model` where `task.model` is `${model}`.
 
@@ -178,8 +198,15 @@ def _of_target(error: InstantiationException, cfg: DictConfig | None) -> str | N
         path = str(node.path) if isinstance(node, DictConfig) and "path" in node else ""
         if path and not isinstance(cause, RunError):
             return _of_name(f"{key}.path", path)
-    if located := re.match(r"Error locating target '([^']+)'", str(error)):
+    if located := re.match(r"Error locating target '([^']*)'", str(error)):
         return _of_name(f"{key}._target_", located[1])
+    if located := re.match(r"Target '([^']*)' is blocklisted", str(error)):
+        return (
+            f"{key}._target_={located[1]}: Hydra calls no function that runs other programs or "
+            f"code; give one that builds the object, as --cfg job shows for {key}"
+        )
+    if located := re.match(r"Expected a callable target, got '?([^']*)'", str(error)):
+        return f"{key}._target_={located[1]}: expected the dotted name of a function or a class"
     if isinstance(cause, ValueError | OSError):
         text = str(cause)
         name = re.match(r"(\w+)=", text)
@@ -188,7 +215,7 @@ def _of_target(error: InstantiationException, cfg: DictConfig | None) -> str | N
             return f"{key}.{text}\nchange it with {key}.{name[1]}=VALUE"
         return text if text.startswith(f"{key}.") else f"{key}: {text}"
     if cause is None or isinstance(cause, ImportError | AttributeError | InstantiationException):
-        return f"{key}: {str(error).splitlines()[0]}"
+        return f"{key}: {' '.join(str(error).splitlines()[:2])}"
     return None
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from jaxpara.nn.layers import linear
 from jaxpara.nn.mixers import Mixer
+from jaxpara.sizes import positive
 from jaxpara.types import AnyArray, Model
 
 
@@ -40,8 +41,12 @@ def bottleneck(
       `init(key) -> {"down": {"kernel"}, "up": {"kernel"}}`, with `bias` beside each kernel if there
       are biases, and `apply(params, x[..., features])`.
 
+    Raises:
+      ValueError: if a size is not positive.
+
     References: [houlsby].
     """
+    positive(features=features, outputs=outputs, hidden=hidden)
     down, up = linear(features, hidden), linear(hidden, outputs, scale=0.0)
 
     def init(key):
@@ -131,11 +136,12 @@ def adapted_mlp(
       `(mlp, width) -> Model` with parameters `{"layer", "adapter"}`.
 
     Raises:
-      ValueError: `reads` is neither.
+      ValueError: `reads` is neither, or `hidden` is not positive.
 
     References: [unified_adapters], [houlsby].
     """
     _check_reads(reads)
+    positive(hidden=hidden)
     around = parallel_adapter if reads == "input" else sequential_adapter
 
     def make(mlp: Model, width: int) -> Model:
@@ -170,11 +176,12 @@ def adapted_mixer(
       A function from the decoder's width to a `Mixer` with parameters `{"layer", "adapter"}`.
 
     Raises:
-      ValueError: `reads` is neither.
+      ValueError: `reads` is neither, or `hidden` is not positive.
 
     References: [unified_adapters], [houlsby].
     """
     _check_reads(reads)
+    positive(hidden=hidden)
 
     def make(width: int) -> Mixer:
         layer = mixer(width)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpara.nn.layers import linear
+from jaxpara.sizes import needed, positive
 from jaxpara.types import AnyArray
 
 
@@ -89,12 +90,13 @@ def rotary_attention(
       because their number is not known while tracing.
 
     Raises:
-      ValueError: if the width does not split into heads of even size or the prefix is negative;
-        from `run`, if a single call is longer than `max_length`.
+      ValueError: if a size is not positive, the width does not split into heads of even size, or
+        the prefix is negative; from `run`, if a single call is longer than `max_length`.
 
     References: [rope], [prefix_tuning].
     """
-    if prefix < 0:
+    positive(width=width, heads=heads)
+    if needed(prefix=prefix) < 0:
         raise ValueError(f"prefix={prefix}: give the number of trained keys and values, 0 or more")
     if width % (2 * heads):
         raise ValueError(

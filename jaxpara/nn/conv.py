@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxpara.nn.mixers import Mixer
+from jaxpara.sizes import positive
 
 
 def short_conv(width: int, *, taps: int = 4) -> Mixer:
@@ -19,12 +20,11 @@ def short_conv(width: int, *, taps: int = 4) -> Mixer:
       true, the inputs before it count as zero.
 
     Raises:
-      ValueError: if `taps` is not positive.
+      ValueError: if a size is not positive.
 
     References: [mamba].
     """
-    if taps < 1:
-        raise ValueError(f"taps={taps} must be at least 1 (1 only scales each channel)")
+    positive(width=width, taps=taps)
 
     def init(key):
         return {"taps": jax.random.normal(key, (taps, width), jnp.float32) * taps**-0.5}

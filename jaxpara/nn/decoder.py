@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from jaxpara.nn.conv import short_conv
 from jaxpara.nn.layers import embedding, linear, rms_norm, swiglu
 from jaxpara.nn.mixers import Mixer
+from jaxpara.sizes import positive
 from jaxpara.types import AnyArray, Model
 
 MakeMixer = Callable[[int], Mixer]
@@ -43,8 +44,12 @@ def block(
     Returns:
       A `Mixer` from width to width, whose state is `{"conv", "mixer"}`.
 
+    Raises:
+      ValueError: if a size is not positive.
+
     References: [prenorm], [swiglu].
     """
+    positive(width=width, mlp_hidden=mlp_hidden, conv_taps=conv_taps, depth=depth)
     norm, conv, mix = rms_norm(width), short_conv(width, taps=conv_taps), mixer(width)
     small = (2 * depth) ** -0.5
     gate, out = linear(width, mix.outputs), linear(mix.outputs, width, scale=small)
@@ -125,9 +130,7 @@ def decoder(
         length; from the functions, if tokens are not integers `[batch, time]`, or the
         parameters embed another vocabulary.
     """
-    for name, value in {"vocab_size": vocab_size, "width": width, "layers": layers}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be positive")
+    positive(vocab_size=vocab_size, width=width, layers=layers, conv_taps=conv_taps)
     pattern = (mixer,) if callable(mixer) else tuple(mixer)
     if not pattern or layers % len(pattern):
         raise ValueError(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from jaxpara.sizes import positive
 from jaxpara.types import AnyArray, Model
 
 
@@ -21,7 +22,11 @@ def linear(features: int, outputs: int, *, scale: float = 1.0) -> Model:
 
     Returns:
       `init(key) -> {"kernel"}` and `apply(params, x[..., features]) -> y[..., outputs]`.
+
+    Raises:
+      ValueError: if a size is not positive.
     """
+    positive(features=features, outputs=outputs)
 
     def init(key):
         kernel = jax.random.normal(key, (features, outputs), jnp.float32)
@@ -47,8 +52,10 @@ def embedding(vocab_size: int, width: int, *, scale: float = 1.0) -> Model:
       `init(key) -> {"table"}` and `apply(params, tokens[...]) -> y[..., width]`, float32.
 
     Raises:
-      ValueError: from `apply`, if tokens are not integers or the table has other rows.
+      ValueError: if a size is not positive; from `apply`, if tokens are not integers or the table
+        has other rows.
     """
+    positive(vocab_size=vocab_size, width=width)
 
     def init(key):
         return {"table": scale * jax.random.normal(key, (vocab_size, width), jnp.float32)}
@@ -82,8 +89,12 @@ def rms_norm(width: int, *, epsilon: float = 1e-6) -> Model:
     Returns:
       `init(key) -> {"scale"}` and `apply(params, x[..., width])` of the shape and dtype of x.
 
+    Raises:
+      ValueError: if the width is not positive.
+
     References: [rmsnorm].
     """
+    positive(width=width)
 
     def init(key):
         del key
@@ -109,8 +120,12 @@ def swiglu(width: int, hidden: int, *, scale: float = 1.0) -> Model:
       `init(key) -> {"up": {"kernel"}, "down": {"kernel"}}`, where `up` holds gate and up
       matrices side by side, and `apply(params, x[..., width])`.
 
+    Raises:
+      ValueError: if a size is not positive.
+
     References: [swiglu].
     """
+    positive(width=width, hidden=hidden)
     up, down = linear(width, 2 * hidden), linear(hidden, width, scale=scale)
 
     def init(key):

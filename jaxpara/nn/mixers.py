@@ -55,7 +55,12 @@ def recurrent(
     References: [pararnn].
     """
     scan = partial(newton_scan, solver=solver, derivative="reverse")
-    return lambda width: _from_cell(cell(width, hidden or width, **options), hidden or width, scan)
+
+    def make(width: int) -> Mixer:
+        units = width if hidden is None else hidden
+        return _from_cell(cell(width, units, **options), units, scan)
+
+    return make
 
 
 def _from_cell(cell: Cell, outputs: int, scan: Callable[..., Any]) -> Mixer:

@@ -7,6 +7,7 @@ from jaxpara.recurrence.solve import records
 from jaxpara.recurrence.solve.linear_recurrences import METHODS
 from jaxpara.recurrence.structure.proof import Block, Dense, Diagonal, Structure, Unchecked
 from jaxpara.recurrence.system import Settings, Solver
+from jaxpara.sizes import positive, whole
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 IMPLEMENTATIONS = (
@@ -19,15 +20,16 @@ IMPLEMENTATIONS = (
 
 
 def _positive(value) -> bool:
-    return isinstance(value, numbers.Real) and float(value) > 0
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and float(value) > 0
 
 
 def _settings(**given) -> Settings:
-    settings = Settings(**given)
-    for name in ("chunks", "window", "max_iters"):
-        value, optional = getattr(settings, name), name != "max_iters"
-        if not (value is None and optional) and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}; expected a positive integer")
+    sizes = {name: given[name] for name in ("chunks", "window", "max_iters") if name in given}
+    for name, value in sizes.items():
+        if value is not None or name == "max_iters":
+            positive(**{name: value})
+    settings = Settings(**{**given, **{name: whole(**{name: n}) for name, n in sizes.items()}})
     if not isinstance(settings.axis, str | None):
         raise TypeError(
             f"axis is {settings.axis!r}; expected the name of a mesh axis, such as 'time', or None"

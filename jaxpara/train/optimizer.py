@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import optax
 
+from jaxpara.sizes import finite, positive
 from jaxpara.types import Params
 
 
@@ -48,12 +49,12 @@ def schedule(
       `step number -> learning rate`.
 
     Raises:
-      ValueError: if `steps` is not positive, or a fraction is not in [0, 1].
+      ValueError: if `steps` is not positive, the rate not finite, or a fraction not in [0, 1].
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be positive")
+    positive(steps=steps)
+    learning_rate = finite(learning_rate=learning_rate)
     for name, value in {"warmup": warmup, "floor": floor}.items():
-        if not 0 <= value <= 1:
+        if not 0 <= finite(**{name: value}) <= 1:
             raise ValueError(f"{name}={value} is a fraction: give a number from 0 to 1")
     rising = max(round(warmup * steps), 1)
     return optax.warmup_cosine_decay_schedule(
@@ -95,7 +96,7 @@ def optimizer(
       An optax transformation.
 
     Raises:
-      ValueError: if `steps`, a fraction, or `clip` is out of range.
+      ValueError: if `steps`, the rate, a fraction, or `clip` is out of range.
 
     References: [adamw].
     """

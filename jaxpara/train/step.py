@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpara.sizes import positive
 from jaxpara.tree import combine, split
 from jaxpara.types import Key, Loss, Model, Params, Step, TrainState
 
@@ -73,8 +74,7 @@ def make_step(
     Raises:
       ValueError: if `accumulate` is not positive; from the step, if it does not divide a batch.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be at least 1")
+    positive(accumulate=accumulate)
 
     def gradient(params, frozen, batch, key):
         def whole(train, batch, key):

@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 
+from jaxpara.sizes import whole
 from jaxpara.tree import Where
 from jaxpara.weights.factors import Factors, Term
 from jaxpara.weights.method import additive
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import whole
 from jaxpara.weights.weight import shape_of
 
 

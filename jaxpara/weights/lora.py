@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpara.sizes import finite, needed
 from jaxpara.tree import Where
 from jaxpara.weights.factors import Factors, Term
 from jaxpara.weights.method import additive
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import finite, needed
 from jaxpara.weights.weight import shape_of
 
 

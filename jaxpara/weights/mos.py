@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpara.sizes import finite, needed
 from jaxpara.tree import Where
 from jaxpara.weights.factors import Factors, Term
 from jaxpara.weights.method import Method, additive
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import finite, needed
 from jaxpara.weights.weight import Weight, shape_of
 
 

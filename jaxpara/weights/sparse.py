@@ -8,11 +8,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
+from jaxpara.sizes import finite, needed
 from jaxpara.tree import Where
 from jaxpara.types import AnyArray
 from jaxpara.weights.method import computed
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import needed
 from jaxpara.weights.weight import dense, shape_of
 
 
@@ -119,12 +119,12 @@ def _leading(settings: _Settings, ndim: int):
 
 
 def _checked(n: int, m: int, decay: float = 0.0) -> _Settings:
-    n, m = needed(n=n), needed(m=m)
+    n, m, decay = needed(n=n), needed(m=m), finite(decay=decay)
     if not 1 <= n <= m:
         raise ValueError(f"n={n}, m={m}: of each group of m weights n remain, with 1 <= n <= m")
     if decay < 0:
         raise ValueError(f"decay={decay}: give zero or more")
-    return _Settings(n, m, float(decay))
+    return _Settings(n, m, decay)
 
 
 def sparse_nm(*, n: int = 2, m: int = 4, decay: float = 2e-4, where: Where = None) -> Reparam:

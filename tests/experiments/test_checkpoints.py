@@ -181,8 +181,12 @@ def test_a_folder_without_a_checkpoint_is_said_to_have_none(tmp_path):
 def test_another_shape_is_refused(saved):
     folder, *_ = saved
     wrong = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), like().params)
-    with pytest.raises(ValueError, match="shape"):
+    told = r"does not fit what config.yaml .*shape(.|\n)*put back the config.yaml"
+    with pytest.raises(RunError, match=told):
         checkpoints.load_params(folder, wrong)
+    narrow = like()._replace(params=jax.tree.map(lambda a: a.update(shape=(3,)), like().params))
+    with pytest.raises(RunError, match=told):
+        checkpoints.restore_newest(folder, narrow)
 
 
 def test_what_was_half_written_is_no_checkpoint_and_is_removed(saved):

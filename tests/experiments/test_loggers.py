@@ -7,10 +7,12 @@ import jax
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from experiments.run import loggers, metrics
+from experiments.run import loggers, metrics, records
 from experiments.run.folders import RunError
 from experiments.run.loggers import Place
+from experiments.run.opening import opened
 
 ROWS = {1: {"loss": 2.0, "rate": None}, 2: {"loss": 1.5, "rate": 3.0}}
 
@@ -164,3 +166,37 @@ def test_the_group_logger_picks_one_or_several(choice, names, fake_wandb):
         chosen = compose("train", [choice]).logger
     assert list(chosen) == names
     assert all(callable(instantiate(one)) for one in chosen.values())
+
+
+def opening(folder, error, *, begin=lambda: None):
+    """A run whose folder is opened and that then ends in an error."""
+    cfg = OmegaConf.create({"name": "x", "steps": 3})
+    with pytest.raises(type(error)), opened(folder, cfg):
+        begin()
+        raise error
+
+
+def test_a_run_that_a_logger_refuses_leaves_no_folder(tmp_path, fake_wandb):
+    (tmp_path / "mine").write_text("")
+    folder = tmp_path / "runs" / "new"
+
+    def begin():
+        (folder / "wandb").mkdir()
+        write(place(folder), loggers.csv(["loss"]), rows={})
+
+    opening(folder, RunError("nobody is logged in"), begin=begin)
+    assert list(folder.iterdir()) == []
+    records.discard(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_was_in_a_folder_or_measured_there_stays(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    opening(tmp_path, RunError("no"))
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["notes.txt"]
+    begun = tmp_path / "begun"
+    opening(begun, OSError("full"), begin=lambda: write(place(begun), loggers.csv(["loss"])))
+    assert (begun / "config.yaml").is_file() and len(metrics.read(begun / "metrics.csv")) == 3
+    failed = tmp_path / "failed"
+    opening(failed, ZeroDivisionError("a bug"))
+    assert (failed / "config.yaml").is_file()

@@ -265,6 +265,12 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path, run):
         trust.open_config(run)
     with trust.granted([str(tmp_path / "precious.txt")]):
         trust.open_config(run)
+    (run / "loop").symlink_to("loop")
+    with (
+        trust.granted([str(tmp_path / "precious.txt")]),
+        pytest.raises(folders.RunError, match="loop is a link to .*loop, which is not"),
+    ):
+        trust.open_config(run)
 
 
 def test_no_constructor_that_a_folder_may_call_has_a_path_that_is_not_known():

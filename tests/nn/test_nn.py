@@ -355,7 +355,10 @@ def overlong_call():
             lambda: nn.decoder(VOCAB, WIDTH, 4, mixer=HYBRID),
             "layers=4 is not a multiple of the 3 mixers",
         ),
-        (lambda: nn.decoder(0, WIDTH, 4, mixer=HYBRID), "vocab_size=0 must be positive"),
+        (
+            lambda: nn.decoder(0, WIDTH, 4, mixer=HYBRID),
+            "vocab_size=0: give a whole number, at least 1",
+        ),
         (
             lambda: make("min_gru")[0].apply(make("min_gru")[1], tokens().astype(float)),
             "tokens have dtype float32; give integers below 11",
@@ -364,7 +367,7 @@ def overlong_call():
             lambda: make("min_gru")[0].apply(make("min_gru")[1], tokens()[0]),
             r"tokens have shape \(9,\); give \[batch, time\]",
         ),
-        (lambda: nn.short_conv(4, taps=0), "taps=0 must be at least 1"),
+        (lambda: nn.short_conv(4, taps=0), "taps=0: give a whole number, at least 1"),
     ],
 )
 def test_bad_input_says_what_was_given_and_what_to_change(call, message):

@@ -225,7 +225,7 @@ def test_schedule_rises_falls_and_ends_at_the_floor():
     [
         (
             lambda: train.make_step(lambda *_: None, optax.sgd(1.0), accumulate=0),
-            "accumulate=0 must be at least 1",
+            "accumulate=0: give a whole number, at least 1",
         ),
         (
             lambda: train.make_step(
@@ -233,7 +233,7 @@ def test_schedule_rises_falls_and_ends_at_the_floor():
             )(train.init_state(table_model(), optax.sgd(1.0), jax.random.key(0)), windows()),
             "accumulate=3 does not divide the batch of 8: use a batch of 6",
         ),
-        (lambda: train.optimizer(steps=0), "steps=0 must be positive"),
+        (lambda: train.optimizer(steps=0), "steps=0: give a whole number, at least 1"),
         (lambda: train.optimizer(steps=10, warmup=5), "warmup=5 is a fraction"),
         (lambda: train.optimizer(steps=10, clip=0.0), "clip=0.0 must be positive"),
         (

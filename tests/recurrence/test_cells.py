@@ -326,8 +326,8 @@ def test_initialisation_follows_scale_and_time_constants(name):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: cells.para_gru(0, 4), "features=0 must be a positive integer"),
-        (lambda: cells.para_lstm(3, -1), "hidden=-1 must be a positive integer"),
+        (lambda: cells.para_gru(0, 4), "features=0: give a whole number, at least 1"),
+        (lambda: cells.para_lstm(3, -1), "hidden=-1: give a whole number, at least 1"),
         (lambda: cells.para_gru(3, 4, clip=0.0), "clip=0.0 must be positive, or None"),
         (lambda: cells.gru_heads(3, 6, heads=4), r"hidden=6 .* heads=4; use one of \[1, 2, 3, 6\]"),
         (lambda: cells.clip_recurrent(-1.0), "bound=-1.0 must be positive"),

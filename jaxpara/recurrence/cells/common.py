@@ -177,13 +177,6 @@ def chrono(
     return jax.random.uniform(key, units, jnp.float32, low, high)
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raises unless every size is a positive integer."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r} must be a positive integer")
-
-
 def input_parameters(key: Key, features: int, biases: Sequence[jax.Array]) -> dict[str, jax.Array]:
     """Fan-in normal kernel `[features, gates * hidden]` and the concatenated gate biases."""
     bias = jnp.concatenate([b.reshape(-1) for b in biases])

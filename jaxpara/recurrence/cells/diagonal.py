@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence.cells.common import assemble, check_sizes
+from jaxpara.recurrence.cells.common import assemble
+from jaxpara.sizes import positive
 from jaxpara.types import Cell
 
 
@@ -44,7 +45,7 @@ def para_gru(
 
     References: [gru], [pararnn].
     """
-    check_sizes(features=features, hidden=hidden)
+    positive(features=features, hidden=hidden)
 
     def step(a, h, gates):
         x_z, x_r, x_n = gates
@@ -98,7 +99,7 @@ def para_lstm(
 
     References: [lstm], [cifg], [peephole], [pararnn].
     """
-    check_sizes(features=features, hidden=hidden)
+    positive(features=features, hidden=hidden)
 
     def step(a, carry, gates):
         c, h = carry
@@ -150,7 +151,7 @@ def elman(
 
     References: [elman].
     """
-    check_sizes(features=features, hidden=hidden)
+    positive(features=features, hidden=hidden)
 
     def step(a, h, gates):
         (x_h,) = gates
@@ -202,7 +203,7 @@ def slstm(
 
     References: [xlstm].
     """
-    check_sizes(features=features, hidden=hidden)
+    positive(features=features, hidden=hidden)
 
     def step(a, carry, gates):
         c, n, m, h = carry

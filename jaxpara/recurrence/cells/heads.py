@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence.cells.common import assemble, check_sizes
+from jaxpara.recurrence.cells.common import assemble
+from jaxpara.sizes import positive
 from jaxpara.types import Cell
 
 
 def _head_size(hidden: int, heads: int) -> int:
-    check_sizes(hidden=hidden, heads=heads)
+    positive(hidden=hidden, heads=heads)
     if hidden % heads:
         divisors = [n for n in range(1, hidden + 1) if hidden % n == 0]
         raise ValueError(
@@ -64,7 +65,7 @@ def gru_heads(
 
     References: [gru], [flashrnn].
     """
-    check_sizes(features=features)
+    positive(features=features)
     size = _head_size(hidden, heads)
 
     def step(recurrent, h, gates):
@@ -120,7 +121,7 @@ def lstm_heads(
 
     References: [lstm], [flashrnn].
     """
-    check_sizes(features=features)
+    positive(features=features)
     size = _head_size(hidden, heads)
 
     def step(recurrent, carry, gates):
@@ -176,7 +177,7 @@ def elman_heads(
 
     References: [elman], [flashrnn].
     """
-    check_sizes(features=features)
+    positive(features=features)
     size = _head_size(hidden, heads)
 
     def step(recurrent, h, gates):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxpara.recurrence.cells.common import assemble, check_sizes
+from jaxpara.recurrence.cells.common import assemble
+from jaxpara.sizes import positive
 from jaxpara.types import Cell
 
 
@@ -37,7 +38,7 @@ def min_gru(
 
     References: [mingru].
     """
-    check_sizes(features=features, hidden=hidden)
+    positive(features=features, hidden=hidden)
 
     def step(_, h, gates):
         x_z, x_n = gates
@@ -76,7 +77,7 @@ def linear(
 
     References: [mamba], [negative_eigenvalues].
     """
-    check_sizes(features=features, hidden=hidden)
+    positive(features=features, hidden=hidden)
     low, high = decays
     if not -1 <= low < high <= 1:
         raise ValueError(f"decays={decays} must be (low, high) with -1 <= low < high <= 1")

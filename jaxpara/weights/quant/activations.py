@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxpara.sizes import needed, whole
 from jaxpara.types import AnyArray
 from jaxpara.weights.precision import narrowed, wide
 from jaxpara.weights.quant.grid import never_zero
-from jaxpara.weights.sizes import whole
 
 NOT_QUANTISED = "its activations are not quantised"
 
@@ -90,7 +90,7 @@ def unit_grid(*, bits: int = 6) -> Callable[[Float[AnyArray, "..."]], Float[Arra
 
     References: [flexq].
     """
-    bits = whole(bits=bits)
+    bits = needed(bits=bits)
     if not 2 <= bits <= 16:
         raise ValueError(f"bits={bits}: give 2 to 16")
     most = 2**bits - 1

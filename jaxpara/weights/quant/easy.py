@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpara.sizes import finite, needed
 from jaxpara.tree import Where
 from jaxpara.weights.method import Method, computed
 from jaxpara.weights.precision import unit_of, wide
@@ -32,7 +33,6 @@ from jaxpara.weights.quant.grid import (
     shared_axes,
 )
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import whole
 from jaxpara.weights.weight import Weight, dense
 
 
@@ -179,11 +179,11 @@ def easy_quant(
     """
     if by not in ("column", "layer"):
         raise ValueError(f"by={by!r}: give 'column' or 'layer'")
-    steps = whole(steps=steps)
+    steps, sigmas, share = needed(steps=steps), finite(sigmas=sigmas), finite(share=share)
     if not 0 < share <= 1 or sigmas <= 0 or steps < 0:
         raise ValueError(
             f"sigmas={sigmas}, share={share}, steps={steps}: give a positive number of sigmas, a "
             "share in (0, 1] and at least 0 steps"
         )
     grid = make_grid(bits, group, per_tensor=False)
-    return reparam(_method(_Settings(grid, float(sigmas), float(share), steps, by)), where)
+    return reparam(_method(_Settings(grid, sigmas, share, steps, by)), where)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from jaxpara.sizes import needed
 from jaxpara.tree import Where, matcher
 from jaxpara.weights.quant.fake import fake_quant
 from jaxpara.weights.reparam import Reparam, chain
@@ -33,6 +34,7 @@ def flexq(
 
     References: [flexq].
     """
+    bits = needed(bits=bits)
     options = {"bits": bits, "group": group}
     if sensitive is None:
         return fake_quant(activations=bits, where=where, **options)

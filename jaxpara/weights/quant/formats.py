@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpara.sizes import needed, whole
 from jaxpara.types import AnyArray, Key
 from jaxpara.weights.quant.rounding import Cut, inward, random_bits, rounded
-from jaxpara.weights.sizes import whole
 
 SPECIALS = ("ieee", "nan", "none")
 
@@ -145,7 +145,7 @@ def checked(number_format: str | Format, dtype: Any = jnp.float64) -> Format:
             raise ValueError(f"format {number_format!r}: give one of {', '.join(FORMATS)}")
         return FORMATS[number_format]
     if isinstance(number_format, BlockFormat):
-        size = whole(size=number_format.size)
+        size = needed(size=number_format.size)
         if size < 1:
             raise ValueError(f"size={size} of a block: give 1 or more")
         element = checked(number_format.element, dtype)
@@ -153,16 +153,21 @@ def checked(number_format: str | Format, dtype: Any = jnp.float64) -> Format:
             raise ValueError(f"{element} in a block: give its exponent_bits, a number")
         return BlockFormat(element, size)
     if isinstance(number_format, FixedFormat):
-        before = whole(integer_bits=number_format.integer_bits)
-        after = whole(fraction_bits=number_format.fraction_bits)
+        before = needed(integer_bits=number_format.integer_bits)
+        after = needed(fraction_bits=number_format.fraction_bits)
         bits, limit = before + after, most.significand_bits + 1
         if not 1 <= bits <= limit:
             raise ValueError(
                 f"{number_format} has {bits} bits beside the sign: give 1 to {limit}{wider}"
             )
         return FixedFormat(before, after, number_format.symmetric)
+    if not isinstance(number_format, FloatFormat):
+        raise ValueError(
+            f"format {number_format!r}: give a name such as 'bfloat16', or a FloatFormat, "
+            "FixedFormat or BlockFormat"
+        )
     e = whole(exponent_bits=number_format.exponent_bits)
-    m = whole(significand_bits=number_format.significand_bits)
+    m = needed(significand_bits=number_format.significand_bits)
     if not ((e is None or 1 <= e <= most.exponent_bits) and 0 <= m <= most.significand_bits):
         raise ValueError(
             f"{number_format}: give 1 to {most.exponent_bits} exponent, 0 to "

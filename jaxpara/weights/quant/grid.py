@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
+from jaxpara.sizes import needed, whole
 from jaxpara.weights.precision import unfused, wide
-from jaxpara.weights.sizes import needed, whole
 
 Parts = dict[str, jax.Array]
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpara.sizes import finite, needed
 from jaxpara.tree import Where
 from jaxpara.weights.method import Method, computed
 from jaxpara.weights.precision import narrowed, unfused, wide, wide_dtype
@@ -31,7 +32,6 @@ from jaxpara.weights.quant.grid import (
 )
 from jaxpara.weights.quant.ranges import searched
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import finite, needed
 from jaxpara.weights.weight import dense
 
 DOWNCASTS = ("float32", "bfloat16", "fixed8", "int8")

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpara.sizes import needed, whole
 from jaxpara.tree import Where
 from jaxpara.weights.method import Method, computed
 from jaxpara.weights.precision import narrowed, unfused, unit_of, wide
 from jaxpara.weights.quant.array import packed_values, stored_values
 from jaxpara.weights.quant.grid import Grid, never_zero
 from jaxpara.weights.reparam import Reparam, reparam
-from jaxpara.weights.sizes import whole
 from jaxpara.weights.weight import Weight, dense
 
 # Eight of them positive, zero among them.
@@ -160,7 +160,7 @@ def nf4(*, block: int = 64, scale_block: int | None = None, where: Where = None)
 
     References: [qlora].
     """
-    block, scale_block = whole(block=block), whole(scale_block=scale_block)
+    block, scale_block = needed(block=block), whole(scale_block=scale_block)
     if block < 1 or (scale_block is not None and scale_block < 1):
         raise ValueError(f"block={block}, scale_block={scale_block}: give at least 1")
     return reparam(_method(_Settings(block, scale_block)), where)

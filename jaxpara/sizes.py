@@ -1,4 +1,4 @@
-"""Numbers that a user gives: Python's, or NumPy's."""
+"""Numbers that a user gives: Python's, or NumPy's; never a boolean, which would count as 1."""
 
 import math
 import operator
@@ -21,6 +21,8 @@ def whole(**size: Any) -> Any:
     if value is None:
         return None
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name}={value!r}: give a whole number, such as 8") from None
@@ -44,6 +46,20 @@ def needed(**size: Any) -> int:
     return found
 
 
+def positive(**sizes: Any) -> None:
+    """Refuses sizes that are not whole numbers from 1 on.
+
+    Args:
+      sizes: by the names that the user knows.
+
+    Raises:
+      ValueError: one is None, not a whole number, or less than 1.
+    """
+    for name, value in sizes.items():
+        if needed(**{name: value}) < 1:
+            raise ValueError(f"{name}={value!r}: give a whole number, at least 1")
+
+
 def finite(**number: Any) -> float:
     """A number as Python's.
 
@@ -58,7 +74,7 @@ def finite(**number: Any) -> float:
     """
     ((name, value),) = number.items()
     try:
-        found = math.nan if isinstance(value, str) else float(value)
+        found = math.nan if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):

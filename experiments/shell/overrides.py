@@ -1,0 +1,36 @@
+"""Overrides whose key or value Hydra refuses, or passes over, without saying whose they are."""
+
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from experiments.run.names import CONF
+
+
+def misread(arguments: Sequence[str]) -> str | None:
+    """The first argument that names no setting, or gives a group what is no member's name.
+
+    Args:
+      arguments: of the command line, without the program.
+
+    Returns:
+      What was given, what was expected and what to type; None where there is no such argument.
+    """
+    parser = OverridesParser.create()
+    for argument in arguments:
+        if argument.startswith("="):
+            return f"{argument}: the name before = is missing; type KEY{argument}"
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:
+            continue  # a flag, or what Hydra names itself
+        group, value = override.key_or_group, override.value()
+        there = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        member = isinstance(value, dict) or (isinstance(value, str | list) and value)
+        if there and not member and not override.is_delete() and not override.is_sweep_override():
+            return (
+                f"{argument}: expected the name of a member of group {group}; there are "
+                f"{', '.join(there)}\nleave it out for the default"
+            )
+    return None
