@@ -289,14 +289,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for number, point in enumerate(left):
             if time.perf_counter() - began > 60 * options.minutes:
                 print(f"{options.minutes:g} minutes are over; {len(left) - number} points left: "
-                      "the same command goes on")  # fmt: skip
+                      "the same command continues")  # fmt: skip
                 break
             with rows.running(path, bench.head(point)):
                 row = bench.row(point)
                 rows.append(path, row)
             print(_line(point, row), flush=True)
             if str(row["verdict"]).startswith("failed") and not _alive():
-                print("the device does not answer any more: the same command goes on behind this")
+                print("the device does not answer any more: the same command continues behind this")
                 break
     finally:
         text = write_report(path, large)

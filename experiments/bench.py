@@ -305,7 +305,7 @@ def main(cfg: DictConfig) -> None:
         try:
             bench(suite, folder, rounds=cfg.rounds, budget_s=cfg.budget_s, seed=cfg.seed)
         except KeyboardInterrupt:
-            print(f"\nwhat was timed is in {folder / bench_rows.TABLE}; the same command goes on")
+            print(f"\nwhat was timed is in {folder / bench_rows.TABLE}; the same command continues")
             raise
 
     guarded(program, cfg)

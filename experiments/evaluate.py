@@ -94,8 +94,8 @@ def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
             if known not in (None, digest(data.validation)):
                 raise folders.RunError(
                     f"{folder} was judged by other held-out text than {data.source} holds: its "
-                    f"digest was {known!r} and is {digest(data.validation)!r}. Put back what it "
-                    "was, or choose the text with data=SOURCE"
+                    f"digest was {known!r} and is {digest(data.validation)!r}. Restore it, or "
+                    "choose the text with data=SOURCE"
                 )
         model, params, _ = open_model(folder)
         judge = bits_per_byte(

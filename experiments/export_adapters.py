@@ -21,7 +21,7 @@ def export(cfg: DictConfig) -> None:
       cfg: see conf/export_adapters.yaml.
 
     Raises:
-      RunError: no such run, or its transforms are not LoRA alone.
+      RunError: no such run, or its transforms are not only LoRA.
     """
     names = OmegaConf.to_container(cfg)["names"] or {}
     if not isinstance(names, dict):

@@ -32,7 +32,7 @@ OF_THE_BASE = ("model", "mixer", "cell", "solver", "contender", "data.tokenizer"
 
 
 def check_transforms(arguments: Sequence[str]) -> None:
-    """Refuses names of transforms that are none, or the same one twice in a chain.
+    """Refuses unknown transforms, and the same one twice in a chain.
 
     Hydra would name no other for the first, and run the second as if it stood once.
 
@@ -56,7 +56,7 @@ def check_transforms(arguments: Sequence[str]) -> None:
                     )
                 if names.count(name) > 1:
                     raise folders.RunError(
-                        f"transform={chosen}: {name} stands in it {names.count(name)} times, and "
+                        f"transform={chosen}: {name} is listed {names.count(name)} times, and "
                         "a chain has each transform once"
                     )
 

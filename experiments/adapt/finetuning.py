@@ -111,7 +111,7 @@ def check_ranks(shapes: Any) -> None:
                 size = shape_of(inner.base).shape[-2:]
                 if rank > min(size):
                     raise folders.RunError(
-                        f"rank={rank} is above what {path_of(keys)} can have, whose matrices are "
+                        f"rank={rank} is too large for {path_of(keys)}, whose matrices are "
                         f"{size[0]} x {size[1]}:\n"
                         f"give rank={min(size)} or less, or leave that leaf out with where=GLOB"
                     )

@@ -86,8 +86,8 @@ def _loras(state: Any) -> dict[str, Any]:
                     leaf = leaf.base
                     chain.insert(0, leaf.method.name)
                 raise RunError(
-                    f"{path} is reparameterised by {' > '.join(chain)}, and what PEFT reads here "
-                    "is LoRA alone: save it with jp.weights.adapters, or merge it"
+                    f"{path} is reparameterised by {' > '.join(chain)}, and PEFT reads only "
+                    "LoRA: save it with jp.weights.adapters, or merge it"
                 )
             found[path] = leaf
     if not found:
@@ -117,7 +117,9 @@ def slots(state: Any, names: Mapping[str, str]) -> Iterator[Slot]:
     loras, known = _loras(state), {}
     for glob in names:
         if not any(matcher(glob)(path, leaf) for path, leaf in loras.items()):
-            raise RunError(f"names: {glob!r} is of no leaf with LoRA; they are {', '.join(loras)}")
+            raise RunError(
+                f"names: {glob!r} selects no leaf with LoRA; there are {', '.join(loras)}"
+            )
     for path, leaf in loras.items():
         lead = leaf.parts["b"].shape[:-2]  # the axes of a window are a's alone
         template = ".".join([*path.split("/")[:-1], *("{}" for _ in lead)])
@@ -227,7 +229,7 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
     if config["peft_type"] != "LORA" or more:
         settings = "".join(f" with {name}={value}" for name, value in more.items())
         raise RunError(
-            f"{folder} is of {config['peft_type']}{settings}, and what is read here is plain LoRA: "
+            f"{folder} is of {config['peft_type']}{settings}, and only plain LoRA is read here: "
             "merge it with PEFT"
         )
     library = _library()

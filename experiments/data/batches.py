@@ -111,7 +111,7 @@ class _OnlyFor:
         if changed:
             raise RunError(
                 f"the position in the data was saved for other data: {'; '.join(changed)}. "
-                "Give back what it was to continue the run, or start a new one"
+                "Restore it to continue the run, or start a new one"
             )
         self._batches.set_state(state["position"])
 

@@ -47,7 +47,7 @@ class Records:
                 return document
         if self._whole and not self._given:
             raise ValueError(
-                f"{self._where}: {self._record} records, of which none can be trained on: all are "
+                f"{self._where}: none of the {self._record} records can be trained on: all are "
                 "empty or held out. Give another data.field, or a smaller data.validation_fraction"
             )
         self.set_state({"pass": self._pass + 1, "record": 0, "stream": None})

@@ -150,7 +150,7 @@ def _at_least_two(documents: Mapping[str, bytes], order: list[str], fraction: fl
     names = distinct_names(documents, order)
     if len(names) < 2:
         raise ValueError(
-            f"{len(documents)} documents of which {len(names)} distinct and non-empty; "
+            f"{len(documents)} documents, {len(names)} of them distinct and non-empty; "
             "a split by document needs at least 2: one to train on, one to be judged by. "
             "Give more of them or, where one text file is all there is, cut it with "
             "data=text data.piece_size=20000"

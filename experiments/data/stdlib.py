@@ -63,7 +63,7 @@ def part(files: Mapping[str, bytes], folders: Sequence[str]) -> dict[str, bytes]
             there = sorted({path.split("/")[0] for path in files if "/" in path})
             raise FileNotFoundError(
                 f"there is no *.py file in the folder {folder!r}, which some Pythons leave out; "
-                f"of the folders {', '.join(there)} choose others"
+                f"choose others of the folders {', '.join(there)}"
             )
     return kept
 

@@ -362,7 +362,7 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
     order = steps(folder)[::-1]
     if not order:
         raise RunError(
-            f"{folder} holds no checkpoint: the run did not come to its first one, or is not a "
+            f"{folder} holds no checkpoint: the run ended before its first one, or is not a "
             "training run. Give run=FOLDER of another, or a smaller checkpoint.every"
         )
 

@@ -166,8 +166,8 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
     if (folder / CONFIG).exists():
         raise RunError(
             f"{folder} holds a run already, and one run is one folder: "
-            "leave hydra.run.dir alone or give a folder that does not exist; "
-            f"`python -m experiments.train resume={folder}` goes on with it"
+            "leave hydra.run.dir out, or give a folder that does not exist; "
+            f"`python -m experiments.train resume={folder}` continues it"
         )
     kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key != TRUST])
     check_inert(OmegaConf.to_container(kept, resolve=True), "the config")

@@ -54,7 +54,7 @@ def apart(folder: Path, like: Params) -> tuple[Params, Params | None]:
     known = set(read_items(folder / FOLDER, leaves=items.JsonRestore())["leaves"]["digests"])
     paths = jax.tree_util.tree_map_with_path(lambda keys, _: jax.tree_util.keystr(keys), like)
     if missing := known - set(jax.tree.leaves(paths)):
-        raise ValueError(f"{folder / FOLDER} has {sorted(missing)[0]}, and the model has not")
+        raise ValueError(f"{folder / FOLDER} has {sorted(missing)[0]}, and the model does not")
     return split(like, jax.tree.map(lambda path: path not in known, paths))
 
 

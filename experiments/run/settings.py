@@ -67,7 +67,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
         if sum(settings.trace) > settings.steps:
             raise RunError(
                 f"trace.start={settings.trace.start} and trace.steps={settings.trace.steps} do "
-                f"not fit steps={settings.steps}: together they may be no more"
+                f"not fit steps={settings.steps}: their sum may be no larger"
             )
     if settings.batch_size % settings.accumulate:
         raise RunError(

@@ -103,7 +103,7 @@ def points(run: Run, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         at = run.config.get(x)
         if not isinstance(at, int | float):
             raise RunError(
-                f"{run.folder}: x={x!r} is no column and no number in its config; "
+                f"{run.folder}: x={x!r} is neither a column nor a number in its config; "
                 f"columns are {', '.join(run.columns)}"
             )
         pairs = [(float(at), b) for b in measured if b is not None][-1:]

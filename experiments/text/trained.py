@@ -37,7 +37,7 @@ def tokenizer_of(folder: Path, cfg: DictConfig) -> Tokenizer:
     if known != tokenizer.digest:
         raise folders.RunError(
             f"{path or 'data.tokenizer=null'} is not the tokenizer that {folder} was trained with: "
-            f"its digest was {known!r} and is {tokenizer.digest!r}. Put back the file that it was"
+            f"its digest was {known!r} and is {tokenizer.digest!r}. Restore that file"
         )
     return tokenizer
 

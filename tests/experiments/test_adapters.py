@@ -178,7 +178,7 @@ def test_peft_files_name_embeddings_and_lay_out_convolutions_as_pytorch_does(tmp
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"peft_type": "LOHA"}, "is of LOHA, and what is read here is plain LoRA"),
+        ({"peft_type": "LOHA"}, "is of LOHA, and only plain LoRA is read here"),
         ({"use_dora": True}, "is of LORA with use_dora=True"),
         ({"alpha_pattern": {"up": 4}}, "is of LORA with alpha_pattern={'up': 4}"),
         ({"bias": "all"}, "is of LORA with bias=all"),
@@ -207,7 +207,7 @@ def test_peft_files_that_do_not_fit_are_refused(tmp_path):
         peft_files.load(tmp_path, state, names=NAMES)
     with pytest.raises(RunError, match="1 leading axes \\(3,\\), and 'up' has 0 pairs"):
         peft_files.save(tmp_path, state, names={"**": "up"})
-    with pytest.raises(RunError, match="'blocks/up' is of no leaf with LoRA; they are blocks/0/k"):
+    with pytest.raises(RunError, match="'blocks/up' selects no leaf .*; there are blocks/0/k"):
         peft_files.save(tmp_path, state, names={"blocks/up": "up.{}"})
     two = jp.lora(rank=4).attach(KEY, {"a": jnp.ones((3, 8, 5)), "b": jnp.ones((3, 8, 5))})
     with pytest.raises(RunError, match="a and b are both called up.0"):
@@ -218,7 +218,7 @@ def test_peft_files_that_do_not_fit_are_refused(tmp_path):
     fewer = jp.lora(rank=4).attach(KEY, {"blocks": [{"kernel": jnp.ones((2, 8, 6))}]})
     with pytest.raises(RunError, match="the state has no leaf for base_model.model.blocks.0.2"):
         peft_files.load(tmp_path, fewer)
-    with pytest.raises(RunError, match="what PEFT reads here is LoRA alone"):
+    with pytest.raises(RunError, match="and PEFT reads only LoRA: "):
         peft_files.save(tmp_path, jp.l4q().attach(KEY, parameters()))
-    with pytest.raises(RunError, match=r"fake_quant\(bits=4\) > lora\(rank=2\), and what PEFT"):
+    with pytest.raises(RunError, match=r"fake_quant\(bits=4\) > lora\(rank=2\), and PEFT reads"):
         peft_files.save(tmp_path, CHAINS["lora_on_integers"].attach(KEY, parameters()))

@@ -273,7 +273,7 @@ def test_shards_and_windows_that_do_not_fit_are_refused(bad, message):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(seed=6), "seed was 5 and is 6. Give back what it was"),
+        (dict(seed=6), "seed was 5 and is 6. Restore it"),
         (dict(length=9), "length was 8 and is 9"),
         (dict(batch_size=2), "batch_size was 4 and is 2"),
     ],

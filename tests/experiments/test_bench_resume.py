@@ -48,7 +48,7 @@ def test_after_ctrl_c_the_same_command_does_the_rest(tmp_path, contests, capsys)
     stop_at.append(2)
     assert ending(bench, tmp_path, *SUITE) == 130
     shown = capsys.readouterr().out
-    assert "1/4  T, B, D = (4, 1, 2), forward" in shown and "the same command goes on" in shown
+    assert "1/4  T, B, D = (4, 1, 2), forward" in shown and "the same command continues" in shown
     [folder] = (tmp_path / "runs" / "bench").iterdir()
     assert len(rows_in(folder)) == 2 * len(NAMES) and not (folder / "summary.json").exists()
     assert ending(bench, tmp_path, *SUITE) is None

@@ -236,7 +236,7 @@ def test_what_is_not_trained_is_written_once_and_comes_back_with_every_checkpoin
         check_equal(found, state._replace(params=wanted, step=jnp.int32(step)))
     check_equal(checkpoints.load_params(tmp_path, shapes.params), state.params)
     other = {name: leaf for name, leaf in shapes.params.items() if name != "codes"}
-    with pytest.raises(ValueError, match=r"frozen has \['codes'\], and the model has not"):
+    with pytest.raises(ValueError, match=r"frozen has \['codes'\], and the model does not"):
         checkpoints.load_params(tmp_path, other)
 
 

@@ -85,10 +85,10 @@ def test_the_order_on_the_command_line_is_the_order_of_the_chain():
             r"transform=\[lora,lorra\]: there is no lorra; there are bdwp, ",
         ),
         ("transform=full,[lora],[nf5,lora]", r"transform=\[nf5,lora\]: there is no nf5"),
-        ("transform=[lora,lora]", "lora stands in it 2 times"),
+        ("transform=[lora,lora]", "lora is listed 2 times"),
     ],
 )
-def test_a_transform_that_is_none_or_stands_twice_is_refused_before_hydra_runs(given, said):
+def test_an_unknown_or_repeated_transform_is_refused_before_hydra_runs(given, said):
     with pytest.raises(folders.RunError, match=said):
         finetune.check_transforms(["from=x", given])
     for fine in ("transform=full,[lora],[nf4,lora]", "transform=[]", "transform=choice([lora],x)"):

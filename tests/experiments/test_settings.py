@@ -390,7 +390,7 @@ def test_a_rank_above_its_matrix_is_refused_with_the_leaf_and_its_size(chained):
 
     check_ranks(jax.eval_shape(lambda: state(4)))
     with pytest.raises(
-        RunError, match="rank=5 is above what mlp/kernel .*\n?.*6 x 4:\ngive rank=4"
+        RunError, match="rank=5 is too large for mlp/kernel, .*\n?.*6 x 4:\ngive rank=4"
     ):
         check_ranks(jax.eval_shape(lambda: state(5)))
 

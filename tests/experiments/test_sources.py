@@ -61,7 +61,7 @@ def test_one_large_file_is_cut_at_line_ends(tmp_path):
     assert sorted(b"".join(found).split()) == sorted(lines.encode().split())
     assert all(300 <= len(piece) < 330 for piece in found[:-2])
     assert "".join(text.pieces(lines, 300)) == lines
-    with pytest.raises(ValueError, match="1 documents of which 1 distinct.*data.piece_size=20000"):
+    with pytest.raises(ValueError, match="1 documents, 1 of them distinct.*data.piece_size=20000"):
         text.load(path=str(tmp_path / "all.txt"))
     with pytest.raises(ValueError, match="data.piece_size=0 characters: give at least 1"):
         text.load(path=str(tmp_path / "all.txt"), piece_size=0)
@@ -103,7 +103,7 @@ def test_missing_and_empty_input_is_named(source, tmp_path):
         source.load(path=str(tmp_path))
     if source is not parquet:
         (tmp_path / f"empty{source.ENDINGS[0]}").write_text("")
-        with pytest.raises(ValueError, match=r"all of them empty|0 documents of which 0 distinct"):
+        with pytest.raises(ValueError, match=r"all of them empty|0 documents, 0 of them distinct"):
             source.load(path=str(tmp_path))
 
 
@@ -240,7 +240,7 @@ def test_a_data_set_of_which_nothing_is_left_to_train_on_is_no_endless_loop(tmp_
         prefetch=0,
     )
     batches = data.batches(seed=0, batch_size=1, length=4)
-    with pytest.raises(RunError, match="3 records, of which none can be trained on"):
+    with pytest.raises(RunError, match="none of the 3 records can be trained on"):
         next(batches)
 
 
