@@ -1,6 +1,6 @@
 """Pure JAX functions, trained in parallel: over time, devices, experts, bits and ranks.
 
-The public names stand in `__init__.pyi`, for readers, type checkers and the lines below: what a
+The public names are in `__init__.pyi`, for readers, type checkers and the lines below: what a
 name needs is imported when it is first asked for. Solvers load no optimiser; `jp.linen` needs Flax.
 """
 

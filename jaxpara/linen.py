@@ -61,15 +61,15 @@ def from_linen(
       is applied to it (`t(model)`) reads what is summed over in each kernel.
 
     Raises:
-      ValueError: a collection or a random stream that is not named, a name that is none, or
+      ValueError: a collection or a random stream that is not named, an unknown name, or
         one of `start` and `run` without the other; and what the module raises on `examples`.
     """
     if (start is None) != (run is None):
         raise ValueError("a sequence model has both start= and run=; one was given")
     if run is not None and mutable:
         raise ValueError(
-            f"run= is given, and so is mutable={mutable}; a sequence model hands on its state "
-            "alone. Leave one of them out"
+            f"run= is given, and so is mutable={mutable}; a sequence model passes on only "
+            "its state. Leave one of them out"
         )
     if start is None and isinstance(module, linen.RNN) and _plain(module):
         start, run = _rnn_start(module, examples), _rnn_run
@@ -284,7 +284,7 @@ def _moved(tree, source, destination):
 
 
 def _plain(module):
-    """Whether this `nn.RNN` reads `[batch, time, ...]` forwards, and gives its outputs alone."""
+    """Whether this `nn.RNN` reads `[batch, time, ...]` forwards, and gives only its outputs."""
     return not (module.reverse or module.return_carry or module.time_major)
 
 

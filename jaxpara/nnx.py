@@ -67,15 +67,15 @@ def from_nnx(
       A `Model`.
 
     Raises:
-      ValueError: a collection that is not named, a name that is none, one of `start` and
+      ValueError: a collection that is not named, an unknown name, one of `start` and
         `run` without the other; from `apply`, a draw from a stream that is not named.
     """
     if (start is None) != (run is None):
         raise ValueError("a sequence model has both start= and run=; one was given")
     if run is not None and mutable:
         raise ValueError(
-            f"run= is given, and so is mutable={mutable}; a sequence model hands on its state "
-            "alone. Leave one of them out"
+            f"run= is given, and so is mutable={mutable}; a sequence model passes on only "
+            "its state. Leave one of them out"
         )
 
     def made(key):
@@ -105,7 +105,7 @@ def from_nnx(
         return {"params": params} | _collections(rest) if mutable else params
 
     def call(variables, inputs, method=None, **how):
-        key = jax.random.key(0)  # for streams that initial carries alone may draw from
+        key = jax.random.key(0)  # for streams that only initial carries may draw from
         if rngs:
             if len(inputs) < 2 or not _is_key(inputs[-1]):
                 raise ValueError(
@@ -305,7 +305,7 @@ def _scan(cell, init, xs, keep, layer):
 
 
 def _plain(layer):
-    """Whether this `nnx.RNN` reads `[batch, time, ...]` forwards, and gives its outputs alone."""
+    """Whether this `nnx.RNN` reads `[batch, time, ...]` forwards, and gives only its outputs."""
     return not (layer.reverse or layer.return_carry or layer.time_major)
 
 
