@@ -1,4 +1,4 @@
-"""What a kernel receives of the user's step: ready elementwise functions.
+"""The form in which a kernel receives the user's step: ready elementwise functions.
 
 `jaxpara.recurrence.kernel.elementwise` prepares them from a traced step. Every function takes lists
 of arrays of one common shape, whatever that shape is (a tile of the kernel's own), computes in

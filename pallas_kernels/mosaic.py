@@ -38,7 +38,7 @@ def tile_layout(block: int) -> Any:
 
 
 def row_layout(block: int) -> Any:
-    """Layout of `[block]`: what is left of `tile_layout` without its rows, so it broadcasts."""
+    """Layout of `[block]`: `tile_layout` without its rows, so it broadcasts."""
     gpu = mosaic_gpu()
     warps = (gpu.Replicated(4),)
     if block == 32:
@@ -68,7 +68,7 @@ def store(ref: Any, value: jax.Array) -> None:
 
 
 def full(shape: Sequence[int], value: float, layout: Any) -> jax.Array:
-    """A constant with a layout: what a loop may carry."""
+    """A constant with a layout, which a loop may carry."""
     return mosaic_gpu().layout_cast(jnp.full(tuple(shape), value, jnp.float32), layout)
 
 
@@ -79,7 +79,7 @@ def spread(row: jax.Array, rows: int, layout: Any) -> jax.Array:
 
 
 def settle(values: Sequence[Any], shape: Sequence[int], layout: Any) -> list[jax.Array]:
-    """What a cell returned, in the layout that a loop carries: a constant may have come as one."""
+    """A cell's result in the layout that a loop carries: it may have returned a constant."""
     wide = [jnp.broadcast_to(jnp.asarray(v, jnp.float32), tuple(shape)) for v in values]
     return [mosaic_gpu().layout_cast(v, layout) for v in wide]
 

@@ -66,7 +66,7 @@ def vary_like(tree: Any, *references: Any) -> Any:
 def shaped(like: Any, shape: Sequence[int], dtype: Any) -> Any:
     """Something to trace with: of this shape and dtype, varying over the mesh as `like` does.
 
-    A shape where nothing varies, else zeros: JAX takes no shape that says what it varies over.
+    A shape where nothing varies, else zeros: a shape cannot say over which axes it varies.
     """
     axes = varying_axes(like)
     if not axes:

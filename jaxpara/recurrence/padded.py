@@ -1,4 +1,4 @@
-"""Batches of sequences of unequal length, padded at the end: what a recurrent layer does with them.
+"""Recurrent layers on batches of sequences of unequal length, padded at the end.
 
 Time leads. `lengths[*batch]` counts the valid steps; padding stays at the end when a sequence is
 turned around, and the final carry of a sequence is the one after its last valid step.

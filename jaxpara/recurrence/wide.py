@@ -2,8 +2,8 @@
 
 JAX transposes a broadcast in bfloat16 to a sum in bfloat16, which stops growing at 256 equal
 terms; over time, lanes and a batch there are more. `widened` replays the function's elementwise
-equations in float32 and rounds every value to the type that it had. The values are the same, and
-what the transposed program adds up is float32, rounded once where it leaves for a narrow operand.
+equations in float32 and rounds every value to the type that it had. The values are the same. The
+transposed program adds up in float32 and rounds each sum once, where it goes to a narrow operand.
 """
 
 import functools

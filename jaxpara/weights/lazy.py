@@ -96,7 +96,7 @@ def arranged(array: jax.Array, axes: Axes) -> jax.Array:
       axes: the wanted ones.
 
     Returns:
-      The array; what is in order already is not touched.
+      The array; untouched if it is in order already.
     """
     here = sorted(atom for axis in axes for atom in axis)
     order = tuple(here.index(atom) for axis in axes for atom in axis)

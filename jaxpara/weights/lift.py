@@ -135,18 +135,18 @@ def _signature(tree: Any) -> Any:
 
 
 def lift(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function of a tree in which some leaves are `Weight`s.
+    """Makes a function of parameters run on a tree in which some leaves are `Weight`s.
 
     `lift(f)(state, *inputs) == f(effective(state), *inputs)`, in values and gradients.
 
     Args:
-      function: `(params, *inputs, **inputs) -> outputs`, traceable. Inputs that are no arrays
-        (integers, truth values, text, functions) stay what they are, so that they may be sizes
-        and branches; they must be hashable, and another value is another signature.
+      function: `(params, *inputs, **inputs) -> outputs`, traceable. Inputs that are not arrays
+        (integers, truth values, text, functions) are passed on unchanged, so they may be sizes
+        and branches. They must be hashable, and another value is another signature.
 
     Returns:
-      A function of the same type. It is traced once for each signature, and what is called
-      eagerly is compiled as a whole.
+      A function of the same type. It is traced once for each signature. An eager call is
+      compiled as a whole.
 
     Raises:
       TypeError: `function` cannot be called; when called, for an input that is neither an array

@@ -34,7 +34,7 @@ class LowRank(NamedTuple):
 def low_rank(
     rank: int, alpha: float | None, rank_stabilised: bool = False, window: int = 0
 ) -> LowRank:
-    """Settings from what a user gives.
+    """Settings from the arguments of a user.
 
     Args:
       rank, alpha, rank_stabilised, window: see `lora`.

@@ -100,11 +100,11 @@ def with_adapters(state: Any, adapters: dict[str, Any]) -> Any:
 
     def taken(where: str, part: jax.Array) -> jax.Array:
         if where not in given:
-            raise ValueError(f"with_adapters: there is no {where!r} in what was given")
+            raise ValueError(f"with_adapters: there is no {where!r} in the given adapters")
         new = given.pop(where)
         if jnp.shape(new) != part.shape:
             raise ValueError(
-                f"with_adapters: {where!r} has shape {jnp.shape(new)} and the state wants "
+                f"with_adapters: {where!r} has shape {jnp.shape(new)} and the state expects "
                 f"{part.shape}: attach with the settings that it was trained with"
             )
         return jnp.array(new, part.dtype)

@@ -40,7 +40,7 @@ def narrowed(x: jax.Array, dtype: Any) -> jax.Array:
     """Numbers rounded to a narrower dtype, in every program alike.
 
     XLA drops a cast to bfloat16 or float16 that is followed by one back to float32, in one program
-    and not in another: a quantiser behind it would see other numbers. Here the float32 numbers are
+    and not in another: a quantiser after it would see other numbers. Here the float32 numbers are
     rounded before they are cast.
 
     Args:

@@ -337,7 +337,7 @@ def _as_matrices(path: str, leaf: Any, layouts: Layouts) -> tuple[Any, Axes | No
 
 
 def _attached(method: Method, key: Key, leaves: Mapping[str, Any], axes: Mapping[str, Axes | None]):
-    """The weights in the place of leaves, and the pools of those that have parts in common."""
+    """The weights in place of leaves, and the pools of those that have parts in common."""
     if method.share is not None:
         pools, weights = method.share(method, key, leaves)
         return weights, pools

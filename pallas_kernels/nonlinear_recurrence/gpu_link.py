@@ -23,14 +23,15 @@ _TOGETHER = {1: (8, 4)}
 _FINFO = jnp.finfo(jnp.float32)
 _FINITE = float(_FINFO.max)
 
-# Of a window: it is solved; it is as nearly solved as rounding allows; one more pass is likely to
-# solve it; or not. Newton's corrections fall from d to about 0.2 d^2 here: from _NEAR times the
-# root of the limit to below it. Bitwise agreement comes one pass after corrections of rounding.
+# The states of a window: it is solved; it is as nearly solved as rounding allows; one more pass is
+# likely to solve it; or not. Newton's corrections fall from d to about 0.2 d^2 here: from _NEAR
+# times the root of the limit to below it. Bitwise agreement comes one pass after corrections of
+# rounding.
 CLOSED, ROUNDED, NEAR, FAR = 0.0, 1.0, 2.0, 3.0
 _NEAR = 2.0
-# What `link` finds, in the rows of the block's flags; behind them, for each state, what the next
-# window starts from. What a window leaves within the limit of its own states would stay for good
-# where they were large and are no more.
+# The rows of the block's flags: what `link` finds, then, for each state, the start of the next
+# window. An error within the limit of a window's own states would otherwise remain where they are
+# no longer large.
 VERDICT, OPEN, RESIDUAL = range(3)
 FLAGS = 3
 

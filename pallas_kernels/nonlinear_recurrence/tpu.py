@@ -239,7 +239,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
 
 
 def _link(plan, limits, starts, ends, products, before):
-    """Tests the boundaries, and leaves each chunk's corrected successor in the place of its end.
+    """Tests the boundaries, and leaves each chunk's corrected successor in place of its end.
 
     The place of the last one gets the start of the next window. That start is corrected once more:
     an error within the limit of a window's own states would remain where they are no longer large.

@@ -25,7 +25,7 @@ _MOST_WARPGROUPS = 4
 _PAIRED_THREADS = 256
 _PAIRED_MEMORY = 113 * 1024 - (227 * 1024 - SHARED_MEMORY)
 _PAIRED_STATES = 2  # more take more registers than two blocks have
-# What the second axis of a CUDA grid holds; the first goes over channels, neighbours in memory.
+# Most blocks on the second axis of a CUDA grid; the first goes over channels, neighbours in memory.
 _MOST_SEQUENCES = 65535
 
 

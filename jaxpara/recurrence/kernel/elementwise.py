@@ -1,4 +1,4 @@
-"""From a user's step to what a kernel takes: an `ElementwiseCell` and its operands.
+"""Makes the `ElementwiseCell` of a user's step, and its operands, for a kernel.
 
 The step is traced and taken apart. Work that does not depend on the state is done outside, over
 all time steps at once. Elementwise work on inputs of the state's own shape is the exception: it
@@ -217,7 +217,7 @@ def _check(node: Node, flat: Flat, kinds: dict[int, int], shape: tuple[int, ...]
 
 
 def _origin(slot: int, flat: Flat) -> Any:
-    """What a slot holds: itself, or how it was moved from what."""
+    """The origin of a slot: itself, or another slot and how its value was moved."""
     node = next((n for n in flat.nodes if slot in n.results), None)
     if node is None or node.name not in ("broadcast_in_dim", "convert_element_type", "reshape"):
         return slot

@@ -18,7 +18,7 @@ from jaxpara.recurrence.structure.proof import Edges, edges_of, ones, shapes_in,
 def require(
     given: Structure, closed: Any, carry_in: Sequence[int], carry_out: Sequence[int]
 ) -> None:
-    """Refuse a structure that leaves out what the proof cannot.
+    """Refuses a structure without entries that the proof cannot leave out.
 
     Args:
       given: what is claimed of the step.

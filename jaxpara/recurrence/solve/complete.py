@@ -1,4 +1,4 @@
-"""Exact completion: what a solver's budget left open is done sequentially.
+"""Exact completion: steps that a solver's budget left open are done one by one.
 
 One loop over chunks from the first open one of any lane, each run step by step from
 the exact state before it. With everything converged the loop makes no trip. Lanes

@@ -33,7 +33,7 @@ _CLOSING = 3
 
 
 class Machine(NamedTuple):
-    """What a time is estimated from: orders of magnitude, the CPU's measured.
+    """The speeds that a time is estimated from: orders of magnitude, the CPU's measured.
 
     Attributes:
       launch: seconds of one step of a loop without the arithmetic.
@@ -155,14 +155,14 @@ def _each(eqn: Any) -> float:
 
 
 class Sizes(NamedTuple):
-    """Of a call, and what it runs on.
+    """The sizes of a call, and the machine that it runs on.
 
     Attributes:
       steps: length of the recurrence.
       elements: floating elements of the carry.
       block: K.
       itemsize: bytes of an element.
-      machine: what a time is estimated from.
+      machine: the speeds that a time is estimated from.
     """
 
     steps: int
@@ -185,13 +185,13 @@ class Sizes(NamedTuple):
 
 
 def stepwise(work: Work, sizes: Sizes) -> Cost:
-    """Of the sequential path: one step after another, every state stored."""
+    """The cost of the sequential path: one step after another, every state stored."""
     seconds = sizes.steps * (sizes.machine.launch + work.whole / sizes.machine.alone)
     return Cost(seconds, sizes.itemsize * (sizes.steps * sizes.elements + work.largest))
 
 
 def of_shooting(settings: Settings, work: Work, sizes: Sizes) -> Cost:
-    """Of multiple shooting, on a mild cell.
+    """The cost of multiple shooting, on a mild cell.
 
     Args:
       settings: of the solver, `linear` chosen.
@@ -209,13 +209,13 @@ def of_shooting(settings: Settings, work: Work, sizes: Sizes) -> Cost:
 
 
 def of_newton(settings: Settings, work: Work, sizes: Sizes) -> Cost:
-    """Of pointwise Newton; arguments and result as for `of_shooting`."""
+    """The cost of pointwise Newton; arguments and result as for `of_shooting`."""
     newton = _newton_iteration(settings.linear, work, sizes)
     return Cost(_OF_NEWTON * newton.seconds, newton.bytes)
 
 
 def of_quasi_newton(settings: Settings, work: Work, sizes: Sizes) -> Cost:
-    """Of quasi-Newton; arguments and result as for `of_shooting`."""
+    """The cost of quasi-Newton; arguments and result as for `of_shooting`."""
     newton = _newton_iteration(settings.linear, work, sizes)
     after = sizes.steps * sizes.machine.launch if settings.linear == "sequential" else 0.0
     once = sizes.side_by_side(work) + sizes.pushed(work) + after

@@ -67,7 +67,7 @@ def in_auto_axes(function: Callable[..., Any], mesh: Any, out_sharding: Any) -> 
 
 
 def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
-    """Runs a closed jaxpr on flat arguments, each axis of the mesh being what it was in the trace.
+    """Runs a closed jaxpr on flat arguments, with each axis of the mesh as it was in the trace.
 
     Where the solver around it has made axes Auto, the arguments take the shardings of the trace.
     """

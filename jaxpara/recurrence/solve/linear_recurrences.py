@@ -107,7 +107,7 @@ def column_operator(groups: Groups, columns: Leaves) -> Operator:
 def step_operator(system: System, before: Leaves) -> Operator:
     """The operator of a system's step at the states `before`, by the step's own tangents.
 
-    Nothing of size `K x K` is held: what large blocks want.
+    Nothing of size `K x K` is held. This is the way for large blocks.
     """
 
     def push(data: Any, v: Leaves) -> list[jax.Array]:

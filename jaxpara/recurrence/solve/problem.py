@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
 
 def system_of(problem: Problem, consts, init, xs) -> System:
-    """What a solver is given."""
+    """The `System` that a solver receives."""
 
     def step(state, x):
         return problem.step(consts, state, x)

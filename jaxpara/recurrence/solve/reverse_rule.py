@@ -96,7 +96,7 @@ def _varied(operands) -> list[tuple[()] | None]:
 
 
 def _still(consts_varied, xs_varied):
-    """`(consts, xs)` with no derivative by what is not differentiated, as `lax.scan` has none.
+    """`(consts, xs)` without derivatives of operands that are not differentiated, as in `lax.scan`.
 
     A loop of unknown length, say, may depend on an input and cannot be pulled back through.
     """

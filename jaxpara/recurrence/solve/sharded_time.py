@@ -1,4 +1,4 @@
-"""Time sharded over a mesh axis: what the devices tell one another.
+"""Time sharded over a mesh axis: the messages between the devices.
 
 Inside `shard_map` every device owns consecutive steps. One iteration needs one
 all-gather of chunk summaries (the end and the start of the local trajectory, the

@@ -1,9 +1,9 @@
-"""Follow what the entries of some inputs reach, equation by equation.
+"""Follows the entries of some inputs through a jaxpr, equation by equation.
 
-An abstract interpreter of jaxprs that are linear in what is followed (tangents):
-it knows control flow and calls, and leaves what happens inside one primitive to
-a `Domain`. Predicates and indices decide which linear map is applied, they are
-not part of it, so they are not followed; nor is anything that is not floating.
+An abstract interpreter of jaxprs that are linear in the followed values (tangents).
+It knows control flow and calls, and leaves the inside of one primitive to a
+`Domain`. Predicates and indices are not followed: they decide which linear map is
+applied and are not part of it. Values that are not floating are not followed either.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,8 @@
 """Which leaves of the carry feed which: what must be solved together, and in which order.
 
-By tangents and whole leaves. Backpropagation through `lax.scan` multiplies only what is not a
-symbolic zero. An implicit derivative that multiplied more would turn the infinite derivative of
-a leaf that nobody reads into a NaN, since zero times infinity is one.
+By tangents and whole leaves. Backpropagation through `lax.scan` multiplies only values that are not
+symbolic zeros. An implicit derivative that multiplied more would turn the infinite derivative of
+a leaf that nobody reads into a NaN, since zero times infinity is a NaN.
 """
 
 from collections.abc import Collection, Iterable, Sequence

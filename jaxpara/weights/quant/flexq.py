@@ -11,7 +11,7 @@ from jaxpara.weights.reparam import Reparam, chain
 def flexq(
     *, sensitive: Where = None, group: int | None = 128, bits: int = 6, where: Where = None
 ) -> Reparam:
-    """Quantises weights and what they are multiplied with, by FlexQ's rules (W6A6).
+    """Quantises weights and the activations that they meet, by FlexQ's rules (W6A6).
 
     Both have symmetric grids with a scale for each group along the contraction. The scales are
     taken from their current largest magnitudes: nothing is calibrated. Products of sensitive
