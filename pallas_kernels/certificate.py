@@ -5,28 +5,30 @@ Jacobians. Boundaries leave residuals `r_{c+1} = e_c - s_{c+1}`, and the next Ne
 
     d_0 = 0,    d_{c+1} = P_c d_c + r_{c+1}.
 
-To first order `d` *is* the error of the starts; `r` is not: over neutral steps a drift of one ulp
-a boundary adds up, and a guess that is constant in time has the residual of one step's drift.
+To first order `d` *is* the error of the starts. `r` is not: over neutral steps a drift of one ulp a
+boundary adds up, and a guess that is constant in time has the residual of one step's drift.
 
-1. The step's Jacobian is proved to be its derivative and the state is float32 or wider: the solve
-   counts when `|d_c| <= FINE` ulp of scale at every boundary, or in two passes in a row `<= COARSE`
-   ulp, where rounding inside the chunks keeps it. Where the starts are corrected by `d` once more
-   before they are rolled out, what remains is of second order, and `COARSE` ulp count at once, if
-   `d` grows to no more than `LINEAR` times that on its way through a chunk. Where they are not,
-   as in kernels, the states of a chunk arrive `P_c d_c` off, which is held to the same limits as
-   `d`. A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
-   A correction may cross a kink, behind which it says nothing. So, outside of kernels, the `d`
-   of the corrected starts is held to `COARSE` ulp after the last roll-out as well; where nothing
-   is rolled out, two passes in a row are wanted. Of any step: the square root of a square is a
-   kink, and a sigmoid may be as sharp as one.
-   And a state may rest on a kink, where the derivative is that of one side. A step that holds one
-   (`max`, `abs`, `relu`) takes its Jacobians beside its states, on both sides, by at least two
-   limits of their scale, and `d` must be within the limit by both; in kernels it counts by 2.
-   Equal bits count only up to the first gap: behind one, `d` is what tells.
-2. Otherwise the solve counts when every `r_c` is 0, bit for bit, the sign of zeros included
-   (their reciprocals differ; it is wanted by rule 1 as well, see `meets`): narrower states round
-   by as much as they move, and behind a rounding, a cast or a rule of the user's own `d` means
-   nothing.
+1. `d` decides where the step's Jacobian is proved to be its derivative and the state is float32 or
+   wider.
+   - The solve counts when `|d_c| <= FINE` ulp of scale at every boundary. It also counts when
+     `|d_c| <= COARSE` ulp in two passes in a row, where rounding inside the chunks keeps it.
+   - Starts may be corrected by `d` once more before they are rolled out. What remains is then of
+     second order, and `COARSE` ulp count at once, if `d` grows to no more than `LINEAR` times that
+     on its way through a chunk.
+   - Where they are not, as in kernels, the states of a chunk arrive `P_c d_c` off. This is held to
+     the same limits as `d`.
+   - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
+   - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
+     corrected starts is therefore held to `COARSE` ulp after the last roll-out as well. Where
+     nothing is rolled out, two passes in a row are needed. This holds for every step: the square
+     root of a square is a kink, and a sigmoid may be as sharp as one.
+   - A state may rest on a kink, where the derivative is that of one side. A step that holds a kink
+     (`max`, `abs`, `relu`) takes its Jacobians beside its states, on both sides, by at least two
+     limits of their scale. `d` must be within the limit by both. In kernels the step counts by 2.
+   - Equal bits count only up to the first gap. Behind it `d` decides.
+2. Elsewhere the solve counts when every `r_c` is 0, bit for bit, including the sign of zeros. Their
+   reciprocals differ (see `meets`; rule 1 needs this as well). Narrower states round by as much as
+   they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.
 3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
    counts only by 2.
 4. Steps that do not count within the budget are completed one by one.
