@@ -46,7 +46,7 @@ def context(eqn: Any) -> Any:
 
 
 def is_tracer(value: Any) -> bool:
-    """Whether a value stands for one that a surrounding transform will know."""
+    """Whether a value is a tracer of a surrounding transform."""
     return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -35,7 +35,7 @@ def is_matrix(leaf: Any) -> bool:
     """Whether a leaf is a floating array of two or more axes.
 
     Args:
-      leaf: anything that stands in a tree.
+      leaf: any node of a tree.
 
     Returns:
       False for numbers, functions and whatever else has no shape and dtype.
@@ -140,7 +140,7 @@ def marked(tree: Any, where: Where) -> Any:
 
 
 def split(tree: Any, mask: Any) -> tuple[Any, Any]:
-    """Takes a tree apart by a mask, so that gradients see one part alone.
+    """Takes a tree apart by a mask, so that gradients see only one part.
 
     Args:
       tree: any pytree of arrays.

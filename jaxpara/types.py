@@ -50,7 +50,7 @@ class Cell(NamedTuple):
       start: `(params, batch_shape) -> carry`.
       project: `(params, x[..., features]) -> projected`, independent of the carry
         and therefore applied to all time steps at once.
-      step: `(params, carry, projected_t) -> (carry, y_t)`, the recurrence alone.
+      step: `(params, carry, projected_t) -> (carry, y_t)`, only the recurrence.
     """
 
     init: Callable[[Key], Params]
