@@ -4,7 +4,7 @@ DIR is a checkout of apple/ml-pararnn (its extension built in place) or of bugki
 both call their package `pararnn`, so one run takes one. Needs torch with CUDA beside JAX, in one
 process: set XLA_PYTHON_CLIENT_PREALLOCATE=false. All start from projected gates and a zero state,
 in float32, each in its own layout; theirs make a fixed number of Newton iterations [pararnn], ours
-goes on to a residual of 1e-5. Backward, each ends at the cotangents of gates and weights: theirs by
+run to a residual of 1e-5. Backward, each ends at the cotangents of gates and weights: theirs by
 the fused adjoint (CUDA) or a scan and a fused vjp (Triton), the rest in torch, as their layers do.
 Errors are against float64.
 

@@ -2,7 +2,7 @@
 
 Linear and nonlinear recurrences, forward and with gradients, float32 and bfloat16 storage, beside
 `lax.scan` in the same process, against the floor of memory traffic; then what `jp.auto` chooses
-from. Written row by row: the same command goes on where it stopped. Needs no Hydra.
+from. Written row by row: the same command continues where it stopped. Needs no Hydra.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Adapts a trained language model: `python -m experiments.finetune from=FOLDER transform=[lora]`.
 
-A run's folder is as of `experiments.train`, which also goes on with one: `resume=FOLDER`.
+A run's folder is as of `experiments.train`, which also continues one: `resume=FOLDER`.
 """
 
 import re
@@ -138,7 +138,7 @@ def job(cfg: DictConfig) -> None:
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     goes_on = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
-    if not goes_on:  # a run that goes on does so with its own config
+    if not goes_on:  # a run that continues does so with its own config
         take_model(cfg, list(HydraConfig.get().overrides.task))
         chosen = " > ".join(cfg.get("transform") or {}) or "full"
         print(f"transforms, as the weight flows: {chosen}")

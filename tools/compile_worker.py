@@ -1,7 +1,7 @@
 """Compiles the jobs on stdin for one target, and prints a line of JSON for each.
 
 What the compilers say: ptxas through the files that Mosaic GPU dumps, VMEM from the compiled
-program's text. A job that takes too long ends the process: its parent goes on with the next.
+program's text. A job that takes too long ends the process: its parent continues with the next.
 """
 
 import json

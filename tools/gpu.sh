@@ -1,7 +1,7 @@
 #!/bin/sh
 # The kernels on this machine's GPU: correctness, then speed. Installs nothing.
 #
-#   tools/gpu.sh [arguments of benchmarks.kernels]     for MINUTES (9); again: goes on
+#   tools/gpu.sh [arguments of benchmarks.kernels]     for MINUTES (9); again: continues
 #   tools/gpu.sh --rehearse                            the same on any CPU, tiny, in a minute or two
 #
 # Needs a Python with jax[cuda12] (0.11 or newer), optax, jaxtyping, chex and pytest: $PYTHON, or
@@ -43,7 +43,7 @@ measure() { # tests until they all passed, then rows until the time is over
   status=0
   "$python" tools/gpu_tests.py --seconds "$(left)" --results "$results" || status=$?
   if [ $status -eq 3 ]; then
-    echo "make gpu: $minutes minutes are over; the same command goes on with the tests"
+    echo "make gpu: $minutes minutes are over; the same command continues with the tests"
     return 0
   elif [ $status -ne 0 ]; then
     echo "make gpu: what is wrong is not timed; fix it, or run benchmarks.kernels by itself" >&2

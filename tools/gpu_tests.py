@@ -3,7 +3,7 @@
 What everything stands on comes first (the functions of one instruction), then what users call, then
 the kernels by themselves, breadth first: every test once, with its first parameters, then with its
 second. Written test by
-test, so that the same command goes on where it stopped: what passed with the same sources on the
+test, so that the same command continues where it stopped: what passed with the same sources on the
 same device is not run again, and a test that the process died in is passed over and counts as
 failed.
 """

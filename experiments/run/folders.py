@@ -77,7 +77,7 @@ def _first_line(error: BaseException) -> str:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The result of a run; nothing where it has none, or a damaged one.
 
-    A run that goes on writes it anew, so a damaged one is as good as none.
+    A run that continues writes it anew, so a damaged one is as good as none.
 
     Args:
       folder: of a run.
@@ -181,7 +181,7 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
 
 
 def reopen_run(folder: Path) -> None:
-    """Adds to what is known of a run that it goes on, on what machine and with what versions.
+    """Adds to what is known of a run that it continues, on what machine and with what versions.
 
     Args:
       folder: of a run that `open_run` opened.

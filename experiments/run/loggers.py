@@ -35,7 +35,7 @@ class Place(NamedTuple):
       folder: of the run.
       name: of the run.
       config: resolved, plain values.
-      step: of the checkpoint from which the run goes on; 0 for a new run.
+      step: of the checkpoint from which the run continues; 0 for a new run.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ def _package(name: str, extra: str) -> Any:
 
 
 def csv(columns: Sequence[str], *, file: str = "metrics.csv") -> Open:
-    """A table in the run's folder; every row is on disk before training goes on.
+    """A table in the run's folder; every row is on disk before training continues.
 
     Args:
       columns: besides `step`, which is the first. A value of another name gets a column of its

@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What the loop knows besides the training state; a run that goes on begins with it.
+    """What the loop knows besides the training state; a run that continues begins with it.
 
     Attributes:
       losses: of the steps since the last row.
@@ -226,7 +226,7 @@ def run_loop(
         if not math.isfinite(norm):  # the loss was finite, what came of it is not
             raise refuse(f"the gradient's norm is {norm}", number)
         with speed.paused():
-            # What is due at this step is measured before a stop too, or a run that goes on
+            # What is due at this step is measured before a stop too, or a run that continues
             # would lack it.
             figures = hooks.look_up(number, state.params) if evaluated else None
             enough = bool(figures is not None and hooks.solved and hooks.solved(figures))

@@ -53,7 +53,7 @@ def check_overrides(
     Args:
       overrides: as given, `KEY=VALUE` or `GROUP=MEMBER`.
       cfg: composed with them.
-      stored: the run's own config, which is what it goes on with.
+      stored: the run's own config, which is what it continues with.
       folder: of the run.
 
     Raises:

@@ -85,7 +85,7 @@ class Speedometer:
         return self._between(self._mark)
 
     def timed(self) -> tuple[int, float]:
-        """What `before` is to a run that goes on.
+        """What `before` is to a run that continues.
 
         Returns:
           Steps counted so far and the seconds they took.

@@ -31,7 +31,7 @@ class Run(NamedTuple):
       folder: where it is.
       config: flattened, see `flatten`.
       columns: of `metrics.csv`; None where a cell is empty.
-      summary: of `summary.json`; empty while the run goes on.
+      summary: of `summary.json`; empty while the run continues.
       environment: of `env.json`.
     """
 

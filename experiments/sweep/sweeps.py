@@ -1,7 +1,7 @@
 """Sweeps that survive their jobs: what fails is recorded, what is finished is not run again.
 
 A job's folder depends on its config alone (see `sweep_folders`), and a job that finds a run
-there goes on with it. So the same command, repeated, does what is left to do.
+there continues it. So the same command, repeated, does what is left to do.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Job(NamedTuple):
       folder: of its run.
       overrides: as Hydra was given them.
       status: "finished", "finished before", "interrupted", "failed", "refused" before it began, or
-        "no ending" where it was killed or goes on.
+        "no ending" where it was killed or continues.
       figure: what the run is judged by, after its last evaluation; None without one.
       column: the name of that figure.
       error: one line, for a job that failed or was refused.
@@ -73,7 +73,7 @@ class Announce(Callback):
 
 
 def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
-    """Runs a job; in a sweep, goes on with what its folder holds and lets no error out.
+    """Runs a job; in a sweep, continues from its folder and lets no error out.
 
     Args:
       cfg: composed by Hydra, with `resume`.

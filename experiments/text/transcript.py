@@ -53,7 +53,7 @@ class Transcript:
             return ""
         self._tokens += [int(token) for token in tokens]
         self._text = self._decode()
-        # Nothing that was given out can be part of a stop string, so the search goes on there.
+        # Nothing that was given out can be part of a stop string, so the search continues there.
         places = ((self._text.find(s, self._given), s) for s in self._stop)
         found = [(at + len(s), at, s) for at, s in places if at >= 0]
         if found:

@@ -212,7 +212,7 @@ def test_make_gpu_without_a_gpu_says_what_is_missing():
     ("status", "timed", "ends", "says"),
     [
         (0, True, 0, ""),
-        (3, False, 0, "7 minutes are over; the same command goes on with the tests"),
+        (3, False, 0, "7 minutes are over; the same command continues with the tests"),
         (1, False, 1, "what is wrong is not timed"),
     ],
 )
