@@ -8,7 +8,8 @@ An experiment's file says, in comments before its first key, what to run and wha
     #   validation_bits_per_byte <= 4.2
 
 The last lines are the same command with a few more overrides, for everyday checks. A command that
-continues on another line is indented there. Figures are those of `summary.json`; several are separated by commas.
+continues on another line is indented there. Figures are those of `summary.json`; several are
+separated by commas.
 
 An experiment that starts from another run names it in a line of its own:
 
