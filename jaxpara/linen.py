@@ -37,7 +37,7 @@ def from_linen(
     """A Linen module as a `Model` of pure functions.
 
     `init(key)` is the "params" collection of `module.init`, `apply(params, *inputs)` the
-    module's `__call__`. What else a module may want is an ordinary input or output:
+    module's `__call__`. Anything else that a module needs is an ordinary input or output:
 
     - keys: with `rngs=("dropout",)` it is `apply(params, *inputs, key)`; of several streams
       each gets a split of the key;
@@ -126,14 +126,14 @@ def from_linen(
 class RNN(linen.RNN):
     """Flax's `nn.RNN`, solved by `newton_scan`: same arguments, parameters, values, gradients.
 
-    Parameters are made by Flax's own layer; afterwards its scan is replaced, and with it what
-    `nn.scan` does for collections and random streams: `variable_broadcast` is read by all
-    steps at once, `variable_axes` is one slice a step, and a floating `variable_carry`
-    becomes part of the state that is solved for, whose Jacobian is then rarely diagonal.
+    Flax's own layer makes the parameters. Afterwards its scan is replaced, and with it the work
+    of `nn.scan` on collections and random streams. All steps read `variable_broadcast` at once.
+    `variable_axes` is one slice a step. A floating `variable_carry` becomes part of the state
+    that is solved for, whose Jacobian is then rarely diagonal.
 
     Attributes:
       solver: as for `newton_scan`; None lets it choose.
-      derivative: as for `newton_scan`; "reverse" is what a training loop wants.
+      derivative: as for `newton_scan`; "reverse" is the right choice for a training loop.
 
     References: [flax], [deer].
     """

@@ -39,8 +39,8 @@ def from_nnx(
     """An NNX module as a `Model` of pure functions.
 
     `init(key)` holds the values of its `nnx.Param`s as a nested dict of arrays and
-    `apply(params, *inputs)` calls the module. What else it may want is an ordinary input or
-    output:
+    `apply(params, *inputs)` calls the module. Anything else that it needs is an ordinary input
+    or output:
 
     - keys: with `rngs=("dropout",)` it is `apply(params, *inputs, key)`; every layer that
       keeps a stream of that name draws from its own fold of the key. What is not named is on
@@ -151,14 +151,14 @@ def from_nnx(
 class RNN(nnx.RNN):
     """Flax's `nnx.RNN`, solved by `newton_scan`: same arguments, values and gradients.
 
-    Variables that the cell changes in a step, and no others, are part of the carry: a count of
-    random draws runs ahead, and a floating one becomes part of the state that is solved for.
+    Only variables that the cell changes in a step are part of the carry. A count of random draws
+    runs ahead. A floating variable becomes part of the state that is solved for.
 
     Args:
       cell, time_major, return_carry, reverse, keep_order, unroll, state_axes, broadcast_rngs,
         rngs: as for `nnx.RNN`. `state_axes` may not give a variable one slice a step.
       solver: as for `newton_scan`; None lets it choose.
-      derivative: as for `newton_scan`; "reverse" is what a training loop wants.
+      derivative: as for `newton_scan`; "reverse" is the right choice for a training loop.
 
     Raises:
       ValueError: a `state_axes` other than `Carry` or None.

@@ -1,4 +1,4 @@
-"""Conformance checks, for solvers and models of one's own too.
+"""Conformance checks, also for your own solvers and models.
 
 They raise an AssertionError that names the case; nothing is printed.
 """

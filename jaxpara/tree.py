@@ -46,10 +46,10 @@ def is_matrix(leaf: Any) -> bool:
 
 
 def shapes_of(tree: Any) -> Any:
-    """The tree with shapes in the place of its arrays.
+    """The tree with shapes in place of its arrays.
 
     Args:
-      tree: any; leaves that are no arrays stay what they are.
+      tree: any; leaves that are not arrays do not change.
 
     Returns:
       The tree.
@@ -64,7 +64,7 @@ def shapes_of(tree: Any) -> Any:
 
 
 def matcher(where: Where) -> Callable[[str, Any], bool]:
-    """What a `where=` selects, as a predicate on (path, leaf).
+    """The selection of a `where=`, as a predicate on (path, leaf).
 
     Args:
       where: a glob on the whole path (`*` within one name, `**` across names), a compiled
@@ -123,7 +123,7 @@ def select(tree: Any, where: Where, *, is_leaf: IsLeaf = None) -> dict[str, Any]
 
 
 def marked(tree: Any, where: Where) -> Any:
-    """Which leaves of a tree a pattern selects, as a mask for `split`.
+    """A mask for `split` of the leaves that a pattern selects.
 
     Args:
       tree: any pytree.

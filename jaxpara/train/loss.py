@@ -1,4 +1,4 @@
-"""What a sequence model is trained and judged on: nats for each next token."""
+"""The loss and the evaluation of a sequence model: nats for each next token."""
 
 import inspect
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def next_token_loss(model: Model) -> Loss:
       model: a sequence model with logits as outputs.
 
     Returns:
-      `loss(params, windows[batch, time + 1], key) -> (nats, metrics)`, the metrics being
+      `loss(params, windows[batch, time + 1], key) -> (nats, metrics)`, with the metrics
       `loss` (nats for each token) and `bits_per_token`. The key goes to a model whose `apply` has
         a `key=`, as reparameterised ones have for dropout and stochastic rounding.
 

@@ -12,8 +12,8 @@ from jaxpara.types import Params
 def decay_mask(params: Params) -> Params:
     """True for the leaves named `kernel`: matrices, but not embeddings, norms or recurrences.
 
-    By name and not by number of axes, because the layers of a decoder are stacked and a vector
-    then has two axes.
+    Names decide, not the number of axes: the layers of a decoder are stacked, and a vector then
+    has two axes.
 
     Args:
       params: any pytree; names are dict keys or attribute names.
@@ -79,7 +79,7 @@ def optimizer(
     clip: float = 1.0,
     mask: Callable[[Params], Params] = decay_mask,
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm, its rate warmed up and then a cosine.
+    """AdamW after a clip of the global norm, with a rate that warms up and then follows a cosine.
 
     Args:
       learning_rate: the peak of the schedule.

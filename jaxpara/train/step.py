@@ -26,13 +26,13 @@ def init_state(
     *,
     trainable: Trainable = _every,
 ) -> TrainState:
-    """Fresh parameters, optimiser state, step 0, and a key for what the steps draw.
+    """Makes fresh parameters, optimiser state, step 0, and a key for the steps to draw from.
 
     Args:
       model: its `init` makes the parameters.
       optimizer: any optax transformation.
       key: split for the parameters and for the steps.
-      trainable: what `make_step` is given; the optimiser keeps nothing for the rest.
+      trainable: as for `make_step`; the optimiser keeps nothing for the other parameters.
 
     Returns:
       The state that `make_step`'s function takes. Its arrays are its own, so that it may be
@@ -52,7 +52,7 @@ def make_step(
     project: Callable[[Params], Params] | None = None,
     trainable: Trainable = _every,
 ) -> Step:
-    """A training step: gradient, update, projection.
+    """Makes a training step: gradient, update, projection.
 
     With `accumulate` the batch is cut into that many equal parts, whose gradients are averaged
     in a scan: the gradient of the whole batch in the memory of one part, exactly so if the loss
@@ -65,7 +65,7 @@ def make_step(
       project: applied to the parameters after the update, e.g.
         `jaxpara.cells.clip_recurrent(0.5)`; None leaves them.
       trainable: `params -> booleans` in their structure, e.g. `t.trainable` of a
-        reparameterisation: no gradient is taken of the rest, which may be integers.
+        reparameterisation. No gradient is taken of the other parameters, which may be integers.
 
     Returns:
       `step(state, batch) -> (state, metrics)`, not jitted: jit it with `donate_argnums=0`. The
