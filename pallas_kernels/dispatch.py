@@ -76,8 +76,8 @@ def _order(
         fits = [n for n in implementations if platform in PLATFORMS.get(n, (platform,))]
         return sorted(fits, key=lambda name: name == "xla")  # stable: the op's own order otherwise
     # What is neither a name nor names is refused below, as a name that is not known.
-    several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
-    names = list(implementation) if several else [implementation]
+    one = isinstance(implementation, str) or not isinstance(implementation, Sequence)
+    names: list[Any] = [implementation] if one else list(implementation)
     if not names:
         raise ValueError("implementation=() names nothing to try; pass None to let it be chosen.")
     for name in names:

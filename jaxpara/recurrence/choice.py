@@ -12,15 +12,16 @@ from jaxpara import compat, jaxprs
 from jaxpara.recurrence import rule
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.solve import cost, explicit_meshes, fused
+from jaxpara.recurrence.solve.body import Body
 from jaxpara.recurrence.solve.claimed_structure import require
 from jaxpara.recurrence.solve.records import SEQUENTIAL
-from jaxpara.recurrence.structure.jacobian_blocks import Groups, block_size, elements, is_number
+from jaxpara.recurrence.structure.jacobian_blocks import block_size, elements, is_number
 from jaxpara.recurrence.structure.kinds import Dense
 from jaxpara.recurrence.structure.linear_cotangents import all_linear
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
 from jaxpara.recurrence.structure.true_derivative import certain, kinked
-from jaxpara.recurrence.system import Solver
-from jaxpara.recurrence.traced_scan import Body, Traced, trace
+from jaxpara.recurrence.system import Choice, Solver
+from jaxpara.recurrence.traced_scan import Traced, trace
 from pallas_kernels import unfit
 
 DERIVATIVES = ("general", "reverse")
@@ -34,41 +35,6 @@ class Auto(NamedTuple):
     """
 
     platform: str | None = None
-
-
-class Choice(NamedTuple):
-    """What will run, hashable.
-
-    Attributes:
-      solver: the solver, or None for plain `lax.scan` with JAX's own derivative.
-      derivative: "general" or "reverse".
-      structure: the structure of the Jacobian, proved or trusted.
-      groups: the same, resolved for the shapes of the carry.
-      certain: a Newton correction bounds the error of a state, see `true_derivative.certain`.
-      kinks: the correction is taken on both sides of a state that rests on a kink, see
-        `solve.certified.beside`.
-      vjp_only: the step holds a `custom_vjp`.
-      length: number of (local) steps.
-      reason: one sentence for `explain_choice`.
-      refused: whether another solver was asked for, and would take too much.
-    """
-
-    solver: Solver | None
-    derivative: str
-    structure: Structure | None
-    groups: Groups
-    certain: bool
-    kinks: bool
-    vjp_only: bool
-    length: int
-    reason: str
-    refused: bool = False
-
-    def __str__(self) -> str:
-        if self.solver is None:
-            return f"lax.scan with its own derivative: {self.reason}"
-        how = self.solver.name
-        return f"{how}, implicit adjoint ({self.derivative}), {self.structure}: {self.reason}"
 
 
 def explain_choice(

@@ -11,13 +11,15 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpara import compat
-from jaxpara.recurrence.choice import Auto, Choice, decide, say
+from jaxpara.recurrence.choice import Auto, decide, say
 from jaxpara.recurrence.lanes import vary_over
 from jaxpara.recurrence.solve import explicit_meshes, sharded_time
+from jaxpara.recurrence.solve.body import SOLVE_NAME
 from jaxpara.recurrence.solve.claimed_structure import check_structure
-from jaxpara.recurrence.solve.general_rule import Problem, solve
+from jaxpara.recurrence.solve.general_rule import solve
+from jaxpara.recurrence.solve.problem import Problem
 from jaxpara.recurrence.system import Solver
-from jaxpara.recurrence.traced_scan import SOLVE_NAME, Body, Traced, flow_of, trace
+from jaxpara.recurrence.traced_scan import Traced, trace
 
 
 class SolveInfo(NamedTuple):
@@ -40,16 +42,6 @@ class SolveInfo(NamedTuple):
     residual: Float[Array, ""]
     fallback_steps: Int[Array, ""]
     starts: PyTree
-
-
-class _Spec(NamedTuple):
-    """Everything static about a solve; hashable, so equal calls share a compilation."""
-
-    body: Body
-    solver: Solver
-    choice: Choice
-    reverse: bool
-    unroll: int | bool
 
 
 def newton_scan(
@@ -157,9 +149,9 @@ def solve_scan(
     if choice.solver is None:
         carry, ys = lax.scan(f, init, xs, length, reverse, unroll)
         return (carry, ys), _sequential_info(init)
-    spec = _Spec(traced.body, choice.solver, choice, reverse, unroll)
+    problem = Problem(traced.body, choice, reverse, unroll)
     leaves = None if guess is None else jax.tree.leaves(guess)
-    flat, info, starts = jaxpara_solve(spec, traced.consts, traced.init, traced.xs, leaves)
+    flat, info, starts = jaxpara_solve(problem, traced.consts, traced.init, traced.xs, leaves)
     flat = [
         compat.weakly_typed(leaf) if weak else leaf
         for leaf, weak in zip(flat, traced.out_weak, strict=True)
@@ -185,62 +177,46 @@ def _as_carry(traced: Traced, starts):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def jaxpara_solve(spec: _Spec, consts, init, xs, guess):
+def jaxpara_solve(problem: Problem, consts, init, xs, guess):
     """The solve on flat operands: `(carry and output leaves, diagnostics, starts)`.
 
     Jitted with the traced step as a static argument, so that a second eager call with
     the same `f` compiles nothing, and named so that a jaxpr search can pass over it.
     """
-    inputs, outputs = explicit_meshes.avals_of(spec.body.jaxpr)
+    body = problem.body
+    inputs, outputs = explicit_meshes.avals_of(body.jaxpr)
     mesh = explicit_meshes.explicit_mesh(inputs)
     if mesh is None:
-        return _solve(spec, consts, init, xs, guess)
+        return _solve(problem, consts, init, xs, guess)
     # Results have the shardings that `lax.scan` gives them; diagnostics are replicated.
-    carry, ys = outputs[: spec.body.carries], outputs[spec.body.carries :]
+    carry, ys = outputs[: body.carries], outputs[body.carries :]
     leaves = [explicit_meshes.sharding(mesh, c) for c in carry]
     leaves += [explicit_meshes.sharding(mesh, y, None) for y in ys]
-    starts = [explicit_meshes.sharding(mesh, carry[i], None) for i in spec.body.floats]
+    starts = [explicit_meshes.sharding(mesh, carry[i], None) for i in body.floats]
     shardings = (leaves, [NamedSharding(mesh, jax.P())] * 4, starts)
-    run = explicit_meshes.in_auto_axes(functools.partial(_solve, spec), mesh, shardings)
+    run = explicit_meshes.in_auto_axes(functools.partial(_solve, problem), mesh, shardings)
     return run(consts, init, xs, guess)
 
 
-def _solve(spec: _Spec, consts, init, xs, guess):
-    body, choice = spec.body, spec.choice
-    axis = sharded_time.along(spec.solver.settings.axis, spec.reverse)
+def _solve(problem: Problem, consts, init, xs, guess):
+    body, choice = problem.body, problem.choice
+    axis = sharded_time.along(problem.settings.axis, problem.reverse)
     length = choice.length
     # With neither xs nor integer leaves the steps still need something to count.
-    inputs = [*_run_ahead(spec, consts, init, xs, length), *xs]
+    inputs = [*_run_ahead(problem, consts, init, xs), *xs]
     counted = inputs or [jnp.zeros((length, 0), jnp.float32)]
-    if spec.reverse:
+    if problem.reverse:
         counted = [x[::-1] for x in counted]
     floats = [init[i] for i in body.floats]
-    seen = len(inputs)  # rules of derivatives keep the step, which must not hold a tracer
-
-    def step(consts, state, x):
-        return body.on_floats(consts, state, x[:seen])
-
-    problem = Problem(
-        step,
-        choice.groups,
-        choice.certain,
-        choice.kinks,
-        spec.solver,
-        choice.vjp_only,
-        spec.reverse,
-        spec.unroll,
-        functools.partial(flow_of, body),
-    )
     aliased = tuple(sorted({alias for alias in body.aliases if alias is not None}))
-    last, states, outputs, *info, starts = solve(
-        problem, choice.derivative, aliased, consts, floats, counted, guess
-    )
+    last, states, outputs, *info, starts = solve(problem, aliased, consts, floats, counted, guess)
     states = dict(zip(aliased, states, strict=True))
-    if spec.solver.settings.debug and choice.structure is not None:
+    if problem.settings.debug and choice.structure is not None:
         # At the state that the solve ended in, with the input of the last step.
         row = [x[-1] for x in counted]
         at = lax.stop_gradient(last)
-        check_structure(choice.structure, lambda s: step(consts, s, row)[0], at, jax.random.key(0))
+        end = lambda s: problem.step(consts, s, row)[0]  # noqa: E731
+        check_structure(choice.structure, end, at, jax.random.key(0))
     if axis is not None:
         last = axis.from_rank(last, axis.size - 1)
         info = axis.agree(info)
@@ -248,19 +224,19 @@ def _solve(spec: _Spec, consts, init, xs, guess):
     for position, leaf in zip(body.floats, last, strict=True):
         carry[position] = leaf
     if body.others:
-        end = _last_others(spec, consts, init, inputs, xs)
+        end = _last_others(problem, consts, init, inputs, xs)
         for position, leaf in zip(body.others, end, strict=True):
             carry[position] = leaf
     outputs = iter(outputs)
     ys = [next(outputs) if a is None else states[a] for a in body.aliases]
-    if spec.reverse:
+    if problem.reverse:
         ys = [y[::-1] for y in ys]
     return [*carry, *ys], list(info), starts
 
 
-def _run_ahead(spec: _Spec, consts, init, xs, length):
+def _run_ahead(problem: Problem, consts, init, xs):
     """Integer and key leaves before each step, `[time, *leaf]`, run sequentially."""
-    body = spec.body
+    body = problem.body
     if not body.others:
         return []
 
@@ -272,13 +248,13 @@ def _run_ahead(spec: _Spec, consts, init, xs, length):
         return [new[i] for i in body.others], others
 
     others = [init[i] for i in body.others]
-    return lax.scan(step, others, list(xs), length, spec.reverse)[1]
+    return lax.scan(step, others, list(xs), problem.choice.length, problem.reverse)[1]
 
 
-def _last_others(spec: _Spec, consts, init, inputs, xs):
+def _last_others(problem: Problem, consts, init, inputs, xs):
     """Integer and key leaves after the last step, from those before it."""
-    body = spec.body
-    row = 0 if spec.reverse else -1
+    body = problem.body
+    row = 0 if problem.reverse else -1
     carry = list(init)
     for position, leaf in zip(body.others, inputs, strict=False):
         carry[position] = leaf[row]

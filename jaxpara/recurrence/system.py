@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpara.recurrence.structure.jacobian_blocks import Groups
+from jaxpara.recurrence.structure.proof import Structure
 
 Leaves = Sequence[jax.Array]
 
@@ -61,7 +62,7 @@ class System(NamedTuple):
       certain: the Jacobian is proved to be the derivative of the step, and the state is float32
         or wider: a correction bounds the error. Otherwise only bitwise agreement counts.
       kinks: that derivative may jump where a state moves a little, see `certified.beside`.
-      reverse: whether scan order runs against the order of the mesh axis.
+      reverse: scan order runs against time, that of a mesh axis and that in which kernels read.
       unroll: as for `lax.scan`; only a sequential solve unrolls.
     """
 
@@ -113,3 +114,38 @@ class Solver(NamedTuple):
     def name(self) -> str:
         """Its name in `jp`; a user's own solver has the name of its function."""
         return getattr(self.solve, "__name__", repr(self.solve))
+
+
+class Choice(NamedTuple):
+    """What will run, hashable.
+
+    Attributes:
+      solver: the solver, or None for plain `lax.scan` with JAX's own derivative.
+      derivative: "general" or "reverse".
+      structure: the structure of the Jacobian, proved or trusted.
+      groups: the same, resolved for the shapes of the carry.
+      certain: a Newton correction bounds the error of a state, see `true_derivative.certain`.
+      kinks: the correction is taken on both sides of a state that rests on a kink, see
+        `solve.certified.beside`.
+      vjp_only: the step holds a `custom_vjp`.
+      length: number of (local) steps.
+      reason: one sentence for `explain_choice`.
+      refused: whether another solver was asked for, and would take too much.
+    """
+
+    solver: Solver | None
+    derivative: str
+    structure: Structure | None
+    groups: Groups
+    certain: bool
+    kinks: bool
+    vjp_only: bool
+    length: int
+    reason: str
+    refused: bool = False
+
+    def __str__(self) -> str:
+        if self.solver is None:
+            return f"lax.scan with its own derivative: {self.reason}"
+        how = self.solver.name
+        return f"{how}, implicit adjoint ({self.derivative}), {self.structure}: {self.reason}"

@@ -186,7 +186,8 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         finite = tiles.link_affine(plan, starts, ends, products)
         for ref, value in zip(ends, roll([s[...] for s in starts]), strict=True):
             ref[...] = value
-        exact, _, coarse, residual[...] = _link(plan, limits, starts, ends, products, carry)
+        exact, _, coarse, largest = _link(plan, limits, starts, ends, products, carry)
+        residual[...] = largest
         done[...] = finite * jnp.maximum(exact, coarse)
         passes[...] = jnp.ones(plan.row, jnp.int32)
     else:
@@ -299,14 +300,14 @@ def _link(plan, limits, starts, ends, products, before):
         [zero] * size,
         [(f,) * (certificate.WINDOW - 1) for f in first],
     )
-    exact, within, largest, delta, recent = lax.fori_loop(0, plan.chunks - 1, link, loop)
+    exact, (fine, coarse), largest, delta, recent = lax.fori_loop(0, plan.chunks - 1, link, loop)
     last = plan.place(plan.chunks - 1, plan.chunks)
     moved = tiles.moved(size, products, last, delta)
     for end, cap, value, before in zip(ends, caps, moved, recent, strict=True):
         kept = jnp.abs(value) <= cap
-        within = small(within, kept, jnp.abs(value), end[last], before)
+        fine, coarse = small((fine, coarse), kept, jnp.abs(value), end[last], before)
         end[last] = jnp.where(kept & (value != 0.0), end[last] + value, end[last])
-    return exact, *within, largest
+    return exact, fine, coarse, largest
 
 
 def _correct(plan, starts, ends, done, dtypes):

@@ -37,21 +37,20 @@ from jaxpara.recurrence.system import Leaves, Settings
 from jaxpara.recurrence.wide import narrow
 
 
-def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init, xs, guess):
+def solve(problem: Problem, keep: tuple[int, ...], consts, init, xs, guess):
     """`(end, kept states, outputs, converged, iterations, residual, fallback_steps, starts)`.
 
     End, states and outputs are differentiable in `consts`, `init` and `xs`.
 
     Args:
       problem: what to solve.
-      derivative: "general" or "reverse".
       keep: the leaves whose states after every step are wanted; a sequential solve
         that is not differentiated stores no others.
       consts, init, xs: lists of leaves; `xs` with leading time.
       guess: starts of an earlier solve, or None.
     """
 
-    settings = problem.solver.settings
+    settings = problem.settings
 
     def packed(states, ys, diagnostics):
         inert.update(outputs=shapes_of(ys), diagnostics=shapes_of(diagnostics))
@@ -77,9 +76,8 @@ def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init
 
     inert = {}
     # Behind a sequential solve the blocked general rule is also the fastest reverse one.
-    if settings.linear == "sequential" and not problem.vjp_only:
-        derivative = "general"
-    if derivative == "general":
+    blocked = settings.linear == "sequential" and not problem.choice.vjp_only
+    if blocked or problem.choice.derivative == "general":
         run = _general(problem, full, light, wanted)
     else:
         run = reverse_rule(problem, full, light, wanted, keep)
@@ -94,7 +92,7 @@ def solve(problem: Problem, derivative: str, keep: tuple[int, ...], consts, init
 
 
 def _general(problem: Problem, full, light, wanted):
-    settings = problem.solver.settings
+    settings = problem.settings
     axis = sharded_time.along(settings.axis, problem.reverse)
 
     @jax.custom_jvp
@@ -136,7 +134,7 @@ def _tangents(problem: Problem, consts, d_consts, d_init, rows):
     Part by part, see `tangent_flow`: each is a linear recurrence of its own, driven by those before
     it. A leaf whose `d_init` is None never moves.
     """
-    flow, settings = problem.flow(), problem.solver.settings
+    flow, settings = problem.flow(), problem.settings
     axis = sharded_time.along(settings.axis, problem.reverse)
     before, xs, d_xs = rows
     nothing: list[Any] = [None] * len(before)
@@ -162,7 +160,7 @@ def _tangents(problem: Problem, consts, d_consts, d_init, rows):
 
 def _solved(problem: Problem, part: Sequence[int], b, first, at):
     """`v_t = J_t v_{t-1} + b_t` from `v_0 = first`, for the leaves of a part: all, and the last."""
-    settings = problem.solver.settings
+    settings = problem.settings
     if not problem.flow().loops(part):
         return b, [b_[-1] for b_ in b]
     operator = operator_of(problem, part, *at)

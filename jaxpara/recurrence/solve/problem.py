@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpara.recurrence.solve import jacobian_products
+from jaxpara.recurrence.solve.body import Body, flow_of
 from jaxpara.recurrence.solve.linear_recurrences import (
     MATERIALISED,
     Operator,
@@ -14,53 +15,70 @@ from jaxpara.recurrence.solve.linear_recurrences import (
     elementwise,
 )
 from jaxpara.recurrence.solve.tangent_leaves import differentiable
-from jaxpara.recurrence.structure.jacobian_blocks import Groups, block_size, restricted
+from jaxpara.recurrence.structure.jacobian_blocks import block_size, restricted
 from jaxpara.recurrence.structure.tangent_flow import Flow
-from jaxpara.recurrence.system import Leaves, Solver, System
+from jaxpara.recurrence.system import Choice, Leaves, Settings, Solver, System
 from jaxpara.recurrence.wide import widened
 
 
 class Problem(NamedTuple):
-    """A traced recurrence in scan order, ready to be solved and differentiated.
+    """All of a call but its operands; hashable, so that equal calls share a compilation.
+
+    Its functions take operands in scan order, lists of leaves.
 
     Attributes:
-      step: `(consts, state, x) -> (state, outputs)`, lists of leaves.
-      groups: proved structure of its Jacobian.
-      certain, kinks: as for `System`.
-      solver: the solver.
-      vjp_only: the step contains a `custom_vjp`, so it must not be pushed forward.
-      reverse: scan order runs against the mesh axis.
+      body: the traced step.
+      choice: what runs, and what is proved of the step.
+      reverse: scan order runs against time, that of arrays and that of a mesh axis.
       unroll: as for `lax.scan`.
-      flow: how tangents flow through the step; analysed when it is asked for.
+      still: `(consts, xs) -> (consts, xs)`, stops derivatives by what has none; or None.
     """
 
-    step: Callable[..., Any]
-    groups: Groups
-    certain: bool
-    kinks: bool
-    solver: Solver
-    vjp_only: bool
+    body: Body
+    choice: Choice
     reverse: bool
     unroll: int | bool
-    flow: Callable[[], Flow]
+    still: Callable[..., Any] | None = None
+
+    @property
+    def solver(self) -> Solver:
+        """The solver."""
+        assert self.choice.solver is not None, "lax.scan needs no problem"
+        return self.choice.solver
+
+    @property
+    def settings(self) -> Settings:
+        """The solver's."""
+        return self.solver.settings
+
+    def step(self, consts: Leaves, state: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
+        """One step of the floating leaves. `x` may end in more than the step takes."""
+        if self.still is not None:
+            consts, x = self.still(consts, x)
+        return self.body.on_floats(consts, state, x[: self.body.inputs])
+
+    def flow(self) -> Flow:
+        """How tangents flow through the step."""
+        return flow_of(self.body)
 
 
 def system_of(problem: Problem, consts, init, xs) -> System:
     """The `System` that a solver receives."""
+    choice = problem.choice
 
     def step(state, x):
         return problem.step(consts, state, x)
 
     def push(state, x, columns):
-        if not problem.vjp_only:
+        if not choice.vjp_only:
             new, linear = jax.linearize(lambda *s: list(step(list(s), x)[0]), *state)
             return new, jax.vmap(lambda *c: linear(*c))(*columns)
         new = step(state, x)[0]
-        matrices = jacobian_products.blocks_of(lambda s: step(s, x)[0], state, problem.groups, True)
+        matrices = jacobian_products.blocks_of(lambda s: step(s, x)[0], state, choice.groups, True)
         product = jacobian_products.multiply(
-            matrices, jacobian_products.gather_columns(problem.groups, columns)
+            matrices, jacobian_products.gather_columns(choice.groups, columns)
         )
-        return new, jacobian_products.spread_columns(problem.groups, product, new)
+        return new, jacobian_products.spread_columns(choice.groups, product, new)
 
     length = jax.tree.leaves(xs)[0].shape[0]
     return System(
@@ -69,9 +87,9 @@ def system_of(problem: Problem, consts, init, xs) -> System:
         init,
         xs,
         length,
-        problem.groups,
-        problem.certain,
-        problem.kinks,
+        choice.groups,
+        choice.certain,
+        choice.kinks,
         problem.reverse,
         problem.unroll,
     )
@@ -94,7 +112,7 @@ def steps_of(problem: Problem, leaves: Sequence[int], ys: Sequence[int]):
 
 def operator_of(problem: Problem, part: Sequence[int], consts, before: Leaves, xs) -> Operator:
     """`J_t` of some leaves at the solution: blocks where small, else the step's own products."""
-    groups = restricted(problem.groups, part)
+    groups = restricted(problem.choice.groups, part)
     shapes = [before[i].shape[1:] for i in part]
     size = max(block_size(group, shapes) for group in groups)
     like = [jax.ShapeDtypeStruct(before[i].shape[1:], before[i].dtype) for i in part]
@@ -109,21 +127,21 @@ def operator_of(problem: Problem, part: Sequence[int], consts, before: Leaves, x
 
         return function, [whole[i] for i in part]
 
-    if size <= 8 and elementwise(groups, like) and not problem.vjp_only:
+    if size <= 8 and elementwise(groups, like) and not problem.choice.vjp_only:
 
         def columns(whole, x):
             function, state = at(whole, x)
             return jacobian_products.columns_of(lambda s: function(*s), state, groups)
 
         return column_operator(groups, jax.vmap(columns)(list(before), xs))
-    most = MATERIALISED[problem.solver.settings.linear]
+    most = MATERIALISED[problem.settings.linear]
     # A loop of unknown length can be pushed through and not pulled through.
     if size <= most or problem.flow().circles:
 
         def blocks(whole, x):
             function, state = at(whole, x)
             return jacobian_products.blocks_of(
-                lambda s: function(*s), state, groups, problem.vjp_only
+                lambda s: function(*s), state, groups, problem.choice.vjp_only
             )
 
         return block_operator(groups, jax.vmap(blocks)(list(before), xs), like)

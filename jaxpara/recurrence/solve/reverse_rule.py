@@ -29,7 +29,7 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
     `wanted` takes what `full` returns to what `light` does: of the states the last ones, and all
     those of the leaves `keep`.
     """
-    axis = sharded_time.along(problem.solver.settings.axis, problem.reverse)
+    axis = sharded_time.along(problem.settings.axis, problem.reverse)
 
     @jax.custom_vjp
     def run(consts, init, xs, guess):
@@ -42,13 +42,7 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
 
     def run_backward(residuals, cotangents):
         consts, init, xs, states, *varied = residuals
-        still = _still(*varied)
-
-        def step(consts, state, x):
-            consts, x = still(consts, x)
-            return problem.step(consts, state, x)
-
-        stepwise = problem._replace(step=step)
+        stopped = problem._replace(still=_still(*varied))
         g_end, g_kept, g_ys = map(without_zeros, (*cotangents[0], cotangents[1]))
         g = _spread(states, keep, g_end, g_kept)
         outs = known(g_ys)
@@ -63,7 +57,7 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
 
         def through(leaves, outs, cts):
             """Gradients of the inputs by way of these results of all steps."""
-            steps = steps_of(stepwise, leaves, outs)
+            steps = steps_of(stopped, leaves, outs)
 
             def of_inputs(*inputs):
                 consts, xs = fill(inputs)
@@ -74,9 +68,9 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
         g_outs = [g_ys[i] for i in outs]
         found = None
         if problem.solver.gradients is not None and live:
-            found = _at_once(problem, still, live, at, init, states, g, outs, g_outs)
+            found = _at_once(stopped, live, at, init, states, g, outs, g_outs)
         if found is None:
-            w, into_init = _by_parts(stepwise, live, at, init, g, outs, g_outs)
+            w, into_init = _by_parts(stopped, live, at, init, g, outs, g_outs)
             grads = through(live, outs, ([w[i] for i in live], g_outs))
         else:
             into_init, grads = found
@@ -126,7 +120,7 @@ def _spread(states: Leaves, keep: Sequence[int], g_end, g_kept):
 
 def _by_parts(problem: Problem, live, at, init, g, outs, g_outs):
     """Cotangents `w` of all new states, and those of the initial state, part by part."""
-    flow, settings = problem.flow(), problem.solver.settings
+    flow, settings = problem.flow(), problem.settings
     consts, before, xs = at
     w: list[Any] = [None] * len(before)
     into_init = [jnp.zeros_like(leaf) for leaf in init]
@@ -166,37 +160,38 @@ def _seen(problem: Problem, part: Sequence[int], at, g: Leaves, w, outs, g_outs)
     return _following(problem, g, pull(([w[i] for i in later], [c for _, c in pairs])))
 
 
-def _at_once(problem: Problem, stopped, live, at, init, states, g, outs, g_outs):
+def _at_once(problem: Problem, live, at, init, states, g, outs, g_outs):
     """Gradients of the initial state and of the inputs by the solver's own means, or None."""
     consts, before, xs = at
-    still = [i for i in range(len(before)) if i not in live]
+    others = [i for i in range(len(before)) if i not in live]
+    plain = problem._replace(still=None)  # what has no derivative is stopped outside of the step
     g_live, seen_init = _seen(
         problem, live, at, [g[i] for i in live], [None] * len(before), outs, g_outs
     )
 
     def step(consts, state, x):
-        whole = dict(zip([*live, *still], [*state, *x[len(xs) :]], strict=True))
-        new, _ = problem.step(consts, [whole[i] for i in range(len(whole))], x[: len(xs)])
+        whole = dict(zip([*live, *others], [*state, *x[len(xs) :]], strict=True))
+        new, _ = plain.step(consts, [whole[i] for i in range(len(whole))], x[: len(xs)])
         return [new[i] for i in live], []
 
     assert problem.solver.gradients is not None
     found = problem.solver.gradients(
         step,
-        problem.solver.settings,
+        problem.settings,
         consts,
         [init[i] for i in live],
-        [*xs, *(before[i] for i in still)],
+        [*xs, *(before[i] for i in others)],
         [states[i] for i in live],
         g_live,
         problem.reverse,
-        stopped,
+        problem.still,
     )
     if found is None:
         return None
     into_init = [jnp.zeros_like(leaf) for leaf in init]
     for i, a, b in zip(live, found[0], seen_init, strict=True):
         into_init[i] = a + b
-    return into_init, found[1][: len(found[1]) - len(still)]
+    return into_init, found[1][: len(found[1]) - len(others)]
 
 
 def _following(problem: Problem, g: Leaves, seen: Leaves):
@@ -204,7 +199,7 @@ def _following(problem: Problem, g: Leaves, seen: Leaves):
 
     Returns `(g, cotangent of the initial state)`.
     """
-    axis = sharded_time.along(problem.solver.settings.axis, problem.reverse)
+    axis = sharded_time.along(problem.settings.axis, problem.reverse)
     first = [s[0] for s in seen]
     last = [jnp.zeros_like(f) for f in first]
     if axis is not None:
