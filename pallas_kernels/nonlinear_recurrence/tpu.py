@@ -186,8 +186,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         finite = tiles.link_affine(plan, starts, ends, products)
         for ref, value in zip(ends, roll([s[...] for s in starts]), strict=True):
             ref[...] = value
-        exact, _, coarse, largest = _link(plan, limits, starts, ends, products, carry)
-        residual[...] = largest
+        exact, _, coarse, residual[...] = _link(plan, limits, starts, ends, products, carry)
         done[...] = finite * jnp.maximum(exact, coarse)
         passes[...] = jnp.ones(plan.row, jnp.int32)
     else:
@@ -239,7 +238,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         completed[...] = completed[...] + jnp.where(passed, 0, count)
 
 
-def _link(plan, limits, starts, ends, products, before):
+def _link(plan, limits, starts, ends, products, before) -> tuple[Any, Any, Any, Any]:
     """Tests the boundaries, and leaves each chunk's corrected successor in place of its end.
 
     The place of the last one gets the start of the next window. That start is corrected once more:
