@@ -45,8 +45,8 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _spelled_out(q, keys, values, seen, raw, prefix, probabilities):
-    """Attention to the cache and, by queries that are not rotated, to trained keys and values."""
+def _attend(q, keys, values, seen, raw, prefix, probabilities):
+    """Attention of some queries to the cache and, not rotated, to trained keys and values."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bthd,bshd->bhts", q, keys, preferred_element_type=wide)
     scores, n = jnp.where(seen[:, None], scores, -jnp.inf), 0
@@ -63,6 +63,37 @@ def _spelled_out(q, keys, values, seen, raw, prefix, probabilities):
     if prefix is None:
         return mean
     return mean + jnp.einsum("bhtp,phd->bthd", weights[..., :n], prefix["values"])
+
+
+# Queries of a block, and blocks at most: more of them leave out more, and take longer to compile.
+_BLOCK, _BLOCKS = 64, 8
+
+
+def _in_blocks(q, keys, values, seen, raw, prefix, probabilities):
+    """The same for all queries, block by block.
+
+    Where the sequence fills the cache, its first token is in the first slot, and a block sees no
+    slot behind its own: nearly half of the scores are not computed.
+    """
+    time, slots = q.shape[1], keys.shape[1]
+    size = max(_BLOCK, -(-time // _BLOCKS))
+    out = []
+    for begin in range(0, time, size):
+        end = min(begin + size, time)
+        last = end if time == slots else slots
+        rows = slice(begin, end)
+        out.append(
+            _attend(
+                q[:, rows],
+                keys[:, :last],
+                values[:, :last],
+                seen[:, rows, :last],
+                raw[:, rows],
+                prefix,
+                probabilities,
+            )
+        )
+    return jnp.concatenate(out, axis=1)
 
 
 def rotary_attention(
@@ -153,11 +184,7 @@ def rotary_attention(
         seen = (slots <= positions[:, None]) & (slots >= first[:, :, None])
         cached = keys.astype(q.dtype), values.astype(q.dtype)
         with jax.named_scope("attention"):
-            if prefix or probabilities is not None:
-                more = raw, params.get("prefix"), probabilities
-                y = _spelled_out(q, *cached, seen, *more)
-            else:
-                y = jax.nn.dot_product_attention(q, *cached, mask=seen[:, None])
+            y = _in_blocks(q, *cached, seen, raw, params.get("prefix"), probabilities)
         # dynamic_update_slice would overwrite the newest slots in silence.
         y = jnp.where(state.position + time <= max_length, y, jnp.nan)
         state = AttentionState(keys, values, state.position + time, first[:, -1])

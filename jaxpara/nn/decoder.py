@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from jaxpara.matmul import matmul
 from jaxpara.nn.conv import short_conv
 from jaxpara.nn.layers import embedding, linear, rms_norm, swiglu
 from jaxpara.nn.mixers import Mixer
@@ -195,7 +196,7 @@ def decoder(
         x, state = jax.lax.scan(body, x, (params["blocks"], state), unroll=unroll)
         x = norm.apply(params["norm"], x)
         kernel = params["embedding"]["table"].T if tied else params["head"]["kernel"]
-        logits = jnp.matmul(
+        logits = matmul(
             x, kernel.astype(x.dtype), preferred_element_type=jnp.promote_types(x.dtype, "float32")
         )
         return state, logits

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from jaxpara.matmul import matmul
 from jaxpara.sizes import positive
 from jaxpara.types import AnyArray, Model
 
@@ -35,7 +36,7 @@ def linear(features: int, outputs: int, *, scale: float = 1.0) -> Model:
     def apply(
         params: dict, x: Float[AnyArray, "*batch features"]
     ) -> Float[AnyArray, "*batch outputs"]:
-        return x @ params["kernel"].astype(x.dtype)
+        return matmul(x, params["kernel"].astype(x.dtype))
 
     return Model(init, apply)
 

@@ -289,31 +289,6 @@ def test_swiglu_and_rms_norm_follow_their_equations():
     assert jnp.all(norm.apply(norm.init(jax.random.key(0)), jnp.zeros((1, 8))) == 0)
 
 
-def test_attention_equals_softmax_over_complex_rotations():
-    heads, size, base = 2, 8, 10_000.0
-    mixer = nn.mixers.attention(heads=heads)(WIDTH)
-    params = mixer.init(jax.random.key(0))
-    x = np.asarray(jax.random.normal(jax.random.key(1), (BATCH, 6, WIDTH)))
-    state = mixer.start(params, BATCH, 8, jnp.float32)
-    _, y = mixer.run(params, state, jnp.asarray(x), None)
-    q, k, v = np.split(x.astype(np.float64) @ np.asarray(params["kernel"], np.float64), 3, axis=-1)
-    frequencies = base ** (-np.arange(size // 2) / (size // 2))
-    expected = np.zeros((BATCH, 6, WIDTH))
-    for b in range(BATCH):
-        for h in range(heads):
-            part = slice(h * size, (h + 1) * size)
-            qc, kc = (
-                (a[b, :, part][:, : size // 2] + 1j * a[b, :, part][:, size // 2 :])
-                * np.exp(1j * np.arange(6)[:, None] * frequencies)
-                for a in (q, k)
-            )
-            for t in range(6):
-                scores = np.real(kc[: t + 1] @ np.conj(qc[t])) / np.sqrt(size)
-                p = np.exp(scores - scores.max())
-                expected[b, t, part] = (p / p.sum()) @ v[b, : t + 1, part]
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=2e-6)
-
-
 def test_more_tokens_than_max_length_give_nan_and_not_a_wrong_answer():
     model, params = make("attention")
     run = jax.jit(partial(model.run, params))

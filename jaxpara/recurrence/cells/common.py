@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxpara.matmul import matmul
 from jaxpara.recurrence.reset import with_reset
 from jaxpara.recurrence.scan import newton_scan
 from jaxpara.types import Carry, Cell, Key, Params, Scan
@@ -205,7 +206,7 @@ def projection(
                 f"x has {x.shape[-1]} features (shape {x.shape}), the cell was made for "
                 f"features={features}"
             )
-        y = x @ params["kernel"].astype(x.dtype) + params["bias"].astype(x.dtype)
+        y = matmul(x, params["kernel"].astype(x.dtype)) + params["bias"].astype(x.dtype)
         return tuple(part.reshape(x.shape[:-1] + units) for part in jnp.split(y, gates, axis=-1))
 
     return project
