@@ -34,8 +34,11 @@ types: setup ## the annotations of jaxpara checked while its fast tests run, by 
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not untyped" \
 	  --jaxtyping-packages=jaxpara,pallas_kernels,tests.check $(ARGS)
 
-bench: setup ## solvers against lax.scan and others (ARGS="suite=recurrence_full")
+bench: setup ## solvers against lax.scan and others, then a training step (ARGS="suite=recurrence_full")
 	$(PY) -m experiments.bench $(ARGS)
+ifeq ($(ARGS),)
+	$(PY) -m experiments.step_time
+endif
 
 reproduce: setup ## run every experiment, small, and check its figures (ARGS=full; ARGS="full lm")
 	$(PY) -m experiments.reproduce $(ARGS)

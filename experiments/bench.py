@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from experiments.contest import bench_figure, bench_rows
 from experiments.contest.contest import Row, contest
+from experiments.contest.machine import machine
 from experiments.contest.recurrence_problem import PASSES, make_problem
 from experiments.contest.rivals import RIVALS
 from experiments.run import folders, records
@@ -104,31 +104,6 @@ def write_table(folder: Path, rows: Sequence[Row], machine: str) -> None:
     lines = [machine, "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-
-
-def machine() -> str:
-    """The machine in one line, as it stands above every table.
-
-    Returns:
-      Device, cores, versions, commit.
-    """
-    known = folders.environment()
-    dirty = " with uncommitted changes" if known["git_dirty"] else ""
-    commit = (known["git_commit"] or "unknown")[:10] + dirty
-    return (
-        f"{_processor()} ({known['device']}, {known['cpu_count']} cores), "
-        f"Python {known['python']}, JAX {known['packages']['jax']}, float32, commit {commit}; "
-        f"{time.strftime('%Y-%m-%d')}."
-    )
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return jax.devices()[0].platform
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else jax.devices()[0].platform
 
 
 def versions() -> dict[str, str | None]:

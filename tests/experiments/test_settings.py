@@ -23,6 +23,7 @@ from experiments import (
     fit_choice,
     generate,
     plot,
+    step_time,
     train,
     train_tokenizer,
 )
@@ -53,6 +54,7 @@ COMMANDS = {
         plot,
         solver_study,
         state_tracking_figure,
+        step_time,
         train,
         train_tokenizer,
     )
