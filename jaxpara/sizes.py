@@ -4,6 +4,8 @@ import math
 import operator
 from typing import Any
 
+import numpy as np
+
 
 def whole(**size: Any) -> Any:
     """A size as a Python integer, which hashes, prints and multiplies as one.
@@ -58,6 +60,24 @@ def positive(**sizes: Any) -> None:
     for name, value in sizes.items():
         if needed(**{name: value}) < 1:
             raise ValueError(f"{name}={value!r}: give a whole number, at least 1")
+
+
+def flag(**switch: Any) -> bool:
+    """A switch as a Python boolean, since any text is true, "no" and "false" among them.
+
+    Args:
+      switch: one, by the name that the user knows.
+
+    Returns:
+      The boolean.
+
+    Raises:
+      ValueError: it is neither True nor False.
+    """
+    ((name, value),) = switch.items()
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={value!r}: give True or False")
+    return bool(value)
 
 
 def finite(**number: Any) -> float:

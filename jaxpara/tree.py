@@ -151,11 +151,15 @@ def split(tree: Any, mask: Any) -> tuple[Any, Any]:
       other.
 
     Raises:
-      ValueError: the structures differ.
+      ValueError: the structures differ, or the mask holds something else.
     """
     have, want = jax.tree.structure(tree), jax.tree.structure(mask)
     if have != want:
         raise ValueError(f"split got a tree {have} and a mask {want}: they must be alike")
+    for keys, take in jax.tree_util.tree_leaves_with_path(mask):
+        if getattr(take, "dtype", type(take)) not in (bool, jnp.bool_):
+            where = path_of(keys)
+            raise ValueError(f"split got {take!r} at {where!r} of the mask: give True or False")
     return (
         jax.tree.map(lambda leaf, take: leaf if take else None, tree, mask),
         jax.tree.map(lambda leaf, take: None if take else leaf, tree, mask),

@@ -1,6 +1,6 @@
 """Checks of the arguments of a reparameterisation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,22 +9,43 @@ import jax.numpy as jnp
 from jaxpara.types import Model
 
 
-def need_key(key: Any) -> None:
+def need_key(key: Any, given_to: str = "attach(key, params)") -> None:
     """Refuses a key that is no random key, such as the parameters in its place.
 
     Args:
-      key: of `attach`.
+      key: of `attach`, or another call.
+      given_to: the call, with its arguments.
 
     Raises:
-      TypeError: it is neither a typed key nor the bits of one (uint32).
+      TypeError: it is neither a typed key nor the bits of one (uint32), or there are several.
     """
-    dtype = getattr(key, "dtype", None)
+    name, dtype = given_to.partition("(")[0], getattr(key, "dtype", None)
     if dtype is None or not (
         jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.dtype(dtype) == jnp.uint32
     ):
         raise TypeError(
-            f"attach got a key of type {type(key).__name__}; expected attach(key, params), with a "
+            f"{name} got a key of type {type(key).__name__}; expected {given_to}, with a "
             "key such as jax.random.key(0)"
+        )
+    if key.ndim != (0 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else 1):
+        raise TypeError(f"{name} got keys of shape {key.shape}; expected one: give keys[0]")
+
+
+def need_plain(selected: Iterable[str], paths: Iterable[str]) -> None:
+    """Refuses leaves inside reparameterised ones, which no method would reach.
+
+    Args:
+      selected: paths that a method selects.
+      paths: of the leaves of the state, where a reparameterised leaf is one.
+
+    Raises:
+      ValueError: a path is not among them.
+    """
+    inside = sorted(set(selected).difference(paths))
+    if inside:
+        raise ValueError(
+            f"attach got {inside[0]!r}, a part of a leaf that is reparameterised already: attach "
+            "jp.chain(first, second) to the parameters themselves, or narrow where="
         )
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpara.sizes import finite, needed
+from jaxpara.sizes import finite, flag, needed
 from jaxpara.tree import Where
 from jaxpara.weights.factors import Factors, Term
 from jaxpara.weights.method import additive
@@ -46,6 +46,7 @@ def low_rank(
       ValueError: the rank is not positive, the window is negative, or alpha is no number.
     """
     rank, window = needed(rank=rank), needed(window=window)
+    rank_stabilised = flag(rank_stabilised=rank_stabilised)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
     if window < 0:
@@ -141,9 +142,10 @@ def lora(
 
     References: [lora], [rslora].
     """
+    dropout = finite(dropout=dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: give a probability from 0 to below 1")
-    settings = low_rank(rank, alpha, rank_stabilised, window)._replace(dropout=float(dropout))
+    settings = low_rank(rank, alpha, rank_stabilised, window)._replace(dropout=dropout)
     method = additive(
         f"lora(rank={settings.rank})",
         settings,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpara.sizes import needed
 from jaxpara.weights.lazy import Atom, Axes, Lazy, arranged, lazy, reshaped
 from jaxpara.weights.method import Method
 from jaxpara.weights.weight import Weight, is_weight, shape_of
@@ -53,8 +54,14 @@ def axes_for(layout: Layout, shape: Sequence[int]) -> Axes | None:
       The axes; None where the leaf already is `[*batch, inputs, outputs]`.
 
     Raises:
-      ValueError: the layout does not name each axis once, or its pieces do not make them up.
+      ValueError: the layout is not made of tuples of axes, it does not name each axis once, or its
+        pieces do not make them up.
     """
+    for role, own in layout._asdict().items():
+        if not isinstance(own, tuple | list):
+            raise ValueError(f"{layout}: {role} is {own!r}; give a tuple, such as {role}=(0,)")
+    for axis in (*layout.batch, *layout.inputs, *layout.outputs):
+        needed(axis=axis)
     pieces = layout.pieces or tuple((size,) for size in shape)
     flat = [size for axis in pieces for size in axis]
     named = [*layout.batch, *layout.inputs, *layout.outputs]

@@ -110,10 +110,10 @@ class Reparam(NamedTuple):
           The state: `params` with `Weight`s for the leaves that were selected.
 
         Raises:
-          TypeError: `key` is no random key.
+          TypeError: `key` is no random key, or `layout` holds no `Layout`s.
           ValueError: a member selects nothing (the message names near leaves), or selects a leaf
-            that is not an array of two or more axes and of floats of 16 bits or more; a layout
-            does not fit its leaf.
+            that is not an array of two or more axes and of floats of 16 bits or more, or that is
+            reparameterised already; a layout does not fit its leaf.
 
         Warns:
           UserWarning: parts hold more numbers than their weight; `function` does not tell what is
@@ -152,6 +152,7 @@ class Reparam(NamedTuple):
             if not selected:
                 continue
             found = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight)
+            arguments.need_plain(selected, (path_of(keys) for keys, _ in found))
             leaves, axes = {}, {}
             for path, leaf in ((path_of(keys), leaf) for keys, leaf in found):
                 if path in selected:
@@ -211,6 +212,7 @@ class Reparam(NamedTuple):
         Returns:
           The state; itself where no method draws anything.
         """
+        arguments.need_key(key, "sample(state, key)")
         return sampled(state, key)
 
     def _not_known(self, params: Params, layouts: Layouts) -> list[str]:

@@ -314,6 +314,7 @@ def given(
       The layouts; none where nothing is given.
 
     Raises:
+      TypeError: a layout or the function is something else.
       ValueError: arguments that do not go together, or a path that is not in the parameters.
     """
     if not isinstance(inputs, (tuple, list)):
@@ -321,6 +322,11 @@ def given(
             f"attach got inputs= of type {type(inputs).__name__}: give a tuple, inputs=(x,)"
         )
     if function is not None:
+        if not callable(function):
+            raise TypeError(
+                f"attach got function={function!r}; expected a function "
+                "(params, *inputs) -> outputs"
+            )
         if known is not None:
             raise ValueError("attach got function= and layout=: give one of them")
         return layout(function, params, *inputs)
@@ -330,8 +336,18 @@ def given(
         return Layouts({}, {})
     if isinstance(known, Layouts):
         return known
+    if not isinstance(known, Mapping):
+        raise TypeError(
+            f"attach got layout={known!r}; expected jp.weights.layout(function, params, *inputs), "
+            "or layouts by path, such as {'w': jp.weights.Layout(inputs=(1,), outputs=(0,))}"
+        )
     paths = select(params, "**")
-    for path in known:
+    for path, roles in known.items():
+        if not isinstance(roles, Layout):
+            raise TypeError(
+                f"attach got layout={{{path!r}: {roles!r}}}; expected a layout, such as "
+                "jp.weights.Layout(inputs=(1,), outputs=(0,))"
+            )
         if path not in paths:
             near = difflib.get_close_matches(path, paths, n=3, cutoff=0.3) or list(paths)[:3]
             raise ValueError(

@@ -106,6 +106,25 @@ def test_sizes_are_integers_of_python_whatever_they_were():
             positive(rank=wrong)
 
 
+SWITCHES = {
+    "rank_stabilised": [jp.lora],
+    "per_tensor": [jp.fake_quant, jp.lsq],
+    "affine": [jp.fake_quant, jp.rtn, jp.lsq],
+    "full": [jp.lsq, jp.lr_qat],
+}
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_a_boolean_and_no_text(name):
+    # What `affine=no` is on a command line: a text, and so true.
+    for method in SWITCHES[name]:
+        assert method(**{name: np.True_}) == method(**{name: True})
+        for wrong in ("no", 1, None):
+            with pytest.raises(ValueError, match=f"{name}={wrong!r}: give True or False"):
+                method(**{name: wrong})
+
+
 @pytest.mark.untyped
 @pytest.mark.parametrize("wrong", [True, "1", None, float("nan"), float("inf"), [1.0]])
 def test_a_number_is_finite_and_no_boolean(wrong):
@@ -113,6 +132,7 @@ def test_a_number_is_finite_and_no_boolean(wrong):
         finite(alpha=wrong)
     for refused in (
         lambda: jp.sparse_nm(decay=wrong),
+        lambda: jp.lora(dropout=wrong),
         lambda: jp.easy_quant(sigmas=wrong),
         lambda: jp.train.optimizer(steps=3, learning_rate=wrong),
         lambda: jp.train.schedule(0.1, 3, warmup=wrong),

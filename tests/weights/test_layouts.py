@@ -305,6 +305,22 @@ def test_a_method_on_any_layout_is_the_method_on_matrices(name, double):
     assert plain is None or not np.allclose(plain, effective["dense"], atol=1e-6)
 
 
+@pytest.mark.untyped
+def test_a_layout_that_is_none_is_named():
+    t, params, roles = jp.lora(rank=1), {"w": np.ones((3, 2))}, jp.weights.Layout
+    for wrong in ("oi", ((1,), (0,)), None):
+        with pytest.raises(TypeError, match="layout={'w': .*expected a layout, such as"):
+            t.attach(jax.random.key(0), params, layout={"w": wrong})
+    with pytest.raises(TypeError, match="layout=5; expected jp.weights.layout"):
+        t.attach(jax.random.key(0), params, layout=5)
+    with pytest.raises(ValueError, match="inputs is 1; give a tuple, such as inputs="):
+        t.attach(jax.random.key(0), params, layout={"w": roles(1, 0)})
+    # Equal to 1 and to 0, which would be axes.
+    for axis in (True, 1.0):
+        with pytest.raises(ValueError, match="axis=.*: give a whole number"):
+            t.attach(jax.random.key(0), params, layout={"w": roles((axis,), (0,))})
+
+
 def test_adapters_of_a_state_with_layouts_are_saved_and_put_back(double):
     where = re.compile("dense|heads")
     t = jp.chain(jp.ia3(where=where), jp.lora(rank=1, where=where))

@@ -280,6 +280,17 @@ def test_what_is_given_in_the_wrong_place_is_named():
         ValueError, match="where=None .floating leaves of two or more axes. selects"
     ):
         t.attach(KEY, {"w": normal(0, 8)})
+    for wrong in (2, "no", np.float32(1)):
+        with pytest.raises(ValueError, match="at 'a' of the mask: give True or False"):
+            jp.split({"a": 1}, {"a": wrong})
+    assert jp.split({"a": 1, "b": 2}, {"a": np.True_, "b": False})[0] == {"a": 1, "b": None}
+    for keys in (jax.random.split(KEY), np.zeros((2, 2), np.uint32)):
+        with pytest.raises(TypeError, match="attach got keys of shape .2.*expected one"):
+            t.attach(keys, params)
+    with pytest.raises(TypeError, match="sample got a key of type int; expected sample.state, key"):
+        t.sample(t.attach(KEY, params), 0)  # type: ignore
+    with pytest.raises(TypeError, match="attach got function=5; expected a function"):
+        t.attach(KEY, params, function=5)  # type: ignore
     with pytest.raises(ValueError, match="combine got trees .*must be alike"):
         jp.combine({"a": 1}, {"b": None})
 
@@ -290,3 +301,16 @@ def test_integers_of_numpy_are_sizes_inside_a_lifted_function_too():
     assert run(state, normal(1, 3, 8), np.int64(2)).shape == (2, 4)
     swap = jp.lift(lambda p, x, flag: x @ p["w"] if flag else x)
     assert swap(state, normal(1, 3, 8), np.bool_(True)).shape == (3, 4)
+
+
+@pytest.mark.untyped
+def test_what_is_reparameterised_already_is_not_passed_over():
+    params = {"w": normal(0, 8, 8), "v": normal(1, 8, 8)}
+    first, second = jp.fake_quant(where="w"), jp.lora(rank=2)
+    state = first.attach(KEY, params)
+    for known in (state, first.merge(state)):
+        with pytest.raises(ValueError, match="reparameterised already.*chain.first, second"):
+            second.attach(KEY, known)
+    # Beside it there is nothing against it.
+    both = jp.lora(rank=2, where="v").attach(KEY, state)
+    assert jp.lift(lambda p, x: x @ p["w"] @ p["v"])(both, normal(2, 3, 8)).shape == (3, 8)

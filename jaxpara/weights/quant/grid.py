@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from jaxpara.sizes import needed, whole
+from jaxpara.sizes import flag, needed, whole
 from jaxpara.weights.precision import unfused, wide
 
 Parts = dict[str, jax.Array]
@@ -56,10 +56,11 @@ def make_grid(
       The grid.
 
     Raises:
-      ValueError: a size is not a whole number, the bits are not 2 to 8, or `group` with
-        `per_tensor`.
+      ValueError: a size is not a whole number, a switch no boolean, the bits are not 2 to 8, or
+        `group` with `per_tensor`.
     """
     bits, group = needed(bits=bits), whole(group=group)
+    per_tensor, affine, full = flag(per_tensor=per_tensor), flag(affine=affine), flag(full=full)
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits}: give 2 to 8")
     if group is not None and group < 1:

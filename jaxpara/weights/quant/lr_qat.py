@@ -147,13 +147,13 @@ def lr_qat(
     """
     if downcast not in DOWNCASTS:
         raise ValueError(f"downcast={downcast!r}: expected one of {', '.join(DOWNCASTS)}")
-    if downcast == "fixed8" and bits > 7:
-        raise ValueError(f"bits={bits} leave no binary place in a byte: downcast another way")
     rank = needed(rank=rank)
     if rank < 1:
         raise ValueError(f"rank={rank}: give at least 1")
     scale = (rank if alpha is None else finite(alpha=alpha)) / rank
     grid = make_grid(bits, group, per_tensor=False, full=full)
+    if downcast == "fixed8" and grid.bits > 7:
+        raise ValueError(f"bits={grid.bits} leave no binary place in a byte: downcast another way")
     return reparam(_method(_Settings(grid, rank, float(scale), downcast)), where)
 
 
