@@ -38,8 +38,8 @@ def targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     here = f"{key}." if key else ""
     if "_target_" in node:
         name, rest = node["_target_"], set(node) - {"_target_", "_convert_", "_recursive_"}
-        if name in GETTERS and rest == {"path"}:
-            yield f"{here}path", node["path"]
+        if name in GETTERS and rest <= {"path"}:  # a config that was cut off has none
+            yield f"{here}path", node.get("path")
         else:  # a getter with anything else is no shipped name either
             yield f"{here}_target_", name
     for name, child in node.items():

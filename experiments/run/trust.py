@@ -95,8 +95,13 @@ def open_config(folder: Path) -> DictConfig:
     for key, name in refused:
         if name in gone:
             raise RunError(_of_another_version(folder, gone))
-        shown = name if isinstance(name, str) else repr(name)
-        raise RunError(f"{folder / folders.CONFIG} asks for {key}={shown}, which {_refusal(name)}")
+        place = folder / folders.CONFIG
+        if not (isinstance(name, str) and name):
+            raise RunError(
+                f"{place} is damaged: {key} is {name!r}, where the name of a constructor was: "
+                "put back a copy of it, or give another run"
+            )
+        raise RunError(f"{place} asks for {key}={name}, which {_refusal(name)}")
     copy = folder / folders.TOKENIZER
     for group in (cfg.get("data"), OmegaConf.select(cfg, "task.data")):
         if isinstance(group, DictConfig) and group.get("tokenizer") and copy.is_file():
@@ -229,14 +234,14 @@ def _packages() -> list[str]:
     return [one for one in _GIVEN.get() if names.PACKAGE.fullmatch(one)]
 
 
-def _refusal(name: Any) -> str:
+def _refusal(name: str) -> str:
     """Why a constructor is not called, and what to type."""
-    covers = [one for one in _packages() if isinstance(name, str) and name.startswith(f"{one}.")]
+    covers = [one for one in _packages() if name.startswith(f"{one}.")]
     if not covers:
         return (
             "is neither shipped nor a public name of jaxpara or optax, and a run's folder may be "
             "anybody's.\nIf you know that code and mean to run it, repeat the command with "
-            f"{TRUST}={_package_of(name)}"
+            f"{TRUST}={name.partition('.')[0] or 'their.package'}"
         )
     if names.locate(name) is None:
         return (
@@ -270,10 +275,6 @@ def _of_another_version(folder: Path, gone: Sequence[str]) -> str:
         f"{folder / folders.CONFIG} names {gone[0]}, which is not in this version of jaxpara.\n"
         f"The run is of another version{back}.\n{todo}"
     )
-
-
-def _package_of(name: Any) -> str:
-    return name.partition(".")[0] if isinstance(name, str) and name else "their.package"
 
 
 def _as_path(value: str) -> str:

@@ -58,6 +58,10 @@ def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
         return str(error)
     if isinstance(error, InstantiationException):
         return _of_target(error, cfg)
+    if flag := re.match(r"Instantiation: (_\w+_) flag must be a bool", str(error)):
+        found = re.search(r"full_key: (\S+)", str(error))
+        key = f"{typed_key(cfg, found[1])}.{flag[1]}" if found else flag[1]
+        return f"{key}: give true or false, or leave it out"
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
         missing = re.search(r"[Mm]issing mandatory value: (\S+)", str(error))
         name = missing[1] if missing else "a setting without a default"

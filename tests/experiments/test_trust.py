@@ -72,8 +72,25 @@ def test_a_constructor_of_anybodys_is_refused_wherever_it_stands(tmp_path, run, 
 def test_names_that_are_not_of_what_is_built_are_refused(run, name):
     for form in hostile.FORMS.values():
         edited(run, model={**MODEL, "mixer": form(name)})
-        with pytest.raises(folders.RunError, match="which is neither shipped nor"):
+        refusal = "which is neither shipped nor" if name and isinstance(name, str) else "is damaged"
+        with pytest.raises(folders.RunError, match=refusal):
             trust.open_config(run)
+
+
+@pytest.mark.parametrize("node", [{}, {"path": None}, {"path": ""}, {"path": ["jaxpara"]}], ids=str)
+def test_a_config_that_was_cut_off_is_damaged_and_nobodys_to_trust(run, node):
+    edited(run, data={"split": {"_target_": "hydra.utils.get_method", **node}})
+    with pytest.raises(folders.RunError, match="is damaged: data.split.path is") as refused:
+        trust.open_config(run)
+    assert "trust=" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flag", ["_recursive_", "_partial_"])
+@pytest.mark.parametrize("value", [[1], "no", 1])
+def test_a_flag_of_hydra_that_is_no_boolean_is_named(tmp_path, run, flag, value):
+    edited(run, model={**MODEL, flag: value})
+    said = call(generate, tmp_path, f"run={run}")
+    assert f"{flag}: give true or false" in said and len(said.splitlines()) <= 3
 
 
 @pytest.mark.parametrize(
