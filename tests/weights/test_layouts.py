@@ -307,7 +307,9 @@ def test_a_method_on_any_layout_is_the_method_on_matrices(name, double):
 
 @pytest.mark.untyped
 def test_a_layout_that_is_none_is_named():
-    t, params, roles = jp.lora(rank=1), {"w": np.ones((3, 2))}, jp.weights.Layout
+    t: Any = jp.lora(rank=1)
+    roles: Any = jp.weights.Layout
+    params = {"w": np.ones((3, 2))}
     for wrong in ("oi", ((1,), (0,)), None):
         with pytest.raises(TypeError, match="layout={'w': .*expected a layout, such as"):
             t.attach(jax.random.key(0), params, layout={"w": wrong})
