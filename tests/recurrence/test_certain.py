@@ -101,6 +101,8 @@ BROKEN = {
     "a loop that the state ends": lambda h: lax.while_loop(
         lambda v: v[0] < 1, lambda v: v + 0.1, h
     ),
+    "the largest element": lambda h: h + jnp.max(h),
+    "the smallest so far": lambda h: h + lax.cummin(h),
     "an angle": lambda h: jnp.arctan2(h, X),
     "a complex logarithm": lambda h: jnp.log(lax.complex(h, X)).imag,
     "a complex root": lambda h: jnp.sqrt(lax.complex(h, X)).imag,

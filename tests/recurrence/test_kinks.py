@@ -118,6 +118,22 @@ def test_a_kick_from_where_two_elements_rest_is_not_lost(pair, solver):
         assert np.all(np.abs(states - exact) <= 1e-5 * exact + 2 * lost), (kick, at)
 
 
+@pytest.mark.parametrize("solver", ["newton", "short_chunks"])
+@pytest.mark.parametrize("grows", range(3))
+def test_a_kick_from_where_three_elements_rest_is_not_lost(grows, solver):
+    def step(h, x):
+        grown = jnp.minimum(1 + 1.05 * (jnp.max(h) - 1) + x, 100)
+        h = jnp.where(jnp.arange(3) == grows, grown, jnp.ones(3))
+        return h, h
+
+    xs = np.zeros(STEPS, np.float32)
+    xs[AT] = 5e-6
+    run = jax.jit(lambda xs: jp.newton_scan(step, jnp.ones(3), xs, solver=SOLVERS[solver])[1])
+    scanned = lax.scan(step, jnp.ones(3), xs)[1]
+    assert scanned[-1, grows] == 100
+    np.testing.assert_array_equal(run(xs), scanned)
+
+
 def crossing(weights, steps=512):
     """A ReLU network: kinks everywhere, crossed and not rested on."""
 
