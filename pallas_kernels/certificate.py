@@ -16,7 +16,7 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      second order, and `COARSE` ulp count at once, if `d` grows to no more than `LINEAR` times that
      on its way through a chunk.
    - Where they are not, as in kernels, the states of a chunk arrive `P_c d_c` off. This is held to
-     the same limits as `d`.
+     the same limits as `d`. What grows and shrinks again inside a window's last chunk is not seen.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
      corrected starts is therefore held to `COARSE` ulp after the last roll-out as well. Where
