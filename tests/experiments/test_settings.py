@@ -39,26 +39,10 @@ from jaxpara.types import Model
 from tests.experiments.programs import call, ending
 
 CONF = Path(limits.__file__).parents[1] / "conf"
-COMMANDS = {
-    program.__name__.split(".")[-1]: program
-    for program in (
-        bench,
-        compare,
-        evaluate,
-        export_adapters,
-        finetune,
-        finetune_figure,
-        fit_choice,
-        generate,
-        mixers,
-        plot,
-        solver_study,
-        state_tracking_figure,
-        step_time,
-        train,
-        train_tokenizer,
-    )
-}
+RUNS = (evaluate, export_adapters, finetune, generate, train, train_tokenizer)
+TIMED = (bench, compare, fit_choice, plot, step_time)
+STUDIES = (finetune_figure, mixers, solver_study, state_tracking_figure)
+COMMANDS = {program.__name__.split(".")[-1]: program for program in RUNS + TIMED + STUDIES}
 WRONG = [
     ("train", "steps=1.5", "steps=2"),
     ("train", "steps=0", "steps=1"),
