@@ -21,21 +21,22 @@ def opened(folder: Path, cfg: DictConfig) -> Iterator[None]:
     A logger, for example, may refuse a run whose folder is written already.
 
     Args:
-      folder: made if missing; what it held before stays in any case.
+      folder: made if missing. One that held anything before is not tidied: what appears in it
+        meanwhile may be somebody else's, as where `hydra.run.dir` is the current directory.
       cfg: composed, see `folders.open_run`.
 
     Raises:
       RunError: as `claim.claimed` and `folders.open_run`, and what the block raises.
     """
-    before = set(folder.iterdir()) if folder.is_dir() else set()
+    ours = not folder.is_dir() or not any(folder.iterdir())
     with claim.claimed(folder):
         try:
             folders.open_run(folder, cfg)
             yield
         except (RunError, OSError, MemoryError):
-            if not _begun(folder):
+            if ours and not _begun(folder):
                 with contextlib.suppress(OSError):
-                    _undo(folder, before)
+                    _undo(folder)
             raise
 
 
@@ -47,9 +48,9 @@ def _begun(folder: Path) -> bool:
     return table.is_file() and len(table.read_text().splitlines()) > 1
 
 
-def _undo(folder: Path, before: set[Path]) -> None:
+def _undo(folder: Path) -> None:
     locks = {folder / claim.LOCK, folder / claim.HOLDER}
-    for path in set(folder.iterdir()) - before - locks:
+    for path in set(folder.iterdir()) - locks:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -338,4 +338,6 @@ def test_adapters_of_a_state_with_layouts_are_saved_and_put_back(double):
 def test_the_example_of_the_manual_runs():
     text = (Path(__file__).parents[2] / "docs/methods/weights.md").read_text()
     section = text.split("## `weights.layout`")[1].split("\n## ")[0]
-    exec(section.split("```python\n")[1].split("```")[0], {})
+    code = section.split("```python\n")[1].split("```")[0]
+    assert code.count("\nassert ") == 3  # which say what the layouts, adapters and merges are
+    exec(code, {})
