@@ -15,8 +15,9 @@ boundary adds up, and a guess that is constant in time has the residual of one s
    - Starts may be corrected by `d` once more before they are rolled out. What remains is then of
      second order, and `COARSE` ulp count at once, if `d` grows to no more than `LINEAR` times that
      on its way through a chunk.
-   - Where they are not, as in kernels, the states of a chunk arrive `P_c d_c` off. This is held to
-     the same limits as `d`. What grows and shrinks again inside a window's last chunk is not seen.
+   - Where they are not, as in kernels, the states of a chunk are off by `d` times the product so
+     far, and arrive `P_c d_c` off. The latter is held to the same limits as `d`. On the way the
+     largest magnitude of each entry of the product, times `|d|`, is held to `COARSE` ulp.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
      corrected starts is therefore held to `COARSE` ulp after the last roll-out as well. Where

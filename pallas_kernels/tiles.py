@@ -170,8 +170,8 @@ def make_plan(
     length = -(-steps // min(chunks, steps))
     plan = Plan(time, batch, width, rows, lanes, -(-steps // length), length, reverse)
     row_bytes = tile_bytes // (2 * step_bytes) * 4
-    # Starts, ends and products of the chunks come on top of the blocks.
-    summaries = (2 * leaves + leaves**2) * plan.chunks * row_bytes if plan.chunks > 1 else 0
+    # Starts, ends, products and their peaks come on top of the blocks.
+    summaries = (2 * leaves + 2 * leaves**2) * plan.chunks * row_bytes if plan.chunks > 1 else 0
     needed = plan.window * tile_bytes + summaries
     if needed > 0.8 * room:
         raise NotImplementedError(
@@ -269,6 +269,20 @@ def moved(
     """`P delta` of one chunk; `products` is row-major."""
     rows = ([product[chunk] for product in products[size * i :][:size]] for i in range(size))
     return [functools.reduce(operator.add, map(operator.mul, row, delta)) for row in rows]
+
+
+def crossing(
+    size: int, peaks: Sequence[Any], chunk: Any, delta: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """At least what `delta` becomes on its way through a chunk, whose largest `|P|` are `peaks`."""
+    most = [jnp.abs(d) for d in delta]
+    found = []
+    for i in range(size):
+        row = [peak[chunk] for peak in peaks[size * i :][:size]]
+        # Nothing grows from zero, through an infinite product neither.
+        parts = [jnp.where(m == 0.0, m, p * m) for p, m in zip(row, most, strict=True)]
+        found.append(functools.reduce(operator.add, parts))
+    return found
 
 
 def start_affine(plan: Plan, starts: Sequence[Any], carry: Sequence[Any]) -> None:

@@ -98,7 +98,7 @@ def estimate(shape: Shape, name: str, storage: str) -> Estimate:
     counts, passes = COUNTS[name, storage], PASSES[name]
     size, affine = {"f32": 4, "bf16": 2}[storage], name == "linear"
     leaves = counts.leaves
-    problem = windows.Problem(*shape, leaves.states, (size,) * leaves.inputs, affine)
+    problem = windows.Problem(*shape, leaves.states, (size,) * leaves.inputs, affine, True)
     plan = windows.choose(problem)
     taken = windows.shared_bytes(problem, plan.block, plan.chunks, plan.length, plan.slots) + 4096
     blocks = shape.batch * -(-shape.width // plan.block)

@@ -85,7 +85,8 @@ def forward(
     steps, batch, width = xs[0].shape
     windows.check_batch(batch)
     itemsizes = tuple(x.dtype.itemsize for x in xs)
-    problem = windows.Problem(steps, batch, width, cell.states, itemsizes, affine)
+    bounded = (certain or affine) and not cell.rounds
+    problem = windows.Problem(steps, batch, width, cell.states, itemsizes, affine, bounded)
     plan = windows.choose(problem, chunks=chunks, window=window)
     blocks = -(-width // plan.block)
     cut = windows.cut(xs, plan, reverse)
@@ -96,7 +97,6 @@ def forward(
         if max_iters > 2:  # a rough pass, one that corrects, one that counts
             rough = cell.using(mosaic_functions.rough(interpret))
         cell = cell.using(mosaic_functions.exact(interpret))
-    bounded = (certain or affine) and not cell.rounds
     limits = certificate.limits(jnp.float32, tol) if bounded else (0.0, 0.0)
     unroll = _UNROLL if interpret is None else 1
 
@@ -120,6 +120,8 @@ def forward(
             *[gpu.SMEM((plan.slots, plan.chunks, plan.length, plan.block), x.dtype) for x in xs],
             gpu.SMEM((cell.states, *tile), jnp.float32),
             gpu.SMEM((cell.states**2, *tile), jnp.float32),
+            # Where only bits decide nobody asks what a correction does inside a chunk.
+            gpu.SMEM((cell.states**2, *tile) if bounded else (1, 1, plan.block), jnp.float32),
             gpu.SMEM((2, cell.states, *tile), jnp.float32),
             gpu.SMEM((cell.states, plan.block), jnp.float32),
             gpu.SMEM((FLAGS + cell.states, plan.block), jnp.float32),

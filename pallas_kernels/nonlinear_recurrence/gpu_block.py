@@ -25,8 +25,9 @@ class Block(NamedTuple):
       dtypes: of the states.
       xs, params, init, states, report: device memory.
       staged: inputs of windows, `[slots, C, L, block]` each.
-      ends, products, starts: summaries of the chunks, `[K, C, block]`, `[K * K, C, block]` and two
-        of `[K, C, block]`.
+      ends, products, peaks, starts: summaries of the chunks, `[K, C, block]`, two of
+        `[K * K, C, block]` (the Jacobians' product, and the largest magnitudes that it had on its
+        way), and two of `[K, C, block]`.
       carry: the exact state before the window, `[K, block]`.
       flags: what `gpu_link` finds, `[3 + K, block]`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
@@ -49,11 +50,17 @@ class Block(NamedTuple):
     staged: Sequence[Any]
     ends: Any
     products: Any
+    peaks: Any
     starts: Any
     carry: Any
     flags: Any
     arrived: Any
     copied: Any
+
+
+def bounded(block: Block) -> bool:
+    """Whether corrections bound the error; else only bitwise agreement counts."""
+    return block.limits[1] > 0
 
 
 def channels(block: Block) -> Any:

@@ -7,6 +7,7 @@ written yet, because the corrected starts go into a second buffer.
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import certificate, mosaic
-from pallas_kernels.nonlinear_recurrence.gpu_block import Block, in_memory, load_row, zeros
+from pallas_kernels.nonlinear_recurrence.gpu_block import Block, bounded, in_memory, load_row, zeros
 
 # Rows whose loads are issued together in a pass over the chunks' summaries: the best that divides
 # C, while there are registers for it. Four divides every C.
@@ -55,15 +56,16 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
     accept, stalled = block.limits
     near = _NEAR * math.sqrt(accept) if accept else certificate.COARSE * float(_FINFO.eps)
     kinds = [(near, NEAR), (stalled, ROUNDED), (accept, CLOSED)]
+    crossed, peaks = test and bounded(block), 2 * count + count**2
 
     def finite(row: jax.Array) -> jax.Array:
         return jnp.where(jnp.abs(row) <= _FINITE, jnp.abs(row), zero)
 
     def visit(place: Any, rows: list[jax.Array], state: Any) -> Any:
-        ends, starts, products = rows[:count], rows[count : 2 * count], rows[2 * count :]
+        ends, starts, products = rows[:count], rows[count : 2 * count], rows[2 * count : peaks]
         arriving, tops, recent, found = state
         deltas = []
-        for k, ((end, moved, kept), start) in enumerate(zip(arriving, starts, strict=True)):
+        for k, ((end, moved, most, kept), start) in enumerate(zip(arriving, starts, strict=True)):
             # Where nothing moves it, the end itself, with the sign of its zero.
             value = jnp.where(moved == 0.0, end, end + moved)
             if block.cell.rounds:  # ends are rounded: no other start can meet them
@@ -71,7 +73,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
             mosaic.store(block.starts.at[new, k, place], value)
             deltas.append(moved + (end - start))
             if test:
-                found = judge(found, end, start, moved, deltas[k], kept, recent[k])
+                found = judge(found, end, start, moved, deltas[k], most, kept, recent[k])
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
         arriving = []
         for i in range(count):
@@ -80,26 +82,38 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
                 moved = moved + products[j * count + i] * deltas[j]
             keep = jnp.abs(moved) <= certificate.CAP * tops[i]
             kept = jnp.where(keep, zero + 1.0, zero)
-            arriving.append((ends[i], jnp.where(keep, moved, zero), kept))
+            most = moved
+            if crossed:
+                most = grown(rows[peaks + i :: count], deltas)
+            arriving.append((ends[i], jnp.where(keep, moved, zero), most, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
         return arriving, tops, recent, found
 
-    def sized(size, sound, recent):
+    def grown(peaks, deltas):
+        """At least what a correction becomes on its way through a chunk; nothing grows from 0."""
+        parts = [
+            jnp.where(d == 0.0, zero, p * jnp.abs(d)) for p, d in zip(peaks, deltas, strict=True)
+        ]
+        return functools.reduce(operator.add, parts)
+
+    def sized(size, most, sound, recent):
         scale = functools.reduce(jnp.maximum, recent)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
         here = zero + FAR
         for limit, kind in kinds:
             # A NaN fails the first comparison, an infinite end the second.
             within = (size <= limit * scale) & (recent[0] <= _FINITE) & sound
+            if crossed:  # on its way a correction is held to the second limit
+                within = within & (most <= jnp.maximum(limit, stalled) * scale)
             here = jnp.where(within, kind, here)
         return here
 
-    def judge(found, end, start, moved, delta, kept, recent):
+    def judge(found, end, start, moved, delta, most, kept, recent):
         verdict, unequal, worst = found
         equal, met = end == start, certificate.meets(end, start)
         # Of the chunk's end, and of the next one's start; no correction turns a zero.
         size = jnp.maximum(jnp.abs(moved), jnp.abs(delta))
-        here = sized(size, (kept > 0.0) & (met | ~equal), recent)
+        here = sized(size, most, (kept > 0.0) & (met | ~equal), recent)
         gap = jnp.abs(end - start)
         gap = jnp.where(gap <= _FINITE, gap, jnp.inf)
         return (
@@ -110,18 +124,18 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
 
     carry = [load_row(block, block.carry.at[k]) for k in range(count)]
     begin = (
-        [(c, zero, zero + 1.0) for c in carry],
+        [(c, zero, zero, zero + 1.0) for c in carry],
         [finite(c) for c in carry],
         [(jnp.abs(c),) * certificate.WINDOW for c in carry],
         (zero + CLOSED, zero, zero),
     )
     leaving, _, recent, (verdict, unequal, worst) = _over_chunks(
-        block, _summaries(block, old), visit, begin
+        block, _summaries(block, old, crossed), visit, begin
     )
     if not test:
         return
-    for k, (end, moved, kept) in enumerate(leaving):
-        verdict = jnp.maximum(verdict, sized(jnp.abs(moved), kept > 0.0, recent[k]))
+    for k, (end, moved, most, kept) in enumerate(leaving):
+        verdict = jnp.maximum(verdict, sized(jnp.abs(moved), most, kept > 0.0, recent[k]))
         value = jnp.where(moved == 0.0, end, end + moved)
         mosaic.store(block.flags.at[FLAGS + k], value)
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
@@ -161,8 +175,8 @@ def flag(block: Block, row: int) -> Any:
     return jnp.max(load_row(block, block.flags.at[row]))
 
 
-def _summaries(block: Block, old: Any) -> list[Callable[[Any], Any]]:
-    """Rows of a chunk, given by its place in memory: ends, starts, products."""
+def _summaries(block: Block, old: Any, peaks: bool = False) -> list[Callable[[Any], Any]]:
+    """Rows of a chunk, given by its place in memory: ends, starts, products, and their peaks."""
     count = range(block.cell.states)
 
     def row_of(ref: Any, *index: Any) -> Any:
@@ -170,7 +184,8 @@ def _summaries(block: Block, old: Any) -> list[Callable[[Any], Any]]:
 
     refs = [row_of(block.ends, k) for k in count]
     refs += [row_of(block.starts, old, k) for k in count]
-    return refs + [row_of(block.products, k) for k in range(len(count) ** 2)]
+    matrices = [block.products, block.peaks] if peaks else [block.products]
+    return refs + [row_of(m, k) for m in matrices for k in range(len(count) ** 2)]
 
 
 def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:

@@ -20,6 +20,7 @@ from pallas_kernels.cell import Arrays
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
+    bounded,
     channels,
     in_memory,
     load_row,
@@ -48,8 +49,10 @@ class Outcome(NamedTuple):
     worst: Any
 
 
-def _roll(block, cell, w, slot, params, first, *, columns: bool, keep: bool) -> tuple[list, list]:
-    """Rolls this warpgroup's chunks out: ends, and products of Jacobians if `columns`.
+def _roll(
+    block, cell, w, slot, params, first, *, columns: bool, peaks: bool, keep: bool
+) -> tuple[list, list, list]:
+    """Rolls this warpgroup's chunks out.
 
     Args:
       block: what to work on.
@@ -58,8 +61,12 @@ def _roll(block, cell, w, slot, params, first, *, columns: bool, keep: bool) -> 
       slot: where its inputs lie.
       params: rows.
       first: tiles of this warpgroup's starts.
-      columns: carry the product along.
+      columns: carry the product of the Jacobians along.
+      peaks: and the largest magnitudes that its entries have on their way.
       keep: write the states to device memory.
+
+    Returns:
+      Ends, columns of the product, and of its peaks; empty where not asked for.
     """
     plan, own = block.plan, own_rows(block)
     layout = mosaic.tile_layout(plan.block)
@@ -72,7 +79,7 @@ def _roll(block, cell, w, slot, params, first, *, columns: bool, keep: bool) -> 
         begins = w * plan.window + in_memory(block, row, plan.chunks) * plan.length
         valid = lambda step: begins + step < block.steps  # noqa: E731
 
-    def advance(step, inputs, states, products):
+    def advance(step, inputs, states, products, highest):
         if columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
@@ -86,7 +93,9 @@ def _roll(block, cell, w, slot, params, first, *, columns: bool, keep: bool) -> 
                 [jnp.where(here, n, p) for n, p in zip(after, before, strict=True)]
                 for after, before in zip(pushed, products, strict=True)
             ]
-        return new, pushed
+        if highest:
+            highest = jax.tree.map(lambda m, p: jnp.maximum(m, jnp.abs(p)), highest, pushed)
+        return new, pushed, highest
 
     def group(g, carry):
         steps = [g * together + j for j in range(together)]
@@ -105,7 +114,8 @@ def _roll(block, cell, w, slot, params, first, *, columns: bool, keep: bool) -> 
         for j in range(cell.states if columns else 0)
     ]
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
-    return lax.fori_loop(0, plan.length // together, group, (list(first), identity))
+    carry = (list(first), identity, identity if peaks else [])
+    return lax.fori_loop(0, plan.length // together, group, carry)
 
 
 def _load_starts(block: Block, which: Any) -> list[jax.Array]:
@@ -119,12 +129,13 @@ def _write_starts(block: Block, tiles: Arrays) -> None:
         mosaic.store(block.starts.at[0, k, own], tile)
 
 
-def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays]) -> None:
+def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays], peaks: Any) -> None:
     own = own_rows(block)
     for k, end in enumerate(ends):
         mosaic.store(block.ends.at[k, own], end)
-    for k, product in enumerate([entry for column in columns for entry in column]):
-        mosaic.store(block.products.at[k, own], product)
+    for ref, matrix in ((block.products, columns), (block.peaks, peaks)):
+        for k, entry in enumerate([entry for column in matrix for entry in column]):
+            mosaic.store(ref.at[k, own], entry)
 
 
 def _correct_starts(block: Block, passes: Any, *, test: bool) -> None:
@@ -142,7 +153,8 @@ def _guess(block: Block, w: Any, slot: Any, params: Arrays, passes: Any) -> None
     """One pass whose states count for nothing: it corrects the starts, and tests nothing."""
     cell = block.rough or block.cell
     first = _load_starts(block, passes % 2)
-    _write_summaries(block, *_roll(block, cell, w, slot, params, first, columns=True, keep=False))
+    rolled = _roll(block, cell, w, slot, params, first, columns=True, peaks=False, keep=False)
+    _write_summaries(block, *rolled)
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
     _correct_starts(block, passes, test=False)
@@ -156,10 +168,9 @@ def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdi
     """
 
     def roll(columns: bool) -> None:
-        first = _load_starts(block, passes % 2)
-        _write_summaries(
-            block, *_roll(block, block.cell, w, slot, params, first, columns=columns, keep=True)
-        )
+        first, peaks = _load_starts(block, passes % 2), columns and bounded(block)
+        how = {"columns": columns, "peaks": peaks, "keep": True}
+        _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
 
     pl.when(verdict > NEAR)(functools.partial(roll, True))
     pl.when(verdict <= NEAR)(functools.partial(roll, False))
@@ -208,9 +219,8 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     shape = (block.plan.chunks // block.plan.warpgroups, block.plan.block)
     first = [mosaic.full(shape, 0.0, layout)] * block.cell.states
     _write_starts(block, first)
-    _write_summaries(
-        block, *_roll(block, block.cell, w, slot, params, first, columns=True, keep=False)
-    )
+    how = {"columns": True, "peaks": bounded(block), "keep": False}
+    _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
 
@@ -222,9 +232,8 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     mosaic.sync(block.arrived)
     diverged = flag(block, OPEN)
     first = _load_starts(block, 1)
-    _write_summaries(
-        block, *_roll(block, block.cell, w, slot, params, first, columns=False, keep=True)
-    )
+    how = {"columns": False, "peaks": False, "keep": True}
+    _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
     # Warpgroup 0 reads the ends of all, or writes over states that others have just written.
     mosaic.sync(block.arrived)
     _correct_starts(block, jnp.int32(1), test=True)

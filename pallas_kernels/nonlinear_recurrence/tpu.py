@@ -95,8 +95,8 @@ def forward(
         + [plan.over_lanes(p.shape[0]) for p in params],
         out_specs=[plan.over_time()] * size + [lanes] * 3,
         out_shape=[out(xs[0].shape, i.dtype) for i in init] + counts,
-        # carry; then done, close, residual, and of all chunks: starts, ends, products
-        scratch_shapes=tiles.scratch(plan, size + 3, (2 * size + size * size) * shooting),
+        # carry; then done, close, residual, and of all chunks: starts, ends, products, peaks
+        scratch_shapes=tiles.scratch(plan, size + 3, (2 * size + 2 * size * size) * shooting),
         compiler_params=tiles.compiler_params(),
         interpret=interpret,
         name="nonlinear_recurrence",
@@ -107,7 +107,7 @@ def forward(
 
 def _kernel(cell, plan, limits, budget, affine, refs):
     size, shooting = cell.states, plan.chunks > 1
-    init, xs, params, states, counts, carry, flags, starts, ends, products = tiles.split(
+    init, xs, params, states, counts, carry, flags, starts, ends, products, peaks = tiles.split(
         refs,
         size,
         cell.inputs,
@@ -119,7 +119,9 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         size * shooting,
         size * shooting,
         size * size * shooting,
+        size * size * shooting,
     )
+    bounded = limits[1] > 0  # else only bits decide, and nobody asks what a correction does
     done, close, residual = flags
     passes, worst, completed = counts
     begin, inside = plan.start(), plan.inside()
@@ -145,27 +147,32 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         return lax.fori_loop(0, plan.length, advance, list(starts))
 
     def roll_with_product(keep):
-        """From `starts`, with the columns of P alongside; leaves `ends` and `products`."""
+        """From `starts`, with the columns of P alongside; leaves `ends`, `products`, `peaks`."""
         p = tiles.spread(params, plan.row, plan.chunks)
         one, zero = jnp.ones(plan.tile, jnp.float32), jnp.zeros(plan.tile, jnp.float32)
         unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
 
         def advance(index, loop):
-            h, columns = loop
+            h, columns, highest = loop
             place = plan.step(index)
             new, pushed = cell.push(h, tiles.load(xs, place, plan.chunks), p, columns)
             present = plan.exists(begin, index)
             h = tiles.choose(present, new, h)
             if keep:
                 tiles.store(states, place, h)
-            return h, [tiles.choose(present, n, c) for n, c in zip(pushed, columns, strict=True)]
+            columns = [tiles.choose(present, n, c) for n, c in zip(pushed, columns, strict=True)]
+            if bounded:
+                highest = jax.tree.map(lambda m, c: jnp.maximum(m, jnp.abs(c)), highest, columns)
+            return h, columns, highest
 
-        h, columns = lax.fori_loop(0, plan.length, advance, ([s[...] for s in starts], unit))
+        loop = ([s[...] for s in starts], unit, unit if bounded else [])
+        h, columns, highest = lax.fori_loop(0, plan.length, advance, loop)
         for ref, value in zip(ends, h, strict=True):
             ref[...] = value
-        for j, column in enumerate(columns):
-            for i, value in enumerate(column):
-                products[size * i + j][...] = value
+        for refs, matrix in ((products, columns), (peaks, highest)):
+            for j, column in enumerate(matrix):
+                for i, value in enumerate(column):
+                    refs[size * i + j][...] = value
 
     def leave():
         """The last states of the rollout become the carry."""
@@ -186,7 +193,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         finite = tiles.link_affine(plan, starts, ends, products)
         for ref, value in zip(ends, roll([s[...] for s in starts]), strict=True):
             ref[...] = value
-        exact, _, coarse, residual[...] = _link(plan, limits, starts, ends, products, carry)
+        exact, _, coarse, residual[...] = _link(plan, limits, starts, ends, products, peaks, carry)
         done[...] = finite * jnp.maximum(exact, coarse)
         passes[...] = jnp.ones(plan.row, jnp.int32)
     else:
@@ -202,7 +209,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             roll_with_product(keep=True)
             # Starts that are all the carry hold no correction yet: only their exactness counts.
             corrected = jnp.where(number > 0, 1.0, 0.0)
-            found = _link(plan, limits, starts, ends, products, carry)
+            found = _link(plan, limits, starts, ends, products, peaks, carry)
             exact, fine, coarse, residual[...] = found
             passed = jnp.maximum(exact, jnp.maximum(fine, coarse * close[...]) * corrected)
             done[...] = jnp.maximum(done[...], passed)
@@ -238,7 +245,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         completed[...] = completed[...] + jnp.where(passed, 0, count)
 
 
-def _link(plan, limits, starts, ends, products, before) -> tuple[Any, Any, Any, Any]:
+def _link(plan, limits, starts, ends, products, peaks, before) -> tuple[Any, Any, Any, Any]:
     """Tests the boundaries, and leaves each chunk's corrected successor in place of its end.
 
     The place of the last one gets the start of the next window. That start is corrected once more:
@@ -249,18 +256,22 @@ def _link(plan, limits, starts, ends, products, before) -> tuple[Any, Any, Any, 
       limit, and within the second; and the largest residual (infinite for a NaN).
     """
     size, rows = len(starts), range(len(starts))
+    bounded = limits[1] > 0
     caps = []
     for end in ends:
         value = jnp.abs(end[...])
         value = jnp.where(value < jnp.inf, value, 0.0)
         caps.append(certificate.CAP * jnp.max(value, axis=0))
 
-    def small(within, sound, off, end, recent):
-        """`within`, where corrections of this size are within the limits of an end."""
+    def small(within, sound, off, crossing, end, recent):
+        """`within`, where corrections of this size are within the limits of an end.
+
+        On its way through the chunk the correction is held to the second limit.
+        """
         now = jnp.abs(end)
         scale = functools.reduce(jnp.maximum, recent, now)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
-        sound = sound & tiles.finite(end)
+        sound = sound & tiles.finite(end) & (crossing <= limits[1] * scale)
         return [
             jnp.where(sound & (off <= limit * scale), w, 0.0)
             for w, limit in zip(within, limits, strict=True)
@@ -271,6 +282,7 @@ def _link(plan, limits, starts, ends, products, before) -> tuple[Any, Any, Any, 
         here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
         end, start = [e[here] for e in ends], [s[there] for s in starts]
         moved = tiles.moved(size, products, here, delta)
+        crossing = tiles.crossing(size, peaks, here, delta) if bounded else moved
         kept = [jnp.abs(m) <= cap for m, cap in zip(moved, caps, strict=True)]  # not a NaN
         moved = [jnp.where(keep, m, 0.0) for keep, m in zip(kept, moved, strict=True)]
         delta = [m + (e - s) for m, e, s in zip(moved, end, start, strict=True)]
@@ -280,7 +292,7 @@ def _link(plan, limits, starts, ends, products, before) -> tuple[Any, Any, Any, 
             sound = kept[i] & (met | ~equal)  # no correction turns a zero
             # Of this chunk's end, and of the next one's start.
             off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i]))
-            within = small(within, sound, off, end[i], recent[i])
+            within = small(within, sound, off, crossing[i], end[i], recent[i])
             residual = jnp.abs(end[i] - start[i])
             # NaN compares false: it counts as infinite.
             residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
@@ -302,9 +314,10 @@ def _link(plan, limits, starts, ends, products, before) -> tuple[Any, Any, Any, 
     exact, (fine, coarse), largest, delta, recent = lax.fori_loop(0, plan.chunks - 1, link, loop)
     last = plan.place(plan.chunks - 1, plan.chunks)
     moved = tiles.moved(size, products, last, delta)
-    for end, cap, value, before in zip(ends, caps, moved, recent, strict=True):
+    most = tiles.crossing(size, peaks, last, delta) if bounded else moved
+    for end, cap, value, high, before in zip(ends, caps, moved, most, recent, strict=True):
         kept = jnp.abs(value) <= cap
-        fine, coarse = small((fine, coarse), kept, jnp.abs(value), end[last], before)
+        fine, coarse = small((fine, coarse), kept, jnp.abs(value), high, end[last], before)
         end[last] = jnp.where(kept & (value != 0.0), end[last] + value, end[last])
     return exact, fine, coarse, largest
 

@@ -63,7 +63,12 @@ class Plan(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What decides a plan: sizes, bytes of an entry of each input, whether the step is affine."""
+    """What decides a plan: sizes, bytes of an entry of each input, and two facts about the step.
+
+    Attributes:
+      affine: it is affine in the state.
+      bounded: corrections bound its error, see `certificate`.
+    """
 
     steps: int
     batch: int
@@ -71,14 +76,16 @@ class Problem(NamedTuple):
     states: int
     itemsizes: tuple[int, ...]
     affine: bool
+    bounded: bool
 
 
 def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: int) -> int:
     """Shared memory of a block of threads; Pallas begins every buffer at a multiple of 1024."""
     tile, k = 4 * block * chunks, problem.states
     inputs = [slots * chunks * length * block * size for size in problem.itemsizes]
-    # Ends, products, two sets of starts; carry and flags.
-    summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, (12 + 4 * k) * block]
+    peaks = k * k * tile if problem.bounded else 4 * block
+    # Ends, products, peaks, two sets of starts; carry and flags.
+    summaries = [k * tile, k * k * tile, peaks, 2 * k * tile, 4 * k * block, (12 + 4 * k) * block]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 

@@ -79,7 +79,7 @@ def test_two_warpgroups_that_write_one_row_are_found_racing():
 @pytest.mark.slow
 def test_three_windows_on_their_way_and_a_second_block_of_channels():
     operands = cells.draw(cells.AFFINE, 64, 2, 20)
-    plan = windows.choose(windows.Problem(64, 2, 20, 1, (4, 4), True), chunks=8, window=16)
+    plan = windows.choose(windows.Problem(64, 2, 20, 1, (4, 4), True, True), chunks=8, window=16)
     assert (plan.windows, plan.slots) == (4, 3)
     states = run(cells.AFFINE, operands, chunks=8, window=16, races=True)[0]
     assert cells.relative_error(states, cells.oracle(cells.AFFINE, operands).states) < 1e-6
@@ -119,7 +119,7 @@ def test_states_stored_in_bfloat16_are_rounded_on_their_way_out_alone():
 def test_bfloat16_inputs_and_blocks_of_32_channels_lose_nothing(monkeypatch):
     monkeypatch.setattr(windows, "_BLOCKS_WANTED", 0)  # as with many sequences
     operands = cells.draw(cells.GRU, 20, 1, 20, dtype=jnp.bfloat16, carry=jnp.float32)
-    problem = windows.Problem(20, 1, 20, 1, (2, 2, 2), False)
+    problem = windows.Problem(20, 1, 20, 1, (2, 2, 2), False, True)
     assert windows.choose(problem, chunks=8, window=16)[:2] == (32, 2)
     states = run(cells.GRU, operands, chunks=8, window=16, races=True)[0]
     assert cells.relative_error(states, cells.oracle(cells.GRU, operands).states) < 1e-6
@@ -172,7 +172,7 @@ def test_every_plan_covers_the_sequence_and_fits():
     for steps, batch, width in (*shapes.GRID, *shapes.INTERPRETED, *shapes.ON_DEVICE):
         for states, inputs, affine in ((1, 3, False), (2, 4, False), (1, 2, True), (4, 20, True)):
             for itemsize in (2, 4):
-                sizes = (steps, batch, width, states, (itemsize,) * inputs, affine)
+                sizes = (steps, batch, width, states, (itemsize,) * inputs, affine, True)
                 problem = windows.Problem(*sizes)
                 plan = windows.choose(problem)
                 used = windows.shared_bytes(
@@ -188,13 +188,13 @@ def test_every_plan_covers_the_sequence_and_fits():
 def test_two_blocks_share_a_multiprocessor_where_there_are_enough_of_them():
     for itemsize in (4, 2):
         plans = [
-            windows.choose(windows.Problem(2048, batch, 1024, 1, (itemsize,) * 3, False))
+            windows.choose(windows.Problem(2048, batch, 1024, 1, (itemsize,) * 3, False, True))
             for batch in (1, 64)
         ]
         used = [plan.warpgroups * 128 for plan in plans]
         assert used == [512, 256] and plans[0].slots == plans[1].slots == 2
         assert plans[1].length >= 16
-        problem = windows.Problem(2048, 64, 1024, 1, (itemsize,) * 3, False)
+        problem = windows.Problem(2048, 64, 1024, 1, (itemsize,) * 3, False, True)
         block, _, chunks, length, _, slots = plans[1]
         # Each block also takes 1 KiB for itself, of 228.
         taken = windows.shared_bytes(problem, block, chunks, length, slots) + 1024 + 3072
@@ -203,7 +203,7 @@ def test_two_blocks_share_a_multiprocessor_where_there_are_enough_of_them():
 
 def test_grid_shapes_are_not_copied_to_fit_windows():
     for steps, batch, width in shapes.GRID:
-        problem = windows.Problem(steps, batch, width, 1, (4, 4, 4), False)
+        problem = windows.Problem(steps, batch, width, 1, (4, 4, 4), False, True)
         plan = windows.choose(problem)
         assert plan.windows * plan.window == steps
 
@@ -219,12 +219,12 @@ def test_grid_shapes_are_not_copied_to_fit_windows():
 )
 def test_a_plan_that_cannot_be_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        windows.choose(windows.Problem(64, 1, 16, 1, (4, 4, 4), False), **given)
+        windows.choose(windows.Problem(64, 1, 16, 1, (4, 4, 4), False, True), **given)
 
 
 def test_a_window_larger_than_shared_memory_is_refused():
     with pytest.raises(NotImplementedError, match="window=8192 do not fit"):
-        windows.choose(windows.Problem(8192, 1, 16, 1, (4, 4, 4), False), window=8192)
+        windows.choose(windows.Problem(8192, 1, 16, 1, (4, 4, 4), False, True), window=8192)
 
 
 @lowered
