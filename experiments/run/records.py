@@ -31,11 +31,11 @@ def write(folder: Path, cfg: DictConfig) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder in which no run was opened, and what it made empty above it.
+    """Removes a folder in which no run was opened, and what is empty above it where we are.
 
     Args:
-      folder: with nothing in it, or nothing but a record; any other is left alone, and so are
-        the folder that we are in and those above it.
+      folder: with nothing in it, or nothing but a record; any other is left alone. Above it only
+        folders within the one that we are in go: any other, empty or not, may be somebody's.
     """
     with contextlib.suppress(OSError):
         inside = [path.name for path in folder.iterdir()]
@@ -44,6 +44,9 @@ def discard(folder: Path) -> None:
             for path in record.iterdir():
                 path.unlink()
             record.rmdir()
-        while not Path.cwd().is_relative_to(folder):
+        here, folder = Path.cwd(), folder.absolute()
+        if not here.is_relative_to(folder):
             folder.rmdir()
-            folder = folder.parent
+        for above in folder.parents:
+            if here in above.parents:
+                above.rmdir()

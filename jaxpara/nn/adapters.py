@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from jaxpara.nn.layers import linear
 from jaxpara.nn.mixers import Mixer
-from jaxpara.sizes import positive
+from jaxpara.sizes import flag, positive
 from jaxpara.types import AnyArray, Model
 
 
@@ -42,11 +42,12 @@ def bottleneck(
       are biases, and `apply(params, x[..., features])`.
 
     Raises:
-      ValueError: if a size is not positive.
+      ValueError: a size is not positive, or `biases` neither True nor False.
 
     References: [houlsby].
     """
     positive(features=features, outputs=outputs, hidden=hidden)
+    biases = flag(biases=biases)
     down, up = linear(features, hidden), linear(hidden, outputs, scale=0.0)
 
     def init(key):
@@ -136,12 +137,13 @@ def adapted_mlp(
       `(mlp, width) -> Model` with parameters `{"layer", "adapter"}`.
 
     Raises:
-      ValueError: `reads` is neither, or `hidden` is not positive.
+      ValueError: `reads` is neither, `hidden` is not positive, or `biases` is no boolean.
 
     References: [unified_adapters], [houlsby].
     """
     _check_reads(reads)
     positive(hidden=hidden)
+    biases = flag(biases=biases)
     around = parallel_adapter if reads == "input" else sequential_adapter
 
     def make(mlp: Model, width: int) -> Model:
@@ -176,12 +178,13 @@ def adapted_mixer(
       A function from the decoder's width to a `Mixer` with parameters `{"layer", "adapter"}`.
 
     Raises:
-      ValueError: `reads` is neither, or `hidden` is not positive.
+      ValueError: `reads` is neither, `hidden` is not positive, or `biases` is no boolean.
 
     References: [unified_adapters], [houlsby].
     """
     _check_reads(reads)
     positive(hidden=hidden)
+    biases = flag(biases=biases)
 
     def make(width: int) -> Mixer:
         layer = mixer(width)

@@ -15,7 +15,7 @@ from jaxpara.matmul import matmul
 from jaxpara.nn.conv import short_conv
 from jaxpara.nn.layers import embedding, linear, rms_norm, swiglu
 from jaxpara.nn.mixers import Mixer
-from jaxpara.sizes import positive
+from jaxpara.sizes import flag, positive
 from jaxpara.types import AnyArray, Model
 
 MakeMixer = Callable[[int], Mixer]
@@ -127,11 +127,12 @@ def decoder(
       `reset[batch, time]` is true a document starts and does not see what came before.
 
     Raises:
-      ValueError: if a size is not positive, or `layers` is not a multiple of the pattern's
-        length; from the functions, if tokens are not integers `[batch, time]`, or the
-        parameters embed another vocabulary.
+      ValueError: if a size is not positive, `tied` is neither True nor False, or `layers` is not a
+        multiple of the pattern's length; from the functions, if tokens are not integers
+        `[batch, time]`, or the parameters embed another vocabulary.
     """
     positive(vocab_size=vocab_size, width=width, layers=layers, conv_taps=conv_taps)
+    tied = flag(tied=tied)
     pattern = (mixer,) if callable(mixer) else tuple(mixer)
     if not pattern or layers % len(pattern):
         raise ValueError(

@@ -7,7 +7,7 @@ from jaxpara.recurrence.solve import records
 from jaxpara.recurrence.solve.linear_recurrences import METHODS
 from jaxpara.recurrence.structure.proof import Block, Dense, Diagonal, Structure, Unchecked
 from jaxpara.recurrence.system import Settings, Solver
-from jaxpara.sizes import positive, whole
+from jaxpara.sizes import flag, positive, whole
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 IMPLEMENTATIONS = (
@@ -29,6 +29,7 @@ def _settings(**given) -> Settings:
     for name, value in sizes.items():
         if value is not None or name == "max_iters":
             positive(**{name: value})
+    flag(debug=given["debug"])
     settings = Settings(**{**given, **{name: whole(**{name: n}) for name, n in sizes.items()}})
     if not isinstance(settings.axis, str | None):
         raise TypeError(

@@ -176,7 +176,7 @@ def opening(folder, error, *, begin=lambda: None):
         raise error
 
 
-def test_a_run_that_a_logger_refuses_leaves_no_folder(tmp_path, fake_wandb):
+def test_a_run_that_a_logger_refuses_leaves_no_folder(tmp_path, fake_wandb, monkeypatch):
     (tmp_path / "mine").write_text("")
     folder = tmp_path / "runs" / "new"
 
@@ -186,6 +186,11 @@ def test_a_run_that_a_logger_refuses_leaves_no_folder(tmp_path, fake_wandb):
 
     opening(folder, RunError("nobody is logged in"), begin=begin)
     assert list(folder.iterdir()) == []
+    records.discard(folder)
+    # An empty folder elsewhere may be somebody's; where we are it is the run's.
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == []
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
     records.discard(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -13,7 +13,7 @@ from jaxpara.nn import mixers
 from jaxpara.sizes import finite, needed, positive, whole
 
 # Parameters that lax.scan has too, whose rules they keep.
-SCAN = ("length", "unroll")
+SCAN = ("length", "unroll", "reverse")
 # What a function needs besides the size that is tried.
 GIVEN = {
     "accumulate": 1,
@@ -52,8 +52,8 @@ def modules():
                 yield found
 
 
-def size_parameters():
-    """(function, parameter) of every public function that takes a size."""
+def parameters_of(*kinds):
+    """(function, parameter) of every public function that takes one of these types."""
     found = {}
     for module in modules():
         for name in getattr(module, "__all__", None) or vars(module):
@@ -65,17 +65,28 @@ def size_parameters():
             ) or name.startswith("_"):
                 continue
             for key, parameter in inspect.signature(thing).parameters.items():
-                if parameter.annotation in (int, int | None) and key not in SCAN:
+                if parameter.annotation in kinds and key not in SCAN:
                     found[f"{name}.{key}"] = (thing, key)
     return found
 
 
-SIZES = size_parameters()
+SIZES = parameters_of(int, int | None)
+SWITCHES = parameters_of(bool)
 
 
-def test_the_table_finds_the_sizes():
+def call(function, **given):
+    """A public function with what it needs beside `given`, called where only that looks."""
+    parameters = inspect.signature(function).parameters.values()
+    needs = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    known = {**GIVEN, "cell": jp.cells.para_gru}
+    made = function(**{one: known[one] for one in needs if one in known} | given)
+    return CALLED.get(function.__name__, lambda made: made)(made)
+
+
+def test_the_tables_find_sizes_and_switches():
     assert {"lora.rank", "shooting.chunks", "decoder.width", "para_gru.hidden"} <= set(SIZES)
     assert len(SIZES) > 60
+    assert {"lora.rank_stabilised", "shooting.debug", "decoder.tied", "lsq.full"} <= set(SWITCHES)
 
 
 @pytest.mark.untyped
@@ -83,13 +94,8 @@ def test_the_table_finds_the_sizes():
 @pytest.mark.parametrize("wrong", [True, 1.5])
 def test_no_size_is_a_boolean_a_fraction_or_a_text(name, wrong):
     function, key = SIZES[name]
-    parameters = inspect.signature(function).parameters.values()
-    needs = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    known = {**GIVEN, "cell": jp.cells.para_gru}
-    given = {one: known[one] for one in needs if one in known} | {key: wrong}
-    called = CALLED.get(name.partition(".")[0], lambda made: made)
     with pytest.raises(ValueError, match=f"{key}=.*: give a whole number"):
-        called(function(**given))
+        call(function, **{key: wrong})
 
 
 @pytest.mark.untyped
@@ -106,23 +112,15 @@ def test_sizes_are_integers_of_python_whatever_they_were():
             positive(rank=wrong)
 
 
-SWITCHES = {
-    "rank_stabilised": [jp.lora],
-    "per_tensor": [jp.fake_quant, jp.lsq],
-    "affine": [jp.fake_quant, jp.rtn, jp.lsq],
-    "full": [jp.lsq, jp.lr_qat],
-}
-
-
 @pytest.mark.untyped
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_is_a_boolean_and_no_text(name):
     # What `affine=no` is on a command line: a text, and so true.
-    for method in SWITCHES[name]:
-        assert method(**{name: np.True_}) == method(**{name: True})
-        for wrong in ("no", 1, None):
-            with pytest.raises(ValueError, match=f"{name}={wrong!r}: give True or False"):
-                method(**{name: wrong})
+    function, key = SWITCHES[name]
+    call(function, **{key: np.True_})
+    for wrong in ("no", 1, None):
+        with pytest.raises(ValueError, match=f"{key}={wrong!r}: give True or False"):
+            call(function, **{key: wrong})
 
 
 @pytest.mark.untyped

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxpara.sizes import needed, whole
+from jaxpara.sizes import flag, needed, whole
 from jaxpara.types import AnyArray, Key
 from jaxpara.weights.quant.rounding import Cut, inward, random_bits, rounded
 
@@ -160,7 +160,7 @@ def checked(number_format: str | Format, dtype: Any = jnp.float64) -> Format:
             raise ValueError(
                 f"{number_format} has {bits} bits beside the sign: give 1 to {limit}{wider}"
             )
-        return FixedFormat(before, after, number_format.symmetric)
+        return FixedFormat(before, after, flag(symmetric=number_format.symmetric))
     if not isinstance(number_format, FloatFormat):
         raise ValueError(
             f"format {number_format!r}: give a name such as 'bfloat16', or a FloatFormat, "
@@ -173,6 +173,8 @@ def checked(number_format: str | Format, dtype: Any = jnp.float64) -> Format:
             f"{number_format}: give 1 to {most.exponent_bits} exponent, 0 to "
             f"{most.significand_bits} significand bits{wider}"
         )
+    flag(subnormals=number_format.subnormals)
+    flag(saturate=number_format.saturate)
     if number_format.specials not in SPECIALS:
         raise ValueError(f"specials={number_format.specials!r}: give one of {SPECIALS}")
     if number_format.specials == "nan" and m == 0:
