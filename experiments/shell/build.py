@@ -13,12 +13,18 @@ from experiments.data.corpus import Data
 from experiments.run.folders import RunError
 from experiments.run.loggers import Open
 from experiments.run.task import Task
-from jaxpara import Reparam, chain
+from experiments.text.solver_check import observed
+from jaxpara import Reparam, chain, sequential
+from jaxpara.nn.mixers import recurrent
 from jaxpara.types import Model, Params
 
-RECURRENT = "jaxpara.nn.mixers.recurrent"
-OBSERVED = "experiments.text.solver_check.observed"
-SEQUENTIAL = {"_target_": "jaxpara.sequential"}
+
+def _target(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+RECURRENT, OBSERVED = _target(recurrent), _target(observed)
+SEQUENTIAL = {"_target_": _target(sequential)}
 
 
 class Parts(NamedTuple):
@@ -87,12 +93,12 @@ def solve_in_ways(model: DictConfig, parallel: DictConfig) -> Solved:
     Returns:
       The models; they have the same parameters.
     """
-    observed, recurrent = _with(model, _target_=OBSERVED, solver=parallel)
+    seen, mixers = _with(model, _target_=OBSERVED, solver=parallel)
     return Solved(
         model=instantiate(model),
         sequential=_with(model, solver=SEQUENTIAL)[0],
         parallel=_with(model, solver=parallel)[0],
-        observed=observed if recurrent else None,
+        observed=seen if mixers else None,
         parallel_name=parallel._target_.rpartition(".")[2],
     )
 
