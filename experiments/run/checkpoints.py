@@ -1,9 +1,9 @@
-"""Checkpoints on disk, by Orbax: what a run needs to go on, and parameters for everything else.
+"""Checkpoints on disk, by Orbax: what a run needs to continue, and parameters for other programs.
 
 `folder/checkpoints/STEP/` holds `params`, `rest` (optimiser, step, key) and `run` (position
-in the data, what the loop remembers, and the figures of that step if it was evaluated). A
-step's folder gets its name once it is whole, so what a killed run left half written is
-never taken for a checkpoint. Parameters that are not trained are written once, to
+in the data, memory of the loop, and the figures of that step if it was evaluated). A step's
+folder gets its name when it is complete, so a half-written one of a killed run is never taken
+for a checkpoint. Parameters that are not trained are written once, to
 `folder/frozen/`, and are in no checkpoint. Digests of all arrays and files are checked on reading.
 """
 
@@ -38,7 +38,7 @@ Save = Callable[[TrainState, dict[str, Any], dict[str, float] | None], None]
 
 
 def resume_command(folder: Path) -> str:
-    """The command that continues a run; it trusts the paths that the run read before.
+    """Returns the command that continues a run; it trusts the paths that the run read before.
 
     Args:
       folder: the run's folder.
@@ -69,7 +69,7 @@ def _score(run: dict[str, Any]) -> float:
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    """What a step was saved with besides arrays; of files that were checked."""
+    """Reads the values that a step was saved with besides arrays; the files must be checked."""
     run = read_items(path, run=items.JsonRestore())["run"]
     if not isinstance(run, dict) or run.pop("digest", None) != seals.of_text(run):
         raise Damaged(f"{path / 'run'} is damaged: it is not what was saved")
@@ -77,7 +77,7 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def _readable_runs(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Steps, the newest first, and what they were saved with; without those that are damaged."""
+    """Yields intact steps, newest first, with the values that they were saved with."""
     for step in steps(folder)[::-1]:
         path = path_of(folder, step)
         with contextlib.suppress(Damaged):
@@ -89,13 +89,15 @@ def _readable_runs(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 @contextmanager
 def _still_there(path: Path) -> Iterator[None]:
-    """Errors of reading what a process that trains has removed meanwhile are said to be that."""
+    """Explains a read error if a training process has removed the checkpoint meanwhile."""
     try:
         yield
     except (OSError, ValueError) as error:
         if path.is_dir():
             raise
-        raise Damaged(f"{path} is gone: the run is training, and keeps its last ones") from error
+        raise Damaged(
+            f"{path} is gone: the run is training, and keeps only its last ones"
+        ) from error
 
 
 @contextmanager
@@ -108,15 +110,15 @@ def saver(
     trainable: Callable[[Params], Any] | None = None,
     begin: int | None = None,
 ) -> Iterator[Save]:
-    """Opens a run's checkpoints for writing; on leaving, all that was begun is on disk.
+    """Opens a run's checkpoints for writing; on exit every checkpoint is on disk.
 
     Args:
-      folder: the run's folder. What was half written there is removed, damaged checkpoints are
-        set aside.
-      keep_last: checkpoints kept, counted from the last.
-      keep_best: checkpoints kept besides, those with the best figures.
+      folder: the run's folder. Half-written checkpoints in it are removed, damaged ones are set
+        aside.
+      keep_last: how many of the last checkpoints are kept.
+      keep_best: how many of those with the best figures are kept besides.
       best: the figure that decides, and whether "min" or "max" is best.
-      trainable: `params -> booleans`, where not all of them are trained.
+      trainable: `params -> booleans`, if not all of them are trained.
       begin: the step from which the run continues; later checkpoints are set aside too.
 
     Yields:
@@ -124,7 +126,7 @@ def saver(
       background. `run` is JSON-able; the figures are those of this step, or None.
 
     Raises:
-      RunError: a checkpoint could not be written; said at the next one or on leaving.
+      RunError: a checkpoint could not be written; raised at the next one or on exit.
     """
     begun = 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def saver(
 
     def failed(error: Exception) -> RunError:
         whole = steps(folder)
-        kept = f"that of step {whole[-1]} is whole" if whole else "there is no earlier one"
+        kept = f"that of step {whole[-1]} is intact" if whole else "there is no earlier one"
         said = reason(error)
         return RunError(
             f"the checkpoint of step {begun} could not be written to {folder / FOLDER}: "
@@ -148,13 +150,13 @@ def saver(
     def seal_what_came_late() -> None:
         for path in map(functools.partial(path_of, folder), steps(folder)):
             if not seals.is_sealed(path):
-                with contextlib.suppress(OSError):  # it is whole without
+                with contextlib.suppress(OSError):  # it is complete without
                     seals.seal(path)
 
     options = ocp.CheckpointManagerOptions(
         save_root_metadata=False,
         cleanup_tmp_directories=True,
-        best_fn=_score,  # or Orbax would not keep the metrics that the policy reads
+        best_fn=_score,  # otherwise Orbax would not keep the metrics that the policy reads
         preservation_policy=AnyPreservationPolicy(
             [LatestN(keep_last), BestN(get_metric_fn=_score, n=keep_best)]
         ),
@@ -199,7 +201,7 @@ def saver(
             try:
                 manager.close()
             except Exception as error:
-                if not isinstance(first, RunError):  # which has said it already
+                if not isinstance(first, RunError):  # which has reported it already
                     print(f"while stopping: {failed(error)}")
             raise
         try:
@@ -210,11 +212,11 @@ def saver(
 
 
 def set_aside(folder: Path, *, after: int | None = None) -> None:
-    """Moves checkpoints that cannot be continued from to `damaged/`, and says so.
+    """Moves checkpoints from which a run cannot continue to `damaged/`, and says so.
 
     Args:
       folder: the run's folder.
-      after: a step; later ones are moved too, whether they are whole or not.
+      after: a step; later checkpoints are moved too, intact or not.
     """
     for step in steps(folder):
         path = path_of(folder, step)
@@ -234,7 +236,7 @@ def set_aside(folder: Path, *, after: int | None = None) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The checkpoints of a run that are whole.
+    """Lists the complete checkpoints of a run.
 
     Args:
       folder: the run's folder.
@@ -260,7 +262,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def best_step(folder: Path) -> int | None:
-    """The checkpoint with the best figure among those that are there and can be read.
+    """Finds the checkpoint with the best figure among those that can be read.
 
     Args:
       folder: the run's folder.
@@ -274,7 +276,7 @@ def best_step(folder: Path) -> int | None:
 
 
 def data_of(folder: Path) -> dict[str, Any]:
-    """What the position in the data was saved for: digests of the text, seed, sizes.
+    """Describes the data of the saved position: digests of the text, seed, sizes.
 
     Args:
       folder: the run's folder.
@@ -296,14 +298,14 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
       folder: the run's folder.
       step: one of `steps`.
       like: shapes and dtypes, for example of `jax.eval_shape`; its leaves may carry shardings,
-        which need not be those that were saved.
+        which may differ from the saved ones.
 
     Returns:
       The state, and what `save` was given as `run`.
 
     Raises:
-      Damaged: something in it is not what was saved.
-      Unlike: what is on disk has another structure or other shapes.
+      Damaged: its content is not what was saved.
+      Unlike: the data on disk has another structure or other shapes.
     """
     rest = jax.eval_shape(_rest, like)
     placed = rest | {"opt_state": like.opt_state, "step": like.step}
@@ -326,7 +328,7 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
 
 
 def restore_newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Reads the newest whole checkpoint back; says so where newer ones are damaged.
+    """Reads the newest intact checkpoint back; says so if newer ones are damaged.
 
     Args:
       folder: the run's folder; it has a checkpoint.
@@ -336,8 +338,8 @@ def restore_newest(folder: Path, like: TrainState) -> tuple[TrainState, dict[str
       As `restore`.
 
     Raises:
-      Damaged: none is whole.
-      Unlike: what is on disk has another structure or other shapes.
+      Damaged: none is intact.
+      Unlike: the data on disk has another structure or other shapes.
     """
     return seals.first_whole(steps(folder)[::-1], lambda step: restore(folder, step, like))
 
@@ -349,15 +351,15 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
       folder: the run's folder.
       like: shapes and dtypes, for example `jax.eval_shape(model.init, key)`; leaves without a
         sharding go to the first device.
-      which: "best" by the run's own figure, else the last; or "last". Where that checkpoint is
-        damaged, the newest whole one is read, and that is said.
+      which: "best" by the run's own figure, or the last if there is none; or "last". If that
+        checkpoint is damaged, the newest intact one is read, and a line says so.
 
     Returns:
       The parameters.
 
     Raises:
-      RunError: the run has no checkpoint, or none that is whole.
-      Unlike: what is on disk has another structure or other shapes.
+      RunError: the run has no checkpoint, or none that is intact.
+      Unlike: the data on disk has another structure or other shapes.
     """
     order = steps(folder)[::-1]
     if not order:

@@ -1,7 +1,7 @@
-"""A command's config against the table of `limits`, before anything is built.
+"""Checks a command's config against the table of `limits` before anything is built.
 
-A mistake costs a second then, and not a compilation. Objects that `_target_` names check what only
-they know.
+A mistake then costs a second instead of a compilation. Objects named by `_target_` check everything
+else themselves.
 """
 
 import difflib
@@ -14,15 +14,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from experiments.run.folders import RunError
 from experiments.run.limits import FINITE, LARGEST, RULES, TEXT, Rule, rule_for
 
-# The table speaks for objects of these packages; a user's own may give the names other meanings.
+# The table holds for objects of these packages; a user's own objects may use the names otherwise.
 OURS = ("jaxpara.", "experiments.", "builtins.tuple", "hydra.utils.get_")
 
 
 def fits(value: Any, rule: Rule) -> bool:
-    """Whether a value is what a rule asks for.
+    """Whether a value satisfies a rule.
 
     Args:
-      value: plain.
+      value: a plain value.
       rule: from the table.
 
     Returns:
@@ -45,7 +45,7 @@ def fits(value: Any, rule: Rule) -> bool:
     if rule.kind == "switch":
         return isinstance(value, bool)
     if rule.kind == "text":
-        # A folder may be called 2024: what Hydra reads as a number is text here.
+        # A folder may be called 2024: Hydra reads a number, but it is text here.
         text = isinstance(value, str | int | float) and not isinstance(value, bool)
         return text and (not rule.choices or value in rule.choices)
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
@@ -69,7 +69,7 @@ def _bounds(rule: Rule) -> str:
 
 
 def expected(rule: Rule) -> str:
-    """What a rule asks for, in words.
+    """Describes what a rule accepts.
 
     Args:
       rule: from the table.
@@ -81,7 +81,7 @@ def expected(rule: Rule) -> str:
     if rule.kind == "switch":
         text = "true or false"
     elif rule.kind == "section":
-        text = "settings of its own, and no value"
+        text = "a group of settings, not a value"
     elif rule.kind == "words":
         text = "text or a list of texts"
     elif rule.kind == "text" and rule.many:
@@ -97,14 +97,14 @@ def expected(rule: Rule) -> str:
 
 
 def instead(value: Any, rule: Rule) -> str:
-    """A value that fits, near the one that was given.
+    """Suggests a valid value near the given one.
 
     Args:
-      value: that does not fit.
-      rule: that it breaks.
+      value: the invalid value.
+      rule: the rule that it breaks.
 
     Returns:
-      As it is typed.
+      The value as it is typed.
     """
     if rule.many:
         given = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
@@ -135,7 +135,7 @@ def instead(value: Any, rule: Rule) -> str:
 
 
 def settings_of(node: DictConfig, prefix: str = "", command: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a config that a person can override: what is no reference to another one.
+    """Yields the settings of a config that a user can override: all that are not references.
 
     Args:
       node: composed.
@@ -181,11 +181,11 @@ def _objects_in(node: ListConfig, path: str) -> Iterator[tuple[str, DictConfig]]
 
 
 def check_settings(cfg: DictConfig, command: str = "") -> None:
-    """Refuses a config whose settings are not what the table asks for.
+    """Refuses a config whose settings break the rules of the table.
 
     Args:
       cfg: composed.
-      command: whose it is, `train`.
+      command: the command that it belongs to, such as `train`.
 
     Raises:
       RunError: what was given, what was expected, what to type.

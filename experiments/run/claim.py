@@ -1,7 +1,7 @@
-"""One process at a time trains in a run's folder.
+"""A lock on a run's folder: only one process at a time trains in it.
 
-The lock is the operating system's (`flock`, by the library filelock): it ends with the process that
-holds it, however that ends, so that a killed run leaves none behind.
+The lock is the operating system's (`flock`, by the library filelock). It ends with its process, so
+a killed run leaves no lock behind.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ LOCK, HOLDER = ".lock", ".lock.json"
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Holds a run's folder; made if missing.
+    """Locks a run's folder, which is made if missing.
 
     Args:
       folder: of the run.
@@ -45,8 +45,8 @@ def claimed(folder: Path) -> Iterator[None]:
         (folder / HOLDER).write_text(json.dumps(about) + "\n")
     except Timeout:  # an OSError, so before it
         raise RunError(
-            f"{folder} is in use{_holder(folder)}, and one process at a time trains in a folder: "
-            "wait for it, stop it, or give another folder"
+            f"{folder} is in use{_holder(folder)}, and only one process at a time trains in a "
+            "folder: wait for it, stop it, or give another folder"
         ) from None
     except OSError as error:
         lock.release()
@@ -62,7 +62,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _holder(folder: Path) -> str:
-    """Who holds it, if that can be read."""
+    """Names the process that holds it, if that can be read."""
     try:
         about = json.loads((folder / HOLDER).read_text())
         return f" by process {int(about['pid'])} on {about['host']} since {about['since']}"

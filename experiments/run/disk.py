@@ -23,7 +23,7 @@ UNWRITABLE = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno
 
 @contextmanager
 def by_plain_name(path: Path) -> Iterator[Path]:
-    """The path by a name without characters of globs, which Orbax would take for patterns.
+    """Gives the path a name without glob characters, which Orbax would take for patterns.
 
     Args:
       path: of a folder.
@@ -42,7 +42,7 @@ def by_plain_name(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what Orbax and TensorStore say of a failure; what matters is raised, and said once.
+    """Silences what Orbax and TensorStore log about a failure; the error itself is raised once.
 
     They log it from each of their threads and callbacks, which may speak long after the error was
     raised: after one, it stays quiet.
@@ -65,7 +65,7 @@ def quiet() -> Iterator[None]:
 
 
 class Unlike(RunError, ValueError):
-    """What was saved is of another model or optimiser than what is to be read."""
+    """The saved data belongs to another model or optimiser than the one to be read."""
 
 
 def read_items(path: Path, **what: Any) -> Any:
@@ -73,13 +73,13 @@ def read_items(path: Path, **what: Any) -> Any:
 
     Args:
       path: of the folder.
-      **what: how to restore each item.
+      **what: how each item is restored.
 
     Returns:
       The items by name.
 
     Raises:
-      Unlike: what is on disk has another structure or other shapes.
+      Unlike: the data on disk has another structure or other shapes.
     """
     with by_plain_name(path) as place, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         try:
@@ -88,12 +88,12 @@ def read_items(path: Path, **what: Any) -> Any:
             said = " ".join(str(error).split())[:200]
             raise Unlike(
                 f"{path} does not fit what {CONFIG} beside it describes, or is damaged: {said};\n"
-                f"put back the {CONFIG} that the run was begun with, or give another run"
+                f"put back the {CONFIG} that the run started with, or give another run"
             ) from error
 
 
 def target(like: Any) -> Any:
-    """Shapes, dtypes and places to restore to; what has no place goes to the first device.
+    """Describes what to restore: shapes, dtypes and places; the default is the first device.
 
     Args:
       like: a tree of arrays or of their shapes.
@@ -111,7 +111,7 @@ def target(like: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What the operating system said, where a library has wrapped it in paths.
+    """Extracts the operating system's message from an error that a library has wrapped.
 
     Args:
       error: from Orbax.
@@ -131,7 +131,7 @@ def reason(error: Exception) -> str:
 
 
 def remedy(said: str) -> str:
-    """What to do where nothing could be written.
+    """Says what to do after a failed write.
 
     Args:
       said: from `reason`, or of an `OSError`.
@@ -140,4 +140,4 @@ def remedy(said: str) -> str:
       The beginning of a sentence.
     """
     full = any(os.strerror(code) in said for code in NO_ROOM)
-    return "Make room there" if full else "See that it can be written to"
+    return "Make room there" if full else "Make it writable"

@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from the files in its folder alone."""
+"""Figures of a run, drawn only from the files in its folder."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def draw_loss(
     *,
     title: str,
 ) -> Figure:
-    """Training and validation loss against tokens, with baselines as horizontal lines.
+    """Draws training and validation loss against tokens, with baselines as horizontal lines.
 
     Args:
       columns: `metrics.csv`.
@@ -57,10 +57,10 @@ def draw_loss(
 
 
 def draw_accuracy(columns: Mapping[str, list[float | None]], *, title: str) -> Figure:
-    """Accuracy on held-out sequences against tokens, a line for each length.
+    """Draws accuracy on held-out sequences against tokens, a line for each length.
 
     Args:
-      columns: `metrics.csv`, its accuracies named `accuracy_32` and so on.
+      columns: of `metrics.csv`; accuracies are named `accuracy_32` and so on.
       title: of the picture.
 
     Returns:
@@ -81,7 +81,7 @@ def draw_accuracy(columns: Mapping[str, list[float | None]], *, title: str) -> F
 
 
 def draw_figure(columns: Mapping[str, list[float | None]], judged: str, *, title: str) -> Figure:
-    """Training loss, and the figure by which a task of any kind is judged, against tokens.
+    """Draws the training loss and the figure that a task is judged by against tokens.
 
     Args:
       columns: `metrics.csv`.
@@ -105,7 +105,7 @@ def draw_figure(columns: Mapping[str, list[float | None]], judged: str, *, title
 
 
 def draw_solver(columns: Mapping[str, list[float | None]], *, title: str) -> Figure:
-    """Iterations and residual of the parallel solver in each layer against tokens.
+    """Draws iterations and residual of the parallel solver in each layer against tokens.
 
     Args:
       columns: `solver.csv`.
@@ -124,7 +124,7 @@ def draw_solver(columns: Mapping[str, list[float | None]], *, title: str) -> Fig
         # Thinner lines on top of thicker ones: layers often agree.
         above.plot(*_pairs(one, "tokens", "iterations"), marker="o", lw=width, label=label)
         tokens, residual = _pairs(one, "tokens", "residual")
-        # A residual of exactly zero has no place on a logarithmic axis: draw it at the floor.
+        # A logarithmic axis cannot show a residual of exactly zero: draw it at the floor.
         below.plot(tokens, [max(value, 1e-9) for value in residual], marker="o", label=label)
     above.set_ylabel("iterations")
     above.set_ylim(bottom=0)
@@ -139,7 +139,7 @@ def draw_solver(columns: Mapping[str, list[float | None]], *, title: str) -> Fig
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draws every figure for which a run has numbers.
+    """Draws every figure for which a run has data.
 
     Args:
       folder: the run's folder, with `metrics.csv`, perhaps `solver.csv` and `summary.json`.

@@ -1,4 +1,4 @@
-"""Folders and files on the command line, as the shell gave them, in Hydra's grammar."""
+"""Quotes folders and files on the command line for Hydra's grammar."""
 
 import os
 import re
@@ -8,13 +8,13 @@ TRUST = "trust"
 
 
 def quote_value(text: str) -> str:
-    """Quotes a text for Hydra, which would otherwise take its characters for grammar.
+    """Quotes a text for Hydra, which would otherwise parse its special characters.
 
     Args:
       text: such as a path.
 
     Returns:
-      The text in single quotes; as it is where they change nothing.
+      The text in single quotes; unchanged if it needs none.
     """
     if re.fullmatch(r"[A-Za-z/.][\w.-]*/[\w./-]*", text, re.ASCII):
         return text
@@ -25,10 +25,10 @@ def quote_value(text: str) -> str:
 
 
 def quote_folders(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
-    """Quotes the values of some keys that are files or folders as they stand.
+    """Quotes the values of keys that are files or folders.
 
-    `run=runs/a[1],b=2` reaches the program whole; a list, a glob, and what is in quotes already
-    are left alone.
+    `run=runs/a[1],b=2` reaches the program unchanged. Lists, globs and quoted values are left
+    alone.
 
     Args:
       arguments: of the command line, without the program.

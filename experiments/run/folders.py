@@ -1,4 +1,4 @@
-"""One run is one folder: what was asked, what was measured, on what machine."""
+"""A run's folder: its config, what was measured, and on which machine."""
 
 import importlib.metadata
 import json
@@ -31,17 +31,17 @@ PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
 
 
 class RunError(Exception):
-    """Something a person at the keyboard can put right; its text says how."""
+    """An error that the user can correct; its text says how."""
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that people can read.
+    """Writes a readable JSON file.
 
     Args:
       path: the file.
       value: plain Python values.
     """
-    # Whole or not at all: a run may be killed at any moment.
+    # Completely or not at all: a run may be killed at any moment.
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)
@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
       The object, as plain Python values.
 
     Raises:
-      RunError: the file is cut, no JSON, nested too deep, or of something else.
+      RunError: the file is truncated, not JSON, nested too deep, or not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -75,9 +75,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The result of a run; nothing where it has none, or a damaged one.
+    """Reads the result of a run; empty if it has none, or a damaged one.
 
-    A run that continues writes it anew, so a damaged one is as good as none.
+    A run that continues rewrites it, so a damaged one counts as none.
 
     Args:
       folder: of a run.
@@ -94,7 +94,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _read_environment(folder: Path) -> dict[str, Any]:
-    """What is known of the machine; a damaged file is kept beside the new one."""
+    """Reads what is known of the machine; a damaged file is kept beside the new one."""
     path = folder / ENVIRONMENT
     try:
         return read_json(path) if path.is_file() else {}
@@ -106,10 +106,10 @@ def _read_environment(folder: Path) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says about this repository; None without git or outside a checkout."""
+    """Runs git in this repository; None without git or outside a checkout."""
     try:
         done = subprocess.run(
-            # It reads alone: a run that dies meanwhile must leave no lock in a repository.
+            # Only read: a run that dies meanwhile must leave no lock in a repository.
             ["git", "--no-optional-locks", "-C", str(REPOSITORY), *arguments],
             capture_output=True,
             text=True,
@@ -122,7 +122,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What a stranger needs to know to judge or repeat a run.
+    """Collects what is needed to judge or repeat a run.
 
     Returns:
       Versions, device, machine, commit and whether the tree was dirty.
@@ -152,20 +152,20 @@ def environment() -> dict[str, Any]:
 
 
 def open_run(folder: Path, cfg: DictConfig) -> None:
-    """Writes what is known before a run begins: config, tokenizer and environment.
+    """Writes the config, tokenizer and environment of a run before it begins.
 
-    What the command line trusts is not written: a folder grants nothing.
+    `trust=` is not written: a folder cannot grant trust.
 
     Args:
       folder: made if missing.
       cfg: the composed config.
 
     Raises:
-      RunError: the folder holds a run already, or the config could not be read back.
+      RunError: the folder already holds a run, or the config could not be read back.
     """
     if (folder / CONFIG).exists():
         raise RunError(
-            f"{folder} holds a run already, and one run is one folder: "
+            f"{folder} already holds a run, and each run needs its own folder: "
             "leave hydra.run.dir out, or give a folder that does not exist; "
             f"`python -m experiments.train resume={folder}` continues it"
         )
@@ -181,7 +181,7 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
 
 
 def reopen_run(folder: Path) -> None:
-    """Adds to what is known of a run that it continues, on what machine and with what versions.
+    """Records that a run continues, on which machine and with which versions.
 
     Args:
       folder: of a run that `open_run` opened.
@@ -192,13 +192,13 @@ def reopen_run(folder: Path) -> None:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of the code that began a run.
+    """Reads the commit of the code that started a run.
 
     Args:
       folder: of the run.
 
     Returns:
-      Its first characters; None where the folder does not say.
+      Its first characters; None if the folder does not say.
     """
     try:
         commit = str(read_json(folder / ENVIRONMENT).get("git_commit"))
@@ -208,13 +208,13 @@ def commit_of(folder: Path) -> str | None:
 
 
 def status(folder: Path) -> str | None:
-    """How a run ended.
+    """Reads how a run ended.
 
     Args:
       folder: of a run.
 
     Returns:
-      "finished", "interrupted", "diverged" or "failed"; None where it did not come to an end.
+      "finished", "interrupted", "diverged" or "failed"; None if it did not end.
     """
     return read_summary(folder).get("status")
 
@@ -236,14 +236,14 @@ def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
 
     Args:
       run: a run's folder as the user gave it.
-      key: how the user calls it.
+      key: the setting that named it.
       make: a command that makes such a run.
 
     Returns:
       The folder; it holds a config.
 
     Raises:
-      RunError: nothing given, no such folder, or not a run; names the newest run there is.
+      RunError: nothing given, no such folder, or not a run; names the newest run.
     """
     known = sorted(
         (
@@ -272,25 +272,25 @@ def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
 
 
 def need(cfg: DictConfig, folder: Path, *keys: str) -> None:
-    """Refuses a run whose config lacks what is to be built.
+    """Refuses a run whose config lacks a required key.
 
     Args:
       cfg: from `load_config`.
       folder: of the run.
-      *keys: that the config must have.
+      *keys: the keys that the config must have.
 
     Raises:
-      RunError: with the keys that are missing.
+      RunError: names the missing keys.
     """
     if lacking := [key for key in keys if key not in cfg or cfg._get_node(key) is None]:
         raise RunError(
-            f"{folder / CONFIG} has no {', '.join(lacking)}: it is not of a language model, or "
-            f"damaged; give a run of `{MAKE}`"
+            f"{folder / CONFIG} has no {', '.join(lacking)}: it is not a language model's, or "
+            f"it is damaged; give a run of `{MAKE}`"
         )
 
 
 def _depth(text: str) -> int:
-    """How deep brackets or dashes nest at most: YAML's reader takes quadratic time over them."""
+    """Bounds how deep brackets or dashes nest: YAML's reader takes quadratic time over them."""
     deepest = depth = 0
     for mark in re.findall(r"[\[\]{}]", text):
         depth += 1 if mark in "[{" else -1
@@ -299,7 +299,7 @@ def _depth(text: str) -> int:
 
 
 def read_yaml(path: Path) -> DictConfig | ListConfig:
-    """Reads a YAML file of a run's folder, which may be anybody's.
+    """Reads a YAML file of a run's folder, which may come from anybody.
 
     Args:
       path: the file.
@@ -308,7 +308,7 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
       Its values; interpolations in them are not evaluated yet.
 
     Raises:
-      RunError: the file is missing, cut, too large or too deep, or it has aliases.
+      RunError: the file is missing, truncated, too large or too deep, or it has aliases.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -316,7 +316,7 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
             raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
         if _depth(text) > DEEPEST_CONFIG:
             raise ValueError(f"it nests more than {DEEPEST_CONFIG} deep")
-        # References between nodes could stand for more than memory holds; we write none.
+        # Aliases could expand to more than the memory holds; no run writes any.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it has YAML aliases, which no run writes")
         return OmegaConf.create(text)
@@ -335,28 +335,30 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
 
 
 def load_config(folder: Path) -> DictConfig:
-    """Reads the resolved config of a run, to look at; `trust.open_config` reads it to build from.
+    """Reads the resolved config of a run to inspect it; use `trust.open_config` to build from it.
 
     Args:
       folder: from `find_run`.
 
     Returns:
-      The config that `open_run` wrote: values alone, no interpolations.
+      The config that `open_run` wrote: only values, no interpolations.
 
     Raises:
-      RunError: the file is missing, cut, or no config, or it holds an interpolation, which
+      RunError: the file is missing, truncated or not a config, or it holds an interpolation, which
         `open_run` never writes.
     """
     path = folder / CONFIG
     cfg = read_yaml(path)
     if not isinstance(cfg, DictConfig) or not cfg:
-        raise RunError(f"{path} is empty or no config: put back a copy of it, or give another run")
+        raise RunError(
+            f"{path} is empty or not a config: put back a copy of it, or give another run"
+        )
     check_inert(OmegaConf.to_container(cfg, resolve=False), str(path))
     return cfg
 
 
 def check_inert(node: Any, where: str, key: str = "") -> None:
-    """Refuses texts that OmegaConf would evaluate; in a file they could read the environment.
+    """Refuses texts that OmegaConf would evaluate, which could read the environment.
 
     Args:
       node: plain values.
@@ -368,8 +370,8 @@ def check_inert(node: Any, where: str, key: str = "") -> None:
     """
     if isinstance(node, str) and "${" in node:
         raise RunError(
-            f"{where}: {key} holds {node!r}, and ${{ begins something to be evaluated, which the "
-            "config of a run must not hold: write it without the brace"
+            f"{where}: {key} holds {node!r}, and ${{ begins an interpolation, which the config of "
+            "a run must not hold: write it without the brace"
         )
     if isinstance(node, dict):
         for name, child in node.items():

@@ -1,4 +1,4 @@
-"""Parameters that are not trained: written once, to `folder/frozen/`, and in no checkpoint."""
+"""Parameters that are not trained: written once, to `folder/frozen/`, not to checkpoints."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ FOLDER = "frozen"
 
 
 def write(folder: Path, frozen: Params) -> None:
-    """Writes them, once a run.
+    """Writes the frozen parameters of a run once.
 
     Args:
       folder: the run's folder.
-      frozen: the parameters that are not trained; nothing is written where there are none.
+      frozen: the parameters that are not trained; nothing is written if there are none.
     """
     digests = seals.of_arrays(frozen)
     if digests:
@@ -35,18 +35,18 @@ def write(folder: Path, frozen: Params) -> None:
 
 
 def apart(folder: Path, like: Params) -> tuple[Params, Params | None]:
-    """Takes apart what is in the checkpoints and what is in `frozen/`.
+    """Splits the parameters into those in checkpoints and those in `frozen/`.
 
     Args:
       folder: the run's folder.
       like: shapes of all parameters.
 
     Returns:
-      Shapes of what is trained, and of what is frozen; None where nothing is.
+      Shapes of the trained and of the frozen parameters; None if none is frozen.
 
     Raises:
       Damaged: a file of `frozen/` is not what was written.
-      ValueError: the model has not all of what is frozen.
+      ValueError: the model lacks some of the frozen parameters.
     """
     if not (folder / FOLDER).is_dir():
         return like, None
@@ -54,7 +54,7 @@ def apart(folder: Path, like: Params) -> tuple[Params, Params | None]:
     known = set(read_items(folder / FOLDER, leaves=items.JsonRestore())["leaves"]["digests"])
     paths = jax.tree_util.tree_map_with_path(lambda keys, _: jax.tree_util.keystr(keys), like)
     if missing := known - set(jax.tree.leaves(paths)):
-        raise ValueError(f"{folder / FOLDER} has {sorted(missing)[0]}, and the model does not")
+        raise ValueError(f"{folder / FOLDER} has {sorted(missing)[0]}, which the model lacks")
     return split(like, jax.tree.map(lambda path: path not in known, paths))
 
 
@@ -63,14 +63,14 @@ def together(folder: Path, trained: Params, frozen: Params | None) -> Params:
 
     Args:
       folder: the run's folder.
-      trained: what was read from a checkpoint.
+      trained: parameters read from a checkpoint.
       frozen: shapes, from `apart`.
 
     Returns:
       All parameters.
 
     Raises:
-      Damaged: what is frozen is not what was written.
+      Damaged: the frozen parameters are not those that were written.
     """
     if frozen is None:
         return trained

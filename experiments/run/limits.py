@@ -1,4 +1,4 @@
-"""What every setting may be: its type, its range and its unit, in one table.
+"""The type, range and unit of every setting, in one table.
 
 `experiments.run.checks` compares a command's config with it.
 """
@@ -10,18 +10,18 @@ LARGEST = 2**31 - 1  # of whole numbers: XLA's sizes and a run's steps have 32 b
 
 
 class Rule(NamedTuple):
-    """What a setting may be.
+    """The values that a setting may have.
 
     Attributes:
       kind: "whole", "number", "switch", "text", "words" (a text or a list of texts), "section"
-        (keys of its own) or "any".
-      low: the least value.
+        (a group of keys) or "any".
+      low: the smallest value.
       high: the largest value.
-      unit: what is counted, for the message.
+      unit: of the value, for the message.
       inside: whether the bounds themselves are excluded.
-      null: whether null is a value.
-      many: whether it is a list, at any depth, of such values; never an empty one.
-      choices: of a text, if not all are.
+      null: whether null is allowed.
+      many: whether it is a list, at any depth, of such values; it must not be empty.
+      choices: the allowed texts, if not all are.
     """
 
     kind: str
@@ -35,12 +35,12 @@ class Rule(NamedTuple):
 
 
 def whole(low: int, unit: str, **more: Any) -> Rule:
-    """A whole number from `low` on."""
+    """A whole number of at least `low`."""
     return Rule("whole", low, more.pop("high", LARGEST), unit, **more)
 
 
 def number(low: float, high: float, unit: str, **more: Any) -> Rule:
-    """A finite number from `low` to `high`; infinite only where `high` is and `low` is not less."""
+    """A number from `low` to `high`; finite unless `high` is infinite."""
     return Rule("number", low, high, unit, **more)
 
 
@@ -51,8 +51,8 @@ TEXTS, WORDS, SECTION = Rule("text", many=True), Rule("words"), Rule("section")
 FINITE = 3.4e38  # float32's largest
 POSITIVE = {"low": 0.0, "high": FINITE, "inside": True}
 
-# A key's rule is that of its whole path, with the command's name before it or without, of its last
-# two names, or of its last name.
+# A key's rule is found by its whole path, with or without the command's name before it, by its last
+# two names, or by its last name.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace"), SECTION),
     "finetune.rounding": SECTION,
@@ -210,14 +210,14 @@ RULES: dict[str, Rule] = {
 
 
 def rule_for(key: str, command: str = "") -> Rule | None:
-    """The rule of a setting.
+    """Finds the rule of a setting.
 
     Args:
-      key: its path, `optim.learning_rate`.
-      command: whose setting it is, `train`.
+      key: its path, such as `optim.learning_rate`.
+      command: the command that it belongs to, such as `train`.
 
     Returns:
-      The rule; None where the table has none, and what reads the setting judges it.
+      The rule; None if the table has none, and the code that reads the setting checks it.
     """
     names = key.split(".")
     for path in (f"{command}.{key}", key, ".".join(names[-2:]), names[-1]):

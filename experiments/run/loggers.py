@@ -1,8 +1,8 @@
 """Where a run's numbers go: a logger is `write(step, values)` and `close()`.
 
-`metrics.csv` is always written. TensorBoard and W&B are there when chosen (`logger=tensorboard`,
-`logger=wandb`, `logger=[tensorboard,wandb]`); their packages are imported only then. Process 0
-alone writes.
+`metrics.csv` is always written. TensorBoard and W&B are used when chosen (`logger=tensorboard`,
+`logger=wandb`, `logger=[tensorboard,wandb]`); their packages are imported only then. Only process 0
+writes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,12 +63,12 @@ def csv(columns: Sequence[str], *, file: str = "metrics.csv") -> Open:
     """A table in the run's folder; every row is on disk before training continues.
 
     Args:
-      columns: besides `step`, which is the first. A value of another name gets a column of its
-        own, behind them.
-      file: its name. A table that is there already is continued.
+      columns: besides `step`, which is the first. A value with another name gets a new column
+        after these.
+      file: its name. An existing table is continued.
 
     Returns:
-      What opens it.
+      A function that opens it.
     """
     columns = ("step", *(name for name in columns if name != "step"))
 
@@ -89,7 +89,7 @@ def tensorboard() -> Open:
     """TensorBoard's event files, for `tensorboard --logdir RUN`; needs no TensorFlow.
 
     Returns:
-      What opens it. Steps after the checkpoint that a run resumes from are purged.
+      A function that opens it. Steps after the checkpoint that a run resumes from are purged.
 
     Raises:
       ValueError: the package is not installed.
@@ -113,17 +113,17 @@ def wandb(*, project: str = "jaxpara", mode: str = "online", tags: Sequence[str]
     """Weights & Biases, with the run's whole config.
 
     Args:
-      project: of the account that `wandb login` chose.
+      project: in the account that `wandb login` chose.
       mode: "online"; or "offline", which needs no network: `wandb sync RUN/wandb/offline-run-*`
         sends it later.
       tags: of the run.
 
     Returns:
-      What opens it. A resumed run continues the W&B run whose name stands in `wandb.txt`.
+      A function that opens it. A resumed run continues the W&B run named in `wandb.txt`.
 
     Raises:
-      ValueError: the package is not installed; another mode. From opening, a RunError says what
-        W&B did not like, for example that nobody is logged in.
+      ValueError: the package is not installed, or the mode is unknown. Opening raises a RunError
+        with W&B's own message, for example that nobody is logged in.
     """
     if mode not in ("online", "offline"):
         raise ValueError(f"mode={mode!r}: give 'online' or 'offline'")
@@ -144,7 +144,7 @@ def wandb(*, project: str = "jaxpara", mode: str = "online", tags: Sequence[str]
             )
         except package.errors.Error as error:
             raise RunError(
-                f"W&B: {error}; logger.wandb.mode=offline needs neither account nor network"
+                f"W&B: {error}; logger.wandb.mode=offline needs neither an account nor a network"
             ) from error
         known.write_text(f"{run.id}\n")
 
@@ -160,7 +160,7 @@ def open_all(opens: Sequence[Open], place: Place) -> list[Logger]:
     """Opens every sink of a run, on process 0.
 
     Args:
-      opens: of `csv` and of what the group `logger` chose.
+      opens: that of `csv` and those that the group `logger` chose.
       place: the run.
 
     Returns:
@@ -175,7 +175,7 @@ def write_all(loggers: Sequence[Logger], step: int, values: Mapping[str, float |
     Args:
       loggers: from `open_all`.
       step: of the row.
-      values: by name; None, not measured, is left out.
+      values: by name; None means not measured and is left out.
     """
     measured = {name: value for name, value in values.items() if value is not None}
     for logger in loggers:

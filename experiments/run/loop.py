@@ -1,7 +1,7 @@
-"""The training loop: dispatch step t, read the numbers of step t - 1, evaluate and save at times.
+"""The training loop: dispatch step t, read the numbers of step t - 1, evaluate and save when due.
 
 Everything it needs is an argument; it knows no config and no file. Reading one step late
-keeps the device busy while Python books the last result.
+keeps the device busy while Python handles the last result.
 """
 
 import math
@@ -18,7 +18,7 @@ from experiments.run.speed import Speedometer
 from experiments.run.task import Batches
 from jaxpara.types import Params, Step, TrainState
 
-# Metrics of a step that have a place of their own in a row.
+# Metrics of a step that have their own field in a row.
 OWN = ("loss", "grad_norm")
 
 
@@ -27,14 +27,14 @@ class Diverged(RunError):
 
 
 class Row(NamedTuple):
-    """What was measured since the last row.
+    """The measurements since the last row.
 
     Attributes:
       step: steps done.
       seconds: since the start, compilation and evaluations included.
       loss: mean training loss in nats per token since the last row.
       tokens_per_second: since the last row, compilation and evaluations not counted.
-      gradient_norm: of the last step, before clipping; None where the step gives none.
+      gradient_norm: of the last step, before clipping; None if the step gives none.
       others: means of the other scalars among the step's metrics, by name.
     """
 
@@ -47,13 +47,13 @@ class Row(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What the loop knows besides the training state; a run that continues begins with it.
+    """The state of the loop besides the training state; a run that continues starts from it.
 
     Attributes:
       losses: of the steps since the last row.
       seconds: since the start of the run.
-      timed: steps whose time counts, and the seconds they took together.
-      enough: whether the task was solved, so that no further step is due.
+      timed: the number of timed steps, and the seconds they took together.
+      enough: whether the task is solved, so that no further step is due.
       others: the other metrics of the steps since the last row, by name.
     """
 
@@ -65,16 +65,16 @@ class Memory(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How far a run goes, and when something is due besides the steps.
+    """How many steps a run takes, and when to log, evaluate and save.
 
     Attributes:
       steps: how many in all.
       tokens_per_step: predicted tokens in a batch.
       log_every: steps between two rows.
-      eval_every: steps between two evaluations; a new run is evaluated before its first step too,
-        and every run after its last.
-      save_every: steps between two checkpoints; the last step has one too.
-      bytes_per_token: of text, to show bits per byte; None shows the loss alone.
+      eval_every: steps between two evaluations; a new run is also evaluated before its first
+        step, and every run after its last.
+      save_every: steps between two checkpoints; the last step is saved too.
+      bytes_per_token: of text, to show bits per byte; None shows only the loss.
     """
 
     steps: int
@@ -86,17 +86,17 @@ class Pace(NamedTuple):
 
 
 class Hooks(NamedTuple):
-    """What the loop calls.
+    """The functions that the loop calls.
 
     Attributes:
       write_row: takes each row.
-      look_up: evaluates parameters after so many steps; its time is not training time.
-      save: takes the state after a step, what else the run needs to go on, and the figures of
-        that step if it was evaluated. The state must be copied before it returns.
-      seconds: since the start of the run, what came before an interruption included.
+      look_up: evaluates parameters after a number of steps; its time is not training time.
+      save: takes the state after a step, the loop's memory, and the figures of that step if it
+        was evaluated. The state must be copied before it returns.
+      seconds: since the start of the run, including the time before an interruption.
       progress: shows every step.
       stopped: says whether to stop after this step.
-      solved: says of the figures of an evaluation whether they are all that was wanted.
+      solved: says whether the figures of an evaluation solve the task.
     """
 
     write_row: Callable[[Row], None]
@@ -115,7 +115,7 @@ class Ending(NamedTuple):
       state: the last training state.
       stopped: whether it was stopped from outside.
       seconds: since the start of the run.
-      tokens_per_second: of training alone, compilation and evaluations not counted.
+      tokens_per_second: of training only, without compilation and evaluations.
     """
 
     state: TrainState
@@ -137,20 +137,20 @@ def run_loop(
     """Trains up to a number of steps.
 
     Args:
-      state: to begin with; its buffers are given away.
-      step: one training step; its metrics hold `loss` in nats per token, and what else is wanted
-        in the rows.
+      state: to start from; its buffers are donated.
+      step: one training step; its metrics hold `loss` in nats per token, and further values for
+        the rows.
       batches: from the position that belongs to the state.
-      pace: numbers.
-      hooks: functions.
-      begin: steps done already; `state`, `batches` and `memory` are from then.
-      memory: what `hooks.save` was given then.
+      pace: the numbers of steps.
+      hooks: the functions to call.
+      begin: steps done already; `state`, `batches` and `memory` are from that point.
+      memory: as `hooks.save` was given it then.
 
     Returns:
       The ending.
 
     Raises:
-      Diverged: the loss became NaN or infinite, or the gradient of a state to be judged or saved.
+      Diverged: the loss is not finite, or the gradient of a state to be evaluated or saved.
     """
     last_finite: tuple[int, float] | None = None
     steps = pace.steps
@@ -159,7 +159,7 @@ def run_loop(
     speed = Speedometer(pace.tokens_per_step, before=memory.timed)
 
     def refuse(what: str, number: int) -> Diverged:
-        before = "no step before it had a finite one"
+        before = "no earlier step had a finite one"
         if last_finite is not None:
             before = f"the last finite loss was {last_finite[1]:.4f} at step {last_finite[0]}"
         return Diverged(
@@ -205,7 +205,7 @@ def run_loop(
             others.clear()
             speed.mark()
 
-    # Evaluating before the first step finds what does not fit before minutes are spent.
+    # Evaluating before the first step finds settings that do not fit before minutes are spent.
     if begin == 0:
         hooks.look_up(0, state.params)
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -223,11 +223,11 @@ def run_loop(
         book(*pending)
         pending = None
         norm = float(metrics.get("grad_norm", 0.0))
-        if not math.isfinite(norm):  # the loss was finite, what came of it is not
+        if not math.isfinite(norm):  # the loss was finite, its gradient is not
             raise refuse(f"the gradient's norm is {norm}", number)
         with speed.paused():
-            # What is due at this step is measured before a stop too, or a run that continues
-            # would lack it.
+            # Measurements due at this step are made before a stop too; a continued run would lack
+            # them.
             figures = hooks.look_up(number, state.params) if evaluated else None
             enough = bool(figures is not None and hooks.solved and hooks.solved(figures))
             if saved or enough:

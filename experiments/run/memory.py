@@ -1,8 +1,8 @@
-"""What a training step will hold in memory, from shapes alone, before anything is compiled.
+"""Estimates the memory of a training step from shapes, before anything is compiled.
 
-Parameters, their gradients and the optimiser's state; the batch; and what the backward pass needs
-of the forward pass, as JAX's own vector-Jacobian product keeps it. XLA may fuse some of that away
-and adds buffers of its own: the estimate finds steps that cannot run, not the last that can.
+It adds up parameters, gradients, optimiser state, the batch, and the values that JAX's
+vector-Jacobian product keeps for the backward pass. XLA may fuse some of these away and adds
+buffers of its own. The estimate finds steps that cannot run; it is not an exact limit.
 """
 
 import math
@@ -26,7 +26,7 @@ TOKEN_BYTES = 4
 
 
 class Estimate(NamedTuple):
-    """Bytes of a training step by what they are for."""
+    """Bytes of a training step by purpose."""
 
     parameters: int
     gradients: int
@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 
 
 def readable(size: float) -> str:
-    """Bytes for people.
+    """Formats a number of bytes.
 
     Args:
       size: bytes.
@@ -67,10 +67,10 @@ def tree_bytes(tree: Any) -> int:
 
 
 def machine_bytes() -> int | None:
-    """The memory that a step can have: of the device, or of the machine it shares.
+    """Reads the memory available to a step: of the devices, or of the machine they share.
 
     Returns:
-      Bytes of all local devices together; None where nobody says.
+      Bytes of all local devices together; None if unknown.
     """
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     if all(limits) and jax.default_backend() != "cpu":
@@ -86,12 +86,12 @@ def machine_bytes() -> int | None:
 
 
 def estimate(task: Task, optimizer: optax.GradientTransformation, *, accumulate: int) -> Estimate:
-    """What one step of a task holds.
+    """Estimates the memory of one step of a task.
 
     Args:
       task: with `batch_like`.
       optimizer: of optax.
-      accumulate: parts of a batch, of which one at a time has activations.
+      accumulate: parts of a batch; only one at a time has activations.
 
     Returns:
       The estimate; nothing is computed.
@@ -107,7 +107,7 @@ def estimate(task: Task, optimizer: optax.GradientTransformation, *, accumulate:
     )
 
     def kept(params, batch, key):
-        """What the backward pass is given: a function whose leaves are arrays."""
+        """Returns the backward pass: a function whose leaves are arrays."""
         floating = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.inexact)]
 
         def loss(floating):
@@ -129,7 +129,7 @@ def estimate(task: Task, optimizer: optax.GradientTransformation, *, accumulate:
         gradients=tree_bytes(jax.eval_shape(trained, state.params)),
         optimiser=tree_bytes(state.opt_state),
         batch=tree_bytes(task.batch_like),
-        activations=max(held - parameters, 0),  # the backward pass is given parameters too
+        activations=max(held - parameters, 0),  # the backward pass holds parameters too
     )
 
 
@@ -140,16 +140,16 @@ def check_step(
     accumulate: int,
     have: Callable[[], int | None] = machine_bytes,
 ) -> None:
-    """Refuses a step that needs more memory than there is.
+    """Refuses a step that needs more memory than is available.
 
     Args:
-      task: what is trained; one without `batch_like` is not judged.
+      task: what is trained; one without `batch_like` is not checked.
       optimizer: of optax.
       accumulate: parts of a batch.
-      have: bytes that there are.
+      have: available bytes.
 
     Raises:
-      RunError: with the numbers, and what to make smaller.
+      RunError: gives the numbers, and what to make smaller.
     """
     there = have()
     if task.batch_like is None or there is None:
@@ -172,15 +172,15 @@ def check_step(
 
 
 def check_tokens(name: str, sequences: int, length: int) -> None:
-    """Refuses tokens to be judged by that do not fit into memory, before they are drawn.
+    """Refuses held-out tokens that do not fit into memory, before they are drawn.
 
     Args:
-      name: of the setting that says how many.
-      sequences: how many.
+      name: of the setting that gives their number.
+      sequences: their number.
       length: tokens in each.
 
     Raises:
-      RunError: with the numbers.
+      RunError: gives the numbers.
     """
     there, needed = machine_bytes(), TOKEN_BYTES * sequences * length
     if there is not None and needed > there:

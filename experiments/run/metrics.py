@@ -1,4 +1,4 @@
-"""A run's numbers as CSV: written row by row so that a killed run keeps what it measured."""
+"""A run's numbers as CSV: written row by row, so a killed run keeps its measurements."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ def start(path: Path, columns: Sequence[str]) -> None:
       columns: names, in order.
 
     Raises:
-      FileExistsError: the file is there already: one run, one folder.
+      FileExistsError: the file exists already.
     """
     with path.open("x", newline="") as file:
         csv.writer(file).writerow(columns)
@@ -39,7 +39,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _widen(path: Path, columns: Sequence[str]) -> None:
-    """Rewrites a table with more columns, whose old rows are empty there; a kill leaves the old."""
+    """Adds columns, empty in the old rows, to a table; a kill meanwhile leaves the old file."""
     _, *rows = read_rows(path)
     fresh = path.with_name(f"{path.name}.new")
     with fresh.open("w", newline="") as file:
@@ -56,16 +56,16 @@ def read(path: Path) -> dict[str, list[float | None]]:
       path: the file.
 
     Returns:
-      Columns by name; None where a cell is empty. A last line without its end is what a killed
-      process left of a row: it is not read.
+      Columns by name; None where a cell is empty. A last line without a line end, left by a
+      killed process, is not read.
 
     Raises:
-      ValueError: the line that is no row of numbers.
+      ValueError: names the line that is not a row of numbers.
     """
     header, *rows = read_rows(path) or [[]]
     columns: dict[str, list[float | None]] = {name: [] for name in header}
     if len(columns) < len(header):
-        raise ValueError(f"two columns have one name: {', '.join(header)}")
+        raise ValueError(f"two columns have the same name: {', '.join(header)}")
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise ValueError(f"line {number} has {len(row)} cells, the header {len(header)}")
@@ -81,13 +81,13 @@ def read_rows(path: Path) -> list[list[str]]:
     """Reads the cells of a table, its header first.
 
     Args:
-      path: a CSV file; a mark of the byte order and the line ends of any system are fine.
+      path: a CSV file; a byte order mark and the line ends of any system are accepted.
 
     Returns:
-      Rows of text, without empty ones and without what a killed process left of the last.
+      Rows of text, without empty ones and without a last row that a killed process left unfinished.
 
     Raises:
-      ValueError: it is no text, or no CSV.
+      ValueError: it is not text, or not CSV.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")

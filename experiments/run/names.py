@@ -1,4 +1,4 @@
-"""Dotted names that configs give to be looked up: which are shipped, public, or gone."""
+"""Dotted names in configs: which of them are shipped, public, or gone."""
 
 import importlib
 import re
@@ -21,14 +21,14 @@ PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every name that a config asks to be looked up.
+    """Yields every name that a config would look up.
 
     Args:
       node: plain values.
       key: of the node.
 
     Yields:
-      The key where a name stands, and the name, which may be any value.
+      The key of a name, and the name, which may be any value.
     """
     if isinstance(node, list):
         for number, child in enumerate(node):
@@ -38,9 +38,9 @@ def targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     here = f"{key}." if key else ""
     if "_target_" in node:
         name, rest = node["_target_"], set(node) - {"_target_", "_convert_", "_recursive_"}
-        if name in GETTERS and rest <= {"path"}:  # a config that was cut off has none
+        if name in GETTERS and rest <= {"path"}:  # a truncated config has none
             yield f"{here}path", node.get("path")
-        else:  # a getter with anything else is no shipped name either
+        else:  # a getter with other arguments is not a shipped name either
             yield f"{here}_target_", name
     for name, child in node.items():
         yield from targets(child, f"{here}{name}")
@@ -48,7 +48,7 @@ def targets(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 @cache
 def shipped() -> frozenset[str]:
-    """The names of constructors, functions and objects in `experiments/conf`."""
+    """Lists the constructors, functions and objects that `experiments/conf` names."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found = set()
     for path in CONF.rglob("*.yaml"):
@@ -59,15 +59,14 @@ def shipped() -> frozenset[str]:
 
 
 def is_public(name: str) -> bool:
-    """Whether a dotted name is public in jaxpara or optax, and made there.
+    """Whether a dotted name is public in jaxpara or optax, and defined there.
 
     Args:
       name: such as `optax.adamw`.
 
     Returns:
-      False for what such a module has imported from elsewhere, for modules, for attributes of
-      objects, for names with an underscore at the front, and in the modules of jaxpara that are
-      not public.
+      False for imports from elsewhere, modules, attributes of objects, names with a leading
+      underscore, and names in modules of jaxpara that are not public.
     """
     parts = name.split(".")
     if any(part.startswith("_") for part in parts) or not is_made_in(name, OPEN):
@@ -78,22 +77,22 @@ def is_public(name: str) -> bool:
         return False
     if parts[0] != "jaxpara":
         return True
-    # A package's __init__ holds what it offers; a plain file also holds what it imports.
+    # A package's __init__ holds its public names; a plain file also holds its imports.
     home = getattr(locate(name), "__module__", None)
     own = hasattr(module, "__path__") or home == module.__name__
     return place in PUBLIC and own
 
 
 def is_made_in(name: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted name is in a package and everything on the way to it was made there.
+    """Whether a dotted name is in a package and every part of it is defined there.
 
     Args:
       name: such as `optax.adamw`.
       packages: names of packages.
 
     Returns:
-      False where the way leads through something imported from elsewhere, as in
-      `their.package.os.system`, and for modules.
+      False for modules, and where a part is imported from elsewhere, as in
+      `their.package.os.system`.
     """
     if not any(name.startswith(f"{package}.") for package in packages):
         return False
@@ -112,10 +111,10 @@ def is_made_in(name: str, packages: Sequence[str]) -> bool:
 
 
 def locate(name: str) -> Any:
-    """What a dotted name stands for; None where there is nothing of that name.
+    """Looks up a dotted name; None if it does not exist.
 
     Args:
-      name: of a module, or of what is in one.
+      name: of a module or something in it.
 
     Returns:
       The object.
@@ -135,13 +134,13 @@ def locate(name: str) -> Any:
 
 
 def is_gone(name: Any) -> bool:
-    """Whether a name is of our own packages, and of another version of them.
+    """Whether a name belongs to another version of our own packages.
 
     Args:
       name: any value.
 
     Returns:
-      True if nothing has this name now.
+      True if the name is ours and does not exist now.
     """
     return (
         isinstance(name, str)
@@ -152,13 +151,14 @@ def is_gone(name: Any) -> bool:
 
 
 def present_names(name: str) -> list[str]:
-    """The shipped names that end as a name of another version does.
+    """Finds the shipped names that end like a name of another version.
 
     Args:
       name: such as `experiments.language_model.language_model`.
 
     Returns:
-      The same last part in another module; else those with a prefix before it.
+      Names with the same last part in another module; if there are none, those with a prefix
+      before it.
     """
     last = name.rpartition(".")[2]
     there = {one: one.rpartition(".")[2] for one in sorted(shipped())}

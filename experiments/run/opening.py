@@ -1,4 +1,4 @@
-"""A new run's folder: opened and begun, or nothing of it stays."""
+"""Opens a new run's folder; if the run is refused, nothing of the folder stays."""
 
 import contextlib
 import shutil
@@ -16,17 +16,17 @@ METRICS = "metrics.csv"
 
 @contextmanager
 def opened(folder: Path, cfg: DictConfig) -> Iterator[None]:
-    """Opens a new run's folder and holds it; of a run refused before it begins nothing stays.
+    """Opens a new run's folder and locks it; if the run is refused before it begins, nothing stays.
 
-    A logger, for example, may refuse a run whose folder is written already.
+    A logger, for example, may refuse a run after its folder was written.
 
     Args:
-      folder: made if missing. One that held anything before is not tidied: what appears in it
-        meanwhile may be somebody else's, as where `hydra.run.dir` is the current directory.
+      folder: made if missing. A folder that held anything before is not tidied: new files in it
+        may be somebody else's, for example if `hydra.run.dir` is the current directory.
       cfg: composed, see `folders.open_run`.
 
     Raises:
-      RunError: as `claim.claimed` and `folders.open_run`, and what the block raises.
+      RunError: as `claim.claimed` and `folders.open_run`, and any that the block raises.
     """
     ours = not folder.is_dir() or not any(folder.iterdir())
     with claim.claimed(folder):
@@ -55,7 +55,7 @@ def _undo(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-    # The lock last, while it is held: whoever comes next begins with a lock of their own.
+    # The lock goes last, while it is held: the next process makes a new one.
     if set(folder.iterdir()) - locks <= {folder / records.FOLDER}:
         for path in locks:
             path.unlink(missing_ok=True)

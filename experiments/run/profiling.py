@@ -1,11 +1,11 @@
-"""Where a step's time goes: a trace of a few steps, and the share of each part of the model.
+"""Traces a few steps and computes the share of time of each part of the model.
 
-Every operation in the trace is looked up in the compiled program, where it carries the names of
-the scopes that it came from: `newton_scan`, `attention`, `optimizer`. Matrix products outside
-these are "matmul". An operation that XLA fused from several parts counts where the fusion's
-name says. An instant in which several operations run is divided between them; one in which none
-runs is "data" if a batch is being fetched, else "idle": dispatch, Python, and the tracing itself,
-which slows many short operations down. So the shares add up to one.
+Every operation in the trace is looked up in the compiled program, where it carries the names of its
+scopes: `newton_scan`, `attention`, `optimizer`. Matrix products outside these are "matmul". An
+operation that XLA fused from several parts counts by the fusion's name. An instant in which several
+operations run is divided between them. An instant without operations is "data" if a batch is being
+fetched, and otherwise "idle": dispatch, Python, and the tracing itself, which slows many short
+operations down. The shares therefore add up to one.
 """
 
 import csv
@@ -33,11 +33,11 @@ SCOPES = {
 CONTAINERS = {"while", "call", "conditional"}
 PRODUCTS = {"dot", "convolution", "ragged-dot"}
 FETCHING, WINDOW = "jaxpara data", "jaxpara traced steps"
-ASIDE = "jaxpara aside"  # evaluations and checkpoints between traced steps, which do not count
+ASIDE = "jaxpara aside"  # evaluations and checkpoints between traced steps: not counted
 
 
 class Program(NamedTuple):
-    """What is known of the operations of a compiled program.
+    """The operations of a compiled program.
 
     Attributes:
       module: its name, as in the trace.
@@ -61,12 +61,12 @@ class Operation(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What is read from a trace.
+    """The contents of a trace.
 
     Attributes:
       operations: of the devices.
       fetching: when batches were fetched, `(start, end)`.
-      aside: when something else was done than training.
+      aside: when the program did something other than training.
       window: `(start, end)` of the traced steps.
     """
 
@@ -88,7 +88,7 @@ def read_program(text: str) -> Program:
       text: of the optimised HLO.
 
     Returns:
-      The program. What carries no scope of its own takes that of the loop or call it stands in.
+      The program. An operation without its own scope takes that of its enclosing loop or call.
     """
     module = re.match(r"HloModule ([\w.\-]+)", text)
     own: dict[str, str | None] = {}
@@ -122,7 +122,7 @@ def read_program(text: str) -> Program:
         for several in re.findall(r"(?:branch|called)_computations=\{([^}]*)\}", line):
             caller.update(dict.fromkeys(re.findall(r"[\w.\-]+", several), name))
     for product in products:
-        # A fusion is named after its last operation; a product inside it is what it costs.
+        # A fusion is named after its last operation; a product inside it dominates its cost.
         outer = caller.get(product)
         if outer is not None and outer not in containers:
             own[outer] = own[outer] or "matmul"
@@ -147,8 +147,8 @@ def read_trace(folder: Path) -> Trace:
       folder: given to `jax.profiler.start_trace`.
 
     Returns:
-      The trace. Operations are taken from the devices' own lines where there are such (GPU,
-      TPU), else from the threads of the CPU that ran them.
+      The trace. Operations come from the devices' own lines if there are any (GPU, TPU), and
+      otherwise from the CPU threads that ran them.
     """
     [file] = sorted(folder.rglob("*.xplane.pb"))[-1:]
     operations: dict[bool, list[Operation]] = {True: [], False: []}
@@ -174,7 +174,7 @@ def read_trace(folder: Path) -> Trace:
 
 
 def _innermost(operations: Iterable[Operation]) -> Iterable[tuple[float, float, Operation]]:
-    """Each thread's time cut into pieces by the innermost operation that runs."""
+    """Cuts each thread's time into pieces by the innermost running operation."""
     threads: dict[str, list[Operation]] = {}
     for operation in operations:
         threads.setdefault(operation.thread, []).append(operation)
@@ -219,7 +219,7 @@ def divide(trace: Trace, program: Program) -> dict[str, float]:
     for start, end, operation in _innermost(trace.operations):
         ours = operation.module == program.module
         part = program.parts.get(operation.name, "other") if ours else "other"
-        # A loop waits in one thread while its body runs in another: it counts when alone.
+        # A loop waits in one thread while its body runs in another: it counts only when alone.
         alone = ours and operation.name in program.containers
         add(start, end, "container" if alone else "operation", part)
     for start, end in trace.fetching:
@@ -257,7 +257,7 @@ def write(path: Path, times: Mapping[str, float], steps: int) -> None:
 
 
 def describe(times: Mapping[str, float], steps: int) -> str:
-    """The shares in one line, the largest first.
+    """Formats the shares in one line, the largest first.
 
     Args:
       times: from `divide`.
@@ -273,7 +273,7 @@ def describe(times: Mapping[str, float], steps: int) -> str:
 
 
 class _Fetching:
-    """Batches whose fetching shows in a trace; the protocol of `task.Batches`."""
+    """Batches whose fetching is visible in a trace; the protocol of `task.Batches`."""
 
     def __init__(self, batches: Batches):
         self._batches = batches
@@ -296,11 +296,11 @@ def profiled(
     text: Callable[[], str],
     say: Callable[[str], None],
 ) -> Iterator[tuple[Step, Batches]]:
-    """A step and batches of which a few calls are traced.
+    """Wraps a step and its batches so that a few calls are traced.
 
     Args:
       step: compiled at its first call, which is not traced.
-      batches: what it is fed with.
+      batches: its inputs.
       folder: of the run: gets `trace/` for Perfetto or TensorBoard, and `profile.csv`.
       start: steps before the traced ones.
       steps: how many are traced.
@@ -318,7 +318,7 @@ def profiled(
         jax.block_until_ready(state)
         shutil.rmtree(folder / "trace", ignore_errors=True)
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # it would slow the steps down that it looks at
+        options.python_tracer_level = 0  # it would slow down the steps that it traces
         jax.profiler.start_trace(str(folder / "trace"), profiler_options=options)
         window = jax.profiler.TraceAnnotation(WINDOW)
         window.__enter__()
@@ -337,7 +337,7 @@ def profiled(
 
     def call(state, batch):
         nonlocal calls
-        # The window opens after the last step before it, so that it holds the fetching of each.
+        # The window opens after the step before it, so that it includes the fetching of each batch.
         result = step(state, batch)
         calls += 1
         if calls == start:

@@ -1,4 +1,4 @@
-"""One line that says how training goes: redrawn on a terminal, now and then anew elsewhere."""
+"""The progress line of training: redrawn on a terminal, printed now and then elsewhere."""
 
 import math
 import time
@@ -12,14 +12,14 @@ from rich.progress import Progress as RichProgress
 
 
 class Status(NamedTuple):
-    """What the line shows.
+    """The contents of the progress line.
 
     Attributes:
       step: steps done.
       steps: steps in all.
-      loss: mean nats per token, lately.
-      bits_per_byte: the same in bits; None where the task is not about text.
-      tokens_per_second: lately, evaluations not counted.
+      loss: recent mean in nats per token.
+      bits_per_byte: the same in bits; None if the task is not about text.
+      tokens_per_second: recent, without evaluations.
       seconds_left: of training, at that speed.
     """
 
@@ -47,7 +47,7 @@ def clock(seconds: float) -> str:
     """Formats a duration as `m:ss` or `h:mm:ss`.
 
     Args:
-      seconds: not negative; infinite where it is not known yet.
+      seconds: not negative; infinite if not known yet.
 
     Returns:
       The text.
@@ -60,7 +60,7 @@ def clock(seconds: float) -> str:
 
 
 def describe(status: Status) -> str:
-    """The line as text, without the step.
+    """Formats the line, without the step.
 
     Args:
       status: what to show.
@@ -106,7 +106,7 @@ def live(console: Console, *, label: str) -> Iterator[Progress]:
 
     Args:
       console: where to draw.
-      label: stands before the step.
+      label: shown before the step.
 
     Yields:
       The progress.
@@ -137,10 +137,10 @@ def live(console: Console, *, label: str) -> Iterator[Progress]:
 
 @contextmanager
 def progress(*, label: str, every_seconds: float = 5.0) -> Iterator[Progress]:
-    """The line that suits where stdout goes.
+    """Selects a terminal line or plain lines by where stdout goes.
 
     Args:
-      label: stands before the step on a terminal.
+      label: shown before the step on a terminal.
       every_seconds: least time between two plain lines.
 
     Yields:

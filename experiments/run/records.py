@@ -1,7 +1,7 @@
-"""Hydra's record of a run: written when the run opens, so that a refused command leaves nothing.
+"""Hydra's record of a run, written when the run opens: a refused command leaves nothing.
 
-Hydra itself would write it before it calls us (`hydra.output_subdir` in conf/run_folder.yaml turns
-that off), over the record of a run that is there already, and where nothing comes of it.
+Hydra itself would write it before it calls us, over the record of an existing run, and for refused
+commands too (`hydra.output_subdir` in conf/run_folder.yaml turns that off).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
 
 def write(folder: Path, cfg: DictConfig) -> None:
-    """Writes how a run was begun; nothing where Hydra did not begin it.
+    """Writes how a run was started; nothing if Hydra did not start it.
 
     Args:
       folder: of the run.
@@ -31,11 +31,11 @@ def write(folder: Path, cfg: DictConfig) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder in which no run was opened, and what is empty above it where we are.
+    """Removes a folder in which no run was opened, and empty folders above it.
 
     Args:
-      folder: with nothing in it, or nothing but a record; any other is left alone. Above it only
-        folders within the one that we are in go: any other, empty or not, may be somebody's.
+      folder: empty, or with only a record; any other is left alone. Above it, only folders below
+        the current directory are removed: others, even empty ones, may be somebody's.
     """
     with contextlib.suppress(OSError):
         inside = [path.name for path in folder.iterdir()]

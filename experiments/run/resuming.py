@@ -1,4 +1,4 @@
-"""Going on with a run: which folder, whether the command line agrees with it, and its tables."""
+"""Continues a run: finds the folder, compares the command line with it, cuts its tables."""
 
 import csv
 import os
@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.run.folder_arguments import TRUST, quote_value
 from experiments.run.folders import RunError, find_run, read_yaml
 
-# What may differ: whether to go on, where, and with what trust.
+# What may differ: whether to continue, where, and with which trust.
 FREE = ("resume", "hydra", TRUST)
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Turns `resume=FOLDER` into what Hydra needs to work in that folder.
+    """Turns `resume=FOLDER` into the arguments that make Hydra work in that folder.
 
     Args:
       arguments: of the command line, without the program. `resume=true` and `resume=false`
@@ -24,10 +24,10 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
 
     Returns:
       Arguments with `resume=true hydra.run.dir=FOLDER`; Hydra's record of how the run was
-      begun is left as it is.
+      started is left as it is.
 
     Raises:
-      RunError: the folder is not a run's.
+      RunError: the folder does not hold a run.
     """
     changed = []
     for argument in arguments:
@@ -48,7 +48,7 @@ def _plain(node: Any) -> Any:
 def check_overrides(
     overrides: Sequence[str], *, cfg: DictConfig, stored: DictConfig, folder: Path
 ) -> None:
-    """Refuses a command line that contradicts the run it is to continue.
+    """Refuses a command line that contradicts the run to continue.
 
     Args:
       overrides: as given, `KEY=VALUE` or `GROUP=MEMBER`.
@@ -75,14 +75,14 @@ def check_overrides(
             shown = known if not isinstance(known, dict) else choices.get(key, "another one")
             raise RunError(
                 f"{override} contradicts the run in {folder}, which has {key}={shown}: leave it "
-                "out to continue that run, or begin a new one without resume"
+                "out to continue that run, or start a new one without resume"
             )
 
 
 def _choices(folder: Path) -> dict[str, Any]:
-    """Which member of each group the run was begun with; empty without a whole record of it."""
+    """Reads the members of groups that the run started with; empty without a complete record."""
     try:
-        # Read as plain values: nothing in a folder is evaluated.
+        # Read as plain values: nothing in a run's folder is evaluated.
         record = read_yaml(folder / ".hydra" / "hydra.yaml")
         node = OmegaConf.to_container(record, resolve=False)
     except RunError:
@@ -93,10 +93,10 @@ def _choices(folder: Path) -> dict[str, Any]:
 
 
 def cut_table(path: Path, *, last: int) -> None:
-    """Removes the rows after a step, and what a killed process left of a row.
+    """Removes the rows after a step, and a row that a killed process left unfinished.
 
     Args:
-      path: a CSV file with a column `step`; nothing happens where there is none.
+      path: a CSV file with a column `step`; nothing happens if it is missing.
       last: the last step that stays.
     """
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""Whether files and arrays are what was written: digests of them, kept beside them.
+"""Digests of files and arrays, kept beside them: they tell whether the data is what was written.
 
 A sealed folder holds `digests.json`, with a digest of every file below it and one of itself.
-Digests of arrays are taken in memory before they are written, so that they also find what went
-wrong on the way to the disk. All are BLAKE2b, of 128 bits.
+Digests of arrays are taken in memory before they are written, so they also find faults on the way
+to the disk. All are BLAKE2b, of 128 bits.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 from experiments.run.folders import RunError
 
 SEAL = "digests.json"
-# What Orbax writes after it has called us for the last time; sealed a moment later.
+# Files that Orbax writes after its last callback; sealed a moment later.
 LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 CHUNK = 1 << 20
 
@@ -30,7 +30,7 @@ class Damaged(RunError):
 
 
 def of_text(value: Any) -> str:
-    """The digest of plain values.
+    """Computes the digest of plain values.
 
     Args:
       value: JSON-able.
@@ -43,7 +43,7 @@ def of_text(value: Any) -> str:
 
 
 def of_file(path: Path) -> str:
-    """The digest of a file's content.
+    """Computes the digest of a file's content.
 
     Args:
       path: of the file.
@@ -59,10 +59,10 @@ def of_file(path: Path) -> str:
 
 
 def of_arrays(tree: Any) -> dict[str, str]:
-    """The digests of arrays.
+    """Computes the digests of arrays.
 
     Args:
-      tree: of arrays. Those that lie partly in other processes are left out.
+      tree: of arrays. Arrays that are partly in other processes are left out.
 
     Returns:
       Digits by path in the tree; they depend on dtype, shape and every bit.
@@ -80,12 +80,12 @@ def of_arrays(tree: Any) -> dict[str, str]:
 
 
 def check_arrays(tree: Any, known: Mapping[str, str], where: str) -> None:
-    """Refuses arrays that are not those of which digests were taken.
+    """Refuses arrays that differ from their digests.
 
     Args:
       tree: as read.
-      known: from `of_arrays`, before writing; what it left out is not checked.
-      where: names their place in the message.
+      known: from `of_arrays`, before writing; arrays that it left out are not checked.
+      where: their place, for the message.
 
     Raises:
       Damaged: names the first array that differs.
@@ -99,8 +99,8 @@ def seal(folder: Path, *, late: bool = True) -> None:
     """Writes the digests of all files below a folder.
 
     Args:
-      folder: whole, and not written to meanwhile.
-      late: whether `LATE` is written by now.
+      folder: complete, and not being written to.
+      late: whether `LATE` is already written.
     """
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     left_out = {SEAL} if late else {SEAL, *LATE}
@@ -111,13 +111,13 @@ def seal(folder: Path, *, late: bool = True) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether a folder's seal covers what Orbax writes late.
+    """Whether a folder's seal covers the files that Orbax writes late.
 
     Args:
       folder: of a checkpoint.
 
     Returns:
-      False also where there is no seal, or it cannot be read.
+      False also if there is no seal, or it cannot be read.
     """
     try:
         return LATE[0] in json.loads((folder / SEAL).read_text())["files"]
@@ -126,14 +126,14 @@ def is_sealed(folder: Path) -> bool:
 
 
 def check(folder: Path, parts: Sequence[str] | None = None) -> None:
-    """Refuses a folder that is not as it was sealed.
+    """Refuses a folder that has changed since it was sealed.
 
     Args:
       folder: sealed.
-      parts: the folders in it that are read, besides the files at its top; None is all.
+      parts: the folders in it that are checked, besides the files at its top; None: all.
 
     Raises:
-      Damaged: names the first file that is changed, missing, or was not there.
+      Damaged: names the first file that is changed, missing or added.
     """
     known = _read(folder)
     for name, digest in known.items():
@@ -154,7 +154,7 @@ def check(folder: Path, parts: Sequence[str] | None = None) -> None:
 
 
 def _text(digests: Mapping[str, str]) -> str:
-    """What a seal holds."""
+    """Reads a seal."""
     return json.dumps({"files": digests, "digest": of_text(digests)}, indent=1) + "\n"
 
 
@@ -165,7 +165,7 @@ def _read(folder: Path) -> dict[str, str]:
         digests = dict(json.loads(content)["files"])
         whole = content == _text(digests).encode()  # to the last blank
     except FileNotFoundError:
-        raise Damaged(f"{path} is missing: {folder} was not written to its end") from None
+        raise Damaged(f"{path} is missing: {folder} was not written completely") from None
     except OSError as error:
         raise Damaged(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -176,17 +176,17 @@ def _read(folder: Path) -> dict[str, str]:
 
 
 def first_whole(order: Sequence[int], read: Callable[[int], Any]) -> Any:
-    """Reads the first of some checkpoints that is not damaged; says which were.
+    """Reads the first intact checkpoint; says which were damaged.
 
     Args:
-      order: steps, the one that is wanted first.
+      order: steps, the preferred one first.
       read: takes a step; raises `Damaged`.
 
     Returns:
       What `read` returns.
 
     Raises:
-      Damaged: none is whole; names what is damaged in the first.
+      Damaged: none is intact; names what is damaged in the first.
     """
     damage: list[Damaged] = []
     for step in order:
@@ -199,13 +199,13 @@ def first_whole(order: Sequence[int], read: Callable[[int], Any]) -> Any:
             say(f"{damage[0]}; the checkpoint of step {step} is read instead")
         return found
     raise Damaged(
-        f"{damage[0]}; no other checkpoint is whole. "
-        "Take the run's folder from a copy, or begin a new run"
+        f"{damage[0]}; no other checkpoint is intact. "
+        "Restore the run's folder from a copy, or start a new run"
     ) from damage[0]
 
 
 def say(text: str) -> None:
-    """Says one line to the person at the keyboard.
+    """Prints one line for the user.
 
     Args:
       text: the line.

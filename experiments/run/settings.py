@@ -1,4 +1,4 @@
-"""The trainer's numbers, and which of them do not fit together."""
+"""The trainer's numbers, and checks that they fit together."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from experiments.run.folders import RunError
 
 
 class Keep(NamedTuple):
-    """When checkpoints are written and which stay, as in conf/train.yaml."""
+    """When checkpoints are written and which are kept, as in conf/train.yaml."""
 
     every: int
     keep_last: int
@@ -41,16 +41,16 @@ class Settings(NamedTuple):
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Picks the trainer's numbers out of a config and refuses what does not fit together.
+    """Takes the trainer's numbers from a config and refuses those that do not fit together.
 
     Args:
-      values: of a whole config, plain.
+      values: of a whole config, as plain values.
 
     Returns:
       The settings.
 
     Raises:
-      RunError: what was given, and what to change.
+      RunError: says what was given, and what to change.
     """
     missing = [name for name in Settings._fields if name not in values]
     if missing:

@@ -1,4 +1,4 @@
-"""Tokens per second of training alone: compilation and evaluations stop the watch."""
+"""Tokens per second of training only: compilation and evaluations stop the watch."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Speedometer:
-    """Counts steps against a watch that can be stopped.
+    """Counts steps against a clock that can be paused.
 
     The first step compiles; it starts the watch and is not counted.
 
@@ -34,7 +34,7 @@ class Speedometer:
         return self._clock() - self._away
 
     def tick(self) -> None:
-        """One step is done."""
+        """Counts one finished step."""
         self._ticks.append(self._now())
 
     @contextmanager
@@ -47,7 +47,7 @@ class Speedometer:
             self._away += self._clock() - left
 
     def mark(self) -> None:
-        """Begins a new interval for `since_mark`."""
+        """Starts a new interval for `since_mark`."""
         self._mark = max(len(self._ticks) - 1, 0)
 
     def _between(self, first: int) -> float:
@@ -57,7 +57,7 @@ class Speedometer:
         return self._tokens * steps / max(self._ticks[-1] - self._ticks[first], 1e-9)
 
     def lately(self) -> float:
-        """Over the last twenty steps; 0 until two are done.
+        """Speed over the last twenty steps; 0 until two are done.
 
         Returns:
           Tokens per second.
@@ -65,7 +65,7 @@ class Speedometer:
         return self._between(max(len(self._ticks) - 21, 0))
 
     def seconds_for(self, steps: int) -> float:
-        """How long so many steps take at the speed of `lately`; infinite until that is known.
+        """Time for a number of steps at the speed of `lately`; infinite until that is known.
 
         Args:
           steps: how many.
@@ -77,7 +77,7 @@ class Speedometer:
         return steps * self._tokens / speed if speed else math.inf
 
     def since_mark(self) -> float:
-        """Since `mark`; 0 until two steps are done.
+        """Speed since `mark`; 0 until two steps are done.
 
         Returns:
           Tokens per second.
@@ -85,7 +85,7 @@ class Speedometer:
         return self._between(self._mark)
 
     def timed(self) -> tuple[int, float]:
-        """What `before` is to a run that continues.
+        """The value of `before` for a run that continues.
 
         Returns:
           Steps counted so far and the seconds they took.
@@ -99,7 +99,7 @@ class Speedometer:
         return steps, seconds
 
     def overall(self) -> float:
-        """Since the first step, before an interruption too; 0 until two are done.
+        """Speed since the first step, before an interruption too; 0 until two are done.
 
         Returns:
           Tokens per second.

@@ -1,8 +1,8 @@
-"""What a training step costs: compile time, memory, and the arithmetic that the model needs.
+"""The cost of a training step: compile time, memory, and the model's arithmetic.
 
 Model FLOPs are those of the matrix products and convolutions of the loss, times three: a
-backward pass takes two products for each one of the forward pass. Nothing is added for what is
-recomputed or for a solver's further iterations, so they measure the model, not the program.
+backward pass takes two products for each one of the forward pass. Recomputation and a solver's
+further iterations add nothing, so they measure the model, not the program.
 """
 
 import math
@@ -22,14 +22,14 @@ BACKWARD_AND_FORWARD = 3
 
 
 class StepCost(NamedTuple):
-    """What is known of a step once it is compiled.
+    """The cost of a compiled step.
 
     Attributes:
       compile_seconds: of tracing, lowering and compiling.
       model_flops: of one step, see above.
       text: the optimised program, in which a trace's operations are found by name.
-      step_bytes: memory of the step by XLA's account: state, activations, gradients; None where
-        the backend gives none.
+      step_bytes: memory of the step by XLA's account: state, activations, gradients; None if the
+        backend gives none.
     """
 
     compile_seconds: float
@@ -39,15 +39,15 @@ class StepCost(NamedTuple):
 
 
 def measured(step: Step, loss: Loss, report: Callable[[StepCost], None]) -> Step:
-    """A jitted step that is compiled, timed apart, before its first call.
+    """Wraps a jitted step so that compiling before its first call is timed separately.
 
     Args:
       step: from `jax.jit`.
-      loss: that it minimises.
-      report: is told once, before the first step runs.
+      loss: the loss that it minimises.
+      report: called once, before the first step runs.
 
     Returns:
-      A step that does the same; JAX reuses what was compiled.
+      A step that does the same; JAX reuses the compiled code.
     """
     known = False
 
@@ -66,13 +66,13 @@ def measured(step: Step, loss: Loss, report: Callable[[StepCost], None]) -> Step
 
 
 def program_bytes(program: Any) -> int | None:
-    """The memory that a compiled program holds while it runs, what it reads and gives included.
+    """Reads the memory of a running compiled program, inputs and outputs included.
 
     Args:
       program: from `jax.jit(f).lower(...).compile()`.
 
     Returns:
-      Bytes, by XLA's account; None where the backend gives none.
+      Bytes, by XLA's account; None if the backend gives none.
     """
     account = program.memory_analysis()
     if account is None:
@@ -84,17 +84,17 @@ def program_bytes(program: Any) -> int | None:
 def figures(
     cost: StepCost | None, *, tokens_per_step: int, tokens_per_second: float, peak: float | None
 ) -> dict[str, float]:
-    """A run's cost in numbers for its summary.
+    """Computes the cost figures for a run's summary.
 
     Args:
       cost: of its step; None before the first one.
       tokens_per_step: predicted tokens in a batch.
       tokens_per_second: of training.
-      peak: FLOP/s of all devices together; None where it is not known.
+      peak: FLOP/s of all devices together; None if not known.
 
     Returns:
-      Peak memory and, where known, compile time, model FLOPs for each token and second, and
-      their share in the peak.
+      Peak memory and, if known, compile time, model FLOPs for each token and second, and their
+      share of the peak.
     """
     found: dict[str, float] = {"memory_bytes": peak_memory()}
     if cost is not None:
@@ -110,10 +110,10 @@ def figures(
 
 
 def matmul_flops(jaxpr: Any) -> float:
-    """Additions and multiplications in matrix products and convolutions.
+    """Counts additions and multiplications in matrix products and convolutions.
 
-    What a scan holds counts once for each of its steps, of the branches of a cond the dearest;
-    a `while_loop`, whose number of rounds is not known before it runs, counts once.
+    The body of a scan counts once for each step. Of the branches of a `cond` the most expensive
+    counts. The body of a `while_loop` counts once, because its number of rounds is unknown.
 
     Args:
       jaxpr: open or closed.
@@ -143,7 +143,7 @@ def matmul_flops(jaxpr: Any) -> float:
 
 
 def model_flops(loss: Loss, params: Any, batch: Any, key: jax.Array) -> float:
-    """Model FLOPs of a training step on a batch.
+    """Counts the model FLOPs of a training step on a batch.
 
     Args:
       loss: of a task.
@@ -158,10 +158,10 @@ def model_flops(loss: Loss, params: Any, batch: Any, key: jax.Array) -> float:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held so far.
+    """Reads the peak memory of this process.
 
     Returns:
-      Bytes: the largest peak of its devices where the backend reports one, as GPUs and TPUs do;
+      Bytes: the largest peak of its devices if the backend reports one, as GPUs and TPUs do;
       otherwise, on a CPU, the peak of the process's resident set, Python and compiler included.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]

@@ -1,13 +1,13 @@
-"""Ctrl-C, SIGTERM and a scheduler's warning between steps instead of inside one.
+"""Handles Ctrl-C, SIGTERM and a scheduler's warning between steps instead of inside one.
 
 A signal in the middle of a step would find the old state donated and the new one not
 yet assigned. The first one therefore raises a flag that the loop reads after each
 step; a second one acts at once. A scheduler that ends a job sends SIGTERM some seconds
-before it kills.
+before it kills the process.
 
 A scheduler may also warn before the time is up, with a user signal for which its launcher
-has a handler in this process: submitit's queues the job again and leaves at once. That
-handler gets its signal when everything is saved, from `pass_on`.
+has a handler in this process. The handler of submitit queues the job again and exits at once.
+`pass_on` passes the signal to it when everything is saved.
 """
 
 import signal
@@ -24,7 +24,7 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
     """Catches the first Ctrl-C, SIGTERM or awaited warning while the context is open.
 
     Yields:
-      A function that gives the number of the signal that came, or None.
+      A function that returns the number of the received signal, or None.
     """
     came: list[int] = []
 
@@ -32,12 +32,12 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
         return came[0] if came else None
 
     if threading.current_thread() is not threading.main_thread():
-        # Only the main thread may set handlers; elsewhere nobody presses keys.
+        # Only the main thread may set handlers.
         yield which
         return
     previous = {number: signal.getsignal(number) for number in (*SIGNALS, *WARNINGS)}
     for number in WARNINGS:
-        if not callable(previous[number]):  # nobody here waits for it
+        if not callable(previous[number]):  # it has no handler here
             del previous[number]
 
     def restore() -> None:
@@ -58,10 +58,10 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
 
 
 def pass_on(number: int) -> None:
-    """Gives a warning, once everything is saved, to the handler that waits for it.
+    """Passes a warning to its handler; to be called once everything is saved.
 
     Args:
-      number: of the signal that came; any but a warning stays here.
+      number: of the received signal; any but a warning is ignored.
     """
     if number in WARNINGS:
         signal.raise_signal(signal.Signals(number))

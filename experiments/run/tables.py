@@ -1,4 +1,4 @@
-"""Tables for people: bits per byte beside the rulers, sequential beside parallel."""
+"""Printed tables: bits per byte beside the baselines, sequential beside parallel."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ COMPRESSORS = {"gzip -9": "zlib", "xz -9e": "lzma"}
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table under a line of its own.
+    """Prints a table under a title.
 
     Args:
-      title: the line.
+      title: printed above it.
       columns: names.
-      rows: as many cells each; a column of numbers stands at the right.
+      rows: with one cell for each column; columns of numbers are right-aligned.
     """
     table = Table()
     for i, column in enumerate(columns):
@@ -34,12 +34,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 def show_quality(
     scored: Mapping[str, float], rulers: Mapping[str, float | None], *, where: str
 ) -> None:
-    """Prints what models need for a byte beside what other methods need.
+    """Prints the bits per byte of models beside those of other methods.
 
     Args:
       scored: bits per byte by model.
-      rulers: bits per byte by method; None where this Python lacks its module.
-      where: the bytes judged, for the title.
+      rulers: bits per byte by method; None if this Python lacks its module.
+      where: names the bytes, for the title.
     """
     rows = [(name, f"{bits:.3f}") for name, bits in scored.items()]
     for name, bits in rulers.items():
@@ -50,7 +50,7 @@ def show_quality(
 
 
 def show_solvers(rows: Sequence[Mapping[str, Any]], *, shape: str) -> None:
-    """Prints how a parallel solve agrees with the sequential one, and what each costs.
+    """Prints how well parallel and sequential solves agree, and the cost of each.
 
     Args:
       rows: from `solver_check.compare`.

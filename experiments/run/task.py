@@ -1,7 +1,7 @@
-"""What a training run needs to know of its task: the seam between the trainer and everything else.
+"""The task of a training run: the interface between the trainer and everything else.
 
 A task is made by a function with plain arguments; `conf/task/NAME.yaml` names that
-function and its arguments, and `task=NAME` picks it. The trainer knows nothing more.
+function and its arguments, and `task=NAME` selects it. The trainer knows nothing more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +14,8 @@ from jaxpara.types import Loss, Model, Params
 class Batches(Protocol):
     """An endless iterator whose position can be saved: Grain's protocol.
 
-    `get_state` is JSON-able and describes the position after the last batch that was
-    returned, whatever was fetched ahead; after `set_state` the batches that follow are
-    the ones that followed then.
+    `get_state` returns JSON-able values that describe the position after the last returned
+    batch, whatever was fetched ahead. After `set_state` the same batches follow as then.
     """
 
     def __next__(self) -> Any: ...
@@ -27,7 +26,7 @@ class Batches(Protocol):
 
 
 class Table(NamedTuple):
-    """Rows measured at each evaluation beside the figures, written to a CSV file of their own.
+    """Rows measured at each evaluation besides the figures, written to their own CSV file.
 
     Attributes:
       columns: names; the file begins with `step` and `tokens`.
@@ -41,27 +40,27 @@ class Table(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is trained, on what, and how it is judged.
+    """A model, its loss, its data and its evaluation.
 
     Attributes:
       model: its `init` makes the parameters.
       loss: `(params, batch, key) -> (scalar, metrics)`; the metrics hold `loss`, in nats.
       batches: in the order of the run; a batch is a pytree of arrays.
       tokens_per_step: predicted tokens in a batch.
-      columns: of `metrics.csv`, the figures that `evaluate` gives.
+      columns: of `metrics.csv`: the figures that `evaluate` returns.
       evaluate: `(step, params) -> figures` by column; its time is not training time.
       best: the column by which the best checkpoint is chosen, and whether "min" or "max" is best.
       describe: `figures -> text` for the line that announces an evaluation.
-      finish: `(folder, params, summary) -> None`, once after the last step; what it adds to the
-        summary is written to `summary.json`.
-      about: one line on the data, said at the start.
-      summary: what is known before the first step, part of `summary.json`.
-      bytes_per_token: of text, where the loss is that of its tokens: bits per byte are then
-        shown and written; None: the task is not about text.
+      finish: `(folder, params, summary) -> None`, called once after the last step; what it adds
+        to the summary is written to `summary.json`.
+      about: one line on the data, printed at the start.
+      summary: values known before the first step, part of `summary.json`.
+      bytes_per_token: of text whose tokens the loss predicts: bits per byte are then shown and
+        written; None: the task is not about text.
       tables: further measurements at each evaluation, by file name without `.csv`.
-      solved: `figures -> bool`: after which evaluation to stop before the last step.
-      trainable: `params -> booleans` in their structure, where not all of them are trained.
-      batch_like: shapes and dtypes of a batch, for the estimate of memory; None: it is not made.
+      solved: `figures -> bool`: whether to stop after this evaluation.
+      trainable: `params -> booleans` in their structure, if not all of them are trained.
+      batch_like: shapes and dtypes of a batch, for the estimate of memory; None: no estimate.
     """
 
     model: Model

@@ -34,7 +34,7 @@ COST_COLUMNS = ("memory_bytes", "model_flops_per_second")
 
 
 class Result(NamedTuple):
-    """How a run came out.
+    """How a run ended.
 
     Attributes:
       status: "finished", or "interrupted" by a signal.
@@ -72,7 +72,7 @@ def train(
     config: Mapping[str, Any],
     resume: bool = False,
 ) -> Result:
-    """Trains, looks up, saves and finishes; everything lands in the folder.
+    """Trains, evaluates, saves and finishes; everything is written to the folder.
 
     Args:
       task: what is trained.
@@ -82,13 +82,13 @@ def train(
       folder: of the run, opened by `folders.open_run`.
       sinks: of numbers, besides `metrics.csv`.
       config: resolved, for the sinks that keep it.
-      resume: go on from the folder's last checkpoint, if there is one.
+      resume: continue from the folder's last checkpoint, if there is one.
 
     Returns:
-      The result; `summary.json` says more.
+      The result; `summary.json` has more.
 
     Raises:
-      Diverged: the loss became NaN or infinite; what was measured is in the folder.
+      Diverged: the loss is not finite; the measurements are in the folder.
       RunError: the disk is full, or the folder cannot be written to.
     """
     began = time.perf_counter()
@@ -211,7 +211,7 @@ def train(
         ) from error
     finally:
         for used in (*outlets, task.batches):
-            getattr(used, "close", lambda: None)()  # batches that nothing fetches ahead have none
+            getattr(used, "close", lambda: None)()  # batches without prefetching have none
         summary["seconds"] = seconds()
         _close(folder, summary)
 
@@ -225,12 +225,12 @@ def _last_checkpoint(folder: Path) -> str:
 
 def _cut_tables(task: Task, folder: Path, begin: int) -> None:
     for name in ("metrics", *task.tables):
-        # A run without a checkpoint begins again: the evaluation before its first step goes too.
+        # A run without a checkpoint restarts: the evaluation before its first step is cut too.
         cut_table(folder / f"{name}.csv", last=begin or -1)
 
 
 def _close(folder: Path, summary: dict[str, Any]) -> None:
-    """The result and the figures; a full disk must not hide what went wrong before."""
+    """Writes the result and the figures; a full disk must not hide an earlier error."""
     if jax.process_index() != 0:
         return
     try:
@@ -248,7 +248,7 @@ def _profiled(
     costs: Sequence[step_cost.StepCost],
     say: Callable[[str], None],
 ):
-    """Step and batches, some of which are traced if that was asked for, on process 0."""
+    """Returns step and batches, traced on process 0 if profiling was asked for."""
     if not settings.profile or jax.process_index() != 0:
         return contextlib.nullcontext((step, task.batches))
     return profiling.profiled(
@@ -289,7 +289,7 @@ def _look_up(
     line: Progress,
     seconds: Callable[[], float],
 ):
-    """The task's figures and tables, written and announced."""
+    """Writes and announces the task's figures and tables."""
     for name, table in task.tables.items():
         path = folder / f"{name}.csv"
         if not path.exists():

@@ -1,9 +1,10 @@
-"""What a run's folder may make a program do: build what is shipped, and read its own files.
+"""What a run's folder may make a program do: build shipped objects, and read its own files.
 
-A folder comes from anybody, and its `config.yaml` names constructors and files. Only constructors
-that the shipped configs name and the public ones of jaxpara and optax are built from it, and only
-files inside it are read. The rest must be given on the command line: `trust=their.package`,
-`trust=PATH`, or the setting itself once more (`data.path=PATH`). Nothing in a folder grants it.
+A folder may come from anybody, and its `config.yaml` names constructors and files. Only
+constructors that the shipped configs name and the public ones of jaxpara and optax are called, and
+only files inside the folder are read. Everything else must be given on the command line:
+`trust=their.package`, `trust=PATH`, or the setting itself again (`data.path=PATH`). Nothing in a
+folder grants trust.
 """
 
 import os
@@ -31,11 +32,11 @@ _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
 
 @contextmanager
 def from_command_line(cfg: DictConfig) -> Iterator[None]:
-    """Trusts, while a program runs, what its command line names.
+    """Trusts what the command line names, while a program runs.
 
     Args:
-      cfg: composed by Hydra, from the command line and the user's own configs alone. `trust` is a
-        package, a path, or a list of them; files and data sets that it names elsewhere count too.
+      cfg: composed by Hydra, only from the command line and the user's own configs. `trust` is a
+        package, a path, or a list of them; files and data sets in other settings count too.
     """
     values = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(values, dict)
@@ -60,7 +61,7 @@ def granted(given: Sequence[str]) -> Iterator[None]:
 
 
 def _texts(value: Any) -> list[str]:
-    """Every text in plain or OmegaConf's values."""
+    """Yields every text in plain or OmegaConf's values."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, dict):
@@ -78,7 +79,7 @@ def open_config(folder: Path) -> DictConfig:
 
     Returns:
       The config: every constructor in it may be called, and its tokenizer is the folder's own copy
-      where there is one.
+      if there is one.
 
     Raises:
       RunError: it names a constructor that is not trusted, a link in the folder leads out of it,
@@ -121,7 +122,7 @@ def check_paths(cfg: DictConfig, folder: Path, *, key: str = "") -> None:
       RunError: names the setting and what to repeat.
     """
     for name, value in _paths(OmegaConf.to_container(cfg, resolve=False), key):
-        # A task repeats what stands in groups of their own.
+        # A task repeats settings of other groups.
         check_path(value, folder, key=name.removeprefix("task."))
 
 
@@ -144,7 +145,7 @@ def check_path(value: str, folder: Path, *, key: str) -> None:
 
 
 def argument(paths: Sequence[str]) -> str:
-    """What to type to trust paths.
+    """Formats the argument that trusts paths.
 
     Args:
       paths: files, folders, globs, names of data sets.
@@ -158,14 +159,14 @@ def argument(paths: Sequence[str]) -> str:
 
 
 def outside(folder: Path, *, but: Sequence[str] = ()) -> list[str]:
-    """What a run reads besides its own folder when it continues.
+    """Lists what a run reads outside its own folder when it continues.
 
     Args:
       folder: of a run.
       but: arguments that will not be read.
 
     Returns:
-      Paths and names of data sets, to be given as `trust=`; empty for most runs.
+      Paths and names of data sets to give as `trust=`; empty for most runs.
     """
     try:
         values = OmegaConf.to_container(folders.load_config(folder), resolve=False)
@@ -188,7 +189,7 @@ def check_place(folder: Path) -> None:
       folder: of a run.
 
     Raises:
-      RunError: says what to do.
+      RunError: says what to do instead.
     """
     whole = folder.resolve()
     for entry in sys.path:
@@ -200,7 +201,7 @@ def check_place(folder: Path) -> None:
     for place, inner, files in os.walk(folder):
         for path in (Path(place) / name for name in (*inner, *files)):
             if path.is_symlink() and not _is_ours(str(path), folder):
-                there = os.path.realpath(path)  # of a link to itself its own name
+                there = os.path.realpath(path)  # a link to itself gives its own name
                 raise RunError(
                     f"{path} is a link to {there}, which is not in the run's folder: "
                     f"replace it by what it points to, or give {TRUST}={there}"
@@ -208,7 +209,7 @@ def check_place(folder: Path) -> None:
 
 
 def _paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every file or data set that a config asks to be read, with its key."""
+    """Yields every file or data set that a config would read, with its key."""
     if isinstance(node, list):
         for number, child in enumerate(node):
             yield from _paths(child, f"{key}[{number}]")
@@ -230,12 +231,12 @@ def _is_allowed(name: Any) -> bool:
 
 
 def _packages() -> list[str]:
-    """The packages that the command line trusts."""
+    """Lists the packages that the command line trusts."""
     return [one for one in _GIVEN.get() if names.PACKAGE.fullmatch(one)]
 
 
 def _refusal(name: str) -> str:
-    """Why a constructor is not called, and what to type."""
+    """Says why a constructor is not called, and what to type."""
     covers = [one for one in _packages() if name.startswith(f"{one}.")]
     if not covers:
         return (
@@ -249,17 +250,17 @@ def _refusal(name: str) -> str:
             "install that package, or start the command where `python -m` can import it"
         )
     return (
-        f"was not made in {covers[0]}, and {TRUST}={covers[0]} covers only what was:\n"
+        f"is not defined in {covers[0]}, and {TRUST}={covers[0]} covers only what is:\n"
         "write the name in the config as the module that defines it has it, and trust that one"
     )
 
 
 def _of_another_version(folder: Path, gone: Sequence[str]) -> str:
-    """What to do with a run whose constructors have other names now.
+    """Says what to do with a run whose constructors have been renamed.
 
     Args:
       folder: of the run.
-      gone: the names in its config that are not there.
+      gone: the names in its config that do not exist.
 
     Returns:
       Three lines.
@@ -268,9 +269,9 @@ def _of_another_version(folder: Path, gone: Sequence[str]) -> str:
     back = f"; `git checkout {commit}` brings that version back" if commit else ""
     there = {name: " or ".join(names.present_names(name)) for name in gone[:8]}
     pairs = ", ".join(f"{name} -> {now or '?'}" for name, now in there.items())
-    todo = f"To use it here, write the present names in its {folders.CONFIG}: {pairs}"
+    todo = f"To use it here, write the current names into its {folders.CONFIG}: {pairs}"
     if not any(there.values()):
-        todo = "No present name is like it: use that version, or train the run again"
+        todo = "No current name is similar: use that version, or train the run again"
     return (
         f"{folder / folders.CONFIG} names {gone[0]}, which is not in this version of jaxpara.\n"
         f"The run is of another version{back}.\n{todo}"
@@ -278,17 +279,17 @@ def _of_another_version(folder: Path, gone: Sequence[str]) -> str:
 
 
 def _as_path(value: str) -> str:
-    """A value as it can be given to `trust=` and be taken for a path."""
+    """Formats a value so that `trust=` takes it for a path."""
     return value if os.sep in value or "://" in value else f".{os.sep}{value}"
 
 
 def _is_inside(value: str, folder: Path) -> bool:
-    """Whether a path, a folder or a glob leads nowhere but into a folder."""
+    """Whether a path, a folder or a glob stays inside a folder."""
     if "://" in value or "\0" in value:
         return False
     try:
         whole = Path(value).expanduser().resolve()
-    except (RuntimeError, OSError):  # a link that leads back to itself, or nobody's home
+    except (RuntimeError, OSError):  # a link to itself, or an unknown home folder
         return False
     return whole.is_relative_to(folder.expanduser().resolve())
 

@@ -236,7 +236,7 @@ def test_what_is_not_trained_is_written_once_and_comes_back_with_every_checkpoin
         check_equal(found, state._replace(params=wanted, step=jnp.int32(step)))
     check_equal(checkpoints.load_params(tmp_path, shapes.params), state.params)
     other = {name: leaf for name, leaf in shapes.params.items() if name != "codes"}
-    with pytest.raises(ValueError, match=r"frozen has \['codes'\], and the model does not"):
+    with pytest.raises(ValueError, match=r"frozen has \['codes'\], which the model lacks"):
         checkpoints.load_params(tmp_path, other)
 
 
@@ -267,7 +267,7 @@ def test_one_flipped_bit_anywhere_is_refused_by_the_name_of_what_is_damaged(tmp_
         with pytest.raises(Damaged) as caught:
             checkpoints.restore(folder, 3, like())
         assert str(file) in str(caught.value)
-        with pytest.raises(Damaged, match=f"{file.name} is .*no other checkpoint is whole"):
+        with pytest.raises(Damaged, match=f"{file.name} is .*no other checkpoint is intact"):
             checkpoints.restore_newest(folder, like())
         file.write_bytes(whole)
     checkpoints.restore(folder, 3, like())
@@ -335,7 +335,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one_in_one_line(tmp
     assert checkpoints.steps(tmp_path) == [1, 2]
     assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "3"]
     damage(1), damage(2)
-    with pytest.raises(Damaged, match="Take the run.s folder from a copy, or begin a new"):
+    with pytest.raises(Damaged, match="Restore the run.s folder from a copy, or start a new"):
         checkpoints.restore_newest(tmp_path, like())
 
 

@@ -205,7 +205,7 @@ def test_a_damaged_summary_counts_as_unfinished_and_a_damaged_environment_is_kep
         (b"step,loss\n1,0.5\n2,x\n", "line 3, column loss: 'x'"),
         (b"step,loss\n1,\x000.5\n", "line 2 has a NUL byte"),
         (b"step,l\xffss\n1,0.5\n", "byte 6 is not UTF-8"),
-        (b"step,step\n1,2\n", "two columns have one name"),
+        (b"step,step\n1,2\n", "two columns have the same name"),
     ],
 )
 def test_tables_are_read_whole_or_refused_by_line(tmp_path, raw, found):

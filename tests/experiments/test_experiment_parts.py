@@ -87,7 +87,7 @@ def test_loop_evaluates_before_the_first_step_at_intervals_and_after_the_last():
 
 @pytest.mark.parametrize(
     "at, before",
-    [(4, r"last finite loss was 2\.5000 at step 3"), (1, "no step before it had a finite one")],
+    [(4, r"last finite loss was 2\.5000 at step 3"), (1, "no earlier step had a finite one")],
 )
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loop_stops_at_the_first_loss_that_is_not_finite(at, before, bad):

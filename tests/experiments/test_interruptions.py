@@ -158,7 +158,7 @@ def test_a_full_disk_is_said_with_the_way_on_and_the_checkpoint_before_it_surviv
     last = full.before[-1]
     assert re.search(
         rf"error: the checkpoint of step {last + 1} could not be written to .*checkpoints: "
-        rf"File too large; that of step {last} is whole. Make room there, then continue with\n"
+        rf"File too large; that of step {last} is intact. Make room there, then continue with\n"
         rf"  python -m experiments.train resume=\S*{folder.name} trust=\S+\n",
         full.said,
     ), full.said

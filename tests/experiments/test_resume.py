@@ -215,7 +215,7 @@ def test_ctrl_c_while_finishing_is_an_interruption_that_says_how_to_go_on(tmp_pa
 
 @pytest.mark.parametrize(
     "code, remedy",
-    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "See that it can be written to")],
+    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "Make it writable")],
 )
 def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(
     tmp_path, whole_toy, code, remedy

@@ -162,9 +162,9 @@ def test_a_second_process_in_a_folder_is_refused_at_once_and_a_killed_one_leaves
         (whole / claim.HOLDER).write_text('{"pid": 7, "host": "there", "since": "noon"}')
         assert call(train, ".", f"resume={whole}") == 1
         said = capsys.readouterr().err
-        assert f"error: {whole} is in use by process 7 on there since noon, and one" in said
+        assert f"error: {whole} is in use by process 7 on there since noon, and only" in said
         (whole / claim.HOLDER).write_text("{")
-        with pytest.raises(folders.RunError, match="is in use, and one process at a time"):
+        with pytest.raises(folders.RunError, match="is in use, and only one process at a time"):
             with claim.claimed(whole):
                 pass
         other.send_signal(signal.SIGKILL)

@@ -169,7 +169,7 @@ def test_a_setting_of_a_transform_is_not_the_section_of_its_name():
     wrong = composed("finetune", "transform=[fake_quant]", "transform.fake_quant.rounding=up")
     with pytest.raises(RunError, match="expected one of nearest, stochastic"):
         checks.check_settings(wrong, "finetune")
-    with pytest.raises(RunError, match="rounding=3: expected settings of its own"):
+    with pytest.raises(RunError, match="rounding=3: expected a group of settings"):
         checks.check_settings(composed("finetune", "rounding=3"), "finetune")
 
 
@@ -177,7 +177,7 @@ def test_a_rounding_is_a_word_in_a_transform_and_a_section_of_finetune():
     found = OmegaConf.create({"transform": {"fake_quant": {"rounding": "down"}}})
     with pytest.raises(RunError, match=r"rounding='down': expected one of nearest, stochastic"):
         checks.check_settings(found, "finetune")
-    with pytest.raises(RunError, match="rounding='nearest': expected settings of its own"):
+    with pytest.raises(RunError, match="rounding='nearest': expected a group of settings"):
         checks.check_settings(OmegaConf.create({"rounding": "nearest"}), "finetune")
 
 

@@ -163,7 +163,7 @@ def test_nothing_in_a_folder_is_interpolated(tmp_path, run, monkeypatch, text):
     for changes in ({"model": {**MODEL, "_target_": text}}, {"sample": {"prompt": [{"a": text}]}}):
         edited(run, **changes)
         said = call(generate, tmp_path, f"run={run}")
-        assert "begins something to be evaluated" in said and "hunter2" not in said
+        assert "begins an interpolation" in said and "hunter2" not in said
 
 
 def test_a_config_with_an_interpolated_text_is_refused_before_its_run_begins(tmp_path):
