@@ -1,8 +1,8 @@
-"""What general-purpose methods make of the same bytes, in bits per byte.
+"""Baselines: what compressors reach on the same bytes, in bits per byte.
 
 A model that has learned something beats the entropy of single bytes; one that has
-learned a lot beats compressors. Compressors see the validation text alone, as the
-model does not: they stand here as rulers, computed anew in every run.
+learned a lot beats compressors. Unlike the model, compressors see only the validation
+text. Every run computes them anew.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 
 def unigram(text: UInt8[np.ndarray, " bytes"]) -> float:
-    """Entropy of single bytes, `-sum_b p_b log2 p_b`, fitted on the text itself.
+    """Computes the entropy of single bytes, `-sum_b p_b log2 p_b`, fitted on the text itself.
 
     Args:
       text: the bytes; not empty.
@@ -27,7 +27,7 @@ def unigram(text: UInt8[np.ndarray, " bytes"]) -> float:
 
 
 def gzip_9(text: UInt8[np.ndarray, " bytes"]) -> float:
-    """Size of `gzip -9` of the text.
+    """Computes the size of the text under `gzip -9`.
 
     Args:
       text: the bytes; not empty.
@@ -46,7 +46,7 @@ def gzip_9(text: UInt8[np.ndarray, " bytes"]) -> float:
 
 
 def xz_9e(text: UInt8[np.ndarray, " bytes"]) -> float:
-    """Size of `xz -9e` of the text.
+    """Computes the size of the text under `xz -9e`.
 
     Args:
       text: the bytes; not empty.
@@ -70,14 +70,13 @@ METHODS: dict[str, Callable[[np.ndarray], float]] = {
 
 
 def baselines(text: UInt8[np.ndarray, " bytes"]) -> dict[str, float | None]:
-    """All rulers on one text.
+    """Computes all baselines of a text.
 
     Args:
       text: the bytes; not empty.
 
     Returns:
-      Bits per byte by method; None where this Python lacks the module, which is
-      said in tables and costs nothing else.
+      Bits per byte by method; None if this Python lacks the module. Tables say so.
     """
     table: dict[str, float | None] = {}
     for name, method in METHODS.items():

@@ -1,8 +1,7 @@
-"""Batches that are fetched ahead and whose position can be saved, by Grain.
+"""Batches that are prefetched and whose position can be saved, by Grain.
 
-Grain gives what is hard to get right: a bounded queue, an exception that reaches the
-consumer after the batches before it, a thread that ends, and a position that counts
-what was *returned* and not what was fetched.
+Grain provides a bounded queue, an exception that reaches the consumer after the batches before
+it, a thread that ends, and a position that counts *returned* batches, not fetched ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,12 +12,12 @@ import grain
 from experiments.run.folders import RunError
 from experiments.run.task import Batches
 
-# "Without end" for Grain, which wants a length: no run has that many steps.
+# Endless for Grain, which needs a length: no run has that many steps.
 ENDLESS = 2**62
 
 
 class _Steps:
-    """A pure function of the step as the random-access source that Grain reads."""
+    """A pure function of the step as a random-access source for Grain."""
 
     def __init__(self, batch: Callable[[int], Any]):
         self._batch = batch
@@ -36,11 +35,11 @@ def _check(prefetch: int) -> None:
 
 
 def by_step(batch: Callable[[int], Any], *, prefetch: int = 2) -> Batches:
-    """Batches that are a function of their number; the position is that number.
+    """Makes batches that are a function of their number; the position is that number.
 
     Args:
       batch: `number -> batch`, pure. Called from another thread where `prefetch` is positive.
-      prefetch: batches made ahead in one thread; 0 makes each when it is asked for.
+      prefetch: batches made ahead in one thread; 0 makes each on request.
 
     Returns:
       The iterator; `close()` ends its thread.
@@ -54,7 +53,7 @@ def by_step(batch: Callable[[int], Any], *, prefetch: int = 2) -> Batches:
 
 
 class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Grain waits for the batch in the making; what makes it is told first that nobody wants it."""
+    """Closes the source before Grain, which waits for the batch in progress."""
 
     def __init__(self, batches: Batches, prefetch: int):
         super().__init__(batches, prefetch)
@@ -66,15 +65,15 @@ class _Ahead(grain.experimental.ThreadPrefetchDatasetIterator):
 
 
 def ahead(batches: Batches, *, prefetch: int = 2) -> Batches:
-    """Any batches, fetched ahead.
+    """Prefetches any batches.
 
     Args:
       batches: used from another thread from now on.
-      prefetch: batches fetched ahead in one thread; 0 fetches each when it is asked for.
+      prefetch: batches fetched ahead in one thread; 0 fetches each on request.
 
     Returns:
-      The iterator; `close()` ends its thread. Its state is that of `batches` after the
-      batch that was returned last.
+      The iterator; `close()` ends its thread. Its state is that of `batches` after the last
+      returned batch.
 
     Raises:
       ValueError: `prefetch` is negative.
@@ -84,7 +83,7 @@ def ahead(batches: Batches, *, prefetch: int = 2) -> Batches:
 
 
 class _OnlyFor:
-    """Batches whose position says what it is a position in."""
+    """Batches whose position identifies their data."""
 
     def __init__(self, batches: Batches, about: Mapping[str, Any]):
         self._batches, self._about = batches, dict(about)
@@ -95,7 +94,7 @@ class _OnlyFor:
     def __next__(self) -> Any:
         try:
             return next(self._batches)
-        except (ValueError, OSError, EOFError) as error:  # of a file that is read as we go
+        except (ValueError, OSError, EOFError) as error:  # of a file that is being streamed
             raise RunError(f"the data cannot be read: {error}") from error
 
     def get_state(self) -> dict[str, Any]:
@@ -120,13 +119,13 @@ class _OnlyFor:
 
 
 def only_for(batches: Batches, about: Mapping[str, Any]) -> Batches:
-    """Batches that refuse a position in other data, where it would mean other batches.
+    """Wraps batches so that they refuse a position in other data.
 
     Args:
-      batches: whose positions are marked.
+      batches: the batches.
       about: what the order of the batches depends on, JSON-able; saved with each position.
 
     Returns:
-      The iterator. Its `set_state` raises `RunError` where a value is not the saved one.
+      The iterator. Its `set_state` raises `RunError` if a value is not the saved one.
     """
     return _OnlyFor(batches, about)

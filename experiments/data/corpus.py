@@ -1,7 +1,7 @@
 """Data for a language model: documents by name in, batches and held-out windows out.
 
-Every source of data ends here. A source is a function that reads documents; the split,
-the tokenizer, the order of the batches and the fetching ahead are the same for all.
+Every source of data ends here. A source is a function that reads documents. Split,
+tokenizer, order of the batches and prefetching are the same for all.
 """
 
 import hashlib
@@ -34,20 +34,20 @@ class MakeBatches(Protocol):
 
 
 class Data(NamedTuple):
-    """What a language model trains on and is judged by.
+    """The training and held-out text of a language model.
 
     Attributes:
-      source: one line that says where the text is from.
+      source: one line that says where the text comes from.
       batches: `(seed, batch_size, length, shard_index=0, shard_count=1) -> Batches` of
         `{"tokens": int32 [batch, length + 1]}` and, where documents are packed,
         `"reset": bool [batch, length]`, true where a document begins. `batch_size` counts
         the rows of all shards together; each process gets its own part of them.
       held_out: `(count, length) -> batch`: evenly spaced windows, in the same form.
-      validation: the bytes that are held out.
+      validation: the held-out bytes.
       bytes_per_token: of those bytes; bits per byte are bits per token divided by it.
-      train_bytes: of the text to train on; None where it is streamed and nobody knows.
+      train_bytes: of the training text; None for a stream, where it is unknown.
       tokenizer: text to tokens and back, and the size of the vocabulary.
-      documents: `() -> iterator` once over the documents to train on.
+      documents: `() -> iterator` once over the training documents.
     """
 
     source: str
@@ -88,20 +88,20 @@ def from_documents(
 
     Args:
       documents: content by name.
-      source: one line for people.
+      source: one line that says where the text comes from.
       split: what is held out, one of `experiments.data.splits`.
       validation_fraction: share of the documents that is held out.
-      seed: of the split, apart from the seed of the training run, so that runs with
-        different seeds are judged by the same bytes.
+      seed: of the split, separate from the seed of the run: runs with different seeds are
+        evaluated on the same bytes.
       sampler: `windows.random_windows` or `packing.packed`.
       tokenizer: a file of the library tokenizers; None is bytes.
-      prefetch: batches made ahead; 0 makes each when it is asked for.
+      prefetch: batches made ahead; 0 makes each on request.
 
     Returns:
       The data.
 
     Raises:
-      ValueError: what cannot be split, or a tokenizer that cannot be read.
+      ValueError: the documents cannot be split, or the tokenizer cannot be read.
       FileNotFoundError: no such tokenizer.
     """
     encoder = open_tokenizer(tokenizer)
@@ -121,8 +121,8 @@ def from_documents(
             lambda step: {name: rows_of_all[rows] for name, rows_of_all in cut(step).items()},
             prefetch=prefetch,
         )
-        # The same position in other text, or in other rows, would be other batches; and figures
-        # of other held-out text would not be of the same curve.
+        # The same position in other text or rows would mean other batches, and figures on other
+        # held-out text would not belong to the same curve.
         about = {
             "tokenizer": encoder.digest,
             "training text": digest(train.ids, train.starts),
@@ -146,7 +146,7 @@ def from_documents(
 
 
 def digest(*arrays: np.ndarray) -> str:
-    """A few digits that differ where arrays do.
+    """Computes a short digest of arrays.
 
     Args:
       *arrays: in order.
@@ -164,7 +164,7 @@ def digest(*arrays: np.ndarray) -> str:
 def judged_by(
     documents: list[bytes], tokenizer: Tokenizer, sampler: Sampler
 ) -> tuple[UInt8[np.ndarray, " bytes"], Callable[..., Batch], float]:
-    """Held-out documents as `Data` shows them.
+    """Prepares the held-out documents for `Data`.
 
     Args:
       documents: held out.
@@ -185,7 +185,7 @@ def judged_by(
 
 
 def shard_rows(batch_size: int, shard_index: int, shard_count: int) -> slice:
-    """The rows of a batch that one process reads.
+    """Selects the rows of a batch that one process reads.
 
     Args:
       batch_size: rows of all processes.
@@ -196,12 +196,12 @@ def shard_rows(batch_size: int, shard_index: int, shard_count: int) -> slice:
       Its rows; the slices of all processes are the batch.
 
     Raises:
-      ValueError: they do not divide the batch, or there is no such process.
+      ValueError: the processes do not divide the batch, or there is no such process.
     """
     if shard_count < 1 or not 0 <= shard_index < shard_count:
         raise ValueError(
             f"shard_index={shard_index} of shard_count={shard_count}: "
-            "give an index from 0 to the count less one"
+            "give an index from 0 to the count minus one"
         )
     if batch_size < 1 or batch_size % shard_count:
         more = shard_count * max(1, -(-batch_size // shard_count))

@@ -1,4 +1,4 @@
-"""Files that a user names: one of them, a folder, or a glob; and their text, checked."""
+"""Finds the files that a user names by file, folder or glob, and reads their text with checks."""
 
 import glob
 from pathlib import Path
@@ -11,19 +11,19 @@ SURELY_FITS = 2**28  # bytes
 
 
 def find_files(path: str, *, endings: tuple[str, ...]) -> list[Path]:
-    """Files by name, folder or glob.
+    """Finds files by name, folder or glob.
 
     Args:
-      path: a file, taken as it is; a folder, of which all files with one of the endings are
-        taken, at any depth; or a glob, in which `**` stands for any depth. Hidden files and
-        folders are left out of folders and globs.
+      path: a file; a folder, of which all files with one of the endings are taken, at any depth;
+        or a glob, in which `**` stands for any depth. Folders and globs leave out hidden files
+        and folders.
       endings: such as ".txt".
 
     Returns:
       The files, sorted.
 
     Raises:
-      FileNotFoundError: none is there, with what to give instead.
+      FileNotFoundError: there is none; says what to give instead.
     """
     path = str(path)  # a file may be called 2024
     place = Path(path).expanduser()
@@ -55,17 +55,17 @@ def find_files(path: str, *, endings: tuple[str, ...]) -> list[Path]:
 
 
 def read_text(file: Path, *, encoding: str) -> str:
-    """The text of a file.
+    """Reads the text of a file.
 
     Args:
       file: to read.
       encoding: a codec of Python, such as "utf-8" or "latin-1".
 
     Returns:
-      The text, its line ends as they are.
+      The text, with its line ends.
 
     Raises:
-      ValueError: it is no text, or in another encoding: file, line and what to do.
+      ValueError: it is not text, or has another encoding; gives file, line and what to do.
       FileNotFoundError: it cannot be read.
     """
     try:
@@ -76,7 +76,7 @@ def read_text(file: Path, *, encoding: str) -> str:
         text = raw.decode(encoding)
     except LookupError as error:
         raise ValueError(
-            f"data.encoding={encoding!r} is no encoding that Python knows: "
+            f"data.encoding={encoding!r} is not an encoding that Python knows: "
             "give for example utf-8, latin-1 or utf-16"
         ) from error
     except UnicodeDecodeError as error:
@@ -86,22 +86,22 @@ def read_text(file: Path, *, encoding: str) -> str:
         raise ValueError(
             f"{file}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not "
             f"{encoding}: convert the file (iconv -f latin-1 -t utf-8), "
-            "or say what it is, for example data.encoding=latin-1"
+            "or give its encoding, for example data.encoding=latin-1"
         ) from error
     if "\0" in text:
         raise ValueError(_binary(file, raw.index(b"\0")))
-    return text.removeprefix("\ufeff")  # the mark of the byte order
+    return text.removeprefix("\ufeff")  # the byte order mark
 
 
 def check_size(file: Path, size: int) -> None:
-    """Refuses what a compressed file holds beyond all measure.
+    """Refuses a compressed file that unpacks to too much.
 
     Args:
-      file: that is read.
+      file: the compressed file.
       size: bytes found in it so far, or claimed by it.
 
     Raises:
-      ValueError: more than half of the memory, or a thousand times the file.
+      ValueError: `size` is more than half of the memory, or a thousand times the file.
     """
     there, packed = machine_bytes(), file.stat().st_size
     much = there is not None and size > there // 2
@@ -115,16 +115,16 @@ def check_size(file: Path, size: int) -> None:
 def _binary(file: Path, offset: int) -> str:
     return (
         f"{file} is not a text file: it has a NUL byte at offset {offset}. Unpack it if it is "
-        "compressed, give data.encoding=utf-16 if it is that, or leave it out with a glob such "
+        "compressed, give data.encoding=utf-16 if it is UTF-16, or leave it out with a glob such "
         f"as data.path='{file.parent}/*.txt'"
     )
 
 
 def check_string(value: object, *, field: str, where: str) -> bytes:
-    """The text of a record's field.
+    """Checks the text of a record's field.
 
     Args:
-      value: of the field; None is an empty text.
+      value: of the field; None is empty text.
       field: its name.
       where: file and line, for the message.
 
@@ -132,7 +132,7 @@ def check_string(value: object, *, field: str, where: str) -> bytes:
       The text as UTF-8; an unpaired surrogate in it becomes `?`.
 
     Raises:
-      ValueError: it is no text.
+      ValueError: it is not text.
     """
     if value is None:
         return b""
@@ -140,7 +140,7 @@ def check_string(value: object, *, field: str, where: str) -> bytes:
         shown = repr(value)
         shown = shown if len(shown) <= QUOTED else shown[:QUOTED] + "..."
         raise ValueError(
-            f"{where}: the field {field!r} holds {shown}, {type(value).__name__} and not text: "
+            f"{where}: the field {field!r} holds {shown} ({type(value).__name__}), not text: "
             "give data.field=NAME of a field with text"
         )
     return value.encode(errors="replace")

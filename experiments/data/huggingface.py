@@ -1,8 +1,8 @@
-"""Data sets of Hugging Face, streamed: from the Hub, or from files that `datasets` reads.
+"""Hugging Face data sets, streamed from the Hub or from files that `datasets` reads.
 
-Documents are held out by a hash of their content, so that exact copies stand on one side
-without anybody having read to the end. The library knows the exact position in a stream;
-its own shuffle buffer is not used, since it does not.
+Documents are held out by a hash of their content, so exact copies are on one side without
+reading to the end. The library saves the exact position in a stream, but not that of its shuffle
+buffer, which is therefore not used.
 """
 
 import glob
@@ -26,11 +26,11 @@ WHOLE, PIECES = 2**30, 256
 
 
 class Records:
-    """Documents of a data set that begins again at its end, with Grain's protocol.
+    """Documents of a data set that restarts at its end, with Grain's protocol.
 
     Args:
       make: opens the data set at its beginning.
-      text: `(record, its number) -> document`, empty for what is left out.
+      text: `(record, its number) -> document`, empty for records that are left out.
       where: names the data set in errors.
     """
 
@@ -59,7 +59,7 @@ class Records:
         return {"pass": self._pass, "record": self._record, "stream": stream}
 
     def set_state(self, state: dict[str, Any], /) -> None:
-        """Goes to a position that `get_state` gave."""
+        """Moves to a position from `get_state`."""
         self._pass, self._record = state["pass"], state["record"]
         self._whole, self._given = self._record == 0, 0
         self._data = self._make()
@@ -87,13 +87,13 @@ def load(
 
     Args:
       path: its name on the Hub, a folder, or a kind of file ("json", "parquet", "text").
-      name: of its configuration, where it has several.
-      data_files: of it, where not all are meant; with a kind of file: which.
+      name: of its configuration, if it has several.
+      data_files: which of its files to read; None: all. Required for a kind of file.
       split: to train on.
-      field: that holds the text.
-      validation_split: to be judged by; None holds documents of `split` out.
-      validation_fraction: of the documents, where they are held out; each by its content.
-      validation_bytes: of held-out text to be judged by; read at the start.
+      field: name of the field that holds the text.
+      validation_split: to evaluate on; None holds out documents of `split`.
+      validation_fraction: share of the documents that are held out, each by its content.
+      validation_bytes: of held-out text to evaluate on; read at the start.
       seed: of the choice of held-out documents.
       block: steps whose rows are shuffled together; the first batch waits for them.
       tokenizer: a file of the library tokenizers; None is bytes.
@@ -134,8 +134,8 @@ def load(
     )
     if not judged:
         raise ValueError(
-            f"{where}: no document of split {validation_split or split!r} is left to be judged "
-            "by: give a larger data.validation_fraction, or data.validation_split=NAME"
+            f"{where}: no document of split {validation_split or split!r} is held out: "
+            "give a larger data.validation_fraction, or data.validation_split=NAME"
         )
 
     def to_train_on(record: Any, number: int) -> bytes:
@@ -195,14 +195,14 @@ def load(
 
 
 def local_files(path: str, data_files: Any) -> list[Path]:
-    """The files on this machine that a data set is read from.
+    """Lists the files on this machine that a data set is read from.
 
     Args:
       path: as for `load`.
       data_files: as for `load`.
 
     Returns:
-      The files, sorted; none of what is on the Hub or elsewhere.
+      The files, sorted; without files on the Hub or elsewhere.
     """
     root = Path(path).expanduser()
     if isinstance(data_files, Mapping):
@@ -222,14 +222,14 @@ def local_files(path: str, data_files: Any) -> list[Path]:
 
 
 def digest_of_files(files: Sequence[Path]) -> str | None:
-    """A few digits that differ where files do.
+    """Computes a short digest of files.
 
     Args:
-      files: in order. Of one larger than `WHOLE` its size counts and `PIECES` evenly spaced
-        mebibytes.
+      files: in order. A file larger than `WHOLE` is represented by its size and `PIECES` evenly
+        spaced mebibytes.
 
     Returns:
-      Hexadecimal digits, whatever the folder; None without files.
+      Hexadecimal digits, independent of the folder; None without files.
     """
     found = hashlib.blake2b(digest_size=8)
     for file in files:
@@ -264,7 +264,7 @@ def _open(path: str, name: str | None, data_files: Any, split: str, where: str) 
 
 
 def _readable(records: Any, where: str) -> Iterator[Any]:
-    """The records; what the library says of a damaged file, in one line."""
+    """Yields the records; an error of the library becomes one line."""
     rest, number = iter(records), 0
     while True:
         try:
@@ -284,7 +284,7 @@ def _readable(records: Any, where: str) -> Iterator[Any]:
 def _gather(
     documents: Iterator[bytes], *, wanted: Callable[[bytes], bool], size: int
 ) -> dict[bytes, None]:
-    """Distinct documents, in order, until they have so many bytes."""
+    """Takes distinct documents, in order, up to a number of bytes."""
     found: dict[bytes, None] = {}
     have = 0
     for document in documents:

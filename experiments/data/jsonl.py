@@ -1,4 +1,4 @@
-"""JSON Lines: each line is an object, one field of it is a document."""
+"""JSON Lines: each line is an object, and one of its fields is a document."""
 
 import json
 from pathlib import Path
@@ -12,31 +12,31 @@ ENDINGS = (".jsonl", ".ndjson")
 
 
 def read(file: Path, *, field: str) -> dict[str, bytes]:
-    """Documents of one file.
+    """Reads the documents of one file.
 
     Args:
       file: of UTF-8 text; empty lines are skipped.
-      field: that holds the text; null is an empty document.
+      field: name of the field that holds the text; null is an empty document.
 
     Returns:
       Content by `file:line`.
 
     Raises:
-      ValueError: a line that is no object with that field; file, line and what to do.
+      ValueError: a line is not an object with that field; gives file, line and what to do.
     """
     documents = {}
-    # Only "\n" ends a record: splitlines would also cut at characters that JSON leaves as they are.
+    # Only "\n" ends a record: splitlines would also cut at characters that JSON does not escape.
     for number, line in enumerate(read_text(file, encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also numbers and nesting beyond measure
+        except (ValueError, RecursionError) as error:  # also huge numbers and deep nesting
             place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise ValueError(
                 f"{where}: not JSON ({getattr(error, 'msg', error)}{place}). A file of JSON Lines "
-                "has one whole object on each line: repair or drop the line"
+                "has one complete object on each line: repair or remove the line"
             ) from error
         if not isinstance(record, dict):
             raise ValueError(
@@ -46,7 +46,7 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
         if field not in record:
             there = ", ".join(map(str, record)) or "none"
             raise ValueError(
-                f"{where}: no field {field!r}; the fields there are: {there}. Give data.field=NAME"
+                f"{where}: no field {field!r}; the fields are: {there}. Give data.field=NAME"
             )
         documents[f"{file}:{number:09d}"] = check_string(record[field], field=field, where=where)
     return documents
@@ -66,7 +66,7 @@ def load(
 
     Args:
       path: a file, a folder (its *.jsonl and *.ndjson at any depth) or a glob.
-      field: that holds the text.
+      field: name of the field that holds the text.
       validation_fraction: share of the documents held out, by a hash of their content.
       seed: of the split.
       sampler: how batches are cut, `packing.PACKED` or `windows.RANDOM`.
@@ -78,7 +78,7 @@ def load(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line that cannot be read, or too few documents to split.
+      ValueError: a line cannot be read, or there are too few documents to split.
     """
     documents: dict[str, bytes] = {}
     for file in find_files(path, endings=ENDINGS):

@@ -1,11 +1,11 @@
-"""Documents packed end to end into rows, each in another order in every epoch.
+"""Documents packed end to end into rows, in another order in every epoch.
 
-The documents of an epoch are shuffled and laid end to end; the tape is cut into rows of
-`length + 1` tokens of which neighbours share one, so that every token is predicted. The
-rows are shuffled again and dealt to the batches. Row `k` of the whole run is a function of
-(seed, k) alone: the position is one integer, whatever the number of processes.
+The documents of an epoch are shuffled and laid end to end. This tape is cut into rows of
+`length + 1` tokens. Neighbouring rows share one token, so every token is predicted. The rows are
+shuffled again and dealt to the batches. Row `k` of the whole run is a function of only (seed, k):
+the position is one integer, whatever the number of processes.
 
-The last row of an epoch is filled from the beginning of the tape: no token is left out,
+The last row of an epoch is filled from the beginning of the tape. No token is left out, and
 fewer than `length` are read twice.
 """
 
@@ -39,7 +39,7 @@ def lay(tokens: Tokens, documents: Int[np.ndarray, " documents"]) -> Tape:
     """Lays documents end to end.
 
     Args:
-      tokens: holds them.
+      tokens: of all documents.
       documents: their numbers, in order.
 
     Returns:
@@ -51,10 +51,10 @@ def lay(tokens: Tokens, documents: Int[np.ndarray, " documents"]) -> Tape:
 
 
 def cut_rows(tokens: Tokens, tape: Tape, rows: Int[np.ndarray, " batch"], length: int) -> Batch:
-    """Cuts rows from a tape that begins again where it ends.
+    """Cuts rows from a tape that restarts at its end.
 
     Args:
-      tokens: what the tape is laid from.
+      tokens: of all documents.
       tape: the tape.
       rows: numbers of the rows; row `r` begins at `r * length`.
       length: tokens to predict in each.
@@ -70,7 +70,7 @@ def cut_rows(tokens: Tokens, tape: Tape, rows: Int[np.ndarray, " batch"], length
 
 
 def row_count(tokens: Tokens, length: int) -> int:
-    """Rows of an epoch.
+    """Counts the rows of an epoch.
 
     Args:
       tokens: all of them.
@@ -86,7 +86,7 @@ def _batches(tokens: Tokens, *, seed: int, batch_size: int, length: int) -> Call
     check_long_enough(tokens.ids[: tokens.end], length)
     rows = row_count(tokens, length)
 
-    @lru_cache(maxsize=2)  # a batch may lie across two epochs
+    @lru_cache(maxsize=2)  # a batch may span two epochs
     def order(epoch: int) -> tuple[Tape, np.ndarray]:
         generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         tape = lay(tokens, generator.permutation(len(tokens.starts) - 1))

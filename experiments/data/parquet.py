@@ -1,4 +1,4 @@
-"""Parquet: each row is a record, one column of it is a document."""
+"""Parquet: each row is a record, and one of its columns is a document."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from experiments.data.packing import PACKED
 from experiments.data.splits import by_content
 
 ENDINGS = (".parquet",)
-ROWS = 128  # read at a time, so that what unpacks without end is noticed
+ROWS = 128  # read at a time, so that a file that unpacks without end is noticed
 
 
 def read(file: Path, *, field: str) -> dict[str, bytes]:
-    """Documents of one file.
+    """Reads the documents of one file.
 
     Args:
       file: to read.
@@ -23,7 +23,8 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
       Content by `file:row`.
 
     Raises:
-      ValueError: no Parquet, no such column, or pyarrow is missing; file and what to do.
+      ValueError: the file is not Parquet, it has no such column, or pyarrow is missing; says what
+        to do.
     """
     try:
         import pyarrow
@@ -53,12 +54,12 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as Parquet ({str(error).strip().splitlines()[0]}): "
-            "copy it again if it was cut short, or leave it out with a glob"
+            "copy it again if it is truncated, or leave it out with a glob"
         ) from error
 
 
 def _claimed(metadata: Any, field: str) -> int:
-    """Bytes that a column unpacks to, as the file says."""
+    """Reads from the file how many bytes a column unpacks to."""
     size = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
@@ -93,7 +94,7 @@ def load(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a file that cannot be read, or too few documents to split.
+      ValueError: a file cannot be read, or there are too few documents to split.
     """
     documents: dict[str, bytes] = {}
     for file in find_files(path, endings=ENDINGS):

@@ -1,9 +1,8 @@
-"""What is held out: by document, never by position, and no content on both sides.
+"""Splits by document, never by position; no content is on both sides.
 
-`shuffled` is the plain rule: a fixed share of the documents at hand. The other two ask
-a hash of one document at a time, so that adding documents moves none of the old ones:
-`by_content` sends equal contents to the same side by itself, `by_name` holds out the same
-files of two versions of a library.
+`shuffled` holds out a fixed share of the documents at hand. The other two hash one document at a
+time, so adding documents moves none of the old ones. `by_content` sends equal contents to the same
+side; `by_name` holds out the same files of two versions of a library.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ class Sides(NamedTuple):
     """Names of documents.
 
     Attributes:
-      train: to train on; no content appears twice in both sides together.
+      train: to train on; no content appears twice in the two sides together.
       validation: held out.
     """
 
@@ -33,7 +32,7 @@ def distinct_names(documents: Mapping[str, bytes], names: Sequence[str]) -> list
 
     Args:
       documents: content by name.
-      names: the names in the order in which the first one wins.
+      names: in order; of equal contents the first name is kept.
 
     Returns:
       The names that remain, in the same order.
@@ -45,14 +44,14 @@ def distinct_names(documents: Mapping[str, bytes], names: Sequence[str]) -> list
 
 
 def share(content: bytes, seed: int) -> float:
-    """A number in [0, 1) that content and seed decide, the same on every machine.
+    """Hashes content and seed to a number in [0, 1), the same on every machine.
 
     Args:
       content: of a document, or its name.
       seed: of the split.
 
     Returns:
-      The number: uniform over contents; held out is what lies below the fraction.
+      The number, uniform over contents; a document is held out if it is below the fraction.
     """
     digest = hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
@@ -88,8 +87,8 @@ def by_content(documents: Mapping[str, bytes], fraction: float, seed: int) -> Si
       seed: another seed holds out others.
 
     Returns:
-      The sides, in the order of the names. Both hold at least one document: should the hash
-      leave one side empty, it gets the nearest.
+      The sides, in the order of the names. Both hold at least one document: if the hash leaves
+      one side empty, that side gets the nearest.
 
     Raises:
       ValueError: fewer than two distinct documents, or a fraction outside (0, 1).
@@ -130,7 +129,7 @@ def _by_share(names: list[str], shares: Mapping[str, float], fraction: float) ->
 
 
 def check_fraction(fraction: float) -> None:
-    """Refuses what is no share.
+    """Refuses a number that is not a share.
 
     Args:
       fraction: held out.
@@ -140,7 +139,7 @@ def check_fraction(fraction: float) -> None:
     """
     if not 0 < fraction < 1:
         raise ValueError(
-            f"validation_fraction={fraction} must lie strictly between 0 and 1: "
+            f"validation_fraction={fraction} must be strictly between 0 and 1: "
             "it is the share held out, for example data.validation_fraction=0.05"
         )
 
@@ -151,8 +150,8 @@ def _at_least_two(documents: Mapping[str, bytes], order: list[str], fraction: fl
     if len(names) < 2:
         raise ValueError(
             f"{len(documents)} documents, {len(names)} of them distinct and non-empty; "
-            "a split by document needs at least 2: one to train on, one to be judged by. "
-            "Give more of them or, where one text file is all there is, cut it with "
+            "a split by document needs at least 2: one to train on, one to evaluate on. "
+            "Give more documents or, for a single text file, cut it with "
             "data=text data.piece_size=20000"
         )
     return names

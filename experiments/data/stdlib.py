@@ -1,8 +1,7 @@
 """The source text of the running Python's standard library, read as bytes.
 
 It is on every machine that can run this file, so an experiment needs no network.
-The text moves with the Python version; whatever is compared with it (baselines)
-is therefore computed in the same run.
+The text depends on the Python version, so each run computes its own baselines.
 """
 
 import sys
@@ -25,7 +24,7 @@ def python_files(root: Path, *, also: Sequence[str] = ()) -> dict[str, bytes]:
 
     Args:
       root: the folder.
-      also: folders at its top that are not excluded, nor are folders of tests in them.
+      also: folders at its top that are not excluded, including folders of tests in them.
 
     Returns:
       Content by path relative to `root`, in sorted order. Unreadable files are skipped.
@@ -43,17 +42,17 @@ def python_files(root: Path, *, also: Sequence[str] = ()) -> dict[str, bytes]:
 
 
 def part(files: Mapping[str, bytes], folders: Sequence[str]) -> dict[str, bytes]:
-    """The files of some folders, without what also stands, under whatever name, outside them.
+    """Selects the files of some folders, without contents that are also outside them.
 
     Args:
       files: content by path.
       folders: at the top.
 
     Returns:
-      Content by path: nobody who read the rest has read any of it.
+      Content by path; none of it is in the other files.
 
     Raises:
-      FileNotFoundError: nothing is left of a folder.
+      FileNotFoundError: no file of a folder is left.
     """
     inside = {path: text for path, text in files.items() if path.split("/")[0] in folders}
     outside = {text for path, text in files.items() if path not in inside}
@@ -84,12 +83,12 @@ def load(
 
     Args:
       root: folder to read; None is the standard library of the running Python.
-      only: folders at its top that are read, and no others; a folder of tests may be named. What
-        also stands elsewhere is left out, see `part`.
+      only: folders at its top to read, and no others; a folder of tests may be named. Contents
+        that are also elsewhere are left out, see `part`.
       without: folders at its top that are not read.
       validation_fraction: share of the files held out.
-      seed: of the split, apart from the seed of the training run, so that runs
-        with different seeds are judged by the same bytes.
+      seed: of the split, separate from the seed of the run: runs with different seeds are
+        evaluated on the same bytes.
       split: `splits.shuffled`, or `splits.by_name`, which holds out the same files
         whatever the version of Python.
       sampler: how batches are cut, `windows.RANDOM` or `packing.PACKED`.

@@ -1,9 +1,9 @@
-"""Batches from documents that come one after the other and do not fit into memory.
+"""Batches from a stream of documents that does not fit into memory.
 
 The stream is packed as `packing` packs a tape: end to end, cut into rows of `length + 1`
-tokens of which neighbours share one. As nobody has seen its end, rows are shuffled within
-blocks of some steps. A position is the document in which the block begins, the token in
-it, and the step within the block: it is small, and exact.
+tokens of which neighbours share one. Its end is unknown, so rows are shuffled within blocks of
+steps. A position is the document in which the block begins, the token in it, and the step within
+the block. It is small and exact.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +28,7 @@ class Documents(Protocol):
 
 
 class _Block(NamedTuple):
-    """Tokens of some steps, one more than they predict, and where documents begin in them."""
+    """Tokens of a block of steps, one more than they predict, and where documents begin in them."""
 
     ids: np.ndarray
     begins: np.ndarray
@@ -67,7 +67,7 @@ class StreamBatches:
         self._begin = {"document": documents.get_state(), "token": 0}
         self._number, self._step = 0, 0
         self._block: _Block | None = None
-        # The document in which a block ends is the one in which the next begins.
+        # A block begins in the document in which the one before it ended.
         self._shared: np.ndarray | None = None
         self._closed = False
 
@@ -87,13 +87,13 @@ class StreamBatches:
         return {"tokens": block.ids[at].astype(np.int32), "reset": block.begins[at[:, :-1]]}
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch that was returned."""
+        """The position after the last returned batch."""
         if self._block is not None and self._step == self._steps:
             return {"begin": self._block.following, "block": self._number + 1, "step": 0}
         return {"begin": self._begin, "block": self._number, "step": self._step}
 
     def set_state(self, state: dict[str, Any], /) -> None:
-        """Goes to a position that `get_state` gave."""
+        """Moves to a position from `get_state`."""
         self._begin, self._number, self._step = state["begin"], state["block"], state["step"]
         self._documents.set_state(self._begin["document"])
         self._block = self._shared = None

@@ -1,4 +1,4 @@
-"""Text files: each is a document."""
+"""Text files: each file is a document."""
 
 from experiments.data.corpus import Data, Sampler, from_documents
 from experiments.data.files import find_files, read_text
@@ -13,7 +13,7 @@ def pieces(text: str, size: int) -> list[str]:
 
     Args:
       text: to cut.
-      size: characters that a piece has at least, the last one excepted.
+      size: the least number of characters of a piece, except for the last one.
 
     Returns:
       The pieces; joined they are the text.
@@ -43,7 +43,7 @@ def load(
       path: a file, a folder (its *.txt, *.text and *.md at any depth) or a glob.
       encoding: of all files; the model sees UTF-8.
       piece_size: None takes a file as one document; a number cuts longer files at line ends
-        into documents of about so many characters, so that one large file can be split.
+        into documents of about that many characters, so that one large file can be split.
       validation_fraction: share of the documents held out, by a hash of their content.
       seed: of the split.
       sampler: how batches are cut, `packing.PACKED` or `windows.RANDOM`.
@@ -55,7 +55,7 @@ def load(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a file that is no text, or too few documents to split.
+      ValueError: a file is not text, or there are too few documents to split.
     """
     if piece_size is not None and piece_size < 1:
         raise ValueError(f"data.piece_size={piece_size} characters: give at least 1, or null")
@@ -68,7 +68,7 @@ def load(
             name = f"{file}:{number:09d}" if len(parts) > 1 else str(file)
             documents[name] = part.encode()
     if not any(documents.values()):
-        raise ValueError(f"data.path={path!r}: {len(files)} files, all of them empty: give others")
+        raise ValueError(f"data.path={path!r}: {len(files)} files, all empty: give others")
     return from_documents(
         documents,
         source=f"text files at {path}",

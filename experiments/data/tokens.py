@@ -1,4 +1,4 @@
-"""Text as numbers: its bytes, or what a file of the `tokenizers` library makes of it."""
+"""Text as numbers: bytes, or the tokens of a file of the `tokenizers` library."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ class Tokenizer(NamedTuple):
       encode: `bytes -> numbers`.
       decode: `numbers -> bytes`.
       separator: the numbers that end a document.
-      encode_all: as `encode`, of many texts on all cores; None encodes one after the other.
+      encode_all: as `encode`, for many texts on all cores; None encodes one after the other.
       digest: of the file that it was read from.
     """
 
@@ -32,7 +32,7 @@ class Tokenizer(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Documents one after the other, each with the separator behind it.
+    """Documents one after the other, each followed by the separator.
 
     Attributes:
       ids: token numbers of all of them.
@@ -53,7 +53,7 @@ BYTES = Tokenizer(
 )
 
 END_OF_TEXT = "<|endoftext|>"
-# Documents that the library encodes at a time, all cores sharing them.
+# Documents that the library encodes at a time, shared by all cores.
 TOGETHER = 1000
 
 
@@ -65,12 +65,12 @@ def open_tokenizer(path: str | None) -> Tokenizer:
         None is bytes.
 
     Returns:
-      The tokenizer. Documents end with its token `<|endoftext|>` where it has one, else
-      with what it makes of a newline. Text that is no UTF-8 is read with U+FFFD in it.
+      The tokenizer. Documents end with its token `<|endoftext|>` or, if it has none, with its
+      encoding of a newline. Text that is not UTF-8 is read with U+FFFD in it.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: the file is no tokenizer, or the library `tokenizers` is missing.
+      ValueError: the file is not a tokenizer, or the library `tokenizers` is missing.
     """
     if path is None:
         return BYTES
@@ -101,7 +101,7 @@ def open_tokenizer(path: str | None) -> Tokenizer:
         def decode(ids: Sequence[int]) -> bytes:
             return model.decode([int(i) for i in ids], skip_special_tokens=False).encode()
 
-    # A document that writes <|endoftext|> does not thereby end.
+    # A document that contains the text <|endoftext|> does not end there.
     model.encode_special_tokens = True
 
     def encode_all(texts: Iterable[bytes]) -> Iterator[np.ndarray]:
@@ -115,16 +115,16 @@ def open_tokenizer(path: str | None) -> Tokenizer:
 
     end = model.token_to_id(END_OF_TEXT)
     separator = (end,) if end is not None else tuple(encode(b"\n").tolist())
-    # Not how many tokens there are: their numbers may have gaps.
+    # Not the number of tokens: their numbers may have gaps.
     size = 1 + max(model.get_vocab().values(), default=-1)
     digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
     return Tokenizer(size, encode, decode, separator, encode_all, digest)
 
 
 def _byte_level(model: Any) -> Callable[[Sequence[int]], bytes]:
-    """Decoding to the very bytes, also where tokens end inside a character."""
+    """Makes a decoder to exact bytes, even if tokens end inside a character."""
     plain = [b for b in range(256) if chr(b).isprintable() and b not in (0x20, 0xAD)]
-    # The library writes bytes as characters: themselves if they can be seen, else from 256 on.
+    # The library writes bytes as characters: themselves if printable, others from 256 on.
     others = [b for b in range(256) if b not in plain]
     byte_of = {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
     special = {number: str(token) for number, token in model.get_added_tokens_decoder().items()}
@@ -142,23 +142,23 @@ def _byte_level(model: Any) -> Callable[[Sequence[int]], bytes]:
 def as_stored(
     ids: Integer[np.ndarray, " tokens"] | Sequence[int], tokenizer: Tokenizer
 ) -> Integer[np.ndarray, " tokens"]:
-    """Token numbers in the smallest unsigned type that holds the vocabulary.
+    """Converts token numbers to the smallest unsigned type that holds the vocabulary.
 
     Args:
-      ids: as the tokenizer gives them.
-      tokenizer: says how many there are.
+      ids: from the tokenizer.
+      tokenizer: gives the size of the vocabulary.
 
     Returns:
       The same numbers.
 
     Raises:
-      ValueError: a number that is not below the size of the vocabulary; it would become another.
+      ValueError: a number is not below the size of the vocabulary.
     """
     found = np.asarray(ids, None if len(ids) else np.int64)
     wrong = found[(found < 0) | (found >= tokenizer.vocab_size)]
     if len(wrong):
         raise ValueError(
-            f"the tokenizer gives the token {wrong[0]}, and says that it has "
+            f"the tokenizer gives the token {wrong[0]}, but its vocabulary has "
             f"{tokenizer.vocab_size}: give a file whose tokens are numbered below its size"
         )
     return found.astype(np.min_scalar_type(tokenizer.vocab_size - 1), copy=False)
@@ -169,7 +169,7 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
 
     Args:
       documents: their contents.
-      tokenizer: encodes each and says what ends it.
+      tokenizer: encodes each and gives the separator.
 
     Returns:
       The tokens, in the smallest unsigned type that holds the vocabulary.

@@ -1,8 +1,8 @@
-"""Windows of a text: random ones to train on, evenly spaced ones to be judged by.
+"""Windows of a text: random ones for training, evenly spaced ones for evaluation.
 
 A window has `length + 1` tokens, of which the last `length` are predicted. Batch
-number `step` is a function of (seed, step) alone, so the position in the data is
-one integer and a run can be taken up again at any step.
+number `step` is a function of only (seed, step), so the position in the data is
+one integer, and a run can continue from any step.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from experiments.data.tokens import Tokens
 
 
 def check_long_enough(text: Integer[np.ndarray, " tokens"], length: int) -> None:
-    """Refuses a text that holds no window.
+    """Refuses a text that is shorter than one window.
 
     Args:
       text: tokens to cut from.
       length: tokens to predict in a window.
 
     Raises:
-      ValueError: with what to give instead.
+      ValueError: says what to give instead.
     """
     if length < 1:
         raise ValueError(f"length={length} tokens to predict: give at least 1")
@@ -61,7 +61,7 @@ def sample_batch(
 def evenly_spaced(
     text: Integer[np.ndarray, " tokens"], *, count: int, length: int
 ) -> Integer[np.ndarray, "batch time"]:
-    """Cuts windows at equal distances, the first at the first token, the last ending at the last.
+    """Cuts evenly spaced windows, from the first token to the last.
 
     Args:
       text: tokens to cut from.
@@ -97,5 +97,5 @@ def _held_out(tokens: Tokens, *, count: int, length: int) -> Batch:
     return {"tokens": cut.astype(np.int32)}
 
 
-# Windows anywhere in the joined documents: no epochs, no resets, nothing to keep in mind.
+# Windows anywhere in the joined documents: no epochs, no resets, no state.
 RANDOM = Sampler(_batches, _held_out)

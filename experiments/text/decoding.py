@@ -1,8 +1,9 @@
-"""The decode loop: prompts are read in pieces, then tokens are drawn in jitted blocks.
+"""The decode loop: reads prompts in pieces, then draws tokens in jitted blocks.
 
 Both are `model.run`, on many tokens and on one. The memory is the model's state: constant for
 recurrent mixers, the keys and values of `prompt + length` tokens for attention. Prompts of unequal
-length share a batch behind padding on the left, which a reset at their first token makes forgotten.
+length share a batch: they are padded on the left, and a reset at their first token drops the
+padding.
 """
 
 import os
@@ -18,22 +19,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpara.types import Model, Params
 
-PIECE = 512  # tokens of a prompt that are read in one call: its logits are what takes memory
+PIECE = 512  # tokens of a prompt read in one call: bounds the memory of its logits
 Choose = Callable[[Array, Array], Array]
 
 
 class Watch:
-    """Seconds spent on `compile`, `prefill` and `decode`, and tokens that came of the last two."""
+    """Seconds spent on `compile`, `prefill` and `decode`, and the tokens of the last two."""
 
     def __init__(self):
         self.seconds = {"compile": 0.0, "prefill": 0.0, "decode": 0.0}
         self.tokens = {"prefill": 0, "decode": 0}
 
     def timed(self, name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """A function that is compiled for each shape it meets, and waits for its result.
+        """Wraps a function: compiled for each shape it meets, it waits for its result.
 
         Args:
-          name: what its time is spent on.
+          name: the key that its time is added to.
           function: to jit; called with arrays only.
           **options: of `jax.jit`.
 
@@ -57,7 +58,7 @@ class Watch:
         return call
 
     def report(self) -> str:
-        """One line for people.
+        """Formats one line.
 
         Returns:
           Tokens and tokens per second of reading and of drawing, and the seconds of compiling.
@@ -70,13 +71,13 @@ class Watch:
 
 
 class Position(NamedTuple):
-    """Where decoding stands.
+    """The position of decoding.
 
     Attributes:
       state: of the model, after all tokens so far.
       logits: of the next token.
       drawn: number of tokens drawn so far.
-      sound: whether all logits that were drawn from are numbers.
+      sound: whether all logits used so far are numbers.
     """
 
     state: Any
@@ -90,10 +91,10 @@ class Decoder(NamedTuple):
 
     Attributes:
       read: `(params, prompts, length) -> Position`, with room for `length` more tokens.
-      draw: `(params, position, keys[batch], count) -> (Position, tokens[batch, count])`, count
-        being at most `block`; it takes the buffers of the position.
-      block: most tokens that one call draws.
-      watch: what the calls took.
+      draw: `(params, position, keys[batch], count) -> (Position, tokens[batch, count])`, with
+        count at most `block`; it takes the buffers of the position.
+      block: the most tokens that one call draws.
+      watch: the times of the calls.
     """
 
     read: Callable[[Params, Sequence[Sequence[int]], int], Position]
@@ -106,10 +107,10 @@ def decoder(model: Model, choose: Choose, *, block: int) -> Decoder:
     """Makes the decode loop of a model.
 
     Args:
-      model: a sequence model; its `run` must take resets where prompts differ in length.
+      model: a sequence model; its `run` must take resets if prompts differ in length.
       choose: `(keys[batch], logits[batch, vocab]) -> tokens[batch]`. The key of a row's i-th token
         is `fold_in(keys[row], i)`, whatever else is in the batch.
-      block: most tokens drawn between two looks by Python; at least 1.
+      block: the most tokens drawn before Python sees them; at least 1.
 
     Returns:
       The loop. It compiles once for each batch size, room, and length of a piece.
@@ -145,7 +146,7 @@ def decoder(model: Model, choose: Choose, *, block: int) -> Decoder:
         inputs = (tokens,) if reset is None else (tokens, reset)
         _check_memory(jax.eval_shape(lambda p: start(p, batch, longest + length), params), batch)
         state, logits = fresh(params, batch, longest + length), None
-        # What is left over comes first, so that all further pieces have one shape.
+        # The remainder comes first, so that all further pieces have one shape.
         edges = [0, *range((longest - 1) % PIECE + 1, longest + 1, PIECE)]
         for first, end in zip(edges, edges[1:], strict=False):
             piece = (jnp.asarray(array[:, first:end]) for array in inputs)
@@ -169,14 +170,14 @@ def decoder(model: Model, choose: Choose, *, block: int) -> Decoder:
 def left_padded(
     prompts: Sequence[Sequence[int]],
 ) -> tuple[Int[np.ndarray, "batch time"], Bool[np.ndarray, "batch time"] | None]:
-    """Prompts as rows of one array, each ending in the last column.
+    """Arranges prompts as rows of one array, each ending in the last column.
 
     Args:
       prompts: none of them empty.
 
     Returns:
-      The tokens, zero before a prompt begins, and resets, true where it begins; no resets where
-      all have one length. Otherwise the time is a power of two: few shapes to compile for.
+      The tokens, zero before a prompt begins, and resets, true where it begins. No resets if all
+      have one length; otherwise the time is a power of two, for few shapes to compile.
     """
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == longest:
@@ -190,13 +191,13 @@ def left_padded(
 
 
 def _check_memory(state: Any, batch: int) -> None:
-    # Asking for it would not fail: where the system overcommits, it kills the process later.
+    # The allocation would not fail: a system that overcommits kills the process later.
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     known = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if known is None and hasattr(os, "sysconf"):
         known = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if known is not None and needed > known:
         raise ValueError(
-            f"the model's state takes {needed / 1e9:,.1f} GB for {batch} rows of this length, the "
-            f"device has {known / 1e9:,.1f} GB: give a smaller length or a smaller batch_size"
+            f"the model's state takes {needed / 1e9:,.1f} GB for {batch} rows of this length, and "
+            f"the device has {known / 1e9:,.1f} GB: give a smaller length or a smaller batch_size"
         )

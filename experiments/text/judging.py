@@ -12,14 +12,14 @@ from jaxpara.types import Model, Params
 
 
 def reading(model: Model, batch: Mapping[str, jax.Array]) -> Model:
-    """A model that begins anew where the documents of a packed batch begin.
+    """Wraps a model so that it restarts where the documents of a packed batch begin.
 
     Args:
       model: a sequence model.
-      batch: `tokens`, and where documents are packed `reset`.
+      batch: `tokens`, and `reset` if documents are packed.
 
     Returns:
-      The model; the same one where nothing is packed.
+      The model; the same one if nothing is packed.
     """
     if "reset" not in batch:
         return model
@@ -35,13 +35,13 @@ def bits_per_byte(
 ) -> Callable[[Params], float]:
     """Makes a function that scores parameters on fixed windows.
 
-    `-1/N sum log2 p(token | the tokens before it in its window)` over the N bytes that
-    the tokens stand for, every window from the model's start.
+    It is `-1/N sum log2 p(token | the tokens before it in its window)` over the N bytes of the
+    tokens; every window begins at the model's start.
 
     Args:
       model: a sequence model.
-      held_out: `tokens` `[windows, time + 1]`, and where documents are packed `reset`.
-      batch_size: windows at a time; a last smaller batch compiles once more.
+      held_out: `tokens` `[windows, time + 1]`, and `reset` if documents are packed.
+      batch_size: windows at a time; a smaller last batch compiles once more.
       bytes_per_token: of the held-out text.
 
     Returns:

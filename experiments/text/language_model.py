@@ -1,4 +1,4 @@
-"""A language model as a Task: the next token of text, judged in bits per byte."""
+"""A language model as a Task: it predicts the next token and is judged in bits per byte."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from jaxpara.train import next_token_loss
 from jaxpara.types import Loss, Model, Params
 
 BITS = "validation_bits_per_byte"
-# One row a layer at each evaluation.
+# One row for each layer at each evaluation.
 SOLVER_COLUMNS = ("layer", "iterations", "residual", "converged", "fallback_steps")
 
 Observe = Callable[[Params], list[dict[str, Any]]]
@@ -37,13 +37,13 @@ def language_model(
     check: Mapping[str, Any],
     sample: Mapping[str, Any],
 ) -> Task:
-    """Trains on windows of text, and looks at how a parallel solver fares beside it.
+    """Trains on windows of text, and compares a parallel solver with the sequential one.
 
     Args:
       models: the model and its variants.
-      data: what it is trained on and judged by.
+      data: training and held-out text.
       seed: of the order of the data and of the sample.
-      batch_size: sequences a step.
+      batch_size: sequences in a step.
       window: tokens predicted in each.
       evaluation: `windows, length, batch_size`, held-out windows at each evaluation.
       check: `batch_size, length`, a held-out batch on which the solvers are compared.
@@ -53,7 +53,7 @@ def language_model(
       The task.
 
     Raises:
-      RunError: numbers that do not fit the data.
+      RunError: a number does not fit the data.
     """
     try:
         rule = {name: value for name, value in sample.items() if name != "prompt"}
@@ -105,7 +105,7 @@ def language_model(
 
 
 def cut_held_out(data: Data, *, count: int, length: int) -> dict[str, Any]:
-    """Windows of held-out text.
+    """Cuts windows of held-out text.
 
     Args:
       data: its validation text is cut.
@@ -126,7 +126,7 @@ def cut_held_out(data: Data, *, count: int, length: int) -> dict[str, Any]:
 
 
 def batch_like(judged: Mapping[str, Any], batch_size: int, window: int) -> dict[str, Any]:
-    """Shapes of a batch to train on.
+    """Describes the shapes of a training batch.
 
     Args:
       judged: held-out windows, which have the same leaves.
@@ -144,14 +144,14 @@ def batch_like(judged: Mapping[str, Any], batch_size: int, window: int) -> dict[
 
 
 def check_vocabulary(model: Model, data: Data) -> None:
-    """Refuses a model that does not know all tokens.
+    """Refuses a model whose vocabulary is too small.
 
     Args:
-      model: of language.
-      data: whose tokens it is to read.
+      model: a language model.
+      data: the data that it reads.
 
     Raises:
-      RunError: says the size that is needed.
+      RunError: gives the size that is needed.
     """
     logits = jax.eval_shape(
         lambda key, tokens: model.apply(model.init(key), tokens),
@@ -167,10 +167,10 @@ def check_vocabulary(model: Model, data: Data) -> None:
 
 
 def loss_of(model: Model) -> Loss:
-    """The next token's loss, of windows or of packed documents.
+    """Makes the next-token loss of windows or packed documents.
 
     Args:
-      model: of language.
+      model: a language model.
 
     Returns:
       The loss of a batch of `Data`.

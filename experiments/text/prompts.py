@@ -1,4 +1,4 @@
-"""Prompts from a file: one a line, or JSON Lines with the prompt in a field."""
+"""Prompts from a file: one on each line, or JSON Lines with the prompt in a field."""
 
 import json
 from pathlib import Path
@@ -13,15 +13,15 @@ def read_prompts(path: str, *, field: str) -> list[str]:
     """Reads the prompts of a file.
 
     Args:
-      path: JSON Lines if it ends in .jsonl or .ndjson; else each line is a prompt, without its
-        line end.
-      field: of each object that holds the prompt.
+      path: JSON Lines if it ends in .jsonl or .ndjson; otherwise each line is a prompt, without
+        its line end.
+      field: name of the field that holds the prompt.
 
     Returns:
       The prompts, at least one and none of them empty.
 
     Raises:
-      RunError: no such file, no text, or a line that is no prompt; says which.
+      RunError: the file is missing or not text, or a line is not a prompt; says which.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -59,7 +59,7 @@ def _of_record(line: str, field: str, where: str) -> str:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RunError(
-            f"{where} is no JSON ({error}): give an object on each line, such as "
+            f"{where} is not JSON ({error}): give an object on each line, such as "
             '{"prompt": "def "}, or plain lines in a file that does not end in .jsonl'
         ) from error
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
@@ -72,7 +72,7 @@ def _of_record(line: str, field: str, where: str) -> str:
 
 
 def stop_strings(given: Any) -> tuple[str, ...]:
-    """Stop strings as the command line or a config gives them.
+    """Reads stop strings from the command line or a config.
 
     Args:
       given: None, a list of strings, or text: a JSON list such as `["\\n\\n", "def "]`, or else
@@ -103,13 +103,13 @@ def stop_strings(given: Any) -> tuple[str, ...]:
 
 
 def check_output(path: str | None) -> None:
-    """Refuses to write over a file or into a folder that is not there.
+    """Refuses to overwrite a file or to write into a missing folder.
 
     Args:
       path: of a file to be written, or None.
 
     Raises:
-      RunError: with what to change.
+      RunError: says what to change.
     """
     if path is None:
         return

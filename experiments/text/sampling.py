@@ -1,7 +1,7 @@
-"""Text from a sequence model: which tokens are drawn, with which keys, and where the text ends.
+"""Samples text from a sequence model: how tokens are drawn, with which keys, where the text ends.
 
-What a prompt becomes is a function of the parameters, the seed, the prompt and the number of the
-sample, not of the prompts that share its batch, up to the rounding of the logits.
+A continuation is a function of the parameters, the seed, the prompt and the number of the sample.
+It does not depend on the other prompts of its batch, up to the rounding of the logits.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ class Rule(NamedTuple):
     """How a continuation is drawn.
 
     Attributes:
-      length: most tokens to draw.
+      length: the most tokens to draw.
       temperature: logits are divided by it; 0 takes the likeliest token.
-      top_k: candidates kept, the likeliest ones; None keeps all.
-      top_p: of those, as few as make up this share of their probability are kept; None keeps all.
+      top_k: how many of the likeliest candidates are kept; None keeps all.
+      top_p: of those, the fewest with this share of their probability are kept; None keeps all.
       stop: strings that end the continuation and are not part of it.
     """
 
@@ -39,13 +39,13 @@ class Rule(NamedTuple):
 
 
 def check_rule(rule: Rule) -> None:
-    """Refuses what cannot be drawn.
+    """Refuses a rule by which nothing can be drawn.
 
     Args:
-      rule: to look at.
+      rule: the rule.
 
     Raises:
-      ValueError: with what to give instead.
+      ValueError: says what to give instead.
     """
     if rule.length < 1:
         raise ValueError(f"length={rule.length} tokens to draw: give at least 1")
@@ -66,14 +66,14 @@ def check_rule(rule: Rule) -> None:
 
 
 def check_generation(prompt: bytes, **rule: Any) -> None:
-    """Refuses what cannot be continued, or not so.
+    """Refuses a prompt or a rule that cannot be used.
 
     Args:
-      prompt: must hold a byte.
+      prompt: must hold at least one byte.
       **rule: of a `Rule`.
 
     Raises:
-      ValueError: with what to give instead.
+      ValueError: says what to give instead.
     """
     if not prompt:
         raise ValueError(
@@ -84,7 +84,7 @@ def check_generation(prompt: bytes, **rule: Any) -> None:
 
 
 def encode(prompt: str) -> bytes:
-    """A prompt from the command line as the bytes that were typed, UTF-8 or not.
+    """Converts a prompt from the command line to the typed bytes, UTF-8 or not.
 
     Args:
       prompt: as Python decoded it.
@@ -98,7 +98,7 @@ def encode(prompt: str) -> bytes:
 def kept(
     logits: Float[Array, "batch tokens"], *, top_k: int | None, top_p: float | None
 ) -> Float[Array, "batch tokens"]:
-    """Puts to -inf what is not a candidate: first all but the `top_k`, then all but the nucleus.
+    """Sets all logits but the candidates' to -inf: first all but `top_k`, then all but the nucleus.
 
     Args:
       logits: unnormalised log-probabilities.
@@ -106,7 +106,7 @@ def kept(
       top_p: see `Rule`; at least one candidate remains.
 
     Returns:
-      The logits; equal ones share their fate.
+      The logits; equal ones are treated alike.
 
     References: [nucleus].
     """
@@ -122,10 +122,10 @@ def kept(
 
 
 def drawing(rule: Rule, *, vocab_size: int | None = None) -> Choose:
-    """Draws from `softmax(logits / temperature)` over the candidates.
+    """Makes a function that draws from `softmax(logits / temperature)` over the candidates.
 
     Args:
-      rule: its `length` and `stop` play no part here.
+      rule: its `length` and `stop` are not used here.
       vocab_size: tokens from this number on are never drawn; None: all may be.
 
     Returns:
@@ -136,7 +136,7 @@ def drawing(rule: Rule, *, vocab_size: int | None = None) -> Choose:
         logits = logits[:, :vocab_size]
         if rule.temperature == 0:
             return jnp.argmax(logits, -1)
-        # Relative to the likeliest, so that no temperature is so small that all overflow.
+        # Relative to the likeliest, so that no temperature makes all of them overflow.
         logits = (logits - logits.max(-1, keepdims=True)) / rule.temperature
         logits = kept(logits, top_k=rule.top_k, top_p=rule.top_p)
         return jax.vmap(jax.random.categorical)(keys, logits)
@@ -145,11 +145,11 @@ def drawing(rule: Rule, *, vocab_size: int | None = None) -> Choose:
 
 
 def row_key(seed: int, prompt: Sequence[int], sample: int) -> Key:
-    """The key of one continuation; that of its i-th token is `fold_in(key, i)`.
+    """Makes the key of one continuation; that of its i-th token is `fold_in(key, i)`.
 
     Args:
-      seed: of the whole.
-      prompt: its tokens: other prompts draw other numbers, wherever they stand.
+      seed: of the call.
+      prompt: its tokens; other prompts draw other numbers, in any order.
       sample: number of the continuation among those of its prompt.
 
     Returns:
@@ -161,7 +161,7 @@ def row_key(seed: int, prompt: Sequence[int], sample: int) -> Key:
 
 
 class Request(NamedTuple):
-    """What to continue.
+    """A prompt to continue.
 
     Attributes:
       prompt: text as bytes.
@@ -173,11 +173,11 @@ class Request(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """What followed a prompt.
+    """The continuation of a prompt.
 
     Attributes:
       text: without the prompt and the stop string.
-      stopped: the stop string that ended it; None where `length` did.
+      stopped: the stop string that ended it; None if `length` did.
     """
 
     text: str
@@ -188,7 +188,7 @@ class Sampler(NamedTuple):
     """A model that continues text.
 
     Attributes:
-      decode: the loop, with the watch of what it took.
+      decode: the loop, with the times that it took.
       tokenizer: turns text into tokens and back.
       rule: how it draws.
     """
@@ -205,7 +205,7 @@ def sampler(model: Model, rule: Rule, *, tokenizer: Tokenizer = BYTES, block: in
       model: a sequence model over the tokenizer's tokens.
       rule: how to draw.
       tokenizer: of the text that the model was trained on.
-      block: tokens drawn between two looks at the text.
+      block: tokens drawn before the text is checked.
 
     Returns:
       The sampler. It compiles once for each shape it meets, so keep it.
@@ -229,16 +229,16 @@ def follow(
     Args:
       sampler: from `sampler`.
       params: of its model.
-      requests: at least one; all are drawn at the same time.
+      requests: at least one; all are drawn together.
       seed: the same seed gives the same text.
-      rows: the batch is filled up to so many, to be of a shape that is compiled already.
+      rows: the batch is padded to this number, to reuse a compiled shape.
 
     Returns:
-      The transcripts, which fill while the iterator is consumed; and an iterator over the text
-      that became certain, for each request: first the prompts, then pieces of what follows.
+      The transcripts, which fill while the iterator is consumed; and an iterator over the text of
+      each request that became certain: first the prompts, then pieces of the continuations.
 
     Raises:
-      ValueError: a prompt is empty; from the iterator, if the model gives no numbers.
+      ValueError: a prompt is empty; from the iterator, if the model's logits are not numbers.
     """
     decode, tokenizer, rule = sampler
     for request in requests:
@@ -304,12 +304,12 @@ def sample_text(
     tokenizer: Tokenizer = BYTES,
     **rule: Any,
 ) -> str:
-    """A prompt and its continuation as text; bytes that are no UTF-8 show as U+FFFD.
+    """Continues one prompt; bytes that are not UTF-8 show as U+FFFD.
 
     Args:
       model: a sequence model over the tokenizer's tokens.
       params: its parameters.
-      prompt: where to begin.
+      prompt: to continue.
       seed: the same seed gives the same text.
       tokenizer: of the text that the model was trained on.
       **rule: of a `Rule`.

@@ -1,8 +1,7 @@
-"""How a parallel solver fares on the recurrences of a model: iterations, residuals, agreement.
+"""Checks a parallel solver on the recurrences of a model: iterations, residuals, agreement.
 
-A mixer that solves with `solve_scan` keeps the report of the solve in its state, so
-that running the model on a batch brings every layer's report out; nothing in the
-model has to know.
+A mixer that solves with `solve_scan` keeps the report of the solve in its state. Running the model
+on a batch therefore returns every layer's report, without a change of the model.
 """
 
 import statistics
@@ -35,7 +34,7 @@ class Observed(NamedTuple):
 def observed(
     cell: Callable[..., Cell], *, hidden: int | None = None, solver: Any = None, **options: Any
 ) -> Callable[[int], Mixer]:
-    """`jaxpara.nn.mixers.recurrent`, except that its state holds the report of its last solve.
+    """Like `jaxpara.nn.mixers.recurrent`, but its state holds the report of its last solve.
 
     Args:
       cell: as there.
@@ -102,7 +101,7 @@ def observer(
             jax.device_get(states(params)), is_leaf=lambda x: isinstance(x, Observed)
         )
         stacked = [part.report for part in pattern if isinstance(part, Observed)]
-        # Each member of the pattern is stacked over its repetitions: put layers in order.
+        # Each member of the pattern is stacked over its repetitions: restore the order of layers.
         periods = len(stacked[0]["iterations"]) if stacked else 0
         return [
             {name: value[period].item() for name, value in report.items()}
@@ -138,10 +137,10 @@ def compare(
       params: of all of them.
       batch: windows, one byte longer than what is predicted.
       iterations: of the parallel solve, one for each recurrent layer.
-      repeats: timed calls, of which the median counts; compilation is not timed.
+      repeats: timed calls, of which the median is taken; compilation is not timed.
 
     Returns:
-      A row each: largest absolute difference of the logits, largest difference of the
+      A row for each: largest absolute difference of the logits, largest difference of the
       gradient relative to the largest entry of each parameter's gradient, iterations, and
       milliseconds forward and with the gradient.
     """

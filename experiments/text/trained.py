@@ -1,4 +1,4 @@
-"""A finished run, opened again: its model, its parameters, and what turns text into its tokens."""
+"""Opens a finished run: its model, its parameters and its tokenizer."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from jaxpara.types import Model, Params
 
 
 def tokenizer_of(folder: Path, cfg: DictConfig) -> Tokenizer:
-    """The tokenizer of a run.
+    """Opens the tokenizer of a run.
 
     Args:
       folder: of the run.
@@ -23,8 +23,8 @@ def tokenizer_of(folder: Path, cfg: DictConfig) -> Tokenizer:
       The tokenizer.
 
     Raises:
-      RunError: it lies elsewhere and is not trusted, cannot be read, or is not the one that the run
-        was trained with.
+      RunError: it is elsewhere and not trusted, cannot be read, or is not the one that the run was
+        trained with.
     """
     path = OmegaConf.select(cfg, "data.tokenizer")
     if path is not None:
@@ -43,7 +43,7 @@ def tokenizer_of(folder: Path, cfg: DictConfig) -> Tokenizer:
 
 
 def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
-    """A finished run as a model of text.
+    """Opens a finished run as a language model.
 
     Args:
       folder: from `folders.find_run`.
@@ -52,7 +52,7 @@ def open_model(folder: Path) -> tuple[Model, Params, Tokenizer]:
       The model, its parameters and its tokenizer.
 
     Raises:
-      RunError: the run has no parameters, is not of a language model, or asks for what is not
+      RunError: the run has no parameters, is not a language model's, or needs something that is not
         trusted.
     """
     trained = trust.open_config(folder)

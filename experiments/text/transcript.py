@@ -4,22 +4,22 @@ from collections.abc import Sequence
 
 from experiments.data.tokens import Tokenizer
 
-UNFINISHED = "\ufffd"  # what decoding makes of bytes that are no character, or not yet one
-CONTEXT = 16  # last tokens of the prompt: how a token reads can depend on what stands before it
+UNFINISHED = "\ufffd"  # decoding gives it for bytes that are not a character, or not yet
+CONTEXT = 16  # last tokens of the prompt: the text of a token can depend on those before it
 
 
 class Transcript:
     """Turns tokens into text piece by piece.
 
-    What it gives out never has to be taken back: characters whose bytes are not all there wait
-    for the rest, and so does what may turn out to be the beginning of a stop string. A stop
-    string is looked for in the continuation alone and is not part of it.
+    Returned text is never taken back: characters with missing bytes are held until they are
+    complete, and so is a possible beginning of a stop string. A stop string is searched for only in
+    the continuation, and is not part of it.
 
     Args:
       tokenizer: decodes.
       prompt: tokens before the continuation.
-      stop: strings that end it. The first to be complete does, so that the text does not depend
-        on how many tokens come at a time; of several, the one that began first.
+      stop: strings that end it. The first complete one does, so that the text does not depend on
+        how many tokens come at a time; of several, the one that began first.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
@@ -47,13 +47,13 @@ class Transcript:
           tokens: any number; ignored once a stop string has appeared.
 
         Returns:
-          The text that is certain now and was not before.
+          The text that has become certain.
         """
         if self.stopped is not None:
             return ""
         self._tokens += [int(token) for token in tokens]
         self._text = self._decode()
-        # Nothing that was given out can be part of a stop string, so the search continues there.
+        # Returned text cannot be part of a stop string, so the search continues after it.
         places = ((self._text.find(s, self._given), s) for s in self._stop)
         found = [(at + len(s), at, s) for at, s in places if at >= 0]
         if found:
@@ -63,19 +63,19 @@ class Transcript:
         return self._give(len(certain) - self._waiting(certain))
 
     def _waiting(self, text: str) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest end of the text that begins a stop string."""
         lengths = (n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n]))
         return max(lengths, default=0)
 
     def end(self) -> str:
-        """No more tokens follow.
+        """Ends the text: no more tokens follow.
 
         Returns:
-          What was still waiting; bytes that are no character as U+FFFD.
+          The text that was held; bytes that are not a character show as U+FFFD.
         """
         return "" if self.stopped is not None else self._give(len(self._text))
 
     @property
     def continuation(self) -> str:
-        """What `add` and `end` have given out."""
+        """The text that `add` and `end` have returned."""
         return self._text[self._begin : self._given]

@@ -63,7 +63,7 @@ def test_split_holds_out_the_fraction(split):
 def test_split_refuses_what_it_cannot_split(split):
     with pytest.raises(ValueError, match=r"here: 3 documents, 1 of them distinct.*piece_size"):
         data_of({"a.py": b"x", "b.py": b"x", "c.py": b""}, split=split)
-    with pytest.raises(ValueError, match=r"validation_fraction=1\.5 must lie strictly"):
+    with pytest.raises(ValueError, match=r"validation_fraction=1\.5 must be strictly"):
         data_of(FILES, split=split, fraction=1.5)
 
 

@@ -122,7 +122,7 @@ def test_prompts_are_read_as_they_stand(tmp_path, name, content, expected):
         ("a.txt", "", r"a\.txt' is empty: give a file with a prompt on each line"),
         ("a.txt", "a\n\nb\n", r"a\.txt', line 2 is empty, .*leave the line out"),
         ("a.txt", b"caf\xe9", r"is not UTF-8 \(byte 3\): convert it"),
-        ("a.jsonl", '{"prompt": "a"}\nb\n', r"a\.jsonl', line 2 is no JSON .*or plain lines"),
+        ("a.jsonl", '{"prompt": "a"}\nb\n', r"a\.jsonl', line 2 is not JSON .*or plain lines"),
         ("a.jsonl", '{"text": "a"}', r"line 1 has no text in the field 'prompt' \(text\): give fi"),
         ("a.jsonl", '{"prompt": 3}', "line 1 has no text in the field 'prompt'"),
         ("a.jsonl", '["a"]', r"line 1 has no text in the field 'prompt' \(list\)"),

@@ -120,12 +120,12 @@ def test_no_token_number_wraps(size, kind):
     for wrong in ([size], [-1], [0, 2**31 - 1]):
         short = t._replace(encode=lambda text, wrong=wrong: np.array(wrong))
         with pytest.raises(
-            ValueError, match=rf"the token {wrong[-1]}, and says that it has {size}"
+            ValueError, match=rf"the token {wrong[-1]}, but its vocabulary has {size}"
         ):
             tokens.tokenize([b"x"], short)
         with pytest.raises(ValueError, match="numbered below its size"):
             next(StreamBatches(Many(), short, seed=0, rows=1, length=7, block=1))
-    with pytest.raises(ValueError, match=f"the token {size}, and"):
+    with pytest.raises(ValueError, match=f"the token {size}, but"):
         tokens.tokenize([b"x"], t._replace(separator=(size,)))
 
 
