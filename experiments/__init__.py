@@ -1,5 +1,5 @@
-"""Programs that people run: training, evaluation, sampling, benchmarks.
+"""Commands: training, evaluation, sampling, benchmarks.
 
-The only place that knows Hydra, files, plots, Orbax and progress bars. The
-library below, `jaxpara`, is pure.
+Only this package knows Hydra, files, plots, Orbax and progress bars. The library
+below, `jaxpara`, is pure.
 """

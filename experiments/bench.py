@@ -1,8 +1,8 @@
 """Times recurrences: `python -m experiments.bench suite=recurrence`.
 
-Our solvers and other people's implementations against `lax.scan` on the same recurrence: in one
-process, in turn, medians and quartiles, compilation apart, beside the floor of memory traffic; an
-implementation whose values or gradients are wrong shows no speed-up.
+Compares our solvers and other people's implementations with `lax.scan` on the same recurrence, in
+one process and in turn. Shows medians and quartiles without compilation, and the floor of memory
+traffic. An implementation whose values or gradients are wrong shows no speed-up.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def check(suite: dict[str, Any]) -> None:
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text.
+    """Formats a row.
 
     Args:
       row: of a contest.
@@ -94,7 +94,7 @@ def cells(row: Row) -> list[str]:
 
 
 def write_table(folder: Path, rows: Sequence[Row], machine: str) -> None:
-    """Writes `results.md`: the table for a document, the machine named.
+    """Writes `results.md`: the table in Markdown, under the machine.
 
     Args:
       folder: of the run.
@@ -107,7 +107,7 @@ def write_table(folder: Path, rows: Sequence[Row], machine: str) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the rivals' packages; None for one that is not installed.
+    """Reads the versions of the rivals' packages; None for one that is not installed.
 
     Returns:
       Package -> version.
@@ -123,14 +123,14 @@ def versions() -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def counted(console: Console, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Shows how far a suite is: a bar on a terminal, a line for each contest elsewhere.
+    """Shows the progress of a suite: a bar on a terminal, a line for each contest elsewhere.
 
     Args:
       console: where to.
       total: contests.
 
     Yields:
-      `(how many are done, what comes now) -> None`.
+      `(number done, what comes next) -> None`.
     """
     began, first = time.perf_counter(), None
 
@@ -160,12 +160,12 @@ def counted(console: Console, total: int) -> Iterator[Callable[[int, str], None]
 
 
 def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, seed: int) -> None:
-    """Runs what of a suite is not in its folder yet; every contest is on disk once it is timed.
+    """Runs the contests of a suite that are missing from its folder; writes each when it is timed.
 
     Args:
       suite: as in conf/suite, solvers built.
       folder: of the run.
-      rounds: samples of each implementation.
+      rounds: number of samples of each implementation.
       budget_s: seconds of timing for each shape and pass.
       seed: of the data and of the order.
 
@@ -227,12 +227,12 @@ def _show(console: Console, suite: dict[str, Any], rows: Sequence[Row], line: st
         table.add_row(
             *map(escape, cells(row)), end_section=row is rows[-1] or row.name == suite_end(suite)
         )
-    # On a terminal rich fits its width; in a file nothing may be cut off.
+    # On a terminal rich fits the width; in a file nothing may be cut off.
     (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def suite_end(suite: dict[str, Any]) -> str:
-    """The name in the last row of each shape and pass.
+    """Finds the name in the last row of each shape and pass.
 
     Args:
       suite: as in conf/suite.
@@ -244,7 +244,7 @@ def suite_end(suite: dict[str, Any]) -> str:
 
 
 def place(cfg: DictConfig, folder: Path) -> Path:
-    """The folder to work in: one with rows of the same work, or a new one.
+    """Selects the folder to work in: one with rows of the same work, or a new one.
 
     Args:
       cfg: composed, with `fresh`.
@@ -262,7 +262,7 @@ def place(cfg: DictConfig, folder: Path) -> Path:
         return folder
     if found != folder:
         records.discard(folder)
-    print(f"the same suite on this machine: {found}; fresh=true begins anew", flush=True)
+    print(f"the same suite on this machine: {found}; fresh=true starts a new folder", flush=True)
     return found
 
 

@@ -1,6 +1,6 @@
-"""A table of runs: `python -m experiments.compare runs=runs/lm`.
+"""Compares runs in a table: `python -m experiments.compare runs=runs/lm`.
 
-One row a run: the keys of the config in which runs differ, seeds too, then what came of it.
+Each run has a row: the keys of the config in which runs differ, seeds included, then its results.
 """
 
 import csv
@@ -42,10 +42,10 @@ class Comparison(NamedTuple):
     """The table as values.
 
     Attributes:
-      metric: whose final and best values are shown.
+      metric: the column whose final and best values are shown.
       better: "min" or "max".
       header: names of columns.
-      rows: as many cells each; None where a run has no such value.
+      rows: with one cell for each column; None if a run has no such value.
     """
 
     metric: str
@@ -76,7 +76,7 @@ def _results(run: Run, metric: str, better: str) -> dict[str, Cell]:
         "memory_bytes": run.summary.get("memory_bytes", _largest(run, "memory_bytes")),
         "minutes": None if seconds is None else round(seconds / 60, 2),
         "status": run.summary.get("status", "unfinished"),
-        # The star says that the tree held changes that no commit has.
+        # The star marks uncommitted changes.
         "commit": commit and commit[:8] + ("*" if run.environment.get("git_dirty") else ""),
     }
 
@@ -102,10 +102,10 @@ def tabulate(
 
     Args:
       runs: at least one.
-      metric: the column of `metrics.csv` of which `final` and `best` are shown; None: what the
-        runs are judged by.
-      better: "min" or "max"; None: as the runs are judged, else "max" for an accuracy.
-      columns: which, beside `run`: names of results, keys of the config, of `summary.json`, or
+      metric: the column of `metrics.csv` of which `final` and `best` are shown; None: the figure
+        that the runs are judged by.
+      better: "min" or "max"; None: as the runs are judged, otherwise "max" for an accuracy.
+      columns: to show beside `run`: names of results, keys of the config, of `summary.json`, or
         columns of `metrics.csv` (their last value); None: differing keys and results.
       sort: a column; `-NAME` puts the largest first. None: as the runs were found.
 
@@ -113,12 +113,12 @@ def tabulate(
       The comparison.
 
     Raises:
-      RunError: an unknown column; names those there are.
+      RunError: an unknown column; names the known ones.
     """
     metric = metric or pick_y(runs)
     if not any(metric in run.columns for run in runs):
         there = dict.fromkeys(name for run in runs for name in run.columns)
-        raise RunError(f"metric={metric!r}: no run has that column; there are {', '.join(there)}")
+        raise RunError(f"metric={metric!r}: no run has that column; choose from {', '.join(there)}")
     if better not in (None, "min", "max"):
         raise RunError(f"better={better!r}: give min or max")
     judged = dict(run.summary["judged_by"] for run in runs if "judged_by" in run.summary)
@@ -145,7 +145,7 @@ def tabulate(
 
 
 def _sorted(table: list[dict[str, Cell]], by: str, *, largest_first: bool) -> list[dict[str, Cell]]:
-    """Numbers before texts; rows without a value last, whatever the direction."""
+    """Sorts numbers before texts; rows without a value are last in either direction."""
     there = [row for row in table if row[by] is not None]
     missing = [row for row in table if row[by] is None]
 
@@ -157,11 +157,11 @@ def _sorted(table: list[dict[str, Cell]], by: str, *, largest_first: bool) -> li
 
 
 def text(value: Cell, column: str = "") -> str:
-    """A cell for people.
+    """Formats a cell.
 
     Args:
       value: of a table.
-      column: in which it stands; bytes are shown in MiB.
+      column: its name; bytes are shown in MiB.
 
     Returns:
       Four significant digits, whole numbers with commas, "-" for None.
@@ -178,7 +178,7 @@ def text(value: Cell, column: str = "") -> str:
 
 
 def title(table: Comparison) -> str:
-    """What the columns `final` and `best` are.
+    """Describes the columns `final` and `best`.
 
     Args:
       table: from `tabulate`.
@@ -191,13 +191,13 @@ def title(table: Comparison) -> str:
 
 
 def as_csv(table: Comparison) -> str:
-    """The table with every digit.
+    """Formats the table with every digit.
 
     Args:
       table: from `tabulate`.
 
     Returns:
-      CSV, whose `final` and `best` also name the metric.
+      CSV; its `final` and `best` also name the metric.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -208,13 +208,13 @@ def as_csv(table: Comparison) -> str:
 
 
 def as_markdown(table: Comparison) -> str:
-    """The table for a document.
+    """Formats the table for a document.
 
     Args:
       table: from `tabulate`.
 
     Returns:
-      Markdown, under a line that says what is compared.
+      Markdown, under a title.
     """
     rows = [
         [text(cell, name).replace("|", "\\|") for name, cell in zip(table.header, row, strict=True)]
@@ -237,7 +237,7 @@ def show(table: Comparison) -> None:
     for row in table.rows:
         cells = (text(cell, name) for name, cell in zip(table.header, row, strict=True))
         printed.add_row(*map(escape, cells))
-    # On a terminal rich fits its width; in a file nothing may be cut off.
+    # On a terminal rich fits the width; in a file nothing may be cut off.
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 400
@@ -246,15 +246,15 @@ def show(table: Comparison) -> None:
 
 
 def compare(runs: Sequence[Run], *, output: str | None, **settings: Any) -> None:
-    """Prints the table, and writes it where asked to.
+    """Prints the table, and writes it to a file if one is given.
 
     Args:
       runs: at least one.
-      output: a file that ends in .csv or .md; None: none.
+      output: a file that ends in .csv or .md; None: no file.
       **settings: of `tabulate`.
 
     Raises:
-      RunError: something does not fit; says what there is instead.
+      RunError: a setting does not fit; says what exists instead.
     """
     target = None if output is None else Path(output)
     if target is not None and target.suffix not in SUFFIXES:

@@ -1,4 +1,4 @@
-"""Bits per byte of finished runs: `python -m experiments.evaluate run=FOLDER`."""
+"""Evaluates finished runs in bits per byte: `python -m experiments.evaluate run=FOLDER`."""
 
 import glob
 import json
@@ -21,7 +21,7 @@ from experiments.text.trained import open_model
 
 
 def find_runs(given: Any) -> list[Path]:
-    """The runs that are meant.
+    """Finds the given runs.
 
     Args:
       given: a run's folder; or a glob, or a list of folders and globs.
@@ -40,18 +40,18 @@ def find_runs(given: Any) -> list[Path]:
 
 
 def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """What a run is judged on: as it was itself, where nothing else is asked for.
+    """Selects the data to evaluate a run on: by default that of the run itself.
 
     Args:
       cfg: see conf/evaluate.yaml.
       folder: of the run.
 
     Returns:
-      `data`, the config of a source, and whether it is its `own`; `windows`, `length` and
+      `data`, the config of a source; `own`, whether it is the run's; `windows`, `length` and
       `batch_size`.
 
     Raises:
-      RunError: its config asks for what is not trusted.
+      RunError: its config needs something that is not trusted.
     """
     trained = trust.open_config(folder)
     if "data" not in cfg:
@@ -63,7 +63,7 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         name: trained.evaluation[name] if cfg[name] is None else cfg[name]
         for name in ("windows", "length", "batch_size")
     }
-    # Other text, but in the tokens that the model knows.
+    # Other text, but in the model's tokens.
     data = {**data, "tokenizer": own.get("tokenizer")}
     return {"data": data, "own": "data" not in cfg, **numbers}
 
@@ -79,8 +79,8 @@ def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
       Bits per byte by folder.
 
     Raises:
-      RunError: the windows do not fit, the text has changed since a run was judged by it, or a run
-        is not of a language model.
+      RunError: the windows do not fit, the text has changed since the run, or a run is not a
+        language model's.
     """
     data = build_data(OmegaConf.create({"data": where["data"]}))
     try:
@@ -93,7 +93,7 @@ def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
             known = checkpoints.data_of(folder).get("held-out text")
             if known not in (None, digest(data.validation)):
                 raise folders.RunError(
-                    f"{folder} was judged by other held-out text than {data.source} holds: its "
+                    f"{folder} was evaluated on other held-out text than {data.source}: its "
                     f"digest was {known!r} and is {digest(data.validation)!r}. Restore it, or "
                     "choose the text with data=SOURCE"
                 )
@@ -112,7 +112,7 @@ def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
 
 
 def job(cfg: DictConfig) -> dict[str, float]:
-    """Scores runs; a table for those that are judged on the same text.
+    """Scores runs, with a table for each text.
 
     Args:
       cfg: composed by Hydra, see conf/evaluate.yaml.
@@ -121,7 +121,7 @@ def job(cfg: DictConfig) -> dict[str, float]:
       Bits per byte by folder.
 
     Raises:
-      RunError: no such run, or settings that do not fit.
+      RunError: no such run, or a setting does not fit.
     """
     together: dict[str, list[Path]] = {}
     for folder in find_runs(cfg.run):

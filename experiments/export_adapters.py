@@ -1,4 +1,4 @@
-"""LoRA of a finetuned run for Hugging Face PEFT: `python -m experiments.export_adapters run=F`."""
+"""Exports a run's LoRA for Hugging Face PEFT: `python -m experiments.export_adapters run=F`."""
 
 import sys
 from pathlib import Path
@@ -15,13 +15,13 @@ from experiments.shell.commandline import command, guarded
 
 
 def export(cfg: DictConfig) -> None:
-    """Writes the two files.
+    """Writes PEFT's two files.
 
     Args:
       cfg: see conf/export_adapters.yaml.
 
     Raises:
-      RunError: no such run, or its transforms are not only LoRA.
+      RunError: no such run, or it has transforms other than LoRA.
     """
     names = OmegaConf.to_container(cfg)["names"] or {}
     if not isinstance(names, dict):

@@ -1,11 +1,11 @@
-"""Injects faults into runs' folders and counts what comes of them: `python -m experiments.faults`.
+"""Injects faults into runs' folders and counts the outcomes: `python -m experiments.faults`.
 
     python -m experiments.faults                 # all kinds, one or two minutes on two cores
     python -m experiments.faults only=hostile    # one of them
     python -m experiments.faults share=0.1       # a tenth of the faults
 
-Every fault must end in one of two ways: refused, with a message of at most three lines; or
-survived, with exactly the numbers that were saved. The exit code is 1 if one did not.
+Every fault must be refused, with a message of at most three lines, or survived, with exactly the
+saved numbers. Otherwise the exit code is 1.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from experiments.inject.injection import (
 from experiments.run import checkpoints, claim, folders, seals, trust
 
 LIMITS = (0, 1, 100, 500, 1000, 2000, 4000, 8000)  # bytes that a file may have on a "full disk"
-PATIENCE = 120  # seconds for a child on a machine that does much else
+PATIENCE = 120  # seconds for a child on a busy machine
 MODEL = {
     "_target_": "jaxpara.nn.decoder",
     "vocab_size": 256,
@@ -65,7 +65,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def bit_flips(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event]:
-    """One bit of one file, of a checkpoint, of frozen parameters, or of adapters."""
+    """Flips one bit of a file of a checkpoint, of frozen parameters, or of adapters."""
     run = place / "run"
     save_steps(run, 1)
     frozen = place / "frozen"
@@ -101,14 +101,14 @@ def bit_flips(place: Path, rng: np.random.Generator, share: float) -> Iterator[E
 
 
 def _harms(step: Path, other: Path, rng: np.random.Generator) -> dict[str, Callable[[Path], None]]:
-    """What may befall a file of a step, by name."""
+    """Lists the faults of a file of a step, by name."""
 
     def swap(path: Path) -> None:
         twin = other / path.relative_to(step)
         path.write_bytes(twin.read_bytes() if twin.is_file() else b"")
 
     return {
-        "a file cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "a truncated file": lambda path: path.write_bytes(path.read_bytes()[:-1]),
         "an empty file": lambda path: path.write_bytes(b""),
         "a missing file": Path.unlink,
         "random bytes": lambda path: path.write_bytes(rng.bytes(path.stat().st_size)),
@@ -119,7 +119,7 @@ def _harms(step: Path, other: Path, rng: np.random.Generator) -> dict[str, Calla
 
 
 def damaged_steps(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event]:
-    """The newest of two checkpoints, harmed; the one before must be read."""
+    """Damages the newer of two checkpoints; the older one must be read."""
     run = place / "run"
     save_steps(run, 2)
     before, last = (checkpoints.path_of(run, step) for step in (1, 2))
@@ -156,7 +156,7 @@ def _child(*arguments: Any, **options: Any) -> subprocess.Popen:
 
 
 def kills(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event]:
-    """A process that saves all the time, killed at a random moment; then the next."""
+    """Kills a process that keeps saving at a random moment, then starts the next one."""
     run = place / "run"
     for _ in range(max(1, round(share * 12))):
         before = max(checkpoints.steps(run), default=0)
@@ -179,7 +179,7 @@ def kills(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event
 
 
 def full_disks(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event]:
-    """No file may grow beyond so many bytes; what was saved before must stay whole."""
+    """Limits the size of files; earlier checkpoints must stay intact."""
     del rng
     what = "no room for a checkpoint"
     limits = LIMITS[:: max(1, round(1 / share))]
@@ -195,7 +195,7 @@ def full_disks(place: Path, rng: np.random.Generator, share: float) -> Iterator[
 
 
 def two_processes(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event]:
-    """A folder that another process holds, or held when it was killed."""
+    """Uses a folder that another process holds, or held when it was killed."""
     del rng
 
     def take() -> bool:
@@ -225,7 +225,7 @@ def _opened(run: Path, values: dict[str, Any], *, read: bool = False) -> DictCon
 
 
 def hostile_folders(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event]:
-    """Configs that would run code or read what nobody named, and links that lead elsewhere."""
+    """Opens configs that would run code or read foreign files, and links that lead outside."""
     del rng
     run = place / "run"
     run.mkdir()
@@ -263,7 +263,7 @@ def hostile_folders(place: Path, rng: np.random.Generator, share: float) -> Iter
 
 
 def garbage(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event]:
-    """Seals and tokenizers that are no such thing."""
+    """Reads invalid seals and tokenizers."""
     folder = place / "sealed"
     folder.mkdir()
     (folder / "file").write_text("x")
@@ -302,10 +302,10 @@ def inject(kind: str, *, share: float = 1.0, say: Callable[[str], None] = print)
     Args:
       kind: a key of `KINDS`.
       share: of the faults.
-      say: takes a line of progress now and then.
+      say: prints a line of progress now and then.
 
     Returns:
-      What became of each.
+      The outcome of each.
     """
     began, events = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
@@ -320,7 +320,7 @@ def inject(kind: str, *, share: float = 1.0, say: Callable[[str], None] = print)
 
 
 def rows(kind: str, events: list[Event]) -> list[str]:
-    """The lines of the table for one kind.
+    """Formats the lines of the table for one kind.
 
     Args:
       kind: a key of `KINDS`.

@@ -1,6 +1,6 @@
 """Adapts a trained language model: `python -m experiments.finetune from=FOLDER transform=[lora]`.
 
-A run's folder is as of `experiments.train`, which also continues one: `resume=FOLDER`.
+A run's folder is like that of `experiments.train`, which also continues it: `resume=FOLDER`.
 """
 
 import re
@@ -34,13 +34,13 @@ OF_THE_BASE = ("model", "mixer", "cell", "solver", "contender", "data.tokenizer"
 def check_transforms(arguments: Sequence[str]) -> None:
     """Refuses unknown transforms, and the same one twice in a chain.
 
-    Hydra would name no other for the first, and run the second as if it stood once.
+    Hydra would suggest no other name for the first, and run the second as if it were listed once.
 
     Args:
       arguments: of the command line, without the program.
 
     Raises:
-      RunError: names what there is.
+      RunError: names the known transforms.
     """
     there = sorted(path.stem for path in TRANSFORMS.glob("*.yaml"))
     for argument in arguments:
@@ -52,25 +52,25 @@ def check_transforms(arguments: Sequence[str]) -> None:
             for name in names:
                 if name not in (*there, "null"):
                     raise folders.RunError(
-                        f"transform={chosen}: there is no {name}; there are {', '.join(there)}"
+                        f"transform={chosen}: {name} is unknown; choose from {', '.join(there)}"
                     )
                 if names.count(name) > 1:
                     raise folders.RunError(
-                        f"transform={chosen}: {name} is listed {names.count(name)} times, and "
-                        "a chain has each transform once"
+                        f"transform={chosen}: {name} is listed {names.count(name)} times, but "
+                        "a chain has each transform only once"
                     )
 
 
 def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """Puts the model and the tokenizer of the run it starts from into a config.
+    """Puts the model and the tokenizer of the base run into a config.
 
     Args:
       cfg: composed, with `from`.
       overrides: of the command line, `KEY=VALUE`.
 
     Raises:
-      RunError: no such run, or one without a model or that asks for what is not trusted; or an
-        override of what is taken from it.
+      RunError: there is no such run, it has no model, or it needs something that is not trusted;
+        or an override contradicts it.
     """
     if OmegaConf.is_missing(cfg, "from"):
         folders.find_run(None, key="from", make=BASE)
@@ -96,14 +96,14 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
 
 
 def twin(cfg: DictConfig, folder: Path) -> Path | None:
-    """A finished run beside a folder that differs in numbers alone which its transforms have not.
+    """Finds a finished run beside a folder that differs only in numbers that no transform uses.
 
     Args:
-      cfg: of the run that is due, with its model.
-      folder: its folder; the jobs of a sweep lie beside one another.
+      cfg: of the next run, with its model.
+      folder: its folder; the jobs of a sweep are beside one another.
 
     Returns:
-      The folder of the twin, if there is one.
+      The folder of this twin, if there is one.
     """
     idle = unused(cfg)
 
@@ -119,7 +119,7 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
 
 
 def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
-    """The run of a twin under this config, marked."""
+    """Copies the run of a twin under this config and marks it."""
     folders.open_run(folder, cfg)
     shutil.copy(twin / METRICS, folder)
     summary = folders.read_summary(twin)
@@ -128,17 +128,17 @@ def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
 
 
 def job(cfg: DictConfig) -> None:
-    """One run; see `experiments.train.job`. A sweep runs what is the same only once.
+    """Does one run; see `experiments.train.job`. A sweep runs equal jobs only once.
 
     Args:
       cfg: composed by Hydra.
 
     Raises:
-      RunError: something to put right at the keyboard.
+      RunError: the user must change something; says what.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     goes_on = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
-    if not goes_on:  # a run that continues does so with its own config
+    if not goes_on:  # a continued run uses its own config
         take_model(cfg, list(HydraConfig.get().overrides.task))
         chosen = " > ".join(cfg.get("transform") or {}) or "full"
         print(f"transforms, as the weight flows: {chosen}")
@@ -150,7 +150,7 @@ def job(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="finetune")
 def compose(cfg: DictConfig) -> float | None:
-    """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
+    """Hydra's entry; returns the figure for sweepers that optimise it."""
     return guarded(lambda: once(cfg, job), cfg)
 
 

@@ -1,8 +1,8 @@
 """Fits the rule of `jp.auto` on this machine: `python -m experiments.fit_choice`.
 
-Measures, over a grid of lengths, widths and Jacobian block sizes, how much faster than
-`lax.scan` (forward and backward, with JAX's own derivative) each path of `newton_scan`
-with the reverse rule of training is, and writes the points as the data that the rule looks up.
+Measures the speed-up of each path of `newton_scan`, with the reverse rule of training, over
+`lax.scan` (forward and backward, with JAX's own derivative). The grid has lengths, widths and
+Jacobian block sizes. Writes the points as the data that the rule looks up.
 """
 
 import datetime
@@ -27,7 +27,7 @@ from experiments.shell.commandline import command, guarded
 
 
 def forward_backward(scan: Callable[..., Any], step: Any) -> Callable[..., Any]:
-    """Outputs and all gradients through any function of `lax.scan`'s type."""
+    """Computes outputs and all gradients through any function of `lax.scan`'s type."""
 
     def run(params, init, gates, cotangent):
         def outputs(params, init, gates):
@@ -42,7 +42,7 @@ def forward_backward(scan: Callable[..., Any], step: Any) -> Callable[..., Any]:
 def measure_point(
     cell: str, shape: tuple[int, int, int], paths: dict[str, Any], rounds: int, budget_s: float
 ) -> dict[str, Any]:
-    """One point of the map: speed-ups of every path over `lax.scan`."""
+    """Measures one point of the map: speed-ups of every path over `lax.scan`."""
     problem = make_problem(cell, *shape)
     data = (problem.params, problem.init, problem.gates, problem.cotangent)
 

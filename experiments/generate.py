@@ -22,7 +22,7 @@ FOLDERS = ("run", trust.TRUST)
 
 
 def read_requests(cfg: DictConfig) -> list[Request]:
-    """What is to be continued, each prompt as often as it is to be sampled.
+    """Collects the requests, with each prompt repeated for its samples.
 
     Args:
       cfg: see conf/generate.yaml.
@@ -31,11 +31,11 @@ def read_requests(cfg: DictConfig) -> list[Request]:
       The requests.
 
     Raises:
-      RunError: no or two sources of prompts, or a file that cannot be used.
+      RunError: there are no or two sources of prompts, or a file cannot be used.
     """
     if cfg.prompt is not None and cfg.prompts is not None:
         raise folders.RunError(
-            f"prompt={cfg.prompt!r} and prompts={cfg.prompts!r}: give one or the other"
+            f"prompt={cfg.prompt!r} and prompts={cfg.prompts!r}: give exactly one of them"
         )
     if cfg.samples < 1:
         raise folders.RunError(f"samples={cfg.samples} for each prompt: give at least 1")
@@ -50,10 +50,10 @@ def write_lines(sampler: Sampler, params: Params, requests: list[Request], cfg: 
     """Writes a JSON line for every request, as soon as its batch is done.
 
     Args:
-      sampler: continues.
+      sampler: from `sampling.sampler`.
       params: of its model.
-      requests: what is continued.
-      cfg: `output` is the file, else stdout.
+      requests: the requests.
+      cfg: `output` is the file; null: stdout.
     """
     output = nullcontext(sys.stdout) if cfg.output is None else open(cfg.output, "x")
     with output as lines:
@@ -69,13 +69,13 @@ def write_lines(sampler: Sampler, params: Params, requests: list[Request], cfg: 
 
 
 def job(cfg: DictConfig) -> None:
-    """One prompt: its continuation to stdout while it is drawn. Several: JSON Lines.
+    """Prints the continuation of one prompt while it is drawn; writes JSON Lines for several.
 
     Args:
       cfg: composed by Hydra, see conf/generate.yaml.
 
     Raises:
-      RunError: no such run, or settings that cannot be served.
+      RunError: no such run, or a setting cannot be used.
     """
     folder = folders.find_run(cfg.run)
     requests = read_requests(cfg)

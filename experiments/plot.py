@@ -1,6 +1,6 @@
-"""Compares runs in one figure: `python -m experiments.plot runs=multirun/lm`.
+"""Compares runs in a figure: `python -m experiments.plot runs=multirun/lm`.
 
-From `metrics.csv` and `config.yaml` alone. Runs that differ only in seeds are one curve: their
+It reads only `metrics.csv` and `config.yaml`. Runs that differ only in seeds are one curve: their
 mean, and a band from the lowest to the highest of them.
 """
 
@@ -21,7 +21,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def pick_y(runs: Sequence[Run]) -> str:
-    """What is plotted where nothing is named: what runs are judged by, or their training loss.
+    """Selects the default y: the figure that runs are judged by, or their training loss.
 
     Args:
       runs: at least one.
@@ -30,7 +30,7 @@ def pick_y(runs: Sequence[Run]) -> str:
       A column that all of them have.
 
     Raises:
-      RunError: there is none such.
+      RunError: there is none.
     """
     shared = [name for name in runs[0].columns if all(name in run.columns for run in runs)]
     best = [run.summary["judged_by"][0] for run in runs if "judged_by" in run.summary]
@@ -57,7 +57,7 @@ def plot(
     Args:
       runs: at least one.
       x: a column, or a key of the config with a number.
-      y: a column; None: what runs are judged by.
+      y: a column; None: the figure that runs are judged by.
       group_by: "auto", or keys of the config: runs that agree in them are one curve.
       output: a PNG, PDF or SVG file; None: `plots/Y-by-X.png`.
       title: of the figure; None: the runs' names.
@@ -68,7 +68,7 @@ def plot(
       The figure's file.
 
     Raises:
-      RunError: something does not fit; says what there is instead.
+      RunError: a setting does not fit; says what exists instead.
     """
     y = y or pick_y(runs)
     target = Path(output or f"plots/{y}-by-{x}.png")

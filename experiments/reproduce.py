@@ -7,16 +7,15 @@ An experiment's file says, in comments before its first key, what to run and wha
     # small, 0.5 minutes: steps=40 window=64:
     #   validation_bits_per_byte <= 4.2
 
-The last lines are the same command with a few more overrides, for everyday checks. A command that
-continues on another line is indented there. Figures are those of `summary.json`; several are
-separated by commas.
+The last lines add overrides to the command, for everyday checks. A line may continue, indented, on
+the next. Figures are those of `summary.json`, separated by commas.
 
-An experiment that starts from another run names it in a line of its own:
+An experiment that starts from another run names it in a separate line:
 
     # first: python -m experiments.train experiment=lm data=stdlib_base hydra.run.dir=runs/base
 
-It is run before, in a folder of its own, which the command is then given as `from=`; overrides of
-the small trial that begin with `first.` are for it.
+That run is done first, in its own folder, which the command then gets as `from=`. Overrides of the
+small trial that begin with `first.` apply to it.
 """
 
 import argparse
@@ -43,11 +42,11 @@ FIGURE = re.compile(r"(\w+) (?:(<=|>=) (\S+)|(\S+) \+- (\S+))")
 
 
 class Expected(NamedTuple):
-    """What a figure must be.
+    """The allowed range of a figure.
 
     Attributes:
       figure: a name in `summary.json`.
-      low: the least value.
+      low: the smallest value.
       high: the largest value.
       text: as written.
     """
@@ -59,14 +58,14 @@ class Expected(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A command and what must come of it.
+    """A command and its expected figures.
 
     Attributes:
       module: to run with `python -m`.
       overrides: for Hydra.
-      minutes: that it takes.
+      minutes: its expected time.
       expected: figures.
-      first: what it starts from, to be run before.
+      first: the trial that it starts from, to be run first.
     """
 
     module: str
@@ -86,7 +85,7 @@ def read_figures(text: str) -> list[Expected]:
       The figures.
 
     Raises:
-      ValueError: something else; says what.
+      ValueError: the text has another form; quotes it.
     """
     figures = []
     for part in text.split(","):
@@ -112,7 +111,7 @@ def read_head(path: Path) -> dict[str, Trial]:
       The trials "full" and "small".
 
     Raises:
-      RunError: a line is missing or cannot be read; says how it is written.
+      RunError: a line is missing or cannot be read; shows an example.
     """
     lines = []
     for line in path.read_text().splitlines():
@@ -128,7 +127,7 @@ def read_head(path: Path) -> dict[str, Trial]:
 
     def need(pattern: re.Pattern[str], example: str) -> tuple[str, ...]:
         if (found := find(pattern)) is None:
-            raise RunError(f"{path}: its first comments need a line like\n  {example}")
+            raise RunError(f"{path}: its first comments need a line such as\n  {example}")
         return found
 
     module, overrides = need(COMMAND, "# python -m experiments.train experiment=NAME")
@@ -143,11 +142,11 @@ def read_head(path: Path) -> dict[str, Trial]:
         if before is None:
             if theirs:
                 raise ValueError(
-                    f"{FIRST}{theirs[0]} is for a run that starts before, and no line "
-                    "`# first: python -m ...` says which"
+                    f"{FIRST}{theirs[0]} is for a first run, but no line "
+                    "`# first: python -m ...` gives one"
                 )
             return found
-        # Its folder and `from=` are for whoever types the commands.
+        # Its folder and `from=` are for users who type the commands.
         given = [one for one in before[1].split() if not one.startswith("hydra.run.dir=")]
         return found._replace(first=Trial(before[0], given + theirs, found.minutes, []))
 
@@ -161,14 +160,14 @@ def read_head(path: Path) -> dict[str, Trial]:
 
 
 def judge(expected: Sequence[Expected], summary: Mapping[str, object]) -> list[str]:
-    """Compares figures with what was expected.
+    """Compares figures with the expected ones.
 
     Args:
       expected: figures.
       summary: of the run.
 
     Returns:
-      A line for each that is not as it should be; none if all is well.
+      A line for each figure outside its range.
     """
     wrong = []
     for want in expected:
@@ -181,22 +180,22 @@ def judge(expected: Sequence[Expected], summary: Mapping[str, object]) -> list[s
 
 
 def run_trial(trial: Trial, folder: Path) -> tuple[dict[str, object], str | None]:
-    """Runs a trial in a process of its own, after what it starts from.
+    """Runs a trial in its own process, after the trial that it starts from.
 
     The output goes to a file beside the folder.
 
     Args:
       trial: what to run.
-      folder: of the run, to be made.
+      folder: of the run; made here.
 
     Returns:
-      The summary, and what went wrong with the process itself, if anything.
+      The summary, and what went wrong with the process, if anything.
     """
     if trial.first is not None:
         base = folder.with_name(f"{folder.name}-base")
         _, broken = run_trial(trial.first, base)
         if broken:
-            return {}, f"what it starts from: {broken}"
+            return {}, f"the run that it starts from: {broken}"
         trial = trial._replace(overrides=[*trial.overrides, f"from={base}"])
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +225,7 @@ def reproduce(
       Whether every figure was as expected.
 
     Raises:
-      RunError: a file does not say what to expect; before anything is run.
+      RunError: a file does not say what to expect; raised before anything is run.
     """
     trials = {path.stem: read_head(path)[size] for path in files}
     rows = []
@@ -260,7 +259,7 @@ def main() -> None:
     names = [word for word in words if word not in ("full", "small")]
     there = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
     if unknown := sorted(set(names) - set(there)):
-        parser.error(f"no experiment is named {', '.join(unknown)}; there are {', '.join(there)}")
+        parser.error(f"no experiment is named {', '.join(unknown)}; choose from {', '.join(there)}")
     files = [EXPERIMENTS / f"{name}.yaml" for name in names or there]
     folder = REPOSITORY / "runs" / "reproduce" / time.strftime("%Y-%m-%d_%H-%M-%S")
     try:

@@ -1,7 +1,7 @@
 """Times one training step of the default models: `python -m experiments.step_time`.
 
-The ParaGRU decoder and the attention decoder, each beside its twin in PyTorch where that is
-installed: in one process, in turn, medians and quartiles, compilation apart.
+Times the ParaGRU decoder and the attention decoder, each beside its twin in PyTorch if that is
+installed, in one process and in turn. Shows medians and quartiles without compilation.
 """
 
 import hydra
@@ -19,11 +19,11 @@ COLUMNS = ("model", "ms, median (quartiles)", "tokens/s", "x its twin", "compile
 
 
 def timed(sizes: Sizes, *, rounds: int, budget_s: float) -> dict[str, Timing]:
-    """The time of a step by name: of `MIXERS`, and with PyTorch of `TWINS`.
+    """Times a step of each of `MIXERS` and, with PyTorch, of each of `TWINS`.
 
     Args:
       sizes: of the models and batches.
-      rounds: steps that are timed.
+      rounds: number of timed steps.
       budget_s: seconds of timing.
     """
     calls = {mixer: training_step.ours(mixer, sizes) for mixer in MIXERS}
@@ -33,7 +33,7 @@ def timed(sizes: Sizes, *, rounds: int, budget_s: float) -> dict[str, Timing]:
 
 
 def table(timings: dict[str, Timing], tokens: int, title: str) -> Table:
-    """A row a model, ours before its twin."""
+    """Makes a row for each model, ours before its twin."""
     made = Table(*COLUMNS, title=title)
     for mixer, other in TWINS.items():
         twin = timings.get(other)
@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         console = console if console.is_terminal else Console(width=160)
         console.print(table(timings, sizes.batch_size * sizes.window, machine()))
         if not training_step.torch_is_there():
-            console.print("PyTorch is not installed: pip install torch shows its steps beside ours")
+            console.print("PyTorch is not installed: pip install torch to compare with its steps")
 
     guarded(program, cfg)
 

@@ -25,13 +25,13 @@ FOLDERS = ("data.path", "data.root", "data.tokenizer", trust.TRUST)
 
 
 def job(cfg: DictConfig) -> None:
-    """One run, from its config, or on from where its folder's last checkpoint stands.
+    """Does one run from its config, or continues from its folder's last checkpoint.
 
     Args:
       cfg: composed by Hydra.
 
     Raises:
-      RunError: something to put right at the keyboard.
+      RunError: the user must change something; says what.
       SystemExit: 128 plus the signal's number after a signal to stop, with everything saved.
     """
     with contextlib.ExitStack() as held:
@@ -39,7 +39,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
-    """`job` in a folder, which it holds as soon as it writes there."""
+    """`job` in a folder, which it locks as soon as it writes there."""
     resume = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
     if resume:
         held.enter_context(claimed(folder))
@@ -47,7 +47,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
         overrides = list(HydraConfig.get().overrides.task)
         check_overrides(overrides, cfg=cfg, stored=stored, folder=folder)
         if folders.status(folder) == "finished":
-            print(f"the run is finished, nothing is left to do: {folder}")
+            print(f"the run is finished, there is nothing left to do: {folder}")
             return
         cfg = trust.open_config(folder)
         check_settings(cfg, "train")
@@ -88,12 +88,12 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def compose(cfg: DictConfig) -> float | None:
-    """Hydra's entry; a sweeper that learns from its jobs needs the figure."""
+    """Hydra's entry; returns the figure for sweepers that optimise it."""
     return guarded(lambda: once(cfg, job), cfg)
 
 
 def main() -> None:
-    """The command line: prompts as typed, `resume=FOLDER` as a folder, sweeps in theirs."""
+    """The command line: quotes prompts, turns `resume=FOLDER` into a folder, starts sweeps."""
 
     def prepare(arguments: list[str]) -> list[str]:
         arguments = quote_folders(resume_arguments(arguments), keys=FOLDERS)

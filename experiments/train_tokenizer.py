@@ -13,14 +13,14 @@ from experiments.shell.commandline import command, guarded
 
 
 def up_to(documents: Iterable[bytes], size: int) -> Iterator[str]:
-    """The first documents of so many bytes, as text.
+    """Yields the first documents, up to a number of bytes, as text.
 
     Args:
       documents: in any order.
       size: bytes after which no further document is taken.
 
     Returns:
-      Their text; bytes that are no UTF-8 show as U+FFFD.
+      Their text; bytes that are not UTF-8 show as U+FFFD.
     """
     have = 0
     for document in documents:
@@ -31,16 +31,16 @@ def up_to(documents: Iterable[bytes], size: int) -> Iterator[str]:
 
 
 def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Path) -> int:
-    """Byte pair encoding over bytes [bpe]: any text can be encoded, and decoded to its bytes.
+    """Trains byte pair encoding over bytes [bpe]: any text can be encoded and decoded.
 
     Args:
-      documents: to learn from; those that a model is trained on, not the held-out ones.
+      documents: to learn from: the training documents, not the held-out ones.
       vocab_size: tokens, of which 256 are bytes and one ends a document.
-      size: bytes to learn from at most.
-      output: the file that is written.
+      size: the most bytes to learn from.
+      output: the file to write.
 
     Returns:
-      The number of tokens: `vocab_size`, or fewer where the text has no more pairs.
+      The number of tokens: `vocab_size`, or fewer if the text has no more pairs.
 
     Raises:
       RunError: the vocabulary is too small, or the library `tokenizers` is missing.
@@ -77,13 +77,13 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
 
 
 def job(cfg: DictConfig) -> None:
-    """Trains and says what the tokenizer is worth.
+    """Trains a tokenizer and prints its bytes per token.
 
     Args:
       cfg: composed by Hydra, see conf/train_tokenizer.yaml.
 
     Raises:
-      RunError: something to put right at the keyboard.
+      RunError: the user must change something; says what.
     """
     data = instantiate(cfg.data)
     output = Path(cfg.output)

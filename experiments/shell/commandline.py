@@ -1,4 +1,4 @@
-"""What stands between the shell and Hydra: settings checked, errors as lines, prompts as typed."""
+"""Between the shell and Hydra: checks settings, shortens errors, keeps prompts as typed."""
 
 import contextlib
 import contextvars
@@ -30,7 +30,7 @@ def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
     """Quotes free text for Hydra, whose grammar would otherwise strip and parse it.
 
     `prompt=def f(x): ` reaches the program with its brackets and its last space.
-    What the user already put in quotes is left alone.
+    Text that is already quoted is left alone.
 
     Args:
       arguments: of the command line, without the program.
@@ -44,8 +44,8 @@ def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         if equals and key.lstrip("+") in keys and not already:
-            # A backslash is itself to Hydra, except where it stands before a quote, at the
-            # end, or before an interpolation: there it is doubled.
+            # A backslash is literal to Hydra, except before a quote, at the end, or before an
+            # interpolation: there it is doubled.
             body = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", value)
             body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), body)
             argument = f"{key}='{body}'"
@@ -54,19 +54,19 @@ def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
 
 
 def guarded(program: Callable[[], Any], cfg: DictConfig | None = None) -> Any:
-    """Runs a program once its settings are checked; a refused one leaves no folder.
+    """Checks the settings of a program and runs it; a refused one leaves no folder.
 
     Args:
       program: the body of `main`.
-      cfg: its config, whose settings are checked before anything is built; what its command line
-        names is trusted.
+      cfg: its config, which is checked before anything is built; paths on its command line are
+        trusted.
 
     Returns:
       What the program returns.
 
     Raises:
-      SystemExit: with the text, exit code 1, below `launch`; elsewhere and in a sweep, whose other
-        jobs go on, the error itself.
+      SystemExit: with the text and exit code 1, below `launch`. Elsewhere, and in a sweep, whose
+        other jobs continue, the error itself is raised.
     """
     known = HydraConfig.initialized()
     sweeps = known and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -86,10 +86,10 @@ def guarded(program: Callable[[], Any], cfg: DictConfig | None = None) -> Any:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuses settings that are not what the table of `limits` asks for.
+    """Refuses settings that break the rules of the table of `limits`.
 
     Args:
-      cfg: composed by Hydra, whose record says of what command and with what overrides.
+      cfg: composed by Hydra, whose record holds the command and its overrides.
 
     Raises:
       RunError: what was given, what was expected, what to type.
@@ -100,25 +100,25 @@ def check(cfg: DictConfig) -> None:
 
 
 def launch(main: Callable[[], Any]) -> Any:
-    """Calls a program that Hydra decorates; what Hydra refuses ends it with a few lines as well.
+    """Calls a program that Hydra decorates; an error of Hydra also ends it with a few lines.
 
     Args:
       main: decorated by `hydra.main`.
 
     Returns:
-      What it returns.
+      The value that it returns.
 
     Raises:
-      SystemExit: with the text, exit code 1.
+      SystemExit: with the text and exit code 1.
     """
     before = os.environ.get(FULL_ERROR)
-    # With it Hydra lets errors out, and `explain` says them in fewer lines.
+    # With it Hydra raises errors, and `explain` shortens them.
     os.environ[FULL_ERROR] = "1"
     token = _short.set(before != "1")
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
     try:
         return main()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
@@ -139,7 +139,7 @@ def launch(main: Callable[[], Any]) -> Any:
 
 
 def command(main: Callable[[], Any]) -> Callable[[], Any]:
-    """A command's `main`: Hydra's, without tracebacks for what a person can cause.
+    """Makes a command's `main`: Hydra's, without tracebacks for errors that users can cause.
 
     Args:
       main: decorated by `hydra.main`.

@@ -1,4 +1,4 @@
-"""Errors in the words of who typed the command: what was given, what is wrong, what to type."""
+"""Explains errors to the user: what was given, what is wrong, what to type."""
 
 import errno
 import functools
@@ -24,19 +24,19 @@ from experiments.run.checks import settings_of
 from experiments.run.folders import RunError
 from experiments.shell.near_misses import near_misses
 
-FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks instead of lines
-LINES = 3  # of an error at most
+FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks instead of messages
+LINES = 3  # the most lines of a message
 
 
 def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
-    """The lines that say how to put right what a person at the keyboard can put right.
+    """Explains an error that the user can correct.
 
     Args:
       error: from composing, building or running.
       cfg: the command's config, in which the setting to change is looked up.
 
     Returns:
-      The text, at most three lines; None where the traceback is worth its lines.
+      The text, at most three lines; None if the traceback is needed.
     """
     text = _text_of(error, cfg)
     if text is None:
@@ -50,7 +50,7 @@ def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
 
 def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
     cause = error.__cause__
-    if isinstance(error, BrokenPipeError):  # nobody reads on, see `commandline.command`
+    if isinstance(error, BrokenPipeError):  # the reader has closed, see `commandline.command`
         return None
     if isinstance(cause, InstantiationException):  # an object inside another one
         return _text_of(cause, cfg)
@@ -65,7 +65,7 @@ def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
         missing = re.search(r"[Mm]issing mandatory value: (\S+)", str(error))
         name = missing[1] if missing else "a setting without a default"
-        # A task reads the data and the model where they stand in groups of their own.
+        # A task refers to the data and the model, which are their own groups.
         name = re.sub(r"^task\.(data|model)\.", r"\1.", name)
         return f"{name} must be given: {name}=VALUE on the command line"
     if isinstance(error, InterpolationKeyError | ConfigAttributeError):
@@ -75,7 +75,7 @@ def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         first = str(error).splitlines()[:1] or ["no room"]
         return (
-            f"the memory is not enough: {first[0][:200]}\n"
+            f"not enough memory: {first[0][:200]}\n"
             "give a smaller batch_size, window or model, or accumulate=N"
         )
     if isinstance(error, OSError) and error.strerror:
@@ -86,13 +86,13 @@ def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
 def _of_file(error: OSError) -> str:
     place = error.filename2 or error.filename
     hint = {
-        errno.ENOSPC: "make room, then give the same command again",
-        errno.EDQUOT: "make room, then give the same command again",
-        errno.EACCES: "give another place, or take the right to use this one",
-        errno.EPERM: "give another place, or take the right to use this one",
-        errno.EROFS: "give a place that can be written to",
+        errno.ENOSPC: "make room, then repeat the command",
+        errno.EDQUOT: "make room, then repeat the command",
+        errno.EACCES: "give another path, or change the permissions of this one",
+        errno.EPERM: "give another path, or change the permissions of this one",
+        errno.EROFS: "give a path that can be written to",
         errno.EISDIR: "give a file",
-        errno.ENOTDIR: "one part of this path is a file: give another",
+        errno.ENOTDIR: "a part of this path is a file: give another path",
         errno.ENAMETOOLONG: "give a shorter name",
     }.get(error.errno or 0, "give another path")
     where = "" if place is None else f"{_shown(place)}: "
@@ -104,12 +104,12 @@ def _shown(place: Any) -> str:
 
 
 def _of_config(error: BaseException) -> str:
-    """What Hydra and OmegaConf say, shorter, with the key that was perhaps meant."""
+    """Shortens errors of Hydra and OmegaConf, and suggests a key."""
     text, cause = str(error), error.__cause__
     wrong = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     root = getattr(getattr(cause, "parent_node", None), "_get_root", lambda: None)()
     if wrong and isinstance(root, DictConfig):
-        # The value of an override may hold keys of its own: `model={widht: 8}`.
+        # The value of an override may hold keys: `model={widht: 8}`.
         asked = str(getattr(cause, "full_key", None) or wrong[1])
         groups = [str(key) for key in root if isinstance(root._get_node(key), DictConfig)]
         there = list(dict.fromkeys([key for key, _ in settings_of(root)] + groups))
@@ -117,14 +117,14 @@ def _of_config(error: BaseException) -> str:
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
         outer = asked.rpartition(".")[0]
         beside = [key for key in there if outer and key.startswith(f"{outer}.")]
-        meant = meant or (f"; there are {', '.join(beside)}" if beside else "")
+        meant = meant or (f"; choose from {', '.join(beside)}" if beside else "")
         return (
             f"{asked}: there is no such setting{meant}\n"
             "--cfg job shows all settings, --help the groups"
         )
     if several := re.search(r"Ambiguous value for argument '(([^=]+)=([^']*))'", text):
         return (
-            f"{several[1]}: several values need -m before them, for a run each; "
+            f"{several[1]}: several values need -m, for a run each; "
             f"a list is typed {several[2]}=[{several[3]}]"
         )
     if isinstance(error, OverrideParseException):
@@ -136,7 +136,7 @@ def _of_config(error: BaseException) -> str:
         there = options[1].split()
         near = near_misses(member, there, count=1)
         meant = f"did you mean {group}={near[0]}? " if near else ""
-        return f"{group}={member}: no such member; {meant}there are {', '.join(there)}"
+        return f"{group}={member}: no such member; {meant}choose from {', '.join(there)}"
     key = getattr(error, "full_key", None)
     text = text.partition("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -145,26 +145,26 @@ def _of_config(error: BaseException) -> str:
 
 
 def _of_absence(error: OmegaConfBaseException) -> str:
-    """A setting or group that another one, or the command, reads and that is not there."""
+    """Explains a missing setting or group that another one, or the command, reads."""
     key = str(error.full_key or error.key)
     referred = re.search(r"Interpolation key '([^']+)' not found", str(error))
     name = referred[1] if referred else key
     reader = key if referred else "this command"
     return (
-        f"{name}: {reader} reads it, and it is not there;\n"
+        f"{name}: {reader} reads it, but it is missing;\n"
         f"leave ~{name} out if that is what you typed, or give +{name}=VALUE"
     )
 
 
 def typed_key(cfg: DictConfig | None, key: str) -> str:
-    """The key by which a node is overridden: `model` where `task.model` is `${model}`.
+    """Finds the key by which a node is overridden: `model` if `task.model` is `${model}`.
 
     Args:
       cfg: composed, its references as they are.
       key: of a node.
 
     Returns:
-      The key; the same one where nothing refers.
+      The key; unchanged if it is not a reference.
     """
     if cfg is None:
         return key
@@ -184,7 +184,7 @@ def typed_key(cfg: DictConfig | None, key: str) -> str:
 
 
 def _of_target(error: InstantiationException, cfg: DictConfig | None) -> str | None:
-    """What an object refused, with the override that changes it."""
+    """Explains what an object refused, with the override that changes it."""
     cause = error.__cause__
     if isinstance(cause, RunError):
         return str(cause)
@@ -224,7 +224,7 @@ def _of_target(error: InstantiationException, cfg: DictConfig | None) -> str | N
 
 
 def _of_name(key: str, path: str) -> str:
-    """A path that leads to no function or object."""
+    """Explains a dotted name that does not exist."""
     outer, _, last = path.rpartition(".")
     parts, place = outer.split("."), None
     if parts[0] in sys.modules:
@@ -238,7 +238,7 @@ def _of_name(key: str, path: str) -> str:
 
 
 def _of_signature(key: str, called: str, cause: TypeError) -> str | None:
-    """A setting that an object does not have, lacks, or cannot use."""
+    """Explains a setting that an object does not have, lacks, or cannot use."""
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
     if unknown:
         there = _parameters(called)

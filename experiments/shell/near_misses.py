@@ -1,4 +1,4 @@
-"""Keys that were perhaps meant."""
+"""Suggestions for misspelt keys."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from experiments.run.limits import RULES, rule_for
 
 
 def near_misses(name: str, there: Sequence[str], *, count: int = 3) -> list[str]:
-    """Keys that were perhaps meant.
+    """Suggests keys for a misspelt one.
 
     Args:
-      name: that is no key, or a path to it.
-      there: the keys that there are.
-      count: of them at most.
+      name: the unknown key, or a path to it.
+      there: the known keys.
+      count: the most suggestions.
 
     Returns:
-      The nearest, best first; a key whose last name alone is near counts as near.
+      The nearest, best first; a key of which only the last name is near also counts.
     """
     last = name.split(".")[-1]
 
@@ -29,21 +29,21 @@ def near_misses(name: str, there: Sequence[str], *, count: int = 3) -> list[str]
             difflib.SequenceMatcher(None, last, key.split(".")[-1]).ratio() - 0.01,
         )
 
-    # Of equally good ones the outermost: what is written inside often refers to it.
+    # Of equally good ones the outermost comes first: inner ones often refer to it.
     ranked = sorted(there, key=lambda key: (-likeness(key), key.count(".")))
     least = max(0.7, likeness(ranked[0]) - 0.1) if ranked else 1.0
     return [key for key in ranked[:count] if likeness(key) > least]
 
 
 def check_additions(overrides: Sequence[str], cfg: DictConfig) -> None:
-    """Refuses `+KEY=VALUE` where the key is nearly one that there is: nothing would read it.
+    """Refuses `+KEY=VALUE` if the key is nearly a known one: nothing would read it.
 
     Args:
       overrides: of the command line.
       cfg: composed with them.
 
     Raises:
-      RunError: with the key that was perhaps meant.
+      RunError: suggests a key.
     """
     added = [one[1:].partition("=") for one in overrides if one.startswith("+")]
     there = [key for key, _ in settings_of(cfg)] + list(RULES)

@@ -1,4 +1,4 @@
-"""Overrides whose key or value Hydra refuses, or passes over, without saying whose they are."""
+"""Finds overrides that Hydra refuses or ignores without naming them."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ from experiments.run.names import CONF
 
 
 def misread(arguments: Sequence[str]) -> str | None:
-    """The first argument that names no setting, or gives a group what is no member's name.
+    """Finds the first argument that names no setting, or gives a group an invalid member.
 
     Args:
       arguments: of the command line, without the program.
 
     Returns:
-      What was given, what was expected and what to type; None where there is no such argument.
+      What was given, what was expected and what to type; None if there is no such argument.
     """
     parser = OverridesParser.create()
     for argument in arguments:
@@ -30,7 +30,7 @@ def misread(arguments: Sequence[str]) -> str | None:
         member = isinstance(value, dict) or (isinstance(value, str | list) and value)
         if there and not member and not override.is_delete() and not override.is_sweep_override():
             return (
-                f"{argument}: expected the name of a member of group {group}; there are "
-                f"{', '.join(there)}\nleave it out for the default"
+                f"{argument}: expected a member of group {group}: choose from "
+                f"{', '.join(there)}\nor leave it out for the default"
             )
     return None

@@ -1,7 +1,7 @@
-"""Sets of runs, read from their folders: in what they differ, and which belong together.
+"""Sets of runs, read from their folders: how they differ, and which belong together.
 
-A run is described by its `config.yaml`, flattened: an object becomes the last name of what builds
-it, so that `cell` is "para_gru" and `mixer.heads` is 4. Runs that differ only in seeds belong
+A run is described by its flattened `config.yaml`. An object becomes the last name of its
+constructor: `cell` is "para_gru" and `mixer.heads` is 4. Runs that differ only in seeds belong
 together.
 """
 
@@ -19,16 +19,16 @@ from experiments.run import metrics
 from experiments.run.folders import CONFIG, ENVIRONMENT, SUMMARY, RunError, load_config, read_json
 
 METRICS = "metrics.csv"
-# What a run leaves and how it is watched does not change what it computes.
+# Keys for outputs and logging, which do not change what a run computes.
 NOT_COMPARED = ("checkpoint", "logger", "profile", "trace", "resume")
-ABSENT = ""  # the value of a key that a run's config has not
+ABSENT = ""  # the value of a key that a run's config lacks
 
 
 class Run(NamedTuple):
-    """One run's folder, read.
+    """The contents of a run's folder.
 
     Attributes:
-      folder: where it is.
+      folder: its path.
       config: flattened, see `flatten`.
       columns: of `metrics.csv`; None where a cell is empty.
       summary: of `summary.json`; empty while the run continues.
@@ -49,7 +49,7 @@ def flatten(node: Any) -> Any:
       node: plain values, as of a resolved config.
 
     Returns:
-      The flat mapping; of something that is no mapping, a value to compare and to print.
+      The flat mapping; for anything but a mapping, a value to compare and print.
     """
     if isinstance(node, Sequence) and not isinstance(node, str):
         return "+".join(str(_name(item)) for item in node)
@@ -75,7 +75,7 @@ def _is_getter(node: Mapping[str, Any]) -> bool:
 
 
 def _name(node: Any) -> Any:
-    """What an object is called; the node itself if it is none."""
+    """Names an object; returns the node itself if it is not one."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         return flatten(node) if isinstance(node, list | tuple) else node
     target = str(node["_target_"])
@@ -101,13 +101,13 @@ def expand(patterns: str | Iterable[str] | None) -> list[Path]:
     given = [patterns] if isinstance(patterns, str) else list(patterns or ())
     if not given:
         raise RunError(
-            "give runs=FOLDER or 'runs=[FOLDER,GLOB,...]': folders of runs, or what holds them, "
+            "give runs=FOLDER or 'runs=[FOLDER,GLOB,...]': folders of runs, or folders of these, "
             "for example runs=runs/lm or 'runs=multirun/lm/*'"
         )
     found: dict[Path, None] = {}
     for pattern in given:
         place = Path(pattern).expanduser()
-        # A folder may be called like a glob.
+        # A folder's name may look like a glob.
         places = [place] if place.is_dir() else [Path(p) for p in sorted(glob.glob(str(place)))]
         inside = [
             folder
@@ -141,7 +141,7 @@ def read(folder: Path) -> Run:
     """
     table = folder / METRICS
     if not table.is_file():
-        raise RunError(f"{folder} has no {METRICS}: it is not a training run, or did not begin")
+        raise RunError(f"{folder} has no {METRICS}: it is not a training run, or it did not start")
     try:
         columns = metrics.read(table)
     except (ValueError, OSError) as error:
@@ -160,15 +160,15 @@ def read(folder: Path) -> Run:
 
 
 def need(run: Run, *, config: Sequence[str] = (), summary: Sequence[str] = ()) -> None:
-    """Refuses a run that lacks what a table is made of.
+    """Refuses a run that lacks keys of a table.
 
     Args:
       run: read.
-      config: keys that its config must have.
-      summary: keys that its summary must have.
+      config: the keys that its config must have.
+      summary: the keys that its summary must have.
 
     Raises:
-      RunError: with the file and what it lacks.
+      RunError: names the file and what it lacks.
     """
     for name, keys, there in ((CONFIG, config, run.config), (SUMMARY, summary, run.summary)):
         if lacking := [key for key in keys if key not in there]:
@@ -178,7 +178,7 @@ def need(run: Run, *, config: Sequence[str] = (), summary: Sequence[str] = ()) -
 
 
 def read_all(patterns: str | Iterable[str] | None) -> tuple[list[Run], list[str]]:
-    """Reads every run that is found; those without numbers are named and left out.
+    """Reads all runs; those without numbers are named and left out.
 
     Args:
       patterns: as for `expand`.
@@ -201,7 +201,7 @@ def read_all(patterns: str | Iterable[str] | None) -> tuple[list[Run], list[str]
 
 
 def _is_seed(runs: Sequence[Run], key: str) -> bool:
-    """The seed of a run, or a copy of it; a seed that chooses other data is none."""
+    """Whether a key is the seed of a run or a copy of it; a seed that chooses data is not."""
     copied = key.endswith(".seed") and _values(runs, key) == _values(runs, "seed")
     return key == "seed" or copied
 
@@ -211,7 +211,7 @@ def _values(runs: Sequence[Run], key: str) -> tuple[str, ...]:
 
 
 def _follows(values: Sequence[Any], known: Sequence[Sequence[Any]]) -> bool:
-    """Whether runs that agree in all that is known agree here too."""
+    """Whether runs that agree in all known keys agree in this one too."""
     seen: dict[tuple, Any] = {}
     return all(
         seen.setdefault(at, value) == value
@@ -220,11 +220,11 @@ def _follows(values: Sequence[Any], known: Sequence[Sequence[Any]]) -> bool:
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """The keys of the config in which runs differ, seeds apart, each difference once.
+    """Finds the keys in which configs differ, without seeds, each difference once.
 
-    A config is resolved, so that one choice shows in many places: `mixer=attention` also changes
-    `model.mixer` and `mixer.heads`. Left out are keys that follow from others and either lie
-    inside one of them or repeat its values.
+    A config is resolved, so one choice changes many keys: `mixer=attention` also changes
+    `model.mixer` and `mixer.heads`. Keys that follow from others are left out if they are inside
+    one of them or repeat its values.
 
     Args:
       runs: any number.
@@ -251,7 +251,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def _where_it_acts(runs: Sequence[Run], key: str, every: Iterable[str]) -> str:
-    """`mixer.cell` for `cell` where some runs' mixer has no cell: the choice is idle in those."""
+    """Names `mixer.cell` for `cell` if some runs' mixer has no cell, which is then unused there."""
     for inner in every:
         if inner.split(".")[1:] == [key]:
             there = [run for run in runs if inner in run.config]
@@ -271,7 +271,7 @@ def check_keys(runs: Sequence[Run], keys: Iterable[str]) -> list[str]:
       The keys.
 
     Raises:
-      RunError: names the nearest keys there are.
+      RunError: suggests the nearest keys.
     """
     there = list(dict.fromkeys(key for run in runs for key in run.config))
     wanted = list(keys)
@@ -283,7 +283,7 @@ def check_keys(runs: Sequence[Run], keys: Iterable[str]) -> list[str]:
 
 
 def group(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, list[Run]]:
-    """Puts runs together that agree in some keys.
+    """Groups runs that agree in some keys.
 
     Args:
       runs: any number.
@@ -315,21 +315,21 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> dict[str, list[Run]]:
 
 
 def label(key: str, value: Any) -> str:
-    """A key and its value for people.
+    """Formats a key and its value.
 
     Args:
       key: of the flattened config.
       value: its value.
 
     Returns:
-      `key=value`, the key without what stands before its last dot but one.
+      `key=value`, with at most the last two parts of the key.
     """
     short = ".".join(key.split(".")[-2:])
     return f"{short}={'null' if value is None else value}"
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
-    """The runs' folders without what they have in common.
+    """Names the runs by their folders without the common parts.
 
     Args:
       runs: any number.

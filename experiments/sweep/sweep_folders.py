@@ -1,8 +1,8 @@
-"""Where a sweep's jobs go: folders that people can read, and that a repeated command finds again.
+"""Folders of a sweep's jobs: readable names that a repeated command finds again.
 
-`multirun/NAME/SWEEP/JOB`: SWEEP says which keys vary (or which `sweep=` was chosen) and, by a
-few digits, what else was on the command line; JOB says their values and, by a few digits, the
-whole resolved config. The same command gives the same folders; another config another folder.
+In `multirun/NAME/SWEEP/JOB`, SWEEP names the keys that vary (or the chosen `sweep=`) and has a
+short digest of the rest of the command line. JOB has the values of these keys and a short digest of
+the whole resolved config. The same command gives the same folders, another config another folder.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 LONGEST = 100  # characters of a readable name; file systems allow 255 bytes
-GIVEN_BY_THE_PATH = ("experiment", "sweep")  # NAME and SWEEP say these
-NOT_OF_THE_RESULT = ("resume", "trust")  # keys that do not make a config another one
+GIVEN_BY_THE_PATH = ("experiment", "sweep")  # NAME and SWEEP contain these
+NOT_OF_THE_RESULT = ("resume", "trust")  # keys that do not change the result
 
 
 def short(key: str) -> str:
-    """The last word of a key: `learning_rate` of `optim.learning_rate`.
+    """Takes the last word of a key: `learning_rate` of `optim.learning_rate`.
 
     Args:
       key: as in an override.
@@ -35,7 +35,7 @@ def short(key: str) -> str:
 
 
 def digest(value: Any, length: int = 6) -> str:
-    """A few digits that differ where values do.
+    """Computes a short digest of values.
 
     Args:
       value: plain Python values.
@@ -49,7 +49,7 @@ def digest(value: Any, length: int = 6) -> str:
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config of a job, without Hydra's part and what does not change the result.
+    """Resolves the config of a job, without Hydra's part and keys that do not change the result.
 
     Args:
       cfg: composed.
@@ -64,7 +64,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _plain_name(text: str) -> str:
-    """What file systems, shells, and Hydra in `run=FOLDER`, take without quotes."""
+    """Replaces characters that file systems, shells or Hydra need quotes for."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
 
@@ -79,16 +79,15 @@ def name_sweep(arguments: Sequence[str]) -> list[str]:
       arguments: of the command line, without the program.
 
     Returns:
-      The arguments, `-m` first, with `hydra.sweep.dir` and `hydra.sweep.subdir` unless they are
-      there.
+      The arguments, `-m` first, with `hydra.sweep.dir` and `hydra.sweep.subdir` added if missing.
     """
-    # Hydra takes overrides in one piece only: `a=1 -m b=1,2` would be an error.
+    # Hydra takes overrides only in one piece: `a=1 -m b=1,2` would be an error.
     given = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
     lines = [argument for argument in given if "=" in argument and argument[0] != "-"]
     try:
         overrides = OverridesParser.create().parse_overrides(lines)
     except HydraException:
-        return given  # Hydra says what is wrong with it
+        return given  # Hydra reports the error
     keys = {override.get_key_element() for override in overrides}
     swept = [o.get_key_element() for o in overrides if _is_swept(o)]
     chosen = [str(o.value()) for o in overrides if o.get_key_element() == "sweep"]
@@ -112,7 +111,7 @@ def name_sweep(arguments: Sequence[str]) -> list[str]:
 
 
 def job_folder(*keys: str, _root_: DictConfig) -> str:
-    """The name of a job's folder, a resolver of OmegaConf.
+    """Names a job's folder; a resolver of OmegaConf.
 
     Args:
       *keys: short names of the overrides that vary besides those of `hydra.sweeper.params`;
@@ -136,10 +135,10 @@ def job_folder(*keys: str, _root_: DictConfig) -> str:
         readable = readable[:LONGEST].rpartition("+")[0] or readable[:LONGEST]
     try:
         config = plain_config(_root_)
-    except OmegaConfBaseException:  # the job itself will say what does not resolve
+    except OmegaConfBaseException:  # the job itself will report what does not resolve
         config = list(_root_.hydra.overrides.task)
     return f"{readable or 'job'}-{digest(config)}"
 
 
-# Launchers resolve folders in processes of their own, which import this module with the program.
+# Launchers resolve folders in their own processes, which import this module with the program.
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)

@@ -1,7 +1,7 @@
-"""Sweeps that survive their jobs: what fails is recorded, what is finished is not run again.
+"""Sweeps that survive their jobs: failures are recorded, finished jobs are not run again.
 
-A job's folder depends on its config alone (see `sweep_folders`), and a job that finds a run
-there continues it. So the same command, repeated, does what is left to do.
+A job's folder depends only on its config (see `sweep_folders`), and a job that finds a run there
+continues it. Repeating the command therefore does the remaining work.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from experiments.shell.explanations import explain
 from experiments.sweep.sweep_folders import name_sweep
 
 ERROR = "error.txt"
-REFUSED = "refused"  # a file for each job that was refused: it has no folder
+REFUSED = "refused"  # holds a file for each refused job, which has no folder
 OVERRIDES = Path(".hydra") / "overrides.yaml"
-# Which plugin of Hydra a choice needs; all are in the extra `sweeps`.
+# The Hydra plugin that each choice needs; all are in the extra `sweeps`.
 PLUGINS = {
     "hydra/launcher=joblib": "hydra_joblib_launcher",
     "hydra/launcher=submitit_local": "hydra_submitit_launcher",
@@ -41,15 +41,15 @@ PLUGINS = {
 
 
 class Job(NamedTuple):
-    """What became of one job.
+    """The outcome of one job.
 
     Attributes:
       number: in the sweep.
       folder: of its run.
       overrides: as Hydra was given them.
       status: "finished", "finished before", "interrupted", "failed", "refused" before it began, or
-        "no ending" where it was killed or continues.
-      figure: what the run is judged by, after its last evaluation; None without one.
+        "no ending" if it was killed or is still running.
+      figure: by which the run is judged, after its last evaluation; None without one.
       column: the name of that figure.
       error: one line, for a job that failed or was refused.
     """
@@ -64,7 +64,7 @@ class Job(NamedTuple):
 
 
 class Announce(Callback):
-    """Lets `start` know, after a sweep, which one it was: `hydra.callbacks.sweep` in the config."""
+    """Tells `start` after a sweep which one it was: `hydra.callbacks.sweep` in the config."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra itself sets this only inside jobs."""
@@ -73,14 +73,14 @@ class Announce(Callback):
 
 
 def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
-    """Runs a job; in a sweep, continues from its folder and lets no error out.
+    """Runs a job; in a sweep, continues from its folder and raises no error.
 
     Args:
       cfg: composed by Hydra, with `resume`.
       job: runs or resumes in Hydra's output folder.
 
     Returns:
-      In a sweep the run's figure, for sweepers that learn from it; None where the job failed.
+      In a sweep the run's figure, for sweepers that optimise it; None if the job failed.
 
     Raises:
       Exception: whatever the job raises, outside a sweep.
@@ -117,13 +117,13 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
 
 
 def judge(folder: Path) -> tuple[str | None, float | None]:
-    """What a run is judged by.
+    """Reads the figure that a run is judged by.
 
     Args:
       folder: of a run.
 
     Returns:
-      The figure's name and its last value; None where the run left none.
+      The figure's name and its last value; None if the run left none.
     """
     summary = folders.read_summary(folder)
     column = (summary.get("judged_by") or [None])[0]
@@ -131,7 +131,7 @@ def judge(folder: Path) -> tuple[str | None, float | None]:
 
 
 def jobs_since(sweep: Path, began: float) -> list[Job]:
-    """The jobs of a sweep that were launched after some moment.
+    """Reads the jobs of a sweep that were launched after a given time.
 
     Args:
       sweep: the sweep's folder.
@@ -163,13 +163,13 @@ def _read_job(record: Path, began: float) -> Job:
     with contextlib.suppress(folders.RunError):  # a damaged record costs the row its second column
         overrides = [str(one) for one in folders.read_yaml(record)]
     column, figure = judge(folder)
-    # The file is long, and OmegaConf takes its time over it.
+    # The file is long, and OmegaConf is slow to read it.
     number = re.search(r"^    num: (\d+)$", record.with_name("hydra.yaml").read_text(), re.M)
     return Job(int(number[1]) if number else 0, folder, overrides, status, figure, column, error)
 
 
 def report(sweep: Path, jobs: Sequence[Job]) -> bool:
-    """Prints what became of the jobs of a sweep, and what to do next.
+    """Prints the outcomes of a sweep's jobs, and the next commands.
 
     Args:
       sweep: the sweep's folder.
@@ -197,8 +197,8 @@ def report(sweep: Path, jobs: Sequence[Job]) -> bool:
         print(f"  python -m experiments.compare runs={shown}")
         print(f"  python -m experiments.plot runs={shown}")
     if len(done) < len(jobs):
-        print(f"{len(jobs) - len(done)} of {len(jobs)} jobs are not finished: the same command")
-        print("again runs them, from their last checkpoints, and leaves out what is finished")
+        print(f"{len(jobs) - len(done)} of {len(jobs)} jobs are not finished: repeat the command")
+        print("to run them from their last checkpoints; finished jobs are not run again")
     return len(done) == len(jobs)
 
 
@@ -230,7 +230,7 @@ def _sweeps() -> bool:
 def start(
     main: Callable[[], None], prepare: Callable[[list[str]], list[str]] = lambda given: given
 ) -> None:
-    """Runs a program whose command line may ask for a sweep, and reports on the sweep at its end.
+    """Runs a program, or a sweep of it if the command line asks for one, and reports on the sweep.
 
     Args:
       main: decorated by Hydra.
@@ -254,7 +254,7 @@ def start(
     except KeyboardInterrupt:
         code = 130
     except Exception:
-        # A launcher whose process was killed raises it once all others have ended.
+        # A launcher raises it if a process was killed, once all others have ended.
         if not _sweeps():
             raise
         traceback.print_exc()

@@ -79,7 +79,7 @@ def test_other_work_has_a_folder_of_its_own(tmp_path, contests, monkeypatch):
     asked, _ = contests
     place = f"hydra.run.dir={tmp_path / 'run'}"
     assert ending(bench, tmp_path, *SUITE, place) is None
-    assert "holds a run already" in ending(bench, tmp_path, *SUITE, "rounds=4", place)
+    assert "already holds a run" in ending(bench, tmp_path, *SUITE, "rounds=4", place)
     here = f"hydra.run.dir={tmp_path / 'other'}"
     assert ending(bench, tmp_path, *SUITE, "seed=1", here) is None and len(asked) == 8
     monkeypatch.setattr(folders, "_git", lambda *arguments: "1" * 40)  # other code

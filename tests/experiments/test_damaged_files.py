@@ -348,7 +348,7 @@ def test_a_full_disk_ends_a_command_in_one_line(two_runs, monkeypatch):
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     said = ending(plot, two_runs, f"runs={two_runs}")
-    assert said.startswith("error: plots/x.png: No space left on device; make room, then give the")
+    assert said.startswith("error: plots/x.png: No space left on device; make room, then repeat")
     assert "\n" not in said
 
 

@@ -216,7 +216,7 @@ def test_generate_streams_a_continuation_of_the_prompt(finished, capsys):
             ["mixer=attention", "mixer.heads=3", "data.root={text}"],
             "error: model.width=128",
         ),
-        (train, ["hydra.run.dir={run}", "data.root={text}"], "holds a run already"),
+        (train, ["hydra.run.dir={run}", "data.root={text}"], "already holds a run"),
     ],
 )
 def test_what_a_person_can_put_right_is_said_and_ends_with_an_error(

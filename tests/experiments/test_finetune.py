@@ -82,9 +82,9 @@ def test_the_order_on_the_command_line_is_the_order_of_the_chain():
     [
         (
             "transform=[lora,lorra]",
-            r"transform=\[lora,lorra\]: there is no lorra; there are bdwp, ",
+            r"transform=\[lora,lorra\]: lorra is unknown; choose from bdwp, ",
         ),
-        ("transform=full,[lora],[nf5,lora]", r"transform=\[nf5,lora\]: there is no nf5"),
+        ("transform=full,[lora],[nf5,lora]", r"transform=\[nf5,lora\]: nf5 is unknown"),
         ("transform=[lora,lora]", "lora is listed 2 times"),
     ],
 )

@@ -59,7 +59,7 @@ def test_what_an_experiment_starts_from_is_a_trial_of_its_own(write):
     assert full.first.overrides == ["experiment=lm", "model.width=8"]
     assert small.overrides == ["experiment=toy", "steps=2"]
     assert small.first.overrides == ["experiment=lm", "model.width=8", "steps=4"]
-    with pytest.raises(RunError, match="first.steps=4 is for a run that starts before"):
+    with pytest.raises(RunError, match="first.steps=4 is for a first run"):
         read_head(write(head=LATER.replace("# first", "# First")))
 
 
@@ -86,13 +86,15 @@ def test_it_is_run_before_and_given_as_from(write, tmp_path, monkeypatch):
         f"hydra.run.dir={tmp_path / 'toy'}",
     ]
     _, wrong = reproduce.run_trial(trial, tmp_path / "toy")
-    assert wrong == f"what it starts from: exit code 3, see {base}.log" and len(ran) == 3
+    assert wrong == f"the run that it starts from: exit code 3, see {base}.log" and len(ran) == 3
 
 
 @pytest.mark.parametrize("line", ["# python", "# 4 min", "# small"])
 def test_a_head_that_lacks_a_line_is_an_error_that_shows_one(write, line):
     path = write(head="\n".join(x for x in HEAD.splitlines() if not x.startswith(line)))
-    with pytest.raises(RunError, match=rf"toy.yaml: its first comments need a line like\n  {line}"):
+    with pytest.raises(
+        RunError, match=rf"toy.yaml: its first comments need a line such as\n  {line}"
+    ):
         read_head(path)
 
 
@@ -156,4 +158,4 @@ def test_an_unknown_experiment_is_named_with_those_there_are(monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["reproduce", "full", "lmm"])
     with pytest.raises(SystemExit):
         reproduce.main()
-    assert re.search("no experiment is named lmm; there are .*lm, ", capsys.readouterr().err)
+    assert re.search("no experiment is named lmm; choose from .*lm, ", capsys.readouterr().err)

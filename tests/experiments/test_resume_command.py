@@ -75,7 +75,7 @@ def test_resume_true_begins_a_run_where_there_is_none_and_does_nothing_where_it_
 ):
     arguments = [f"hydra.run.dir={whole}", f"data.root={text}", *TINY, "resume=true"]
     assert call(train, ".", *arguments) == 0
-    assert "the run is finished, nothing is left to do" in capsys.readouterr().out
+    assert "the run is finished, there is nothing left to do" in capsys.readouterr().out
     arguments[0] = f"hydra.run.dir={tmp_path / 'new'}"
     assert call(train, ".", *arguments, "steps=0") == 1
     assert "steps=0: expected a whole number" in capsys.readouterr().err, "it goes about a new run"
@@ -224,7 +224,7 @@ def test_a_run_is_neither_continued_nor_judged_where_its_text_has_changed(
     sides[False].write_text("y = 3\n" * 40)
     assert call(evaluate, ".", f"run={folder}", given) == 1
     said = capsys.readouterr().err
-    assert "was judged by other held-out text than" in said and "data=SOURCE" in said
+    assert "was evaluated on other held-out text than" in said and "data=SOURCE" in said
     assert call(evaluate, ".", f"run={folder}", "data=stdlib", f"data.root={other}") == 0
     sides[False].write_text(kept)
     assert call(evaluate, ".", f"run={folder}", given) == 0

@@ -310,7 +310,7 @@ def test_compare_prints_and_writes_the_table(sweep, tmp_path, capsys):
         (plot, ["runs={sweep}", "group_by=mixr"], "no run's config has the key 'mixr'; .* mixer"),
         (plot, ["runs={sweep}", "output=a.gif"], "output='a.gif': give a file that ends in .png"),
         (compare, [], "error: give runs=FOLDER"),
-        (compare, ["runs={sweep}", "metric=los"], "metric='los': no run has that column; there"),
+        (compare, ["runs={sweep}", "metric=los"], "metric='los': no run has that column; choose"),
         (compare, ["runs={sweep}", "sort=speed"], "no run has 'speed'; results are steps_done, "),
         (compare, ["runs={sweep}", "better=big"], "better='big': expected one of min, max"),
         (compare, ["runs={sweep}", "output=a.txt"], "give a file that ends in .csv or .md"),

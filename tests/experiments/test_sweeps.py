@@ -183,7 +183,7 @@ def test_an_interrupted_job_stops_the_sweep_and_goes_on_when_repeated(tmp_path, 
     assert set(jobs(tmp_path)) == {"act-finish", "act-stop"}, "what follows must not be begun"
     shown = capfd.readouterr().out
     assert statuses(shown) == {"act=finish": "finished", "act=stop": "no ending"}
-    assert "1 of 2 jobs are not finished: the same command" in shown
+    assert "1 of 2 jobs are not finished: repeat the command" in shown
     (tmp_path / "mended").touch()
     assert sweep(tmp_path, "-m", "act=finish,stop,bug") == 0
     assert jobs(tmp_path)["act-stop"] == ["begins", "goes on"]
