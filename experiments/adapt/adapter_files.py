@@ -1,4 +1,4 @@
-"""Adapters on disk, apart from the weights that they belong to."""
+"""Adapters on disk, without their weights."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def save(folder: Path, state: Any) -> bool:
       state: from `t.attach`.
 
     Returns:
-      Whether the state has adapters; one whose weights were trained themselves has none.
+      Whether the state has adapters; if the weights themselves were trained, it has none.
     """
     try:
         saved = weights.adapters(state)
@@ -34,13 +34,13 @@ def save(folder: Path, state: Any) -> bool:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Reads them back.
+    """Reads adapters back.
 
     Args:
       folder: of a run.
 
     Returns:
-      What `jp.weights.with_adapters` takes.
+      The argument of `jp.weights.with_adapters`.
 
     Raises:
       RunError: the run has none, or they are damaged.
@@ -48,7 +48,7 @@ def load(folder: Path) -> dict[str, Any]:
     path = folder / FOLDER
     if not path.is_dir():
         raise RunError(
-            f"{folder} holds no {FOLDER}: it is no finetuned run, it is not finished, or its "
+            f"{folder} holds no {FOLDER}: it is not a finetuned run, it is not finished, or its "
             "transforms train the weights themselves"
         )
     seals.check(path)
@@ -58,5 +58,5 @@ def load(folder: Path) -> dict[str, Any]:
     except Exception as error:  # Orbax and TensorStore raise many kinds
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(
-            f"{path} is damaged ({told[:200]}): copy it again, or finish the run once more"
+            f"{path} is damaged ({told[:200]}): copy it again, or finish the run again"
         ) from error

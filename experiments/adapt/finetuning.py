@@ -1,4 +1,4 @@
-"""Adapting a trained language model as a Task: what is trained is a reparameterisation of it."""
+"""Adapting a trained language model as a Task: trains a reparameterisation of it."""
 
 import warnings
 from collections.abc import Mapping
@@ -33,14 +33,14 @@ from jaxpara.weights.weight import is_weight, shape_of
 MERGED = "merged_bits_per_byte"
 
 
-# Of quantisers: scales and offsets, and of scales in bytes what they are made from.
+# Parts of quantisers: scales and offsets, and the parts from which scales in bytes are made.
 GRID_PARTS = ("scale", "offset", "step", "mean")
 
 
 def slow_scales(
     *, optimizer: optax.GradientTransformation, factor: float
 ) -> optax.GradientTransformation:
-    """An optimiser with smaller steps for the scales and offsets of quantisers.
+    """Makes an optimiser with smaller steps for the scales and offsets of quantisers.
 
     A step of Adam's size, which suits a weight, would change a scale by a large part of itself.
 
@@ -64,17 +64,17 @@ def slow_scales(
 
 
 def started_from(model: Model, run: str | None) -> Model:
-    """A model whose first parameters are those of a run, of an adapted one its effective weights.
+    """Makes a model start from a run's parameters; from an adapted run's effective weights.
 
     Args:
-      model: as that run's, without its transforms.
+      model: that of the run, without its transforms.
       run: its folder; None leaves the model as it is.
 
     Returns:
       The model.
 
     Raises:
-      RunError: no such run, or it has no checkpoint, or its parameters are others.
+      RunError: there is no such run, it has no checkpoint, or its parameters differ.
     """
     if run is None:
         return model
@@ -86,7 +86,7 @@ def started_from(model: Model, run: str | None) -> Model:
         params = load_params(folder, jax.eval_shape(adapted.init, jax.random.key(0)))
     except ValueError as error:
         raise folders.RunError(
-            f"from={run!r} has other parameters than its model makes: give a run of "
+            f"from={run!r} has other parameters than its model: give a run of "
             "`python -m experiments.train experiment=lm`"
         ) from error
     if before is not None:
@@ -95,13 +95,13 @@ def started_from(model: Model, run: str | None) -> Model:
 
 
 def check_ranks(shapes: Any) -> None:
-    """Refuses a low rank that is above the rank which its matrix can have.
+    """Refuses a rank that is larger than its matrix.
 
     Args:
       shapes: of a state of transforms.
 
     Raises:
-      RunError: with the leaf and its size.
+      RunError: gives the leaf and its size.
     """
     for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes, is_leaf=is_weight):
         inner = leaf
@@ -130,16 +130,16 @@ def finetuned(
     window: int,
     evaluation: Mapping[str, Any],
 ) -> Task:
-    """Trains what a reparameterisation of a language model leaves to train.
+    """Trains the trainable parts of a reparameterised language model.
 
     Args:
-      model: of language.
+      model: a language model.
       transform: of it; None trains every parameter.
-      base: folder of the run whose parameters it begins with; None: fresh ones.
-      rounding: what dense merged weights are rounded to at the end, by name.
-      data: what it is trained on and judged by.
+      base: folder of the run whose parameters it starts from; None: fresh ones.
+      rounding: the grids to which dense merged weights are rounded at the end, by name.
+      data: training and held-out text.
       seed: of the order of the data.
-      batch_size: sequences a step.
+      batch_size: sequences in a step.
       window: tokens predicted in each.
       evaluation: `windows, length, batch_size`, held-out windows at each evaluation.
 
@@ -147,7 +147,7 @@ def finetuned(
       The task.
 
     Raises:
-      RunError: numbers that do not fit the data or the model.
+      RunError: a number does not fit the data or the model.
     """
     try:
         check_vocabulary(model, data)
@@ -166,7 +166,7 @@ def finetuned(
             shapes = jax.eval_shape(tuned.init, jax.random.key(0))
     except ValueError as error:
         raise folders.RunError(str(error)) from error
-    check_ranks(shapes)  # first: one refusal, instead of a warning for every leaf before it
+    check_ranks(shapes)  # first: one error instead of a warning for every leaf before it
     for warning in told:
         warnings.warn(warning.message, stacklevel=2)
     judged = cut_held_out(data, count=evaluation["windows"], length=evaluation["length"])

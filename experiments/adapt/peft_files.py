@@ -1,9 +1,9 @@
-"""LoRA as Hugging Face PEFT reads it: `adapter_config.json` and `adapter_model.safetensors`.
+"""LoRA in the files of Hugging Face PEFT: `adapter_config.json`, `adapter_model.safetensors`.
 
 PEFT keeps `lora_A.weight [r, in]` and `lora_B.weight [out, r]`, the transposes of our `a` and
-`b`, for each module of a PyTorch model: for a convolution (`jp.lora(window=..)`) `[r, in, *window]`
-and `[out, r, 1, ..]`, for an embedding the first two by names of their own. A stacked leaf becomes
-a module for each of its slices. Needs the extra `safetensors`.
+`b`, for each module of a PyTorch model. For a convolution (`jp.lora(window=..)`) they are
+`[r, in, *window]` and `[out, r, 1, ..]`; for an embedding they have other names. A stacked leaf
+becomes a module for each of its slices. Needs the extra `safetensors`.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from jaxpara.weights.weight import is_weight
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDINGS = ("table", "embedding")
-"""How the leaves of embeddings are called, here and in Flax; PEFT has other names for theirs."""
+"""Names of the leaves of embeddings, here and in Flax; PEFT names their adapters differently."""
 OTHERWISE = (
     "use_dora",
     "use_qalora",
@@ -37,7 +37,7 @@ OTHERWISE = (
     "trainable_token_indices",
     "modules_to_save",
 )
-"""Of PEFT's settings those with which an adapter of type LORA is something else, or more."""
+"""Settings of PEFT with which an adapter of type LORA is not plain LoRA."""
 
 
 class Slot(NamedTuple):
@@ -54,14 +54,14 @@ class Slot(NamedTuple):
     index: tuple[int, ...]
 
     def keys(self) -> dict[str, str]:
-        """Our parts, and under what names PEFT keeps them."""
+        """PEFT's names of our parts."""
         embedding = self.path.split("/")[-1] in EMBEDDINGS
         form = "lora_embedding_{}" if embedding else "lora_{}.weight"
         return {part: f"{PREFIX}{self.module}.{form.format(part.upper())}" for part in ("a", "b")}
 
 
 def _theirs(part: str, array: np.ndarray, window: int) -> np.ndarray:
-    """`a[*window, in, r]` or `b[r, out]` as PyTorch has it."""
+    """Converts `a[*window, in, r]` or `b[r, out]` to PyTorch's layout."""
     if part == "a":
         return np.ascontiguousarray(array.transpose(-1, -2, *range(window)))
     return np.ascontiguousarray(array.T).reshape(*array.T.shape, *(1,) * window)
@@ -99,29 +99,29 @@ def _loras(state: Any) -> dict[str, Any]:
 
 
 def slots(state: Any, names: Mapping[str, str]) -> Iterator[Slot]:
-    """The modules that the leaves of a state stand for.
+    """Yields the modules that the leaves of a state belong to.
 
     Args:
       state: from `jp.lora(...).attach`.
       names: glob of paths -> name of the module, with `{}` for each leading axis; for example
-        `{"blocks/query/kernel": "model.layers.{}.self_attn.q_proj"}`. Without one it is the path
+        `{"blocks/query/kernel": "model.layers.{}.self_attn.q_proj"}`. The default is the path
         without its last name, then the indices.
 
     Yields:
       A slot for each matrix.
 
     Raises:
-      RunError: a leaf is no LoRA, a name has another number of `{}`, a glob is of no leaf, or two
-        slices get one name.
+      RunError: a leaf is not LoRA, a name has a wrong number of `{}`, a glob selects no leaf, or
+        two slices get the same name.
     """
     loras, known = _loras(state), {}
     for glob in names:
         if not any(matcher(glob)(path, leaf) for path, leaf in loras.items()):
             raise RunError(
-                f"names: {glob!r} selects no leaf with LoRA; there are {', '.join(loras)}"
+                f"names: {glob!r} selects no leaf with LoRA; choose from {', '.join(loras)}"
             )
     for path, leaf in loras.items():
-        lead = leaf.parts["b"].shape[:-2]  # the axes of a window are a's alone
+        lead = leaf.parts["b"].shape[:-2]  # only a has the axes of a window
         template = ".".join([*path.split("/")[:-1], *("{}" for _ in lead)])
         template = next((t for glob, t in names.items() if matcher(glob)(path, leaf)), template)
         if template.count("{}") != len(lead):
@@ -134,7 +134,7 @@ def slots(state: Any, names: Mapping[str, str]) -> Iterator[Slot]:
             if slot.module in known:
                 raise RunError(
                     f"names: {known[slot.module]} and {path} are both called {slot.module}: "
-                    "give a glob of its own to each"
+                    "give each its own glob"
                 )
             known[slot.module] = path
             yield slot
@@ -157,7 +157,7 @@ def save(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
       names: see `slots`.
 
     Raises:
-      RunError: a leaf is no LoRA, leaves differ in rank or scale, or safetensors is missing.
+      RunError: a leaf is not LoRA, leaves differ in rank or scale, or safetensors is missing.
     """
     library, loras = _library(), _loras(state)
     ranks = {leaf.parts["a"].shape[-1] for leaf in loras.values()}
@@ -181,7 +181,7 @@ def save(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
             "task_type": None,
             "base_model_name_or_path": None,
             "r": rank,
-            "lora_alpha": scale * rank,  # the rank-stabilised scale is in it already
+            "lora_alpha": scale * rank,  # it already includes the rank-stabilised scale
             "use_rslora": False,
             "use_dora": False,
             "lora_dropout": 0.0,
@@ -198,27 +198,27 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
 
     Args:
       folder: with the two files.
-      state: from `jp.lora(...).attach` with their rank and scale, on the weights they belong to.
+      state: from `jp.lora(...).attach` with their rank and scale, on their weights.
       names: see `slots`.
 
     Returns:
-      The state with them.
+      The state with these adapters.
 
     Raises:
-      RunError: the files are missing or not of plain LoRA, another rank or scale, a module that
-        is not there or has another shape, or one for which the state has no leaf.
+      RunError: the files are missing or not plain LoRA, rank or scale differ, a module is missing
+        or has another shape, or the state has no leaf for one.
     """
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
             raise RunError(
-                f"{folder} has no {name}: give what model.save_pretrained(..) of PEFT wrote"
+                f"{folder} has no {name}: give a folder that PEFT's model.save_pretrained(..) wrote"
             )
     config = read_json(folder / CONFIG)
     lacking = [name for name in ("peft_type", "r", "lora_alpha") if name not in config]
     numbers = [config.get("r"), config.get("lora_alpha")]
     if lacking or not all(isinstance(n, int | float) and n > 0 for n in numbers):
         raise RunError(
-            f"{folder / CONFIG} has no {' and '.join(lacking)}: give what PEFT wrote"
+            f"{folder / CONFIG} has no {' and '.join(lacking)}: give the file that PEFT wrote"
             if lacking
             else f"{folder / CONFIG} has r={numbers[0]!r} and lora_alpha={numbers[1]!r}: both are "
             "numbers above 0 in what PEFT writes"
@@ -229,13 +229,13 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
     if config["peft_type"] != "LORA" or more:
         settings = "".join(f" with {name}={value}" for name, value in more.items())
         raise RunError(
-            f"{folder} is of {config['peft_type']}{settings}, and only plain LoRA is read here: "
+            f"{folder} is {config['peft_type']}{settings}, and only plain LoRA can be read: "
             "merge it with PEFT"
         )
     library = _library()
     try:
         tensors = library.load_file(folder / TENSORS)
-    except Exception as error:  # the library's own, which is no ValueError
+    except Exception as error:  # the library's own, not a ValueError
         raise RunError(
             f"{folder / TENSORS} is damaged ({error}): copy it again from where PEFT wrote it"
         ) from error
@@ -259,8 +259,8 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
             wanted = _theirs(part, into[slot.index], window).shape
             if tensors[key].shape != wanted:
                 raise RunError(
-                    f"{key} has shape {tensors[key].shape} and {slot.path} wants {wanted}: "
-                    "it is not of this model"
+                    f"{key} has shape {tensors[key].shape} and {slot.path} needs {wanted}: "
+                    "it belongs to another model"
                 )
             into[slot.index] = _ours(part, tensors.pop(key))
     if tensors:

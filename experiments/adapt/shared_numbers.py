@@ -1,4 +1,4 @@
-"""The numbers of a config that all transforms of a chain share: `bits` and `rank`."""
+"""Numbers of a config that all transforms of a chain share: `bits` and `rank`."""
 
 from omegaconf import DictConfig
 
@@ -6,7 +6,7 @@ NUMBERS = ("bits", "rank")
 
 
 def unused(cfg: DictConfig) -> set[str]:
-    """Which of the numbers `bits` and `rank` no transform of a config has.
+    """Finds which of `bits` and `rank` no transform of a config uses.
 
     Args:
       cfg: composed, or of a run.

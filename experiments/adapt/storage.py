@@ -1,4 +1,4 @@
-"""What weights take to store, in bits."""
+"""The storage of weights, in bits."""
 
 import math
 from typing import Any
@@ -13,14 +13,14 @@ FLOAT_BITS = 32
 
 
 def stored_bits(leaf: Any, *, merged: bool = False) -> float:
-    """The bits in which a weight can be kept for deployment without changing what it computes.
+    """Counts the bits that store a weight for deployment without changing its value.
 
-    Integers count as many bits as their grid has and every other number 32. An adapter on
-    integers is kept beside them, one on floating numbers is merged into them.
+    Integers count the bits of their grid and every other number counts 32. An adapter on integers
+    is kept beside them; an adapter on floating numbers is merged into them.
 
     Args:
       leaf: an array, or a `Weight` of a state; or their shapes.
-      merged: whether it is what `merge` gave.
+      merged: whether it comes from `merge`.
 
     Returns:
       Bits.
@@ -34,7 +34,7 @@ def stored_bits(leaf: Any, *, merged: bool = False) -> float:
     count = math.prod(jax.eval_shape(dense, leaf).shape)
     if not is_weight(leaf.base) and jnp.issubdtype(leaf.base.dtype, jnp.integer):
         grid = getattr(method.settings, "grid", method.settings)
-        # Packed or not, they can be.
+        # Whether packed or not: they can be packed.
         own = _bits_of(leaf.base) if not hasattr(grid, "bits") else grid.bits * count
         return min(own, _bits_of(leaf.base)) + beside
     whole = FLOAT_BITS * count
@@ -52,13 +52,13 @@ def _merged(weight: Weight) -> Any:
 
 
 def bits_per_weight(state: Any) -> float:
-    """The mean over the reparameterised weights of a state.
+    """Computes the mean bits over the reparameterised weights of a state.
 
     Args:
       state: from `t.attach`, or merged; or its shapes.
 
     Returns:
-      Bits for each number of the effective weights; 32 where nothing is reparameterised.
+      Bits for each number of the effective weights; 32 if nothing is reparameterised.
     """
     leaves = jax.tree.leaves(resolved(state), is_leaf=is_weight)
     weights = [leaf for leaf in leaves if is_weight(leaf)]

@@ -1,4 +1,4 @@
-"""The figure of a benchmark, from its table alone."""
+"""The figure of a benchmark, drawn only from its table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +11,19 @@ from experiments.studies.curves import styles
 
 
 def contests(rows: Sequence[Row]) -> list[tuple[int, int, int, str]]:
-    """Shapes and passes, in the order of the table."""
+    """Lists shapes and passes, in the order of the table."""
     return list(dict.fromkeys((row.time, row.batch, row.state, row.which) for row in rows))
 
 
 def draw(table: Path, *, title: str) -> Figure:
-    """How much faster than `lax.scan` each implementation is, at each shape and pass.
+    """Draws the speed-up of each implementation over `lax.scan`, at each shape and pass.
 
     Args:
       table: `results.csv`.
       title: of the figure.
 
     Returns:
-      The figure; what failed, or was wrong, has no point.
+      The figure; rows that failed or were wrong have no point.
     """
     rows = read(table)
     places = contests(rows)

@@ -1,4 +1,4 @@
-"""The rows of a benchmark on disk: written as they come, found again by the same command."""
+"""The rows of a benchmark on disk: written as they are measured, reused by the same command."""
 
 import csv
 import dataclasses
@@ -16,22 +16,22 @@ TABLE = "results.csv"
 FIELDS = [field.name for field in dataclasses.fields(Row)]
 WHOLE = ("time", "batch", "state", "rounds", "iterations", "fallback_steps")
 TEXT = ("which", "name", "verdict")
-# Of `folders.environment`, what rows must share to stand in one table.
+# Keys of `folders.environment` that rows of one table must share.
 SAME = ("python", "platform", "packages", "backend", "device", "devices", "cpu_count")
 SAME_CODE = ("git_commit", "git_dirty")
 
 
 def read(path: Path) -> list[Row]:
-    """Reads rows, without what a killed process left of the last.
+    """Reads rows, without a last one that a killed process left unfinished.
 
     Args:
-      path: from `append`; no file holds no rows.
+      path: from `append`; a missing file has no rows.
 
     Returns:
       The rows.
 
     Raises:
-      RunError: it is no such table.
+      RunError: it is not such a table.
     """
     if not path.is_file():
         return []
@@ -70,7 +70,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def keep_whole(path: Path, names: Sequence[str]) -> dict[tuple, list[Row]]:
-    """Drops the rows of contests that were cut off, and says which are whole.
+    """Drops the rows of interrupted contests, and returns those of complete ones.
 
     Args:
       path: the table.
@@ -92,7 +92,7 @@ def keep_whole(path: Path, names: Sequence[str]) -> dict[tuple, list[Row]]:
 
 
 def names_of(suite: Mapping[str, Any]) -> list[str]:
-    """The implementations of a suite, in the order of the table.
+    """Lists the implementations of a suite, in the order of the table.
 
     Args:
       suite: as in conf/suite.
@@ -104,15 +104,15 @@ def names_of(suite: Mapping[str, Any]) -> list[str]:
 
 
 def same_work(folder: Path, cfg: DictConfig, environment: Mapping[str, Any]) -> bool:
-    """Whether a folder holds rows of the same suite, on the same machine, by the same code.
+    """Whether a folder holds rows of the same suite, machine and code.
 
     Args:
-      folder: of a run of the benchmark, perhaps.
-      cfg: of the run that is due.
-      environment: of now.
+      folder: perhaps of a run of the benchmark.
+      cfg: of the current run.
+      environment: the current one.
 
     Returns:
-      True if its rows can stand beside new ones.
+      True if its rows can be in one table with new ones.
     """
     try:
         known = folders.read_json(folder / folders.ENVIRONMENT)
@@ -133,12 +133,12 @@ def find(
     cfg: DictConfig,
     environment: Callable[[], Mapping[str, Any]] = folders.environment,
 ) -> Path | None:
-    """The newest folder with the same work, there or beside it.
+    """Finds the newest folder with the same work, this one or beside it.
 
     Args:
-      folder: of the run that is due.
+      folder: of the current run.
       cfg: its config.
-      environment: tells of this machine.
+      environment: of this machine.
 
     Returns:
       The folder, or None.

@@ -1,4 +1,4 @@
-"""The map that `jp.auto` looks up: how much faster than `lax.scan` each path was, at points."""
+"""The map that `jp.auto` looks up: speed-ups of each path over `lax.scan`, at points."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def point(
     speedup: Mapping[str, float],
     spread_ms: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
-    """A point as `jaxpara.recurrence.rule` reads it, to four digits: people read it, too.
+    """Makes a point for `jaxpara.recurrence.rule`, rounded to four digits to be readable.
 
     Args:
       cell: its name.

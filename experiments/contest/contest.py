@@ -21,16 +21,16 @@ REFERENCE = "lax.scan"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One implementation at one shape and pass; times in milliseconds.
+    """One implementation at one shape and pass; times are in milliseconds.
 
     Attributes:
       verdict: `ok`, or why the row has no times or no speed-up.
-      floor_ms: a copy of the bytes that must be moved, timed in the same rounds.
+      floor_ms: the time of a copy of the bytes that must be moved, in the same rounds.
       times_floor: median over floor.
       speed_up: `lax.scan`'s median over this one's; None unless the verdict is `ok`.
-      iterations: of the solver at this shape; None where there are none.
+      iterations: of the solver at this shape; None if there are none.
       value_error: largest absolute deviation of the outputs from `lax.scan`'s.
-      gradient_error: the same of the gradients, over each leaf's largest entry.
+      gradient_error: the same for the gradients, over each leaf's largest entry.
     """
 
     time: int
@@ -54,7 +54,7 @@ class Row:
 
 
 def errors(got: Any, wanted: Any, which: str) -> tuple[float, float | None]:
-    """How far a result is from the reference's.
+    """Computes the errors of a result.
 
     Args:
       got: outputs, or outputs and gradients.
@@ -62,7 +62,7 @@ def errors(got: Any, wanted: Any, which: str) -> tuple[float, float | None]:
       which: the pass.
 
     Returns:
-      The absolute error of the outputs; the relative one of the gradients, None in forward.
+      The absolute error of the outputs, and the relative error of the gradients (None in forward).
     """
     if which == "forward":
         return largest_error(got, wanted), None
@@ -75,7 +75,7 @@ def errors(got: Any, wanted: Any, which: str) -> tuple[float, float | None]:
 def judge(
     value_error: float, gradient_error: float | None, *, values_tol: float, gradients_tol: float
 ) -> str:
-    """The gate: a wrong result is named and earns no speed-up.
+    """Judges a result: a wrong one gets no speed-up.
 
     Args:
       value_error: as from `errors`.
@@ -86,7 +86,7 @@ def judge(
     Returns:
       `ok` or what is wrong.
     """
-    if not value_error <= values_tol:  # also when it is a NaN
+    if not value_error <= values_tol:  # also for a NaN
         return f"wrong values ({value_error:.0e})"
     if gradient_error is not None and not gradient_error <= gradients_tol:
         return f"wrong gradients ({gradient_error:.0e})"
@@ -96,7 +96,7 @@ def judge(
 def ours(
     problem: Problem, which: str, solvers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Callable[[], rivals.Rival]]:
-    """Our solvers as rivals of `lax.scan`.
+    """Makes our solvers into rivals of `lax.scan`.
 
     Args:
       problem: the recurrence.
@@ -121,7 +121,7 @@ def ours(
 
 
 def iterations(problem: Problem, solver: Any) -> tuple[int, int]:
-    """How often a solver iterates on a problem, and how much it left to the sequential finish.
+    """Counts the iterations of a solver on a problem, and the steps of its fallback.
 
     Args:
       problem: the recurrence.
@@ -152,14 +152,14 @@ def contest(
     gradients_tol: float,
     seed: int = 0,
 ) -> list[Row]:
-    """All rows of one shape and pass, `lax.scan` first.
+    """Measures all rows of one shape and pass, `lax.scan` first.
 
     Args:
       problem: the recurrence.
       which: the pass.
       solvers: ours, as in `ours`.
       others: names in `rivals.RIVALS`.
-      rounds: samples of each.
+      rounds: number of samples of each.
       budget_s: seconds of timing.
       values_tol: as in `judge`.
       gradients_tol: as in `judge`.
@@ -183,7 +183,7 @@ def contest(
         except rivals.CannotRun as reason:
             verdicts[name] = str(reason)
             continue
-        except Exception as error:  # one implementation that fails must not sink the table
+        except Exception as error:  # one failing implementation must not end the table
             if name == REFERENCE:
                 raise
             verdicts[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:80]}"

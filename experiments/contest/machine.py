@@ -1,4 +1,4 @@
-"""The machine that something was timed on."""
+"""The machine on which something was timed."""
 
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ from experiments.run import folders
 
 
 def machine() -> str:
-    """The machine in one line, as it stands above every table.
+    """Describes the machine in one line, shown above every table.
 
     Returns:
       Device, cores, versions, commit.

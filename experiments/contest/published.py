@@ -1,4 +1,4 @@
-"""DEER, quasi-DEER and ELK, written anew from their papers: what the methods cost as published.
+"""DEER, quasi-DEER and ELK, reimplemented from their papers to measure their cost as published.
 
 Each takes one sequence, holds all its Jacobians, and solves the linear recurrence of an iteration
 by an associative scan, on every platform:
@@ -9,9 +9,9 @@ by an associative scan, on every platform:
                  the diagonal of J_t, under the observations h_t = h'_t + v_t; w_t has variance 1,
                  v_t has 1 / `damping`
 
-until max |h' - h| <= tol, from zeros. Gradients are implicit: one more associative scan over the
-full Jacobian, by all three; over its diagonal where that is known to be all of it and the method
-is not DEER. [deer] [elk]
+until max |h' - h| <= tol, from zeros. Gradients are implicit: all three do one more associative
+scan over the full Jacobian, or over its diagonal if it is known to be diagonal and the method is
+not DEER. [deer] [elk]
 """
 
 import functools
@@ -33,11 +33,11 @@ def solve(
     init: jax.Array,
     xs: Any,
 ) -> jax.Array:
-    """All states of `h_t = step(params, h_{t-1}, x_t)`, one sequence.
+    """Computes all states of `h_t = step(params, h_{t-1}, x_t)` for one sequence.
 
     Args:
       step: the recurrence.
-      options: the method; whether the Jacobian is known to be diagonal, which DEER makes no use of;
+      options: the method; whether the Jacobian is known to be diagonal, which DEER does not use;
         `tol`; ELK's `damping`, 1e-8 in the paper's code; the largest number of iterations.
       params: of the step.
       init: `[state]`.
@@ -99,7 +99,7 @@ def _jacobians(step, params, before, xs) -> jax.Array:
 
 
 def _slopes(step, params, before, xs, diagonal: bool) -> jax.Array:
-    """Diagonals `[time, D]`: by one tangent where they are all there is, else of Jacobians."""
+    """Computes diagonals `[time, D]`, by one tangent if the Jacobian is known to be diagonal."""
     if not diagonal:
         return jnp.diagonal(_jacobians(step, params, before, xs), axis1=1, axis2=2)
 
@@ -110,7 +110,7 @@ def _slopes(step, params, before, xs, diagonal: bool) -> jax.Array:
 
 
 def _recur(a: jax.Array, b: jax.Array) -> jax.Array:
-    """All `h_t = a_t h_{t-1} + b_t` from zero; `a` is `[time, D, D]` or `[time, D]`."""
+    """Computes all `h_t = a_t h_{t-1} + b_t` from zero; `a` is `[time, D, D]` or `[time, D]`."""
 
     def combine(left, right):
         (a1, b1), (a2, b2) = left, right
@@ -122,10 +122,10 @@ def _recur(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _filtered(slopes: jax.Array, offsets: jax.Array, seen: jax.Array, damping: float) -> jax.Array:
-    """Filtered means of independent scalar chains, `[time, D]`.
+    """Computes the filtered means of independent scalar chains, `[time, D]`.
 
-    An element is the law of a state given the one at its left end, `N(a h + b, c)`, and what the
-    observations inside say of that one: `exp(eta h - j h^2 / 2)`.
+    An element is the law of a state given the state h at its left end, `N(a h + b, c)`, and the
+    likelihood of h under the observations inside: `exp(eta h - j h^2 / 2)`.
     """
     gain = damping / (1 + damping)  # of an observation after one step's noise of variance 1
     first = (

@@ -1,7 +1,7 @@
-"""One recurrence to be timed: a cell's step over random gates, its two passes, its floor.
+"""A recurrence to be timed: a cell's step over random gates, its two passes, its floor.
 
 The input projection is left out on purpose: it is one matmul in every implementation, and would
-hide what the recurrence costs.
+hide the cost of the recurrence.
 """
 
 import itertools
@@ -24,7 +24,7 @@ class Problem(NamedTuple):
       params: the recurrent weights.
       init: the carry before the first step.
       gates: a tuple of `[time, batch, state]`, the projected inputs.
-      cotangent: `[time, batch, state]`, what the outputs are pulled back from.
+      cotangent: `[time, batch, state]`, of the outputs.
     """
 
     step: Callable[[Any, Any, Any], tuple[Any, jax.Array]]
@@ -37,10 +37,10 @@ class Problem(NamedTuple):
 def make_problem(
     cell: str, time: int, batch: int, state: int, *, scale: float = 0.5, seed: int = 0
 ) -> Problem:
-    """A cell of `jaxpara.cells` with unit-normal gates, or the dense tanh recurrence.
+    """Makes a problem of a cell of `jaxpara.cells` with unit-normal gates, or the dense tanh step.
 
     Args:
-      cell: its name, or "dense", whose weights have a scale of their own.
+      cell: its name, or "dense", whose weights have their own scale.
       time: steps.
       batch: sequences.
       state: width.
@@ -79,7 +79,7 @@ def make_problem(
 
 
 def dense_problem(time: int, batch: int, state: int, seed: int = 0) -> Problem:
-    """A dense tanh recurrence, whose Jacobian is one block a sequence."""
+    """A dense tanh recurrence, whose Jacobian is one block for each sequence."""
     k_weight, k_gates, k_cotangent = jax.random.split(jax.random.key(seed), 3)
 
     def step(params, h, gates):
@@ -96,7 +96,7 @@ def dense_problem(time: int, batch: int, state: int, seed: int = 0) -> Problem:
 
 
 def through(scan: Callable[..., Any], step: Any) -> Callable[..., jax.Array]:
-    """The outputs of a problem by any function of `lax.scan`'s type.
+    """Makes the outputs of a problem by any function of `lax.scan`'s type.
 
     Args:
       scan: called as `scan(f, init, xs)`.
@@ -111,13 +111,13 @@ def through(scan: Callable[..., Any], step: Any) -> Callable[..., jax.Array]:
 
 
 def both_passes(solve: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
-    """The two passes that are timed.
+    """Makes the two timed passes.
 
     Args:
       solve: `(params, init, gates) -> outputs`.
 
     Returns:
-      pass -> function of `(params, init, gates, cotangent)`: `forward` gives the outputs,
+      pass -> function of `(params, init, gates, cotangent)`: `forward` returns the outputs,
       `forward_backward` the outputs and the gradients of params, init and gates.
     """
 
@@ -133,7 +133,7 @@ def both_passes(solve: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]
 
 
 def floor_bytes(problem: Problem, which: str) -> int:
-    """Bytes that must be moved: every input read once, every result written once.
+    """Counts the bytes that must be moved: every input read once, every result written once.
 
     Forward: gates in, states out. The backward pass reads gates, states and the cotangent, and
     writes the gates' gradients.
@@ -155,7 +155,7 @@ def floor_bytes(problem: Problem, which: str) -> int:
 def grid(
     lengths: Sequence[int], batches: Sequence[int], widths: Sequence[int]
 ) -> list[tuple[int, int, int]]:
-    """Every combination, for a suite's `shapes`.
+    """Lists every combination, for a suite's `shapes`.
 
     Args:
       lengths: T.

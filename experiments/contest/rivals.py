@@ -1,8 +1,7 @@
 """Other people's implementations of the same recurrence, each behind its own import.
 
-Every one computes the very function that `lax.scan` computes, weights included, so that its values
-and gradients can be checked before its time is believed. A rival that is not installed, or that
-cannot express the cell, says so.
+Each computes the same function as `lax.scan`, with the same weights, so its values and gradients
+can be checked. A rival that is not installed, or that cannot express the cell, says so.
 """
 
 import functools
@@ -34,7 +33,7 @@ class Rival(NamedTuple):
 
 
 class CannotRun(Exception):
-    """Why a rival has no row: its text goes into the table."""
+    """Says why a rival has no row; its text goes into the table."""
 
 
 def _gru_weights(problem: Problem) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -49,7 +48,7 @@ def _split(x: Any) -> tuple[Any, ...]:
 
 
 def flax_rnn(problem: Problem, which: str) -> Rival:
-    """Flax's `nn.RNN` over a cell whose step is the problem's; gates as one array, as it wants."""
+    """Flax's `nn.RNN` over a cell with the problem's step; the gates are one array, as it needs."""
     try:
         import flax.linen as nn
     except ImportError:
@@ -91,7 +90,7 @@ def flax_rnn(problem: Problem, which: str) -> Rival:
 
 
 def deer(problem: Problem, which: str) -> Rival:
-    """The DEER package's `seq1d`, one sequence a vmap lane, dense Jacobians as it has them."""
+    """The DEER package's `seq1d`, one sequence in a vmap lane, with its dense Jacobians."""
     try:
         from deer import seq1d  # another package on the index has the same name
     except ImportError:
@@ -112,7 +111,7 @@ def deer(problem: Problem, which: str) -> Rival:
 
 
 def published_method(name: str, problem: Problem, which: str) -> Rival:
-    """A method of the literature by our own hand, see `published`, one sequence a vmap lane.
+    """Our implementation of a published method, see `published`, one sequence in a vmap lane.
 
     It stops where no state, of order 1, changes by more than 1e-6; our own solvers stop where the
     next correction is below 1e-5, and apply it.
@@ -167,7 +166,7 @@ def torch_gru(problem: Problem, which: str) -> Rival:
     """`torch.nn.GRU` with this cell's weights on the diagonals of its dense matrices.
 
     Its update gate is one minus ours, hence the signs. It does dense products where the cell has
-    elementwise ones: the price of not being able to say so.
+    elementwise ones, because it cannot express these.
     """
     update, reset, candidate = (np.array(w) for w in _gru_weights(problem))
     try:

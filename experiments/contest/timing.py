@@ -1,7 +1,7 @@
-"""Timing that can be believed: compiled first, warmed up, interleaved, blocked, with its spread.
+"""Reliable timing: compiled first, warmed up, interleaved, blocked, with its spread.
 
-All rivals of a comparison run in the same process, in turn, in an order that changes every round:
-what disturbs the machine then disturbs all of them, and ratios of medians mean something.
+All rivals of a comparison run in the same process, in turn, in an order that changes every round.
+Disturbances of the machine then affect all of them, and ratios of medians are meaningful.
 """
 
 import time
@@ -17,8 +17,8 @@ class Prepared(NamedTuple):
     """A call without arguments.
 
     Attributes:
-      call: runs once and returns the result; what it leaves for a device to do is waited for.
-      compile_s: seconds that tracing and compiling took, which no timing includes.
+      call: runs once and returns the result; the timing waits for the device.
+      compile_s: seconds of tracing and compiling, not included in any timing.
     """
 
     call: Callable[[], Any]
@@ -33,7 +33,7 @@ class Timing(NamedTuple):
       low: first quartile.
       high: third quartile.
       rounds: number of rounds.
-      compile_s: seconds to trace and compile, apart.
+      compile_s: seconds to trace and compile, not included.
     """
 
     median: float
@@ -75,13 +75,13 @@ def measure(
     """Times every call in every round.
 
     A sample repeats a call until it takes about `sample_s`, so that the clock and the
-    scheduler are small against it, and waits once, at its end, for what was only started.
+    scheduler matter little, and waits for the device once, at its end.
 
     Args:
       calls: name -> call, as from `prepare`.
       rounds: how often each is sampled.
-      least: fewer rounds, but at least these, when the budget runs out.
-      sample_s: seconds a sample should take at least.
+      least: the fewest rounds when the budget runs out.
+      sample_s: the least seconds of a sample.
       budget_s: seconds for all calls together, after the warm-up.
       seed: of the order within the rounds.
 
@@ -89,7 +89,7 @@ def measure(
       name -> its timing.
 
     Raises:
-      ValueError: fewer than 3 rounds were asked for: no spread could be given.
+      ValueError: fewer than 3 rounds, which give no spread.
     """
     if rounds < 3:
         raise ValueError(f"rounds={rounds} gives no spread; expected 3 or more.")
@@ -123,17 +123,17 @@ def _clock(call: Callable[[], Any], repeats: int) -> float:
     out = None
     began = time.perf_counter()
     for _ in range(repeats):
-        del out  # its memory serves the next call, which runs behind it on a device
+        del out  # its memory is for the next call, which runs after it on a device
         out = call()
     jax.block_until_ready(out)
     return (time.perf_counter() - began) / repeats
 
 
 def prepare_copy(total_bytes: int) -> Prepared:
-    """A call that moves a number of bytes: half are read, half are written.
+    """Makes a call that moves a number of bytes: half are read, half are written.
 
-    Timed beside the rivals it is their floor: no code that reads its inputs and writes its
-    results once can be faster, at this size, on this device.
+    Timed beside the rivals, it is their floor: on this device, code that reads its inputs and
+    writes its results once cannot be faster at this size.
 
     Args:
       total_bytes: read and written together.
@@ -146,11 +146,11 @@ def prepare_copy(total_bytes: int) -> Prepared:
 
 
 def largest_error(got: Any, wanted: Any, *, relative: bool = False) -> float:
-    """The largest deviation of two trees of arrays; infinite for a NaN on one side only.
+    """Computes the largest deviation of two trees of arrays; infinite for a NaN on one side only.
 
     Args:
       got: a tree of arrays.
-      wanted: the same tree, as it should be.
+      wanted: the expected tree.
       relative: divide each leaf's error by the leaf's largest entry (or by 1e-6).
 
     Returns:
@@ -164,7 +164,7 @@ def largest_error(got: Any, wanted: Any, *, relative: bool = False) -> float:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         if a.size == 0:
             continue
-        # inf - inf is nan, and so are equal NaNs: equal entries are no error, whatever they are
+        # inf - inf is nan, and so are equal NaNs: equal entries of any kind are no error
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         with np.errstate(invalid="ignore"):
             gap = np.where(same, 0.0, np.abs(a - b))

@@ -1,7 +1,7 @@
-"""One training step of the decoder, and of its twin in PyTorch where that is installed.
+"""One training step of the decoder, and of its twin in PyTorch if that is installed.
 
-Same shapes and the same optimiser; the twin has PyTorch's own layers where those are what one would
-take: `nn.LSTM` for the recurrence, `scaled_dot_product_attention` for attention.
+Both have the same shapes and the same optimiser. The twin uses PyTorch's own layers: `nn.LSTM` for
+the recurrence, `scaled_dot_product_attention` for attention.
 """
 
 import importlib.util
@@ -26,10 +26,10 @@ TWINS = {"para_gru": "nn.LSTM", "attention": "scaled_dot_product_attention"}
 
 
 class Sizes(NamedTuple):
-    """Of a model and its batches.
+    """The sizes of a model and its batches.
 
     Attributes:
-      batch_size: sequences a step.
+      batch_size: sequences in a step.
       window: tokens predicted in each.
       width: of the residual stream.
       layers: blocks.

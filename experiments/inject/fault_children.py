@@ -12,7 +12,7 @@ from experiments.run import checkpoints, claim, folders
 
 
 def save(folder: Path) -> None:
-    """Saves step after step, from the newest on, until it is killed.
+    """Saves step after step, from the newest one, until it is killed.
 
     Args:
       folder: of the run.
@@ -25,7 +25,7 @@ def save(folder: Path) -> None:
 
 
 def fill(folder: Path, limits: list[int]) -> None:
-    """Saves where files may not grow; prints a line of JSON for each limit.
+    """Saves under a limit on file sizes; prints a line of JSON for each limit.
 
     Args:
       folder: of runs.
@@ -48,7 +48,7 @@ def fill(folder: Path, limits: list[int]) -> None:
         kept = injection.restore(run)
         newest = 2 if event.end == "survived" else 1
         if int(kept[0].step) != newest or not injection.is_right(kept):
-            event = event._replace(end="wrong", said="the checkpoint before it is not whole")
+            event = event._replace(end="wrong", said="the checkpoint before it is not intact")
         print(json.dumps({"end": event.end, "said": event.said}), flush=True)
 
 

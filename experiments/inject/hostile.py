@@ -1,4 +1,4 @@
-"""Configs that a stranger's folder might hold: to run code, or to read what nobody named.
+"""Configs that a hostile folder might hold: to run code, or to read foreign files.
 
 `experiments.faults` and the tests open a run with each of them.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 Node = Any
 
-# What a constructor may not be called.
+# Forbidden names of constructors.
 NAMES: tuple[Any, ...] = (
     "os.system",
     "builtins.eval",
@@ -68,7 +68,7 @@ NAMES: tuple[Any, ...] = (
     {"a": "optax.adamw"},
 )
 
-# How such a name may be given.
+# Forms of such a name.
 FORMS: dict[str, Callable[[Any], Node]] = {
     "called": lambda name: {"_target_": name},
     "partial": lambda name: {"_target_": name, "_partial_": True},
@@ -76,7 +76,7 @@ FORMS: dict[str, Callable[[Any], Node]] = {
     "by get_object": lambda name: {"_target_": "hydra.utils.get_object", "path": name},
 }
 
-# Getters that do something else than look up one shipped or public name.
+# Getters that do something other than look up one shipped or public name.
 GETTERS: tuple[Node, ...] = (
     {"_target_": "hydra.utils.get_method", "_args_": ["os.system"]},
     {
@@ -88,7 +88,7 @@ GETTERS: tuple[Node, ...] = (
     {"_target_": "hydra.utils.get_object", "_partial_": True},
 )
 
-# Where a constructor may stand in a model's config.
+# Places of a constructor in a model's config.
 PLACES: dict[str, Callable[[dict[str, Any], Node], Node]] = {
     "at the top": lambda model, evil: evil,
     "as an argument": lambda model, evil: {**model, "mixer": evil},
@@ -120,7 +120,7 @@ TEXTS = (
     "${model}",
 )
 
-# Data that lies elsewhere; {run} is the folder.
+# Data outside the folder; {run} is the folder.
 DATA: tuple[dict[str, Any], ...] = (
     {"_target_": "experiments.data.text.load", "path": "/etc/passwd"},
     {"_target_": "experiments.data.text.load", "path": "../../y"},

@@ -1,4 +1,4 @@
-"""Runs to inject faults into, and how to judge what comes of it; for `experiments.faults`."""
+"""Runs to inject faults into, and judgements of the outcome; for `experiments.faults`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +13,14 @@ from experiments.run import checkpoints, folders, seals
 from jaxpara.types import TrainState
 
 OPTIMIZER = optax.adam(0.1)
-LONGEST = 3  # lines of a message
+LONGEST = 3  # the most lines of a message
 
 
 class Event(NamedTuple):
-    """What became of one fault.
+    """The outcome of one fault.
 
     Attributes:
-      what: was injected.
+      what: the fault.
       end: "refused", "survived" or "wrong".
       said: the message, or what was wrong.
     """
@@ -44,13 +44,13 @@ def flip(path: Path, rng: np.random.Generator) -> None:
 
 
 def judge(what: str, action: Callable[[], Any], right: Callable[[Any], bool]) -> Event:
-    """Lets a program meet a fault.
+    """Runs a program with a fault and judges the outcome.
 
     Args:
-      what: was injected.
+      what: the fault.
       action: the program.
-      right: of its result, whether it is as if there had been no fault; always false where the
-        fault must be refused.
+      right: whether its result is as without the fault; always false if the fault must be
+        refused.
 
     Returns:
       The event.
@@ -60,16 +60,16 @@ def judge(what: str, action: Callable[[], Any], right: Callable[[Any], bool]) ->
     except folders.RunError as error:
         lines = str(error).count("\n") + 1
         return Event(what, "refused" if lines <= LONGEST else "wrong", str(error))
-    except Exception as error:  # a traceback is what nobody should see
+    except Exception as error:  # nobody should see a traceback
         return Event(what, "wrong", f"{type(error).__name__}: {error}")
     return Event(what, "survived", "") if right(found) else Event(what, "wrong", "accepted")
 
 
 def state_after(step: int) -> TrainState:
-    """The training state that a checkpoint of some step holds here.
+    """Makes the training state of a step.
 
     Args:
-      step: any.
+      step: any step.
 
     Returns:
       The state: every number depends on the step.
@@ -101,7 +101,7 @@ def is_right(found: tuple[TrainState, dict[str, Any]]) -> bool:
       found: from `checkpoints.restore_newest`.
 
     Returns:
-      Whether it is.
+      True if it is.
     """
     state, run = found
     step = int(state.step)
@@ -115,7 +115,7 @@ def is_right(found: tuple[TrainState, dict[str, Any]]) -> bool:
 
 
 def restore(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    """The newest whole checkpoint.
+    """Reads the newest intact checkpoint.
 
     Args:
       folder: of the run.

@@ -15,10 +15,10 @@ from experiments.run.folders import RunError
 from experiments.sweep.run_sets import Run
 
 BAND = "band: lowest to highest run"
-# Okabe and Ito's colours, told apart with every common colour blindness; yellow is too pale here.
+# Okabe and Ito's colours, distinct under every common colour blindness; yellow is too pale here.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
-# The methods that figures compare again and again keep their colour from figure to figure.
+# Methods that many figures compare keep their colour from figure to figure.
 USUAL = (
     "para_gru",
     "para_lstm",
@@ -63,10 +63,10 @@ class Curve(NamedTuple):
 
 
 def axis_label(name: str) -> str:
-    """A column or config key with its unit.
+    """Formats a column or config key with its unit.
 
     Args:
-      name: as in the table's header.
+      name: from the table's header.
 
     Returns:
       Text for an axis.
@@ -81,21 +81,21 @@ def axis_label(name: str) -> str:
 
 
 def points(run: Run, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where a run has both numbers, by increasing x.
+    """Selects the points where a run has both numbers, by increasing x.
 
     Args:
-      run: to look in.
-      x: a column of its table; or else a key of its config, where the last y stands.
+      run: the run.
+      x: a column of its table, or a key of its config, at which the last y is taken.
       y: a column of its table.
 
     Returns:
       Two arrays of equal length, finite.
 
     Raises:
-      RunError: no such column or key, names those there are; or no row has both.
+      RunError: no such column or key, with the known ones; or no row has both.
     """
     if y not in run.columns:
-        raise RunError(f"{run.folder}: no column y={y!r}; there are {', '.join(run.columns)}")
+        raise RunError(f"{run.folder}: no column y={y!r}; choose from {', '.join(run.columns)}")
     measured = run.columns[y]
     if x in run.columns:
         pairs = list(zip(run.columns[x], measured, strict=True))
@@ -116,10 +116,10 @@ def points(run: Run, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_curve(runs: Sequence[Run], x: str, y: str) -> Curve:
-    """Mean and band of a group.
+    """Computes the mean and band of a group.
 
-    Runs measured at different x are interpolated linearly, and only where all of them have
-    begun and none has ended. If x is a key of the config, runs with one value of it are one point.
+    Runs measured at different x are interpolated linearly, only in the range that all of them
+    share. If x is a key of the config, runs with the same value of it are one point.
 
     Args:
       runs: of the group.
@@ -149,15 +149,15 @@ def make_curve(runs: Sequence[Run], x: str, y: str) -> Curve:
 
 
 def shortest(runs: Sequence[Run], x: str, y: str) -> Run | None:
-    """The run that ends a group's curve before the others end.
+    """Finds the run that ends a group's curve before the others end.
 
     Args:
       runs: of the group.
-      x: a column of steps or tokens, which equal runs share; others are not judged.
+      x: a column of steps or tokens, which equal runs share; other columns give None.
       y: a column.
 
     Returns:
-      The run; None where all end together.
+      The run; None if all end together.
     """
     if x not in ("step", "tokens"):
         return None
@@ -166,7 +166,7 @@ def shortest(runs: Sequence[Run], x: str, y: str) -> Run | None:
 
 
 def styles(labels: Sequence[str]) -> list[tuple[str, str]]:
-    """A colour and a line style for each label, the same in every figure for the usual methods.
+    """Assigns a colour and a line style to each label, fixed for the usual methods.
 
     Args:
       labels: of the groups, in the order of the legend.
@@ -194,7 +194,7 @@ def draw(
     log_x: bool = False,
     log_y: bool = False,
 ) -> Figure:
-    """One line a group, with its band.
+    """Draws one line for each group, with its band.
 
     Args:
       curves: by label, in the order of the legend.
@@ -242,7 +242,7 @@ def write(path: Path, curves: Mapping[str, Curve], x: str, y: str) -> None:
       path: a CSV file.
       curves: by label.
       x: name of the x column.
-      y: what the other columns are named after.
+      y: prefix of the names of the other columns.
     """
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

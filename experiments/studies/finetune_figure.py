@@ -1,11 +1,10 @@
-"""Quality against bits and size.
+"""Draws quality against bits and size.
 
     python -m experiments.studies.finetune_figure runs=multirun/finetune
 
-A row for each chain of transforms, its bits and its rank, over the seeds, at the learning rate at
-which it ends best of those that were tried; and for what runs of dense weights are rounded to after
-training. Where runs of a chain differ in other settings, its name says these. From
-`config.yaml` and `summary.json` alone.
+Each chain of transforms, with its bits and rank, has a row over the seeds at its best learning
+rate. Each grid to which dense weights are rounded after training has one too. If runs of a chain
+differ in other settings, its name includes these. It reads only `config.yaml` and `summary.json`.
 """
 
 import csv
@@ -49,7 +48,7 @@ COLUMNS = (
 
 
 class Row(NamedTuple):
-    """One line of the table, in the order of `COLUMNS`; None where a column says nothing.
+    """One line of the table, in the order of `COLUMNS`; None where a column does not apply.
 
     Attributes:
       spread: half the range over the seeds.
@@ -99,7 +98,7 @@ def _step_milliseconds(runs: Sequence[Run]) -> float | None:
 
 
 def _names(configs: Sequence[DictConfig]) -> list[str]:
-    """Chains by name, each transform with the settings in which runs of its chain differ."""
+    """Names chains, each transform with the settings in which runs of its chain differ."""
     chains = [
         {name: dict(settings) for name, settings in (cfg.get("transform") or {}).items()}
         for cfg in configs
@@ -107,7 +106,7 @@ def _names(configs: Sequence[DictConfig]) -> list[str]:
 
     def differs(chain: Mapping[str, Any], name: str, key: str) -> bool:
         alike = [other for other in chains if list(other) == list(chain)]
-        # Absent, as in runs of an earlier day, is the default.
+        # Absent, as in older runs, means the default.
         return len({str(other[name].get(key)) for other in alike}) > 1
 
     def label(chain: Mapping[str, Mapping[str, Any]], name: str) -> str:
@@ -128,10 +127,10 @@ def rows(runs: Iterable[Run]) -> list[Row]:
       runs: of `experiments.finetune`.
 
     Returns:
-      The rows, those of a chain together and its bits falling.
+      The rows, grouped by chain, with decreasing bits.
 
     Raises:
-      RunError: no run is finished, or one is of another program.
+      RunError: no run is finished, or one is from another command.
     """
     known: list[tuple[Run, DictConfig]] = []
     for run in runs:
@@ -144,7 +143,7 @@ def rows(runs: Iterable[Run]) -> list[Row]:
         )
         known.append((run, load_config(run.folder)))
     names = _names([cfg for _, cfg in known])
-    groups: dict[tuple, dict[int, Run]] = {}  # a run of each seed, were there two sweeps of it
+    groups: dict[tuple, dict[int, Run]] = {}  # one run for each seed, even after two sweeps
     for (run, cfg), name in zip(known, names, strict=True):
         idle = unused(cfg)
         numbers = tuple(None if key in idle else int(cfg[key]) for key in NUMBERS)
@@ -163,7 +162,7 @@ def rows(runs: Iterable[Run]) -> list[Row]:
             "milliseconds": _step_milliseconds(members),
         }
         found.append(_row(name, tuple(numbers), members, BITS, "bits_per_weight", **rest))
-        # Runs of an earlier day may have been rounded to other grids.
+        # Older runs may have been rounded to other grids.
         for key in dict.fromkeys(key for run in members for key in run.summary):
             if key.startswith(ROUNDED) and key.endswith("_bits_per_byte"):
                 kind = key.removeprefix(ROUNDED).removesuffix("_bits_per_byte")
@@ -184,7 +183,7 @@ def rows(runs: Iterable[Run]) -> list[Row]:
 
 
 def cells(row: Row) -> list[str]:
-    """A row for people.
+    """Formats a row.
 
     Args:
       row: from `rows`.
@@ -201,17 +200,17 @@ def cells(row: Row) -> list[str]:
 
 
 def pick(table: Sequence[Row], globs: Sequence[str] | None) -> dict[str, list[Row]]:
-    """The lines of the figure by their labels: a chain, what it is rounded to, its rank.
+    """Selects the lines of the figure by their labels: a chain, its rounding, its rank.
 
     Args:
       table: from `rows`.
-      globs: of labels; None picks all.
+      globs: of labels; None selects all.
 
     Returns:
       Rows by label.
 
     Raises:
-      RunError: a glob picks nothing.
+      RunError: a glob selects nothing.
     """
     lines: dict[str, list[Row]] = {}
     for row in table:
@@ -219,22 +218,22 @@ def pick(table: Sequence[Row], globs: Sequence[str] | None) -> dict[str, list[Ro
         lines.setdefault(f"{row.transforms}{rank}", []).append(row)
     for glob in globs or ():
         if not fnmatch.filter(lines, glob):
-            raise RunError(f"lines: {glob!r} picks none of {', '.join(map(repr, lines))}")
+            raise RunError(f"lines: {glob!r} selects none of {', '.join(map(repr, lines))}")
     if globs is None:
         return lines
     return {label: lines[label] for label in lines if any(fnmatch.fnmatch(label, g) for g in globs)}
 
 
 def draw(lines: Mapping[str, Sequence[Row]], *, title: str) -> Figure:
-    """Bits per byte against bits per weight.
+    """Draws bits per byte against bits per weight.
 
     Args:
       lines: from `pick`.
       title: of the figure.
 
     Returns:
-      The figure; bars are the range over the seeds. What is far above the best is cut off: what
-      rounding has destroyed would leave no room for the rest.
+      The figure; bars are the range over the seeds. Rows far above the best are cut off: weights
+      that rounding has destroyed would leave no room for the others.
     """
     table = [row for points in lines.values() for row in points]
     top = min(row.quality for row in table) + 1.5
@@ -269,7 +268,7 @@ def draw(lines: Mapping[str, Sequence[Row]], *, title: str) -> Figure:
 def write(
     output: Path, table: Sequence[Row], *, title: str, lines: Sequence[str] | None = None
 ) -> None:
-    """Prints the table; writes it and the figure.
+    """Prints the table and writes it with the figure.
 
     Args:
       output: without suffix.
@@ -278,7 +277,7 @@ def write(
       lines: globs of what the figure shows, see `pick`.
 
     Raises:
-      RunError: a glob picks nothing.
+      RunError: a glob selects nothing.
     """
     drawn = pick(table, lines)
     shown = [cells(row) for row in table]
@@ -295,7 +294,7 @@ def write(
 
 
 def named(runs: Sequence[Run], title: str | None) -> str:
-    """A title that says what was trained.
+    """Makes a title that says what was trained.
 
     Args:
       runs: all of them.
@@ -325,7 +324,7 @@ def compose(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """The command line: the title as typed."""
+    """The command line; keeps the title as typed."""
     sys.argv[1:] = quote_text(sys.argv[1:], keys=("title",))
     compose()
 

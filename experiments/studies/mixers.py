@@ -1,9 +1,9 @@
-"""Contenders of equal size compared.
+"""Compares contenders of equal size.
 
     python -m experiments.studies.mixers runs=multirun/lm/mixers
 
-Each contender is shown at the learning rate at which its runs end best, over all seeds; training
-speed is the runs' own, memory is XLA's account of the training step, and decoding is timed here.
+Each contender is shown at its best learning rate over all seeds. Training speed comes from the
+runs, memory is XLA's account of the training step, and decoding is timed here.
 """
 
 import csv
@@ -51,9 +51,9 @@ class Choice(NamedTuple):
     Attributes:
       name: of the contender.
       rate: the learning rate.
-      tried: all rates that were, increasing.
-      figure: what runs are judged by, the mean over seeds.
-      runs: at that rate, a run a seed.
+      tried: all rates, increasing.
+      figure: by which runs are judged, the mean over seeds.
+      runs: at that rate, one for each seed.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Choice(NamedTuple):
 
 
 def contender_of(run: Run) -> str:
-    """The contender that a run trained.
+    """Names the contender that a run trained.
 
     Args:
       run: read from its folder.
@@ -73,11 +73,11 @@ def contender_of(run: Run) -> str:
       Its name.
 
     Raises:
-      RunError: the run is of none.
+      RunError: the run has none.
     """
     if "contender" in run.config:
         return run.config["contender"]
-    # Contenders from elsewhere need not name themselves in the config; Hydra knows them too.
+    # The config of a foreign contender may lack its name; Hydra's record has it too.
     overrides = run.folder / ".hydra" / "overrides.yaml"
     for line in read_yaml(overrides) if overrides.is_file() else []:
         key, _, name = str(line).partition("=")
@@ -99,12 +99,14 @@ def choose(runs: Sequence[Run]) -> tuple[str, list[Choice]]:
       The name of the figure, and the choices from best to worst.
 
     Raises:
-      RunError: runs that cannot be compared; says which.
+      RunError: the runs cannot be compared; says which.
     """
     by_name: dict[str, dict[float, list[Run]]] = {}
     judged = {tuple(run.summary.get("judged_by") or ()) for run in runs} - {()}
     if len(judged) > 1:
-        raise RunError(f"the runs are not judged alike: {sorted(judged)}; compare one task's runs")
+        raise RunError(
+            f"the runs are judged by different figures: {sorted(judged)}; compare runs of one task"
+        )
     if not judged:
         raise RunError("no run is finished: repeat the command of the sweep")
     [(column, better)] = judged
@@ -136,16 +138,16 @@ def choose(runs: Sequence[Run]) -> tuple[str, list[Choice]]:
 def step_memory(
     model: Model, optimizer: optax.GradientTransformation, *, batch_size: int, window: int
 ) -> int | None:
-    """The memory of a training step: parameters, optimiser, activations and gradients.
+    """Computes the memory of a training step: parameters, optimiser, activations, gradients.
 
     Args:
       model: to train.
       optimizer: of optax.
-      batch_size: windows a step.
+      batch_size: windows in a step.
       window: tokens predicted in each.
 
     Returns:
-      Bytes, by XLA's account; None where the backend gives none.
+      Bytes, by XLA's account; None if the backend gives none.
     """
     state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((batch_size, window + 1), jnp.int32)
@@ -158,14 +160,14 @@ def step_memory(
 
 
 def decode_speed(model: Model, params: Params, *, prompt: int, length: int, rounds: int) -> float:
-    """Tokens a second of one text drawn token by token, compilation and prompt not counted.
+    """Times the tokens a second of one text drawn token by token, without compilation and prompt.
 
     Args:
       model: a sequence model.
       params: of it.
       prompt: tokens read before.
       length: tokens drawn.
-      rounds: the median of so many counts.
+      rounds: number of timings; the median is returned.
 
     Returns:
       Tokens a second.
@@ -182,7 +184,7 @@ def decode_speed(model: Model, params: Params, *, prompt: int, length: int, roun
 
 
 def measure(choice: Choice, *, optimizer_of, decoding: Mapping[str, int]) -> dict[str, Any]:
-    """A contender's row.
+    """Makes a contender's row.
 
     Args:
       choice: the contender.
@@ -232,7 +234,7 @@ def _cells(row: Mapping[str, Any], choice: Choice) -> list[str]:
 def compare(
     runs: Sequence[Run], *, y: str, output: Path, optimizer_of, decoding: Mapping[str, int]
 ) -> None:
-    """Prints the table; writes it and the figure.
+    """Prints the table and writes it with the figure.
 
     Args:
       runs: of the sweep.
@@ -242,7 +244,7 @@ def compare(
       decoding: see `decode_speed`.
 
     Raises:
-      RunError: runs that cannot be compared.
+      RunError: the runs cannot be compared.
     """
     _, choices = choose(runs)
     rows = [measure(choice, optimizer_of=optimizer_of, decoding=decoding) for choice in choices]

@@ -1,10 +1,10 @@
-"""Accuracy against the budget and the tolerance of the solve.
+"""Studies accuracy against the budget and the tolerance of the solve.
 
     python -m experiments.studies.solver_study
 
-The library finishes every solve; here none is finished, which is the point. Each model is trained
-with a solver that stops early and judged twice, by the same solver and by the exact one; the
-models that were trained exactly are judged by every solver that stops early.
+The library completes every solve; this study leaves them unfinished. Each model is trained with a
+solver that stops early and tested twice, with the same solver and with the exact one. Models that
+were trained exactly are tested with every solver that stops early.
 """
 
 import copy
@@ -40,8 +40,8 @@ class Way(NamedTuple):
 
     Attributes:
       solver: its name, or "exact".
-      max_iters: the budget, None where only the tolerance stops it.
-      tol: the tolerance, None where only the budget stops it.
+      max_iters: the budget; None if only the tolerance stops it.
+      tol: the tolerance; None if only the budget stops it.
     """
 
     solver: str = EXACT
@@ -50,7 +50,7 @@ class Way(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One model judged at one length."""
+    """One model tested at one length."""
 
     trained: str
     tested: str
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What all models of a study share, named as in conf/solver_study.yaml."""
+    """The settings that all models of a study share, named as in conf/solver_study.yaml."""
 
     problem: Problem
     optimizer: optax.GradientTransformation
@@ -112,14 +112,14 @@ Judge = Callable[[Params], list[tuple[int, int, float, float]]]
 
 
 def judge(model: Model, setting: Setting) -> Judge:
-    """What finds the accuracy of the models of all seeds.
+    """Makes a function that computes the accuracy of the models of all seeds.
 
     Args:
-      model: solved in one way, perhaps another than in training.
+      model: solved in one way, which may differ from that of training.
       setting: the numbers.
 
     Returns:
-      From parameters with a leading axis over seeds to rows of
+      A function from parameters with a leading axis over seeds to rows of
       `(seed, length, accuracy, accuracy of the last answers)`.
     """
     right = jax.jit(
@@ -152,12 +152,12 @@ def judge(model: Model, setting: Setting) -> Judge:
 def study(
     models: Mapping[Way, Model], setting: Setting, say: Callable[[str], None]
 ) -> Iterable[Row]:
-    """Trains and judges.
+    """Trains and tests.
 
     Args:
       models: the same model solved in each way, one of them `Way()`, the exact one.
       setting: the numbers.
-      say: is told what was found.
+      say: prints a line of results.
 
     Yields:
       Rows, as soon as they are measured.
@@ -191,7 +191,7 @@ def study(
 
 
 def ways(solvers: Sequence[str], budgets: Sequence[int], tols: Sequence[float]) -> list[Way]:
-    """The exact way, then every solver at every budget and at every tolerance.
+    """Lists the exact way, then every solver at every budget and at every tolerance.
 
     Args:
       solvers: names.

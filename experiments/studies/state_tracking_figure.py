@@ -1,9 +1,9 @@
-"""Who solves what at which length.
+"""Draws which mixer solves which problem at which length.
 
     python -m experiments.studies.state_tracking_figure runs=FOLDER
 
-From the tables of runs alone: a panel for each problem, a line for each mixer, accuracy at the
-last evaluation against the length of the test; the mean over seeds and their range.
+It reads only the tables of runs. Each problem has a panel and each mixer a line: accuracy at the
+last evaluation against the length of the test, the mean over seeds and their range.
 """
 
 import csv
@@ -27,7 +27,7 @@ COLUMNS = ("problem", "method", "seed", "length", "accuracy", "last", "steps", "
 
 
 def final(run: Run) -> list[dict[str, float]]:
-    """The last evaluation of a run, a row for each length of the test.
+    """Reads the last evaluation of a run, a row for each length of the test.
 
     Args:
       run: of a state tracking task.
@@ -49,7 +49,7 @@ def final(run: Run) -> list[dict[str, float]]:
 
 
 def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Puts together the runs of a method, whatever their problem and seed.
+    """Groups the runs of each method over problems and seeds.
 
     Args:
       runs: of state tracking tasks.
@@ -69,18 +69,18 @@ def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
             f"none of the {len(runs)} runs has a column {ACCURACY}N: give runs of a state tracking "
             "task, `python -m experiments.train experiment=state_tracking sweep=state_tracking`"
         )
-    # What tells the runs of one problem apart is the method; across problems the task differs too.
+    # Runs of one problem differ in the method; across problems the task differs too.
     keys = differing_keys(max(by_problem.values(), key=len))
     return group([run for members in by_problem.values() for run in members], keys)
 
 
 def problem_of(run: Run) -> str:
-    """The name of a run's problem."""
+    """Reads the name of a run's problem."""
     return str(run.summary.get("problem", "?"))
 
 
 def draw(by_method: Mapping[str, Sequence[Run]]) -> Figure:
-    """Accuracy against length, a panel for each problem.
+    """Draws accuracy against length, a panel for each problem.
 
     Args:
       by_method: from `methods`.
@@ -123,7 +123,7 @@ def draw(by_method: Mapping[str, Sequence[Run]]) -> Figure:
 
 
 def write(path: Path, by_method: Mapping[str, Sequence[Run]]) -> None:
-    """The numbers of the figure as CSV.
+    """Writes the numbers of the figure as CSV.
 
     Args:
       path: the file.

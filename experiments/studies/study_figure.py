@@ -1,4 +1,4 @@
-"""The figure of `solver_study`, from its CSV: `python -m experiments.studies.study_figure FILE`."""
+"""Draws the figure of `solver_study`: `python -m experiments.studies.study_figure FILE`."""
 
 import csv
 import sys
@@ -21,7 +21,7 @@ PANELS = {
 
 
 def draw(table: Path) -> Figure:
-    """Accuracy at each test length against budget and tolerance; mean and range over seeds.
+    """Draws accuracy at each test length against budget and tolerance; mean and range over seeds.
 
     Args:
       table: `study.csv`.

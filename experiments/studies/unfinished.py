@@ -1,8 +1,8 @@
-"""Solvers that stop at their budget and leave the rest as it is: for studies, not for training.
+"""Solvers that stop at their budget and leave the solve unfinished: for studies, not training.
 
-The library's solvers complete sequentially what their budget leaves open, so that values and
-gradients are those of `lax.scan`. These do not: states are those of the last iterate, and the
-adjoint is taken at them. What other libraries do in silence is here asked for by name.
+The library's solvers complete an unfinished solve sequentially, so values and gradients are those
+of `lax.scan`. These do not: the states are those of the last iterate, and the adjoint is taken at
+them. Other libraries do this silently; here it is a named choice.
 """
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxpara.recurrence.system import Settings, Solution, Solver, System
 
 
 def unfinished_newton(*, max_iters: int, tol: float | None = None) -> Solver:
-    """Pointwise Newton, `max_iters - 1` corrections at most.
+    """Pointwise Newton with at most `max_iters - 1` corrections.
 
     Args:
       max_iters: evaluations of all steps; the last one corrects nothing more.
@@ -30,11 +30,11 @@ def unfinished_newton(*, max_iters: int, tol: float | None = None) -> Solver:
 def unfinished_shooting(
     *, max_iters: int, tol: float | None = None, chunks: int | None = None
 ) -> Solver:
-    """Multiple shooting, `max_iters - 1` corrections of the chunk starts at most.
+    """Multiple shooting with at most `max_iters - 1` corrections of the chunk starts.
 
     Args:
       max_iters, tol: as for `unfinished_newton`.
-      chunks: of time; so many evaluations are always exact.
+      chunks: of time; the solve is exact after this number of evaluations.
 
     Returns:
       A solver for `newton_scan`.

@@ -1,1 +1,1 @@
-"""Problems that ask for state: words over groups, recall, induction; pure functions of a seed."""
+"""Problems that need state: words over groups, recall, induction; pure functions of a seed."""

@@ -1,4 +1,4 @@
-"""Loss and accuracy where every position has an answer of its own, or none."""
+"""Loss and accuracy for problems with an answer, or none, at each position."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 from experiments.tasks.problem import Examples, Problem, sample
 from jaxpara.types import Loss, Model, Params
 
-_JUDGE = 987_654_321  # the seed of held-out examples: runs of every seed are judged by the same
+_JUDGE = 987_654_321  # seed of the held-out examples, the same for runs of every seed
 
 
 def answer_loss(model: Model) -> Loss:
-    """Mean cross entropy over the positions that have an answer.
+    """Makes the mean cross entropy over the positions that have an answer.
 
     Args:
       model: from tokens to logits over answers.
@@ -50,20 +50,20 @@ def correct(
 
 
 def last_answers(mask: Bool[np.ndarray, "batch time"]) -> Bool[np.ndarray, "batch time"]:
-    """The mask of the last answer of every sequence that has one.
+    """Masks the last answer of every sequence that has one.
 
     Args:
       mask: where answers are.
 
     Returns:
-      A mask with at most one position a row.
+      A mask with at most one position in a row.
     """
     later = np.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
     return mask & (later == 1)
 
 
 class Profile(NamedTuple):
-    """How held-out sequences of one length were answered.
+    """The answers to held-out sequences of one length.
 
     Attributes:
       length: tokens in each.
@@ -83,7 +83,7 @@ class Profile(NamedTuple):
         }
 
     def by_position(self) -> Float[np.ndarray, " time"]:
-        """The share of right answers at each position; NaN where there are none."""
+        """The share of right answers at each position; NaN if there are none."""
         count = self.mask.sum(axis=0)
         return np.where(count, (self.hit & self.mask).sum(axis=0) / np.maximum(count, 1), np.nan)
 
@@ -91,11 +91,11 @@ class Profile(NamedTuple):
 def judge(
     model: Model, problem: Problem, *, lengths: Sequence[int], sequences: int, batch_size: int = 64
 ) -> Callable[[Params], list[Profile]]:
-    """Answers to held-out sequences of several lengths.
+    """Makes a function that answers held-out sequences of several lengths.
 
     Args:
       model: from tokens to logits.
-      problem: whose held-out sequences are drawn once, the same for every run.
+      problem: its held-out sequences are drawn once, the same for every run.
       lengths: of the sequences.
       sequences: of each length.
       batch_size: of one call of the model.
@@ -130,14 +130,14 @@ def share(hit: Bool[np.ndarray, "batch time"], mask: Bool[np.ndarray, "batch tim
 
 
 def first_answers(examples: Examples, positions: int) -> Examples:
-    """Examples whose answers after so many positions are hidden: a shorter length, same shape.
+    """Hides the answers after a number of positions: a shorter length in the same shape.
 
-    A causal model learns from them what it would from sequences cut there, without a
-    compilation for every length of a curriculum.
+    A causal model learns the same as from sequences cut there, without compiling every length of a
+    curriculum.
 
     Args:
       examples: of full length.
-      positions: that keep their answers.
+      positions: how many keep their answers.
 
     Returns:
       The examples with another mask.

@@ -23,7 +23,7 @@ class Group(NamedTuple):
 
 
 def symmetric(points: int) -> Group:
-    """All permutations of so many points.
+    """Makes the group of all permutations of some points.
 
     Args:
       points: at least 3.
@@ -37,7 +37,7 @@ def symmetric(points: int) -> Group:
 
 
 def alternating(points: int) -> Group:
-    """The even permutations of an odd number of points.
+    """Makes the group of even permutations of an odd number of points.
 
     Args:
       points: odd, at least 5.
@@ -51,7 +51,7 @@ def alternating(points: int) -> Group:
 
 
 def named(name: str) -> Group:
-    """A group by its usual name.
+    """Makes a group by its usual name.
 
     Args:
       name: "S3", "S4", "S5" or "A5".

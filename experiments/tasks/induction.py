@@ -6,7 +6,7 @@ from experiments.tasks.problem import Examples, Problem
 
 
 def induction(*, hops: int = 2, alphabet: int = 8) -> Problem:
-    """From position i to the latest `j <= i` with `x[j-1] = x[i]`, `hops` times; answer `x[j]`.
+    """Goes from i to the latest `j <= i` with `x[j-1] = x[i]`, `hops` times; the answer is `x[j]`.
 
     With one hop it is what an induction head computes. Positions from which the chain leaves the
     sequence have no answer.
@@ -28,7 +28,7 @@ def induction(*, hops: int = 2, alphabet: int = 8) -> Problem:
         tokens = generator.integers(alphabet, size=(batch_size, length), dtype=np.int32)
         rows = np.arange(batch_size)
         nowhere = length  # one past the end, and its own successor
-        after = np.full((batch_size, alphabet), nowhere)  # where the latest follower stands
+        after = np.full((batch_size, alphabet), nowhere)  # position of the latest follower
         jump = np.full((batch_size, length + 1), nowhere)
         for t in range(length):
             if t:

@@ -1,7 +1,7 @@
-"""What a synthetic problem is, and examples of it that never cross from one split to the other.
+"""Synthetic problems, with examples that never cross from one split to the other.
 
-A sequence belongs to the held-out eighth or to the rest by a hash of its tokens, so that no
-sequence of one split can turn up in the other, whatever seeds drew them.
+A hash of its tokens assigns a sequence to the held-out eighth or to training, so no sequence of one
+split is ever in the other, whatever seeds drew them.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_HELD_OUT = 8  # one sequence in so many is held out
+_HELD_OUT = 8  # one sequence in 8 is held out
 _TRIES = 200
 
 
@@ -52,7 +52,7 @@ def sample(
     length: int,
     held_out: bool = False,
 ) -> Examples:
-    """Examples as a pure function of seed and step.
+    """Draws examples as a pure function of seed and step.
 
     Args:
       problem: what to draw.
@@ -66,7 +66,7 @@ def sample(
       The examples.
 
     Raises:
-      ValueError: too short for the problem, or so short that one split is as good as empty.
+      ValueError: the length is too short for the problem, or a split is nearly empty at it.
     """
     if length < problem.shortest:
         raise ValueError(
@@ -90,7 +90,7 @@ def sample(
 
 
 def _hash(tokens: np.ndarray) -> np.ndarray:
-    """One well mixed 64-bit number a row (FNV-1a, then the finaliser of splitmix64)."""
+    """Hashes each row to a 64-bit number (FNV-1a, then the finaliser of splitmix64)."""
     state = np.full(len(tokens), 0xCBF29CE484222325, np.uint64)
     for column in tokens.T.astype(np.uint64):
         state = (state ^ (column + np.uint64(1))) * np.uint64(0x100000001B3)

@@ -6,7 +6,7 @@ from experiments.tasks.problem import Examples, Problem
 
 
 def recall(*, pairs: int = 8, keys: int = 32, values: int = 32) -> Problem:
-    """`k v k v ... k v  q q q ...`: the answer to a key is the value that it was shown with.
+    """`k v k v ... k v  q q q ...`: the answer to a key is the value shown with it.
 
     Every position after the pairs asks for one of the keys shown, drawn at random.
 

@@ -1,4 +1,4 @@
-"""State tracking as a Task: trained at one length, judged at longer ones, stopped when solved."""
+"""State tracking as a Task: trained at one length, tested at longer ones, stopped when solved."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,19 +31,19 @@ def state_tracking(
     grow_steps: int = 0,
     grow_from: int = 4,
 ) -> Task:
-    """A synthetic problem to be solved at every length.
+    """Makes the task of solving a synthetic problem at every length.
 
     Args:
       model: from tokens `[batch, length]` to logits over answers.
-      problem: what is drawn.
+      problem: from which examples are drawn.
       vocab_size: of the model; at least the problem's.
       seed: of the order of the examples.
-      batch_size: sequences a step.
-      length: of the sequences that train.
+      batch_size: sequences in a step.
+      length: of the training sequences.
       test_lengths: of the held-out ones.
       test_sequences: held out, of each length; the same ones for every seed.
-      grow_steps: a curriculum: over so many steps the answers that count reach from position
-        `grow_from` to the whole length; 0: all count from the start.
+      grow_steps: a curriculum: over this number of steps the counted answers grow from the first
+        `grow_from` positions to the whole length; 0: all count from the start.
       grow_from: see `grow_steps`.
 
     Returns:
@@ -52,7 +52,7 @@ def state_tracking(
       solved when every accuracy is 1.
 
     Raises:
-      ValueError: a vocabulary too small, a length too short, or nothing to judge by.
+      ValueError: the vocabulary is too small, a length too short, or there is no test.
     """
     if vocab_size < problem.vocab_size:
         raise ValueError(
@@ -71,7 +71,7 @@ def state_tracking(
             return examples
         return first_answers(examples, grow_from + (length - grow_from) * number // grow_steps)
 
-    one = draw(0, 1)  # what does not fit is said before anything is compiled
+    one = draw(0, 1)  # raises errors before anything is compiled
     check_tokens("task.test_sequences", test_sequences, max(test_lengths))
     profile = judge(model, problem, lengths=test_lengths, sequences=test_sequences)
     accuracies = [f"accuracy_{n}" for n in test_lengths]

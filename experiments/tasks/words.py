@@ -1,8 +1,8 @@
 """Words over groups: the answer at every position is the product of all letters so far.
 
-Parity is the group of two elements, modular sums are the cyclic ones; S3 is the smallest group
-that does not commute, A5 the smallest that is not solvable: its word problem is as hard as
-anything that can be done with constant memory [barrington], out of reach of attention and
+Parity is the group of two elements; modular sums are the cyclic groups. S3 is the smallest group
+that does not commute, A5 the smallest that is not solvable. The word problem of A5 is as hard as
+anything that can be done with constant memory [barrington], and out of reach of attention and
 positive linear recurrences of fixed depth [illusion].
 """
 

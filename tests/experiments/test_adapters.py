@@ -178,10 +178,10 @@ def test_peft_files_name_embeddings_and_lay_out_convolutions_as_pytorch_does(tmp
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"peft_type": "LOHA"}, "is of LOHA, and only plain LoRA is read here"),
-        ({"use_dora": True}, "is of LORA with use_dora=True"),
-        ({"alpha_pattern": {"up": 4}}, "is of LORA with alpha_pattern={'up': 4}"),
-        ({"bias": "all"}, "is of LORA with bias=all"),
+        ({"peft_type": "LOHA"}, "is LOHA, and only plain LoRA can be read"),
+        ({"use_dora": True}, "is LORA with use_dora=True"),
+        ({"alpha_pattern": {"up": 4}}, "is LORA with alpha_pattern={'up': 4}"),
+        ({"bias": "all"}, "is LORA with bias=all"),
     ],
 )
 def test_what_peft_calls_lora_and_is_more_is_refused(tmp_path, change, said):
@@ -207,13 +207,13 @@ def test_peft_files_that_do_not_fit_are_refused(tmp_path):
         peft_files.load(tmp_path, state, names=NAMES)
     with pytest.raises(RunError, match="1 leading axes \\(3,\\), and 'up' has 0 pairs"):
         peft_files.save(tmp_path, state, names={"**": "up"})
-    with pytest.raises(RunError, match="'blocks/up' selects no leaf .*; there are blocks/0/k"):
+    with pytest.raises(RunError, match="'blocks/up' selects no leaf .*; choose from blocks/0/k"):
         peft_files.save(tmp_path, state, names={"blocks/up": "up.{}"})
     two = jp.lora(rank=4).attach(KEY, {"a": jnp.ones((3, 8, 5)), "b": jnp.ones((3, 8, 5))})
     with pytest.raises(RunError, match="a and b are both called up.0"):
         peft_files.save(tmp_path, two, names={"*": "up.{}"})
     other = jp.lora(rank=4).attach(KEY, {"blocks": [{"kernel": jnp.ones((3, 8, 5))}]})
-    with pytest.raises(RunError, match="it is not of this model"):
+    with pytest.raises(RunError, match="it belongs to another model"):
         peft_files.load(tmp_path, other)
     fewer = jp.lora(rank=4).attach(KEY, {"blocks": [{"kernel": jnp.ones((2, 8, 6))}]})
     with pytest.raises(RunError, match="the state has no leaf for base_model.model.blocks.0.2"):

@@ -95,7 +95,7 @@ def test_the_figure_shows_the_lines_that_were_asked_for_and_leaves_out_what_is_f
     figure = finetune_figure.draw({**lines, "lora, rounded, rank 8": far}, title="")
     (axes,) = figure.axes
     assert axes.get_legend_handles_labels()[1] == ["lora, rank 8"]
-    with pytest.raises(RunError, match="lines: 'dora' picks none of 'lora, rank 8', "):
+    with pytest.raises(RunError, match="lines: 'dora' selects none of 'lora, rank 8', "):
         finetune_figure.pick(table, ["dora"])
 
 

@@ -55,7 +55,7 @@ def test_each_contender_counts_at_its_best_rate_over_seeds(tmp_path):
         ([("gru", 0.1, 0, 1.0, {"status": "failed"})], "no run of contender gru is finished"),
         (
             [("gru", 0.1, 0, 1.0), ("lstm", 0.1, 0, 1.0, {"judged_by": ["accuracy", "max"]})],
-            "not judged alike",
+            "judged by different figures",
         ),
     ],
 )

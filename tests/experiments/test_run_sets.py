@@ -305,7 +305,7 @@ def test_compare_prints_and_writes_the_table(sweep, tmp_path, capsys):
         (plot, ["runs={empty}"], r"error: runs: '.*': no config.yaml in or below it"),
         (plot, ["runs={sweep}/multirun/lm/9"], "no run with numbers:\n .*/9 has no metrics.csv"),
         (plot, ["runs={blank}"], "metrics.csv is empty: the run measured nothing"),
-        (plot, ["runs={sweep}", "y=los"], f"no column y='los'; there are step, tokens, {Y}"),
+        (plot, ["runs={sweep}", "y=los"], f"no column y='los'; choose from step, tokens, {Y}"),
         (plot, ["runs={sweep}", "x=name"], "x='name' is neither a column nor a number in"),
         (plot, ["runs={sweep}", "group_by=mixr"], "no run's config has the key 'mixr'; .* mixer"),
         (plot, ["runs={sweep}", "output=a.gif"], "output='a.gif': give a file that ends in .png"),
