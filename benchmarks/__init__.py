@@ -1,1 +1,1 @@
-"""Measurements that need no Hydra: kernels on a device, and other people's code beside ours."""
+"""Measurements without Hydra: kernels on a device, and other people's code beside ours."""

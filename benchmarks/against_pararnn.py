@@ -1,14 +1,14 @@
-"""Our GRU kernels beside public ones: `python -m benchmarks.against_pararnn DIR`.
+"""Times our GRU kernels beside public ones: `python -m benchmarks.against_pararnn DIR`.
 
-DIR is a checkout of apple/ml-pararnn (its extension built in place) or of bugkira/pararnn-torch;
-both call their package `pararnn`, so one run takes one. Needs torch with CUDA beside JAX, in one
-process: set XLA_PYTHON_CLIENT_PREALLOCATE=false. All start from projected gates and a zero state,
-in float32, each in its own layout; theirs make a fixed number of Newton iterations [pararnn], ours
-run to a residual of 1e-5. Backward, each ends at the cotangents of gates and weights: theirs by
-the fused adjoint (CUDA) or a scan and a fused vjp (Triton), the rest in torch, as their layers do.
-Errors are against float64.
+DIR is a checkout of apple/ml-pararnn (its extension built in place) or of bugkira/pararnn-torch.
+Both call their package `pararnn`, so a run takes only one of them. It needs torch with CUDA beside
+JAX in one process: set XLA_PYTHON_CLIENT_PREALLOCATE=false. All start from projected gates and a
+zero state in float32, each in its own layout. Theirs make a fixed number of Newton iterations
+[pararnn], ours run to a residual of 1e-5. Backward, each ends at the cotangents of gates and
+weights: theirs by the fused adjoint (CUDA) or a scan and a fused vjp (Triton), the rest in torch,
+as in their layers. Errors are against float64.
 
-**Has not been run**: no GPU was at hand. Written from their sources as of November 2026 and tested
+***It has not been run on a GPU.** It is written from their sources as of November 2026 and tested
 on stand-ins with their signatures and layouts.
 """
 
@@ -33,7 +33,7 @@ ITERATIONS = 3  # the default of both
 
 
 def channels_first(gates: Sequence[np.ndarray]) -> np.ndarray:
-    """`[T, B, D]` each to `[B, D, T, 3]`, as the CUDA kernel reads them.
+    """Converts three `[T, B, D]` to `[B, D, T, 3]`, as the CUDA kernel reads them.
 
     Args:
       gates: update, reset, candidate.
@@ -45,7 +45,7 @@ def channels_first(gates: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def batch_first(gates: Sequence[np.ndarray]) -> np.ndarray:
-    """`[T, B, D]` each to `[B, T, 3 D]`, as the Triton kernel reads them.
+    """Converts three `[T, B, D]` to `[B, T, 3 D]`, as the Triton kernel reads them.
 
     Args:
       gates: update, reset, candidate.
@@ -60,10 +60,10 @@ class Rival(NamedTuple):
     """Calls into other people's kernels, on the device, in their own layouts.
 
     Attributes:
-      forward: gives the states.
-      backward: of the states, gives the cotangents of gates and weights.
-      states: from what `forward` gives to `[T, B, D]`.
-      gates: from what `backward` gives to three `[T, B, D]`.
+      forward: returns the states.
+      backward: from the states to the cotangents of gates and weights.
+      states: from the result of `forward` to `[T, B, D]`.
+      gates: from the result of `backward` to three `[T, B, D]`.
     """
 
     forward: Callable[[], Any]
@@ -73,20 +73,20 @@ class Rival(NamedTuple):
 
 
 def _before(torch: Any, h: Any, axis: int) -> Any:
-    """The state before each step, along `axis`; it begins at zero."""
+    """Shifts states to those before each step, along `axis`, starting at zero."""
     last = h.shape[axis] - 1
     return torch.cat([torch.zeros_like(h.narrow(axis, 0, 1)), h.narrow(axis, 0, last)], axis)
 
 
 def _step(torch: Any, h: Any, gates: Sequence[Any], weights: Sequence[Any]):
-    """Update, reset and candidate of a step from `h`."""
+    """Computes update, reset and candidate of a step from `h`."""
     (x_z, x_r, x_n), (w_z, w_r, w_n) = gates, weights
     z, r = torch.sigmoid(x_z + w_z * h), torch.sigmoid(x_r + w_r * h)
     return z, r, torch.tanh(x_n + w_n * (h * r))
 
 
 def jacobian(torch: Any, h: Any, gates: Sequence[Any], weights: Sequence[Any]) -> Any:
-    """`dh'/dh` of a GRU step.
+    """Computes `dh'/dh` of a GRU step.
 
     Args:
       torch: the module.
@@ -103,14 +103,14 @@ def jacobian(torch: Any, h: Any, gates: Sequence[Any], weights: Sequence[Any]) -
 
 
 def pulled(torch: Any, h: Any, gates: Sequence[Any], weights: Sequence[Any], g: Any, over: Any):
-    """Cotangents of a GRU step's gates and weights.
+    """Computes the cotangents of a GRU step's gates and weights.
 
     Args:
       torch: the module.
       h: states before the step.
       gates, weights: as for `jacobian`.
       g: cotangents of the new states, all later steps included.
-      over: axes of batch and time, over which the weights' are summed.
+      over: axes of batch and time, over which those of the weights are summed.
 
     Returns:
       Three arrays as `h`, and three `[D]`.
@@ -150,7 +150,7 @@ def _triton(torch: Any, gates: Gates, weights: Gates, cotangents: np.ndarray) ->
         gru_recurrence_vjp,
     )
 
-    try:  # where a later version has it
+    try:  # in later versions
         from pararnn.kernels.custom_ops import (  # pyright: ignore[reportMissingImports]
             newton_gru_fused,
         )
@@ -184,16 +184,16 @@ def _triton(torch: Any, gates: Gates, weights: Gates, cotangents: np.ndarray) ->
 
 
 def rival_in(checkout: Path) -> tuple[str, Path, Callable[..., Any]]:
-    """What a checkout is.
+    """Recognises a checkout.
 
     Args:
       checkout: its folder.
 
     Returns:
-      A name, the folder to import from, and how to call it.
+      A name, the folder to import from, and the call.
 
     Raises:
-      SystemExit: it is neither.
+      SystemExit: it is neither of the two.
     """
     if (checkout / "pararnn/csrc").is_dir():
         return "CUDA (apple/ml-pararnn)", checkout, _cuda
@@ -286,9 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise SystemExit(
-            "torch is not installed here; it is needed beside JAX, with CUDA"
-        ) from None
+        raise SystemExit("torch is not installed: install it with CUDA, beside JAX") from None
     if not torch.cuda.is_available() or jax.default_backend() != "gpu":
         raise SystemExit("both torch and JAX must see the GPU; one of them does not")
     sys.path.insert(0, str(folder))

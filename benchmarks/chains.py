@@ -1,8 +1,8 @@
-"""Operations of microseconds on a device: several in one call, on inputs that are rotated.
+"""Times operations of microseconds on a device: several in one call, on rotated inputs.
 
-A kernel of 20 microseconds is shorter than the call that starts it. So one compiled call holds the
-operation several times, each on its own inputs and each after the one before: the start is paid
-once, and inputs that would fit a cache are not there when their turn comes again.
+A kernel of 20 microseconds is shorter than the call that starts it. One compiled call therefore
+holds the operation several times, one after the other, each on its own inputs. The start is paid
+once, and inputs that would fit a cache have left it when their turn comes again.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ MOST_SETS = 16
 
 
 def sets_needed(set_bytes: int) -> int:
-    """How many sets of inputs keep a cache from holding the one whose turn it is.
+    """Computes how many sets of inputs keep the next one out of a cache.
 
     Args:
       set_bytes: of one set, results included.
@@ -32,15 +32,15 @@ def sets_needed(set_bytes: int) -> int:
 def chained(
     function: Callable[..., Any], count: int, trim: Callable[[Any], Any] = lambda result: result
 ) -> Callable[..., list[Any]]:
-    """The operation on several sets of arguments, one after the other.
+    """Chains the operation on several sets of arguments, one after the other.
 
     Args:
       function: of `(shared, first, *rest)`.
       count: number of sets.
-      trim: of every result but the last; what it leaves out is not computed.
+      trim: applied to every result but the last; parts that it drops are not computed.
 
     Returns:
-      A function of `(shared, sets)` that gives every result.
+      A function of `(shared, sets)` that returns every result.
     """
     once = jax.jit(function)  # traced and lowered once, called `count` times
 
@@ -75,10 +75,10 @@ def milliseconds(call: Callable[[], Any], *, repeats: int = 1) -> Timing:
 
 
 def copy_gb_s(array_bytes: int) -> float:
-    """Measured bandwidth of a copy, bytes read and written together.
+    """Measures the bandwidth of a copy, bytes read and written together.
 
     Args:
-      array_bytes: of the array that is copied; large against every cache.
+      array_bytes: of the copied array; much larger than every cache.
 
     Returns:
       GB/s.
@@ -90,7 +90,7 @@ def copy_gb_s(array_bytes: int) -> float:
 
 
 def call_us() -> float:
-    """Microseconds of a call that does nothing: what every single call pays.
+    """Measures the microseconds of an empty call: the overhead of every call.
 
     Returns:
       The median.

@@ -1,7 +1,7 @@
-"""The implementations of a recurrence that are timed against one another.
+"""The implementations of a recurrence that are compared in time.
 
-Each gives, of `(consts, init, xs, cotangents)`, the states in `forward`, and the states and the
-cotangents of `init` and `xs` and of the parameters in `forward_backward`.
+Each is a function of `(consts, init, xs, cotangents)`. In `forward` it returns the states; in
+`forward_backward` it returns the states and the cotangents of `init`, `xs` and the parameters.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from jaxpara.recurrence import rule
 from jaxpara.recurrence.solve import linear_kernel
 from pallas_kernels import linear_recurrence, nonlinear_recurrence
 
-# Asked for by name: a kernel that cannot take a call then fails, instead of being replaced.
+# Requested by name: a kernel that cannot take a call then fails instead of being replaced.
 BACKENDS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu", "cpu": "xla"}
 
 
 class Result(NamedTuple):
-    """What a pass gives.
+    """The result of a pass.
 
     Attributes:
       states: `[T, B, D]` each.
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
 
 def without_counts(result: Result) -> Result:
-    """The result without what a training step does not ask for: two small launches fewer.
+    """Drops what a training step does not need from a result: two small launches fewer.
 
     Args:
       result: of a kernel.
@@ -58,16 +58,16 @@ def without_counts(result: Result) -> Result:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Where a kernel is traced that may be replaced: a row of something else is not called fused.
+    """Fails if a traced kernel is replaced: a row of something else must not be called fused.
 
     Raises:
-      NotImplementedError: at its end, if `newton_scan` said that a kernel was off.
+      NotImplementedError: at its end, if `newton_scan` reported that a kernel was off.
     """
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logger = logging.getLogger("jaxpara")
-    linear_kernel.say.cache_clear()  # what was said before would not be said again
+    linear_kernel.say.cache_clear()  # a repeated message would not be logged again
     logger.addHandler(handler)
     try:
         yield
@@ -79,7 +79,7 @@ def refusing() -> Iterator[None]:
 
 
 def contender(point: Point, implementation: str) -> Callable[..., Result]:
-    """The implementation that a point names.
+    """Finds the implementation that a point names.
 
     Args:
       point: what is measured.
@@ -110,7 +110,7 @@ def contender(point: Point, implementation: str) -> Callable[..., Result]:
 
 
 def _scan(recurrence: Recurrence, scan: Callable[..., Any], backward: bool):
-    """A float32 carry whatever the storage, as the kernels have it."""
+    """Uses a float32 carry for any storage, like the kernels."""
 
     def solve(consts, init, xs):
         def step(h, x):

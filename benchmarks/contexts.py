@@ -1,16 +1,16 @@
-"""Who adapts which use of a weight: `python -m benchmarks.contexts`, from the repository's root.
+"""Compares which uses of a weight libraries adapt: `python -m benchmarks.contexts`, from the root.
 
-Every context of `tests/weights/kit.py` runs through jaxpara, qwix and quax, each cell in a
-process of its own, since qwix's patches outlive a call. Asked is only this: is the value that of
-the function on the adapted weight, `f(W + s A B, x)` or `f(Q(W), x)`?
+Every context of `tests/weights/kit.py` runs through jaxpara, qwix and quax. Each cell runs in its
+own process, because qwix's patches outlive a call. The only question is whether the value is that
+of the function on the adapted weight, `f(W + s A B, x)` or `f(Q(W), x)`:
 
     right      it is, "rule" without building the weight and "dense" by building it late
-    silent     it is the value of the function on the plain weight, and nothing said so
+    silent     it is the value of the function on the plain weight, without a message
     wrong      it is neither
     refuses    an error, by its type
 
-lorax has no column: jax-lorax 0.3.1, its newest, requires jax<0.5, and pip does not install it with
-the others. Put beside JAX 0.10.2 or 0.12 by hand it stops at its import: `jax.tree_map` is gone.
+lorax has no column. Its newest version, jax-lorax 0.3.1, requires jax<0.5, so pip does not install
+it with the others. Beside JAX 0.10.2 or 0.12 its import fails: `jax.tree_map` is gone.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def close(got: Any, wanted: Any) -> bool:
 
 
 def verdict(got: Any, plain: Any, wanted: list[Any]) -> str:
-    """A result among those that it may be."""
+    """Classifies a result."""
     if any(close(got, one) for one in wanted):
         return "right"
     return "silent" if close(got, plain) else "wrong"
@@ -85,7 +85,7 @@ def our_int4(context: Context) -> str:
 
 
 def quax_lora(context: Context) -> str:
-    """quax with the LoRA of its examples; if it refuses, allowed to build the weight."""
+    """quax with the LoRA of its examples; if it refuses, it may build the weight."""
     import equinox as eqx
     import quax
     from quax.examples.lora import LoraArray
@@ -171,12 +171,12 @@ CONTENDERS: dict[str, Callable[[Context], str]] = {
 
 
 def apart(contender: Callable[[Context], str], context: Context, *, patience: float = 120) -> str:
-    """A cell, computed in a process of its own.
+    """Computes a cell in its own process.
 
     Args:
       contender: of the table.
       context: likewise.
-      patience: seconds before it is given up.
+      patience: seconds before it is abandoned.
 
     Returns:
       The verdict; errors and crashes are verdicts, too.
@@ -206,7 +206,7 @@ def apart(contender: Callable[[Context], str], context: Context, *, patience: fl
 
 
 def write(output: Path, table: dict[str, dict[str, str]]) -> None:
-    """Writes the table and how often each contender is what.
+    """Writes the table and the counts of each contender's verdicts.
 
     Args:
       output: a Markdown file; the same as JSON beside it.
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("contexts", nargs="*", help="names; none: all")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
-    # What the children need is imported before they are: no backend starts by it.
+    # Imported before the children start, without starting a backend.
     for module in ("qwix", "quax", "equinox", "flax.linen", "quax.examples.lora"):
         try:
             importlib.import_module(module)

@@ -1,8 +1,8 @@
-"""The map of `jp.auto` from the rows of a benchmark: `python -m benchmarks.fit_choice CSV`.
+"""Fits the map of `jp.auto` to the rows of a benchmark: `python -m benchmarks.fit_choice CSV`.
 
-A point of the map holds how much faster than `lax.scan`, with gradients and in float32, each path
-of `newton_scan` was. `python -m experiments.fit_choice` measures such a map directly; this one
-needs no Hydra and no second run on the device.
+A point of the map holds the speed-up of each path of `newton_scan` over `lax.scan`, with gradients
+and in float32. `python -m experiments.fit_choice` measures such a map directly; this command needs
+no Hydra and no second run on the device.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from experiments.contest import choice_map
 
 
 def points(measured: Measured) -> list[dict[str, Any]]:
-    """The points of the map: shapes at which `lax.scan` and some path were measured and right.
+    """Selects the points of the map: shapes with correct rows of `lax.scan` and of some path.
 
     Args:
       measured: the rows.
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
       The file of the map.
 
     Raises:
-      SystemExit: the rows hold no point, or are of several devices.
+      SystemExit: the rows hold no point, or are from several devices.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("csv", type=Path, help="rows of benchmarks.kernels")
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         )
     devices = sorted({str(row["device"]) for row in read})
     if len(devices) > 1:
-        parser.error(f"{options.csv} mixes devices {devices}; a map is of one")
+        parser.error(f"{options.csv} mixes devices {devices}; a map is for one")
     output = choice_map.write(
         made,
         options.output,

@@ -1,8 +1,9 @@
 """Times the recurrence kernels on this machine's device: `python -m benchmarks.kernels`.
 
-Linear and nonlinear recurrences, forward and with gradients, float32 and bfloat16 storage, beside
-`lax.scan` in the same process, against the floor of memory traffic; then what `jp.auto` chooses
-from. Written row by row: the same command continues where it stopped. Needs no Hydra.
+It times linear and nonlinear recurrences, forward and with gradients, in float32 and bfloat16
+storage, beside `lax.scan` in the same process and the floor of memory traffic; then the paths of
+`jp.auto`. Rows are written one by one, so the same command continues where it stopped. Needs no
+Hydra.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from pallas_kernels.shapes import GRID, SMOKE, Shape, traffic
 PARTS = ("grid", "crossover")
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# Of the largest entry; a row above is wrong and earns no ratio.
+# Relative to the largest entry; a row above it is wrong and gets no ratio.
 LARGEST_ERROR = {
     "float32": (2e-4, 2e-3),  # values and gradients
     "bfloat16": (2e-2, 5e-2),  # states and gates' gradients are stored in 8 bits
@@ -50,7 +51,7 @@ LARGEST_ERROR = {
 
 @dataclasses.dataclass
 class Machine:
-    """What the rows have in common."""
+    """The values that all rows share."""
 
     device: str
     memory: int
@@ -60,7 +61,7 @@ class Machine:
 
 
 class Bench:
-    """Measures points; keeps the data and the oracle of the shape that it is at."""
+    """Measures points; keeps the data and the oracle of the current shape."""
 
     def __init__(self, machine: Machine, *, scan_s: float, sets: int, implementation: str | None):
         self.machine = machine
@@ -71,10 +72,10 @@ class Bench:
         self._step_s: dict[tuple[str, str, str], float] = {}  # lax.scan's, as measured so far
 
     def row(self, point: Point) -> dict[str, Any]:
-        """Measures a point, or says why not.
+        """Measures a point, or says why it was not measured.
 
         Args:
-          point: which.
+          point: the point.
 
         Returns:
           Its row.
@@ -85,15 +86,15 @@ class Bench:
             return row | {"verdict": f"skipped: a run would take about {expected:.0f} s"}
         try:
             return row | self._measured(point)
-        except Exception as error:  # a point that fails must not sink the others
+        except Exception as error:  # a failing point must not end the others
             first = (str(error).strip() or "no message").splitlines()[0]
             return row | {"verdict": f"failed: {type(error).__name__}: {first[:160]}"}
 
     def head(self, point: Point) -> dict[str, Any]:
-        """What a row says before anything is measured.
+        """Fills a row before anything is measured.
 
         Args:
-          point: which.
+          point: the point.
 
         Returns:
           The first and the last columns.
@@ -109,7 +110,7 @@ class Bench:
 
     def _measured(self, point: Point) -> dict[str, Any]:
         size = ITEMSIZE[point.dtype]
-        # The others are slow enough not to gain from a cache, and take long to compile.
+        # The others are too slow to gain from a cache, and take long to compile.
         several = min(self.sets, chains.sets_needed(needs(point)))
         count = several if point.implementation == KERNEL else 1
         operands, true = self._data(point, count)
@@ -156,7 +157,7 @@ class Bench:
         }
 
     def _data(self, point: Point, count: int):
-        """Operands and truth; made anew only for another op, storage or shape."""
+        """Makes operands and oracle; reuses them for the same op, storage and shape."""
         name = (point.op, point.dtype, point.shape)
         if not self._held or self._held[0] != name:
             self._held = ()  # before the next ones are made
@@ -170,7 +171,7 @@ class Bench:
         return self._held[1:]
 
     def _expected_s(self, point: Point) -> float:
-        """Seconds of one run of `lax.scan`, from its shorter ones; 0 for what is fast."""
+        """Estimates the seconds of a run of `lax.scan` from shorter ones; 0 for fast paths."""
         if point.implementation != SCAN:
             return 0.0
         guess = 3e-5 if self.machine.device != "cpu" else 1e-6
@@ -179,7 +180,7 @@ class Bench:
 
 
 def _errors(result: Result, true: recurrences.Truth) -> tuple[float, float | None]:
-    """Largest error over largest entry, of the states and of all gradients."""
+    """Computes the largest error over the largest entry, of the states and of all gradients."""
 
     def worst(got: Sequence[Any], wanted: Sequence[np.ndarray]) -> float:
         largest = 0.0
@@ -207,14 +208,14 @@ def _verdict(errors: tuple[float, float | None], dtype: str) -> str:
 
 
 def machine(memory_gb: float | None, copy_bytes: int) -> Machine:
-    """This machine, its copy bandwidth measured.
+    """Describes this machine and measures its copy bandwidth.
 
     Args:
-      memory_gb: of the device, if known better than by JAX.
+      memory_gb: of the device, if JAX does not know it.
       copy_bytes: of the array whose copy is timed.
 
     Returns:
-      What the rows have in common.
+      The values that all rows share.
     """
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
@@ -230,14 +231,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ops", nargs="+", choices=OPS, default=["gru", "lstm", "linear"])
     made.add_argument("--dtypes", nargs="+", choices=list(ITEMSIZE), default=list(ITEMSIZE))
     made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    made.add_argument("--implementation", help="of the kernels; default: that of the platform")
+    made.add_argument("--implementation", help="of the kernels; default: by platform")
     made.add_argument("--minutes", type=float, default=8.0, help="stop after these; then repeat")
     made.add_argument("--scan-seconds", type=float, default=2.0, help="skip lax.scan above this")
     made.add_argument("--sets", type=int, default=chains.MOST_SETS, help="of rotated inputs")
     made.add_argument("--memory-gb", type=float, help="of the device, if JAX does not know")
-    made.add_argument("--retry", action="store_true", help="measure again what failed")
+    made.add_argument("--retry", action="store_true", help="measure failed rows again")
     made.add_argument("--results", type=Path, default=RESULTS, help="folder of rows and tables")
-    made.add_argument("--csv", type=Path, help="rows; points that it holds are not measured again")
+    made.add_argument("--csv", type=Path, help="file of rows; its points are not measured again")
     return made
 
 
@@ -260,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     shapes: Sequence[Shape] = SMOKE if smoke else GRID
     timed = grid(shapes, options.ops, options.dtypes) if "grid" in options.parts else []
-    paths = []  # what jp.auto chooses from
+    paths = []  # that jp.auto chooses from
     if "crossover" in options.parts:
         paths = crossover(list(rule.PATHS), *([SMOKE[:1]] if smoke else []))
     points, large = fitting(in_order(timed, paths), here.memory)
@@ -296,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 rows.append(path, row)
             print(_line(point, row), flush=True)
             if str(row["verdict"]).startswith("failed") and not _alive():
-                print("the device does not answer any more: the same command continues behind this")
+                print("the device no longer answers: the same command continues after this point")
                 break
     finally:
         text = write_report(path, large)
@@ -305,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def _alive() -> bool:
-    """Whether the device still computes: after some errors it does not, in this process."""
+    """Whether the device still computes; after some errors it does not, in this process."""
     try:
         return int(jax.jit(lambda x: x + 1)(jnp.zeros((), jnp.int32))) == 1
     except Exception:

@@ -1,4 +1,4 @@
-"""What is measured, most informative first; what would not fit the device is named."""
+"""The points to measure, the most informative first, and those that would not fit the device."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,19 +10,19 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 OPS = ("gru", "lstm", "linear", "linear2")
 KERNEL, SCAN, SOLVER = "kernel", "lax.scan", "newton_scan:"
 
-# Where `jp.auto` has to choose: from too small for a kernel to the sizes of training.
+# Shapes among which `jp.auto` chooses: from too small for a kernel to the sizes of training.
 CROSSOVER = tuple(
     Shape(steps, batch, width)
     for steps in (128, 512, 2048, 8192, 65536)
     for batch, width in ((1, 8), (1, 256), (8, 256), (8, 1024), (64, 1024))
 )
-# A map of these alone is a map: `jp.auto` looks up the nearest point.
+# A coarse map: `jp.auto` looks up the nearest point.
 COARSE = tuple(
     Shape(steps, batch, width)
     for steps in (128, 2048, 65536)
     for batch, width in ((1, 8), (8, 256), (64, 1024))
 )
-# Their places in the order of `in_order`: behind the targets and the long rows, and near the end.
+# Their places in `in_order`: after the targets and the long rows, and near the end.
 _COARSE_MAP, _REST_OF_THE_MAP = 5, 9
 
 
@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 
 def _tier(shape: Shape) -> int:
-    """How soon a shape is measured: the reference, the targets, the long rows, the rest."""
+    """Ranks a shape: the reference, the targets, the long rows, the rest."""
     if shape == Shape(2048, 8, 256):
         return 0
     if shape.batch * shape.width >= 2048 and shape.steps in (2048, 8192):
@@ -48,7 +48,7 @@ def _tier(shape: Shape) -> int:
 
 
 def grid(shapes: Sequence[Shape], ops: Sequence[str], dtypes: Sequence[str]) -> list[Point]:
-    """Every op on every shape: the kernel and `lax.scan`, forward, then with gradients.
+    """Lists every op on every shape: the kernel and `lax.scan`, forward, then with gradients.
 
     Args:
       shapes: T, B, D.
@@ -69,7 +69,7 @@ def grid(shapes: Sequence[Shape], ops: Sequence[str], dtypes: Sequence[str]) -> 
 
 
 def crossover(paths: Sequence[str], shapes: Sequence[Shape] = CROSSOVER) -> list[Point]:
-    """The points that `jp.auto` is fitted from: its paths beside `lax.scan`.
+    """Lists the points to which `jp.auto` is fitted: its paths beside `lax.scan`.
 
     Args:
       paths: names of `jaxpara.recurrence.rule.PATHS`.
@@ -87,10 +87,10 @@ def crossover(paths: Sequence[str], shapes: Sequence[Shape] = CROSSOVER) -> list
 
 
 def in_order(grid: Sequence[Point], crossover: Sequence[Point]) -> list[Point]:
-    """Both parts in the order in which they are measured: a run that is cut short knows most.
+    """Orders both parts so that an interrupted run has the most informative points.
 
-    The reference point; the targets and the long rows, by kernel; a coarse map for `jp.auto`;
-    `lax.scan` beside the targets; the rest of the grid, and of the map.
+    The order is: the reference point; the targets and the long rows, by kernel; a coarse map for
+    `jp.auto`; `lax.scan` beside the targets; the rest of the grid, and of the map.
 
     Args:
       grid: from `grid`.
@@ -114,10 +114,10 @@ def in_order(grid: Sequence[Point], crossover: Sequence[Point]) -> list[Point]:
 
 
 def needs(point: Point) -> int:
-    """Bytes that lie on the device while a point is measured.
+    """Counts the bytes on the device while a point is measured.
 
     Args:
-      point: which.
+      point: the point.
 
     Returns:
       The number of bytes.
@@ -127,7 +127,7 @@ def needs(point: Point) -> int:
 
 
 def fitting(points: Sequence[Point], memory: int) -> tuple[list[Point], list[Point]]:
-    """Those that fit, and those that would need more than their share of the memory.
+    """Splits points into those that fit and those that need more than their share of the memory.
 
     Args:
       points: in order.

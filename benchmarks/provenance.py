@@ -1,4 +1,4 @@
-"""What a row of results is of: the commit, and the sources that decide what a kernel does."""
+"""The origin of a row of results: the commit, and the sources that a kernel depends on."""
 
 import hashlib
 import subprocess
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# A change in these makes earlier results those of another program.
+# A change in these makes earlier results stale.
 SOURCES = ("pallas_kernels", "jaxpara/recurrence", "jaxpara/compat.py", "jaxpara/jaxprs.py")
-# What `make compile` compiles, and what prepares it: its table holds while these are the same.
+# Sources of `make compile`: its table is valid while these are unchanged.
 COMPILED = (
     "pallas_kernels",
     "jaxpara/recurrence/kernel",
@@ -24,10 +24,10 @@ COMPILED = (
 
 
 def code(sources: Sequence[str] = SOURCES) -> str:
-    """A short hash of sources.
+    """Computes a short hash of sources.
 
     Args:
-      sources: files and folders of this repository; by default the kernels and what drives them.
+      sources: files and folders of this repository; by default the kernels and their drivers.
 
     Returns:
       Twelve digits.
@@ -41,10 +41,10 @@ def code(sources: Sequence[str] = SOURCES) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `-dirty` if files differ.
+    """Reads the commit of this checkout, with `-dirty` if files differ.
 
     Returns:
-      What `git describe` says; where there is no git or no repository, `code-` and `code()`.
+      The output of `git describe`; without git or a repository, `code-` and `code()`.
     """
     try:
         found = subprocess.run(
@@ -59,7 +59,7 @@ def commit() -> str:
 
 
 def compiled() -> Path | None:
-    """The committed table of `make compile` that is of these sources, if there is one.
+    """Finds the committed table of `make compile` for these sources, if there is one.
 
     Returns:
       Its file.

@@ -1,7 +1,7 @@
-"""The recurrences that are compiled ahead of time and timed, with their data and their oracle.
+"""Recurrences that are compiled ahead of time and timed, with their data and their oracle.
 
-Cells of `jp.cells` at the weights that training gives (uniform within 1), over gates as their
-input projection makes them from unit-normal inputs: unit normal plus the bias.
+They are cells of `jp.cells` at weights typical of training (uniform within 1), over the gates that
+their input projection makes from unit-normal inputs: unit normal plus the bias.
 """
 
 import functools
@@ -29,7 +29,7 @@ class Recurrence(NamedTuple):
       consts: `[D]` each.
       draw: `(key, shape, index) -> values` of input `index`, `[T, B, D]`, float32.
       affine: the step is affine in the state.
-      certain: what `newton_scan` tells a kernel of the step: a correction bounds its error.
+      certain: whether a correction bounds the error, as `newton_scan` tells a kernel.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Recurrence(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Operands, as they are stored: `[B, D]` and `[T, B, D]`."""
+    """Operands as stored: `[B, D]` and `[T, B, D]`."""
 
     init: list[jax.Array]
     xs: list[jax.Array]
@@ -50,7 +50,7 @@ class Data(NamedTuple):
 
 
 def gated(name: str, width: int) -> Recurrence:
-    """A cell of `jp.cells`.
+    """Makes the recurrence of a cell of `jp.cells`.
 
     Args:
       name: its name there, `gru` and `lstm` for those with one weight a unit.
@@ -82,7 +82,7 @@ def gated(name: str, width: int) -> Recurrence:
 
 
 def linear(size: int) -> Recurrence:
-    """`s_t = A_t s_{t-1} + b_t`, K by K: the inputs are A row by row, then b.
+    """Makes `s_t = A_t s_{t-1} + b_t`, K by K: the inputs are A row by row, then b.
 
     Args:
       size: K.
@@ -107,7 +107,7 @@ def linear(size: int) -> Recurrence:
 
 
 def three(width: int) -> Recurrence:
-    """A cell that nobody wrote a kernel for: three states, a clip, a softplus, a where.
+    """Makes a cell without a kernel of its own: three states, a clip, a softplus, a where.
 
     Args:
       width: D.
@@ -134,7 +134,7 @@ def three(width: int) -> Recurrence:
 
 
 def make(name: str, width: int) -> Recurrence:
-    """A recurrence by name.
+    """Makes a recurrence by name.
 
     Args:
       name: `linear`, `linear2` to `linear4`, `three`, or a cell of `jp.cells`.
@@ -150,7 +150,7 @@ def make(name: str, width: int) -> Recurrence:
 
 @functools.cache
 def leaves(name: str) -> Leaves:
-    """How many arrays a recurrence reads and writes.
+    """Counts the arrays that a recurrence reads and writes.
 
     Args:
       name: as in `make`.
@@ -162,7 +162,7 @@ def leaves(name: str) -> Leaves:
 
 
 def prepared(recurrence: Recurrence, shape: Shape, dtype: str) -> elementwise.Elementwise:
-    """What a kernel takes of it, at float32 arithmetic whatever the storage.
+    """Prepares a recurrence for a kernel, with float32 arithmetic for any storage.
 
     Args:
       recurrence: one of the above.
@@ -184,7 +184,7 @@ def prepared(recurrence: Recurrence, shape: Shape, dtype: str) -> elementwise.El
 def order_of_params(
     ready: elementwise.Elementwise, recurrence: Recurrence, shape: Shape
 ) -> list[int]:
-    """Which of the recurrence's consts each parameter of the kernel is.
+    """Maps each parameter of the kernel to one of the recurrence's consts.
 
     Args:
       ready: from `prepared`.
@@ -192,7 +192,7 @@ def order_of_params(
       shape: T, B, D.
 
     Returns:
-      Index into `recurrence.consts`, a parameter.
+      The index into `recurrence.consts` of each parameter.
     """
     marks = [jnp.full_like(c, i) for i, c in enumerate(recurrence.consts)]
     xs = [jnp.zeros((1, *shape[1:]))] * recurrence.leaves.inputs
@@ -200,10 +200,10 @@ def order_of_params(
 
 
 def data(recurrence: Recurrence, shape: Shape, dtype: str, count: int = 1) -> list[Data]:
-    """Operands on the default device.
+    """Makes operands on the default device.
 
     Args:
-      recurrence: what they are for.
+      recurrence: the recurrence.
       shape: T, B, D.
       dtype: of the storage.
       count: of independent sets.
@@ -224,7 +224,7 @@ def data(recurrence: Recurrence, shape: Shape, dtype: str, count: int = 1) -> li
 
 
 class Truth(NamedTuple):
-    """Float64, at the chosen sequences and channels: `[T, b, d]` and `[b, d]`."""
+    """Results in float64 at the chosen sequences and channels: `[T, b, d]` and `[b, d]`."""
 
     states: list[np.ndarray]
     d_init: list[np.ndarray]
@@ -233,7 +233,7 @@ class Truth(NamedTuple):
 
 
 def corner(array: Any) -> np.ndarray:
-    """The first and last sequence and four channels of `[..., B, D]`, as float64.
+    """Selects the first and last sequence and four channels of `[..., B, D]`, as float64.
 
     Args:
       array: with the last two axes B and D.
@@ -249,13 +249,13 @@ def corner(array: Any) -> np.ndarray:
 
 
 def truth(recurrence: Recurrence, operands: Data) -> Truth:
-    """What `lax.scan` and backpropagation give in float64 on the host, in a corner.
+    """Computes the results of `lax.scan` and backpropagation in float64 on the host, in a corner.
 
-    Channels and sequences do not touch one another, so a corner of the operands gives that corner
-    of the results.
+    Channels and sequences are independent, so a corner of the operands gives that corner of the
+    results.
 
     Args:
-      recurrence: which.
+      recurrence: the recurrence.
       operands: its data, as stored.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Tables and targets from the rows of `benchmarks.kernels`: `python -m benchmarks.report CSV`."""
+"""Makes tables and targets from `benchmarks.kernels`: `python -m benchmarks.report CSV`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def write_report(path: Path, large: Sequence[Point] = ()) -> Path:
 
     Args:
       path: of the rows.
-      large: points that were left out for their size.
+      large: points left out because of their size.
 
     Returns:
       The Markdown file.
@@ -44,23 +44,23 @@ def write_report(path: Path, large: Sequence[Point] = ()) -> Path:
 
 
 def targets_of(path: Path) -> list[str]:
-    """Each target, and whether the rows of a file meet it.
+    """Lists each target, and whether the rows of a file meet it.
 
     Args:
       path: of the rows.
 
     Returns:
-      One line a target.
+      One line for each target.
     """
     return targets({rows.point_of(row): row for row in rows.read(path)})
 
 
 def report(measured: Measured, large: Sequence[Point], source: str) -> list[str]:
-    """The report, line by line.
+    """Formats the report, line by line.
 
     Args:
       measured: the rows.
-      large: points that were left out for their size.
+      large: points left out because of their size.
       source: name of their file.
 
     Returns:
@@ -160,7 +160,7 @@ def _paths(measured: Measured) -> list[str]:
 
 
 def speed_up(measured: Measured, point: Point) -> float | None:
-    """How much faster than `lax.scan` at the same point, if both were right.
+    """Computes the speed-up over `lax.scan` at the same point, if both are correct.
 
     Args:
       measured: the rows.
@@ -176,13 +176,13 @@ def speed_up(measured: Measured, point: Point) -> float | None:
 
 
 def targets(measured: Measured) -> list[str]:
-    """Each target, and whether it was met.
+    """Lists each target, and whether it is met.
 
     Args:
       measured: the rows.
 
     Returns:
-      One line a target.
+      One line for each target.
     """
     kernels = [p for p, row in measured.items() if p.implementation == KERNEL]
     found = []
@@ -238,14 +238,14 @@ def targets(measured: Measured) -> list[str]:
 
 
 def backward_floors(measured: Measured, point: Point) -> float | None:
-    """The backward pass in units of its own floor: what gradients add to the forward pass.
+    """Computes the time of the backward pass in units of its floor: gradients minus forward.
 
     Args:
       measured: the rows.
       point: of `forward_backward`.
 
     Returns:
-      A number, or None where the forward pass was not measured.
+      A number, or None if the forward pass was not measured.
     """
     both, forward = measured[point], measured.get(point._replace(which="forward"))
     if not forward or forward["ms"] is None or both["ms"] is None:
@@ -262,7 +262,7 @@ def _judged(
     good: Callable[[float], bool],
     worst: Callable[..., Point],
 ) -> str:
-    """A target over all points that it speaks of; one that is wrong does not meet it."""
+    """Checks a target over all its points; a wrong row does not meet it."""
     if not points:
         return f"{text}: not measured"
     wrong = [p for p in points if measured[p]["verdict"] != "ok"]

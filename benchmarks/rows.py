@@ -1,4 +1,4 @@
-"""Rows of a benchmark on disk: written one by one, so that a run that is killed keeps them."""
+"""Rows of a benchmark on disk: written one by one, so a killed run keeps them."""
 
 import contextlib
 import csv
@@ -38,10 +38,10 @@ FIELDS = (
 
 
 def key(point: Point) -> dict[str, Any]:
-    """The columns that name a point.
+    """Makes the columns that name a point.
 
     Args:
-      point: which.
+      point: the point.
 
     Returns:
       Column -> value.
@@ -51,7 +51,7 @@ def key(point: Point) -> dict[str, Any]:
 
 
 def point_of(row: dict[str, Any]) -> Point:
-    """The inverse of `key`.
+    """Inverts `key`.
 
     Args:
       row: of the file.
@@ -64,13 +64,13 @@ def point_of(row: dict[str, Any]) -> Point:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; numbers as floats, empty cells as None.
+    """Reads all complete rows; numbers as floats, empty cells as None.
 
     Args:
-      path: of a file that may not be there.
+      path: of a file that may be missing.
 
     Returns:
-      The rows; the later one of two for the same point.
+      The rows; of two for the same point, the later one.
 
     Raises:
       ValueError: the file has other columns.
@@ -81,7 +81,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != FIELDS:
             raise ValueError(
-                f"{path} has the columns {reader.fieldnames}; expected those of benchmarks.rows. "
+                f"{path} has the columns {reader.fieldnames}, expected those of benchmarks.rows. "
                 "Give another file: --csv"
             )
         rows = {}
@@ -112,11 +112,11 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def running(path: Path, row: dict[str, Any]) -> Iterator[None]:
-    """Leaves a note beside the rows while a point is measured: what is killed leaves it behind.
+    """Leaves a note beside the rows while a point is measured; a killed process leaves it behind.
 
     Args:
       path: of the rows.
-      row: what names the point and the machine.
+      row: the columns that name the point and the machine.
     """
     note = path.with_suffix(".running")
     note.write_text(json.dumps(row))
@@ -125,7 +125,7 @@ def running(path: Path, row: dict[str, Any]) -> Iterator[None]:
 
 
 def ended(path: Path) -> dict[str, Any] | None:
-    """The row of the point that a run was killed at, a hanging kernel perhaps; its note goes.
+    """Reads and removes the note of the point at which a run was killed, perhaps by a hang.
 
     Args:
       path: of the rows.

@@ -1,8 +1,8 @@
-"""Memory of one gradient of reparameterised layers: `python -m benchmarks.weight_memory`.
+"""Compares the memory of gradients of reparameterised layers: `python -m benchmarks.weight_memory`.
 
-A scan over 16 layers `h <- tanh(h W)` with W [1024, 1024] in float32, 256 rows of inputs, rank 8.
-The figure is what XLA sets aside besides inputs and outputs (`temp_size_in_bytes`); nothing is
-run. Written by hand and built in other places beside what `jp.lift` makes of the same function.
+The function is a scan over 16 layers `h <- tanh(h W)` with W [1024, 1024] in float32, 256 rows of
+inputs, rank 8. The figure is the memory that XLA allocates besides inputs and outputs
+(`temp_size_in_bytes`); nothing is run. `jp.lift` is compared with versions written by hand.
 """
 
 import argparse
@@ -33,7 +33,7 @@ METHODS: dict[str, jp.Reparam] = {
 
 
 def model(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """The layers, as somebody writes them who knows nothing of adapters."""
+    """The layers, written without adapters."""
     return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, weights)[0]
 
 
@@ -68,11 +68,11 @@ def built_again(parts: Any, x: jax.Array) -> jax.Array:
 
 
 def mebibytes(function: Callable[[Any, jax.Array], jax.Array], train: Any, frozen: Any) -> float:
-    """Temporary memory of a gradient.
+    """Computes the temporary memory of a gradient.
 
     Args:
       function: of `(params, x)`.
-      train: shapes of what the gradient is taken of, with holes.
+      train: shapes of the differentiated leaves, with holes for the others.
       frozen: the rest.
 
     Returns:
@@ -88,7 +88,7 @@ def mebibytes(function: Callable[[Any, jax.Array], jax.Array], train: Any, froze
 
 
 def table() -> dict[str, tuple[float, float]]:
-    """All rows.
+    """Computes all rows.
 
     Returns:
       Name -> MiB of temporary memory, and MiB of the gradient itself.

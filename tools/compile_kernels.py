@@ -1,11 +1,11 @@
 """Compiles every kernel ahead of time, with no device: `make compile`.
 
-For H100 (sm_90a) and for TPU v5e and v6e, with the compilers that JAX's own plugins bring. Prints
-and writes what each kernel takes: registers, spills and shared memory, or VMEM. Fails if a kernel
-does not compile, or spills registers with up to two states. Shows nothing about speed or values.
+Targets are H100 (sm_90a) and TPU v5e and v6e, with the compilers of JAX's own plugins. Prints and
+writes the resources of each kernel: registers, spills and shared memory, or VMEM. Fails if a kernel
+does not compile, or spills registers with up to two states. Says nothing about speed or values.
 
-Each target is compiled in a process of its own, which is started anew behind a kernel that crashed
-or hung it: see `compile_worker.py`, which alone imports JAX.
+Each target is compiled in its own process, which is restarted after a kernel that crashed or hung
+it. Only that process, `compile_worker.py`, imports JAX.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks import provenance  # noqa: E402
 from pallas_kernels.shapes import COMPILED, Shape  # noqa: E402
 
 TARGETS = ("h100", "v5e", "v6e")
-# States of each; `three` is a cell that nobody wrote a kernel for, `slstm` the largest of jp.cells.
+# States of each; `three` is a cell without a kernel of its own, `slstm` the largest of jp.cells.
 RECURRENCES = {"linear": 1, "linear2": 2, "gru": 1, "lstm": 2, "three": 3, "slstm": 4}
 PASSES = ("forward", "backward")
 PRODUCTS = {"int8": 8, "int4": 4}  # bits of the weights of quantised_dot
@@ -38,13 +38,13 @@ STORAGE = {
     "bf16": ("bfloat16", "bfloat16"),
     "mixed": ("bfloat16", "float32"),
 }
-# No device is asked for: neither its address, nor to be the only one who holds it.
+# No device is used: neither its address nor exclusive access is needed.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-OLDEST = (3, 12)  # the Python of the JAX that brings these compilers
+OLDEST = (3, 12)  # the oldest Python of the JAX with these compilers
 SECONDS = 240  # after which a kernel counts as not compiling
 FEW_STATES = 2  # up to which a spill is a failure
 COLUMNS = (
@@ -73,12 +73,12 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How the table and the selection call it."""
+        """Its name in the table and for `--only`."""
         return f"{self.recurrence} {self.which}"
 
 
 def jobs(targets: Sequence[str], only: str = "") -> list[Job]:
-    """What is compiled: everything at the first shape; in float32 where blocks differ, too.
+    """Lists the jobs: everything at the first shape, and float32 where blocks differ.
 
     Args:
       targets: of `TARGETS`.
@@ -93,7 +93,7 @@ def jobs(targets: Sequence[str], only: str = "") -> list[Job]:
         for recurrence in RECURRENCES:
             for which in PASSES:
                 found += [Job(target, recurrence, which, s, first) for s in STORAGE]
-                # The largest shape's arrays are more than a TPU holds.
+                # A TPU cannot hold the arrays of the largest shape.
                 fitting = others if target == "h100" else others[:1]
                 found += [Job(target, recurrence, which, "f32", shape) for shape in fitting]
         found += [Job(target, weights, "product", "bf16", PRODUCT) for weights in PRODUCTS]
@@ -105,14 +105,14 @@ def jobs(targets: Sequence[str], only: str = "") -> list[Job]:
 
 
 def work(target: str, wanted: Sequence[Job]) -> Iterator[dict]:
-    """The results of one target's jobs, in order; a process that dies is replaced.
+    """Yields the results of one target's jobs, in order; a process that dies is replaced.
 
     Args:
       target: of all jobs.
       wanted: the jobs.
 
     Yields:
-      What `compile_worker.compiled` says of each, or `{"error": ...}`.
+      The result of `compile_worker.compiled` for each, or `{"error": ...}`.
     """
     left = list(wanted)
     while left:
@@ -138,7 +138,7 @@ def work(target: str, wanted: Sequence[Job]) -> Iterator[dict]:
                 return
             complaints.seek(0)
             last = [x for x in complaints.read().splitlines() if x.strip()][-1:] or [""]
-            if code == 1:  # an exception outside of any kernel: the compiler itself is not there
+            if code == 1:  # an exception outside of any kernel: the compiler is missing
                 for _ in left:
                     yield {"error": last[0][:300]}
                 return
@@ -148,7 +148,7 @@ def work(target: str, wanted: Sequence[Job]) -> Iterator[dict]:
 
 
 def verdict(job: Job, result: dict) -> str:
-    """`ok`, or why this kernel fails the run.
+    """Returns `ok`, or why this kernel fails the run.
 
     Args:
       job: the kernel.
@@ -166,14 +166,14 @@ def verdict(job: Job, result: dict) -> str:
 
 
 def row(job: Job, result: dict) -> list[str]:
-    """A line of the table.
+    """Formats a line of the table.
 
     Args:
       job: the kernel.
       result: what the worker found.
 
     Returns:
-      One text for each of `COLUMNS`.
+      A text for each of `COLUMNS`.
     """
 
     def show(key, form="{}"):
@@ -195,7 +195,7 @@ def row(job: Job, result: dict) -> list[str]:
 
 
 def report(results: Sequence[tuple[Job, dict]], versions: str) -> str:
-    """The table, one section a target.
+    """Formats the table, with a section for each target.
 
     Args:
       results: all of them.
@@ -214,7 +214,7 @@ def report(results: Sequence[tuple[Job, dict]], versions: str) -> str:
     for target in TARGETS:
         rows = [row(job, result) for job, result in results if job.target == target]
         if rows:
-            # A column that says nothing for this target is left out.
+            # A column that is empty for this target is left out.
             kept = [i for i in range(len(COLUMNS)) if any(r[i] for r in rows)]
             lines += ["", f"## {target}", "", "| " + " | ".join(COLUMNS[i] for i in kept) + " |"]
             lines += ["|---" * len(kept) + "|"]
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _versions() -> str:
-    """Of the compilers and of the sources."""
+    """Describes the versions of the compilers and of the sources."""
     names = ("jax", "jax-cuda12-plugin", "libtpu")
     found = []
     for name in names:

@@ -1,7 +1,7 @@
 """Compiles the jobs on stdin for one target, and prints a line of JSON for each.
 
-What the compilers say: ptxas through the files that Mosaic GPU dumps, VMEM from the compiled
-program's text. A job that takes too long ends the process: its parent continues with the next.
+The report of ptxas comes from the files that Mosaic GPU dumps, VMEM from the text of the compiled
+program. A job that takes too long ends the process; its parent continues with the next.
 """
 
 import json
@@ -16,7 +16,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# What XLA needs to know of a device that is not there; on a machine with one:
+# The description of an absent device that XLA needs; on a machine with one:
 # jax.experimental.topologies.get_attached_topology().
 H100 = """
 gpu_device_info {
@@ -37,16 +37,16 @@ TPUS = {"v5e": ("v5e:2x2", "TPU v5 lite"), "v6e": ("v6e:2x2", "TPU v6 lite")}
 
 
 def ptxas_numbers(text: str) -> dict:
-    """Registers, spills and stack of the kernels in ptxas's report: the worst of each.
+    """Reads the largest registers, spills and stack of the kernels in ptxas's report.
 
     Args:
-      text: what ptxas printed with -v.
+      text: the output of ptxas with -v.
 
     Returns:
       `registers`, `spill_bytes`, `stack_bytes`.
 
     Raises:
-      ValueError: no kernel is in it.
+      ValueError: it has no kernel.
     """
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
     frames = re.findall(
@@ -62,7 +62,7 @@ def ptxas_numbers(text: str) -> dict:
 
 
 def vmem_kib(text: str) -> float:
-    """VMEM of the largest Mosaic kernel in a compiled program.
+    """Reads the VMEM of the largest Mosaic kernel in a compiled program.
 
     Args:
       text: `compiled.as_text()`.
@@ -71,7 +71,7 @@ def vmem_kib(text: str) -> float:
       KiB.
 
     Raises:
-      ValueError: it holds no kernel, or one without the figure.
+      ValueError: it has no kernel, or one without this figure.
     """
     kernels = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     sizes = [
@@ -97,7 +97,7 @@ def main(target: str) -> None:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         compile_one = _compiler(target, pathlib.Path(folder))
         for job in asked["jobs"]:
-            signal.alarm(asked["seconds"])  # nobody handles it: the process ends
+            signal.alarm(asked["seconds"])  # not handled: the process ends
             try:
                 result = compile_one(job)
             except Exception as error:  # whatever it is: that kernel does not compile
@@ -108,7 +108,7 @@ def main(target: str) -> None:
 
 
 def _compiler(target: str, dumps: pathlib.Path):
-    """From a job to what its compilation says."""
+    """Makes a function from a job to the result of its compilation."""
     import jax
     import numpy as np
     from jax.experimental import topologies

@@ -1,7 +1,7 @@
-"""Hooks of the site (`make docs`): pages link to sources and figures that lie outside `docs/`.
+"""Hooks of the site (`make docs`): handles links to sources and figures outside `docs/`.
 
-On a forge such a link opens the file. The site has no copy of the sources, so there the link's text
-stays and the link goes; figures are copied into the site, and the references become a page.
+On a forge such a link opens the file. The site has no copy of the sources, so it keeps only the
+text of such a link. Figures are copied into the site, and the references become a page.
 """
 
 import os
@@ -16,7 +16,7 @@ _LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)\s]*)?\)")
 
 
 def references(text):
-    """The entries of a .bib file as a page: key, title, authors, year, and where to find it.
+    """Formats the entries of a .bib file: key, title, authors, year, and where to find it.
 
     Args:
       text: of the file.

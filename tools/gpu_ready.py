@@ -1,6 +1,6 @@
 """Says which GPU JAX sees here, or exits with what is missing: `python tools/gpu_ready.py`.
 
-With `--packages` only the packages are asked for: enough for a rehearsal on a CPU.
+With `--packages` it checks only the packages: enough for a rehearsal on a CPU.
 """
 
 import importlib.util

@@ -1,11 +1,10 @@
-"""Runs the tests marked `gpu` within a time, and writes what they said: `make gpu` does it first.
+"""Runs the tests marked `gpu` within a time limit and writes their results; `make gpu` starts it.
 
-What everything stands on comes first (the functions of one instruction), then what users call, then
-the kernels by themselves, breadth first: every test once, with its first parameters, then with its
-second. Written test by
-test, so that the same command continues where it stopped: what passed with the same sources on the
-same device is not run again, and a test that the process died in is passed over and counts as
-failed.
+The functions of one instruction are tested first, then what users call, then the kernels by
+themselves, breadth first: every test with its first parameters, then with its second. Results are
+written test by test, so the same command continues where it stopped. A test that passed with the
+same sources on the same device is not run again. A test in which the process died is skipped and
+counts as failed.
 """
 
 import argparse
@@ -27,14 +26,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import provenance  # noqa: E402
 
 FIELDS = ("test", "outcome", "seconds", "says", "device", "jax", "code", "commit", "date")
-DIED = "died"  # of a test that was begun and not ended
+DIED = "died"  # the test was started and did not end
 OUT_OF_TIME = 3  # the exit status when tests are left
 FIRST = ("test_mosaic_functions.py", "test_platforms.py")  # all of their rows, in this order
-MOST_FAILURES = 10  # after which the device, or the build, is to blame
+MOST_FAILURES = 10  # with more, the device or the build is at fault
 
 
 def in_order(names: Sequence[str]) -> list[str]:
-    """The files of `FIRST`, then every test with its first parameters, with its second, and so on.
+    """Orders tests: the files of `FIRST`, then each test's first parameters, its second, and so on.
 
     Args:
       names: pytest's, in its order.
@@ -54,10 +53,10 @@ def in_order(names: Sequence[str]) -> list[str]:
 
 
 def outcomes(path: pathlib.Path, code: str, device: str) -> dict[str, str]:
-    """What is known of the tests of these sources on this device.
+    """Reads the known outcomes of the tests of these sources on this device.
 
     Args:
-      path: of a file that may not be there.
+      path: of a file that may be missing.
       code: of the sources.
       device: its name.
 
@@ -72,10 +71,10 @@ def outcomes(path: pathlib.Path, code: str, device: str) -> dict[str, str]:
 
 
 class Session:
-    """A pytest plugin: which tests run, in which order, until when, and what they said.
+    """A pytest plugin: selects and orders the tests, stops in time, and writes the outcomes.
 
-    `where()` gives the file and what all its rows say of the device and the sources. It is called
-    when pytest has configured JAX, which must not have been used before.
+    `where()` returns the file, and the columns on device and sources that all its rows share. It is
+    called when pytest has configured JAX, which must not have been used before.
     """
 
     def __init__(self, where: Callable[[], tuple[pathlib.Path, dict[str, str]]], seconds: float):
@@ -116,7 +115,7 @@ class Session:
         self.left = len(items)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.running.write_text(nodeid)  # what is killed leaves it behind
+        self.running.write_text(nodeid)  # a killed process leaves it behind
 
     def pytest_runtest_logfinish(self) -> None:
         self.running.unlink()
@@ -140,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python tools/gpu_tests.py`.
 
     Args:
-      arguments: of the command line; what is not known goes to pytest.
+      arguments: of the command line; unknown ones go to pytest.
 
     Returns:
       As `status`.
@@ -167,15 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def status(session: Session, code: int) -> int:
-    """The exit status.
+    """Computes the exit status.
 
     Args:
-      session: that has run.
+      session: the finished session.
       code: pytest's.
 
     Returns:
-      0 if all passed, `OUT_OF_TIME` if some are left, 1 for all else: tests that fail, that
-      cannot be collected, a pytest that cannot start.
+      0 if all passed, `OUT_OF_TIME` if some are left, 1 otherwise: tests that fail or cannot be
+      collected, a pytest that cannot start.
     """
     ran = code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or session.over
     if session.failed or not ran:

@@ -15,7 +15,7 @@ MODULES = {"forward": ("gpu", "tpu"), "backward": ("gpu_backward", "tpu_backward
 def kernel_call(
     target: str, recurrence: str, which: str, storage: str, shape: tuple[int, int, int]
 ) -> tuple[Any, tuple[Any, ...]]:
-    """One kernel of a backend on a cell that was prepared from its Python step.
+    """Makes a call of a backend's kernel on a cell that was prepared from its Python step.
 
     Args:
       target: `h100` or a TPU.
@@ -49,7 +49,7 @@ def kernel_call(
     if which == "forward":
 
         def forward(init, xs, params):
-            # As users get it: the default tolerance, and what is proved of the step.
+            # As for users: the default tolerance, and the proved properties of the step.
             how = {"tol": None, "max_iters": 8}
             known = {"certain": chosen.certain, "affine": chosen.affine}
             return kernel(cell, init, xs, params, **how, **known)

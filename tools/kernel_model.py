@@ -1,15 +1,15 @@
-"""Expected times of the GPU forward kernels, from what the compiler made of them: no device needed.
+"""Expected times of the GPU forward kernels, computed from their machine code without a device.
 
     python tools/kernel_model.py
 
-A block of threads rolls out, goes from chunk to chunk, rolls out again, while the copy engine
-brings its next window. So a window takes the longer of two times: its bytes at the device's
+A block of threads rolls out, goes from chunk to chunk, and rolls out again, while the copy engine
+brings its next window. A window therefore takes the longer of two times: its bytes at the device's
 bandwidth, and its instructions at one a clock for each of the four schedulers of a multiprocessor
-(special functions: one of 32 lanes in eight clocks), but no less than the steps' own latency.
-Instructions are counted in the machine code: `COUNTS`. How often a window is passed over comes from
-the same algorithm on a CPU, `PASSES`. Clocks of barriers and of links of the chain over chunks, the
-test of a boundary among them, are estimates. Nothing here was measured on a GPU; no launch is
-counted (about 3 microseconds).
+(special functions: one of 32 lanes in eight clocks), but at least the latency of its steps.
+Instructions are counted in the machine code: `COUNTS`. The passes over a window come from the same
+algorithm on a CPU: `PASSES`. The clocks of barriers and of the chain over chunks, with its test of
+boundaries, are estimates. Nothing here was measured on a GPU. The launch, about 3 microseconds, is
+not counted.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(shape: Shape, name: str, storage: str) -> Estimate:
-    """The expected time of a forward pass.
+    """Computes the expected time of a forward pass.
 
     Args:
       shape: T, B, D.
@@ -102,7 +102,7 @@ def estimate(shape: Shape, name: str, storage: str) -> Estimate:
     plan = windows.choose(problem)
     taken = windows.shared_bytes(problem, plan.block, plan.chunks, plan.length, plan.slots) + 4096
     blocks = shape.batch * -(-shape.width // plan.block)
-    # A second block runs where there is one; 64 warps fit.
+    # A second block runs if there is one; 64 warps fit.
     together = min(SHARED // taken, 16 // plan.warpgroups, -(-blocks // PROCESSORS))
     warps = plan.window * plan.block / 32 / 4  # of steps, for each scheduler
 
@@ -136,7 +136,7 @@ SHAPES = tuple(
 
 
 def table() -> str:
-    """Every kernel at the shapes that have a target, in Markdown.
+    """Formats every kernel at the shapes that have a target, in Markdown.
 
     Returns:
       The table.

@@ -1,7 +1,7 @@
-"""Runs the notebooks and keeps what they show: `make notebooks ARGS=write`, then commit them.
+"""Runs the notebooks and saves their outputs: `make notebooks ARGS=write`, then commit them.
 
-A notebook holds its outputs, so that it can be read where nothing is installed, and a digest of the
-code that gave them: a test asks for this to be done again when the code has changed.
+A notebook holds its outputs, so that it can be read without an installation, and a digest of the
+code that made them. A test fails if the code has changed since.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ LARGEST = 300_000  # bytes of a notebook with its pictures
 
 
 def code_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """The cells that are run."""
+    """Lists the code cells."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
-    """Of the code, in order."""
+    """Computes the digest of the code, in order."""
     text = "\0".join(cell.source for cell in code_of(notebook))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """A notebook run from top to bottom, in the folder that a reader would start Jupyter in.
+    """Runs a notebook from top to bottom, in the folder in which a reader would start Jupyter.
 
     Args:
       path: of the notebook.
@@ -49,13 +49,13 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def faults(notebook: nbformat.NotebookNode) -> list[str]:
-    """What is wrong with a notebook that was kept.
+    """Lists the faults of a saved notebook.
 
     Args:
-      notebook: as it was read.
+      notebook: as read.
 
     Returns:
-      A line each; empty if it can be read as it is.
+      A line for each; empty if there is none.
     """
     cells = code_of(notebook)
     found = []
@@ -80,10 +80,10 @@ def main(paths: Sequence[Path] = NOTEBOOKS) -> int:
     """Runs and writes notebooks.
 
     Args:
-      paths: which.
+      paths: of the notebooks.
 
     Returns:
-      An exit status: 1 if one of them has a fault; the file is written all the same.
+      An exit status: 1 if one of them has a fault; the files are written in any case.
     """
     status = 0
     for path in paths:

@@ -35,7 +35,7 @@ def test_a_checkout_is_known_by_its_folders(tmp_path):
 def test_without_torch_or_a_gpu_it_says_so(tmp_path):
     (tmp_path / "pararnn/csrc").mkdir(parents=True)
     absent = importlib.util.find_spec("torch") is None
-    said = "torch is not installed here" if absent else "both torch and JAX must see the GPU"
+    said = "torch is not installed" if absent else "both torch and JAX must see the GPU"
     with pytest.raises(SystemExit, match=said):
         against_pararnn.main([str(tmp_path)])
 

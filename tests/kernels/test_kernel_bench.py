@@ -219,7 +219,7 @@ def test_a_device_that_is_lost_ends_the_run_after_the_row_that_lost_it(
     kernels.main([*SMOKE, "--csv", str(path), "--ops", "linear", "--implementation", "mosaic_gpu"])
     (row,) = rows.read(path)
     assert row["verdict"].startswith("failed: NoImplementation")
-    assert "the device does not answer any more" in capsys.readouterr().out
+    assert "the device no longer answers" in capsys.readouterr().out
     assert not path.with_suffix(".running").exists()
 
 
