@@ -193,7 +193,7 @@ def test_a_suite_that_cannot_run_says_what_was_expected():
 
 
 @pytest.mark.slow
-def test_a_run_from_the_command_line_is_a_folder_with_table_numbers_and_machine(tmp_path):
+def test_a_benchmark_writes_table_numbers_and_machine(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "experiments.bench", f"hydra.run.dir={folder}"]
     command += ["suite.shapes=[[32,2,4]]", "suite.rivals=[]", "rounds=3", "budget_s=0.1"]

@@ -120,7 +120,7 @@ def test_a_state_from_eight_devices_goes_to_one(tmp_path, saved):
     check_equal(found, state)
 
 
-def test_a_state_given_away_to_the_next_step_is_not_changed_on_its_way_to_disk(tmp_path):
+def test_a_donated_state_is_saved_unchanged(tmp_path):
     def init(key):
         return {"w": jnp.zeros((64, 4096))}
 
@@ -208,7 +208,7 @@ def test_the_resume_command_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
     assert command == "python -m experiments.train 'resume=runs/my run'"
 
 
-def test_what_is_not_trained_is_written_once_and_comes_back_with_every_checkpoint(tmp_path):
+def test_frozen_parameters_are_written_once_and_restored_with_every_checkpoint(tmp_path):
     state = state_after(1)
     big = jnp.asarray(np.random.default_rng(0).standard_normal((512, 512)), jnp.float32)
     state = state._replace(params={"base": big, "codes": jnp.arange(9), "new": jnp.ones(3)})
@@ -251,7 +251,7 @@ def copied(saved, tmp_path, name="run"):
     return tmp_path / name
 
 
-def test_one_flipped_bit_anywhere_is_refused_by_the_name_of_what_is_damaged(tmp_path, saved):
+def test_a_flipped_bit_anywhere_is_refused_with_the_damaged_name(tmp_path, saved):
     folder = copied(saved, tmp_path)
     checkpoints.restore(folder, 3, like())
     step = checkpoints.path_of(folder, 3)
@@ -293,7 +293,7 @@ def test_a_step_that_is_not_whole_is_refused(tmp_path, saved, harm):
         checkpoints.restore(folder, 3, like())
 
 
-def test_an_array_that_is_not_the_saved_one_is_named_though_all_files_are_sealed(tmp_path):
+def test_a_changed_array_is_named_under_intact_seals(tmp_path):
     write(tmp_path, [1.0, 2.0])
     one, two = (checkpoints.path_of(tmp_path, step) for step in (1, 2))
     shutil.rmtree(one / "params")

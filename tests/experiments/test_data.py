@@ -103,7 +103,7 @@ def test_folder_is_read_without_tests_and_third_parties(tmp_path):
     assert stdlib.python_files(tmp_path) == {"test.py": b"a file, kept", **FILES}
 
 
-def test_what_a_part_of_the_library_holds_stands_in_no_file_of_the_rest(tmp_path):
+def test_a_part_of_the_library_shares_no_content(tmp_path):
     shared, twice = b"in both parts\n", b"twice in one part\n"
     rest = {**FILES, "lib/copied.py": shared, "lib/tests/x.py": b"a test of the rest"}
     own = {f"test/{i}.py": b"t%d\n" % i for i in range(8)} | {"test/tests/deep.py": b"deep\n"}

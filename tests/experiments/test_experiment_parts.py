@@ -165,7 +165,7 @@ def test_first_signal_is_a_flag_and_the_second_is_the_old_behaviour(handlers, wh
     assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is handlers
 
 
-def test_a_warning_that_nobody_waits_for_is_left_alone_and_an_awaited_one_is_passed_on():
+def test_only_a_warning_with_a_handler_is_passed_on():
     got = []
     with stop_signal():
         assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL

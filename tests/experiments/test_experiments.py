@@ -219,7 +219,7 @@ def test_generate_streams_a_continuation_of_the_prompt(finished, capsys):
         (train, ["hydra.run.dir={run}", "data.root={text}"], "already holds a run"),
     ],
 )
-def test_what_a_person_can_put_right_is_said_and_ends_with_an_error(
+def test_user_errors_are_explained_and_end_with_an_error(
     finished, text, capsys, program, arguments, message
 ):
     place, folder = finished

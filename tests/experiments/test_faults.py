@@ -51,7 +51,7 @@ def test_without_the_checks_the_command_says_that_faults_were_accepted(monkeypat
     assert re.search(r"error: \d+ faults were neither refused nor survived", said)
 
 
-def test_a_message_that_is_too_long_a_traceback_and_a_wrong_value_are_wrong():
+def test_long_messages_tracebacks_and_wrong_values_count_as_wrong():
     def fail(error):
         raise error
 

@@ -56,7 +56,7 @@ def folders(tmp_path):
     return [read(folder) for folder in found]
 
 
-def test_rows_are_means_over_seeds_at_the_best_rate_and_a_copy_counts_for_nothing(folders):
+def test_rows_are_seed_means_at_the_best_rate_without_copies(folders):
     rows = {(r.transforms, r.bits, r.rank): r for r in finetune_figure.rows(folders)}
     assert set(rows) == {("lora", None, 8), ("lora, rounded", 2, 8), ("lora > fake_quant", 4, 8)}
     lora = rows["lora", None, 8]
@@ -83,7 +83,7 @@ def test_settings_that_differ_make_rows_of_their_own_and_names_say_them(tmp_path
     assert found["nf4(scale_block=256) > lora"].seeds == 1
 
 
-def test_the_figure_shows_the_lines_that_were_asked_for_and_leaves_out_what_is_far_off(folders):
+def test_the_figure_shows_requested_lines_without_outliers(folders):
     table = finetune_figure.rows(folders)
     assert list(finetune_figure.pick(table, None)) == [
         "lora, rank 8",

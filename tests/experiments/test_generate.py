@@ -82,7 +82,7 @@ def test_the_first_stop_string_ends_the_text_and_is_no_part_of_it(text, stop, ex
         assert transcript.add(b"more") == transcript.end() == ""
 
 
-def test_what_may_begin_a_stop_string_waits_and_the_rest_does_not():
+def test_only_a_possible_stop_string_is_held_back():
     assert given(b"a\nb", stop=["\n\n"])[0] == ["a", "", "\nb", ""]
 
 
@@ -191,12 +191,12 @@ def attention():
     return model, random_params(model)
 
 
-def test_a_length_for_which_there_is_no_memory_is_refused_before_it_is_taken(attention):
+def test_a_length_beyond_the_memory_is_refused_before_allocation(attention):
     with pytest.raises(ValueError, match=r"state takes [\d,]+\.\d GB for 1 rows .*smaller length"):
         sample_text(*attention, prompt="a", seed=0, length=2**40, temperature=0.0)
 
 
-def test_text_that_is_longer_than_the_model_can_hold_is_an_error_and_no_nonsense(attention):
+def test_text_longer_than_the_model_can_hold_is_an_error(attention):
     model, params = attention
     short = model._replace(start=lambda params, batch, length: model.start(params, batch, 6))
     with pytest.raises(ValueError, match="gave NaN within the first 8 tokens .*max_length"):

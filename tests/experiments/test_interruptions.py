@@ -151,7 +151,7 @@ def test_a_checkpoint_that_was_being_written_when_the_process_was_killed_is_igno
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_with_the_way_on_and_the_checkpoint_before_it_survives(life):
+def test_a_full_disk_keeps_the_last_checkpoint_and_is_explained(life):
     folder, happened = life
     full = happened["full"]
     assert full.code == 1

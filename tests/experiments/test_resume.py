@@ -199,7 +199,7 @@ def test_a_solved_task_that_was_interrupted_while_finishing_trains_no_further(tm
     assert summary["steps"] == 4 and summary["norm"] == summary["end"]
 
 
-def test_ctrl_c_while_finishing_is_an_interruption_that_says_how_to_go_on(tmp_path, capsys):
+def test_ctrl_c_while_finishing_prints_the_command_to_continue(tmp_path, capsys):
     def press(folder, params, summary):
         raise KeyboardInterrupt
 
@@ -217,9 +217,7 @@ def test_ctrl_c_while_finishing_is_an_interruption_that_says_how_to_go_on(tmp_pa
     "code, remedy",
     [(errno.ENOSPC, "Make room there"), (errno.EROFS, "Make it writable")],
 )
-def test_no_room_for_a_row_is_said_with_the_last_checkpoint_and_the_way_on(
-    tmp_path, whole_toy, code, remedy
-):
+def test_a_full_disk_at_a_row_names_the_last_checkpoint(tmp_path, whole_toy, code, remedy):
     folder = tmp_path / "run"
 
     def full(place):

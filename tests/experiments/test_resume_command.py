@@ -70,9 +70,7 @@ def test_a_language_model_interrupted_and_resumed_equals_one_that_was_not(
     assert "steps=10" in overrides, "how the run was begun is still there"
 
 
-def test_resume_true_begins_a_run_where_there_is_none_and_does_nothing_where_it_is_finished(
-    tmp_path, text, whole, capsys
-):
+def test_resume_true_starts_a_run_or_leaves_a_finished_one(tmp_path, text, whole, capsys):
     arguments = [f"hydra.run.dir={whole}", f"data.root={text}", *TINY, "resume=true"]
     assert call(train, ".", *arguments) == 0
     assert "the run is finished, there is nothing left to do" in capsys.readouterr().out
@@ -151,9 +149,7 @@ with FileLock(sys.argv[1]):
 """
 
 
-def test_a_second_process_in_a_folder_is_refused_at_once_and_a_killed_one_leaves_no_lock(
-    whole, capsys
-):
+def test_a_second_process_is_refused_until_the_first_is_killed(whole, capsys):
     lock = whole / claim.LOCK
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -175,7 +171,7 @@ def test_a_second_process_in_a_folder_is_refused_at_once_and_a_killed_one_leaves
     assert not (whole / claim.HOLDER).exists()
 
 
-def test_a_folder_that_cannot_be_made_or_written_to_is_said_to_be_one(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(

@@ -92,7 +92,7 @@ def test_the_real_configs_differ_in_what_was_typed(tmp_path, choices, keys):
     assert run_sets.differing_keys(run_sets.read_all(str(tmp_path))[0]) == keys
 
 
-def test_a_copy_of_the_seed_is_no_difference_but_another_split_of_the_data_is(tmp_path):
+def test_data_splits_differ_but_copies_of_the_seed_do_not(tmp_path):
     for seed in range(2):
         make_run(tmp_path / f"{seed}", config(seed=seed, data={"seed": 7}, task={"seed": seed}))
     assert run_sets.differing_keys(run_sets.read_all(str(tmp_path))[0]) == []
@@ -261,7 +261,7 @@ def test_best_is_the_highest_accuracy_and_the_lowest_loss(tmp_path):
     assert best(metric="loss", better="max") == 0.9
 
 
-def test_what_the_runs_are_judged_by_is_shown_unless_something_else_is_asked_for(tmp_path):
+def test_the_default_column_is_what_runs_are_judged_by(tmp_path):
     rows = [{"step": s, "validation_a": v, "score": v} for s, v in enumerate([0.2, 0.9, 0.5])]
     make_run(tmp_path / "a", config(), rows, summary={"judged_by": ["score", "max"]})
     make_run(tmp_path / "b", config(seed=1), rows)

@@ -76,7 +76,7 @@ def test_text_of_another_encoding_is_read_as_utf_8(tmp_path):
         assert both == sorted(["naïve ä".encode(), "naïve ö".encode()])
 
 
-def test_what_is_no_text_is_named_with_its_file_and_line(tmp_path):
+def test_non_text_input_is_named_with_file_and_line(tmp_path):
     bad = tmp_path / "bad.txt"
     bad.write_bytes("first\nsecond\nna\xefve".encode("latin-1"))
     with pytest.raises(
@@ -233,7 +233,7 @@ def test_a_data_set_that_cannot_be_read_is_named(settings, message, tmp_path):
         huggingface.load(**given)
 
 
-def test_a_data_set_of_which_nothing_is_left_to_train_on_is_no_endless_loop(tmp_path):
+def test_a_data_set_without_training_documents_is_an_error(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "the same"}] * 3)
     data = huggingface.load(
         path="json",

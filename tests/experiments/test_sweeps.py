@@ -97,7 +97,7 @@ def test_a_sweep_is_named_by_what_varies(arguments, folder):
     assert place == f"hydra.sweep.dir=multirun/${{name}}/{folder}"
 
 
-def test_what_is_fixed_on_the_command_line_is_part_of_the_name_but_not_the_launcher():
+def test_fixed_overrides_are_part_of_the_name_without_the_launcher():
     def place(*arguments):
         return next(w for w in name_sweep(arguments) if w.startswith("hydra.sweep.dir="))
 
@@ -109,7 +109,7 @@ def test_what_is_fixed_on_the_command_line_is_part_of_the_name_but_not_the_launc
 @pytest.mark.parametrize(
     "arguments", [["seed=0"], [], ["--help"], ["-m", "a=[", "b=1,2"], ["-m", "a=1,2", "-x"]]
 )
-def test_a_command_line_without_a_sweep_is_left_alone_and_a_broken_one_to_hydra(arguments):
+def test_command_lines_without_a_valid_sweep_are_not_changed(arguments):
     assert all(word in arguments or "hydra.sweep" in word for word in name_sweep(arguments))
     if "a=1,2" not in arguments:
         assert name_sweep(arguments) == arguments

@@ -77,7 +77,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
         train_tokenizer([b"a"], vocab_size=256, size=1, output=tmp_path / "no.json")
 
 
-def test_the_command_trains_on_what_is_not_held_out_and_says_how_to_go_on(tmp_path, capsys):
+def test_the_tokenizer_command_prints_its_figure_and_the_next_command(tmp_path, capsys):
     write_texts(tmp_path)
     output = tmp_path / "t.json"
     given = ["data=text", f"data.path={tmp_path}", "vocab_size=280", f"output={output}"]

@@ -290,7 +290,7 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path, run):
         trust.open_config(run)
 
 
-def test_no_constructor_that_a_folder_may_call_has_a_path_that_is_not_known():
+def test_every_path_argument_of_callable_constructors_is_known():
     harmless = {
         "name", "split", "field", "validation_split", "encoding", "only", "without",
         "project", "mode", "tags", "group", "letters", "where",

@@ -256,7 +256,7 @@ SPEED = re.compile(r"TB/s|microsecond|[Ff]astest|wins|in one kernel|Pallas kerne
         "docs/measured/kernels.md",
     ],
 )
-def test_where_speed_on_a_device_is_spoken_of_it_is_said_that_no_kernel_has_run(document):
+def test_pages_on_device_speed_say_that_no_kernel_has_run(document):
     spoken = 0
     for section in re.split(r"(?m)^(?=#+ )", (ROOT / document).read_text()):
         device = re.search(r"GPU|TPU|H100|accelerator", section)

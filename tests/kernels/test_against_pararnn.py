@@ -177,9 +177,7 @@ def stand_in(monkeypatch, **modules):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["forward", "forward_backward"])
 @pytest.mark.parametrize("call", ["_cuda", "_triton"])
-def test_a_right_rival_in_its_own_layout_has_no_error_and_its_time_is_a_calls(
-    call, which, monkeypatch
-):
+def test_a_correct_rival_has_no_error_and_its_calls_time(call, which, monkeypatch):
     stand_in(
         monkeypatch,
         rnn_cell__gru_diag_mh={"GRUDiagMHImpl": GRUDiagMHImpl},

@@ -48,7 +48,7 @@ def test_a_named_implementation_that_cannot_run_here_says_where_it_runs():
         choose(OPS, "mosaic_gpu", platform="cpu")
 
 
-def test_refusals_move_on_to_the_next_and_are_all_reported_when_none_is_left():
+def test_refusals_try_the_next_and_are_reported_together():
     def refuses(x):
         raise NotImplementedError("T=3 is not a multiple of 8")
 
@@ -74,7 +74,7 @@ def on_a(monkeypatch, kind, **capability):
     monkeypatch.setattr(compat, "mosaic_gpu", lambda: None)  # as with a JAX that has the kernels
 
 
-def test_a_gpu_before_hopper_or_of_another_maker_runs_no_kernel_and_the_call_goes_on(monkeypatch):
+def test_unsupported_gpus_run_no_kernel_and_the_call_continues(monkeypatch):
     refused = []
     ops = {"mosaic_gpu": lambda: refused.append("ran"), "xla": named("xla")}
     on_a(monkeypatch, "NVIDIA A100", compute_capability="8.0")

@@ -74,7 +74,7 @@ def test_points_over_the_share_of_memory_are_named():
     )
 
 
-def test_a_run_that_is_cut_short_knows_the_targets_and_a_coarse_map():
+def test_an_interrupted_run_has_the_targets_and_a_coarse_map():
     timed = points.grid(GRID, ["gru", "linear"], ["float32", "bfloat16"])
     paths = points.crossover(list(rule.PATHS))
     order = points.in_order(timed, paths)
@@ -195,7 +195,7 @@ def test_without_time_the_table_is_written_and_the_rest_is_counted(tmp_path, cap
 
 
 @pytest.mark.slow
-def test_a_point_that_killed_the_run_is_passed_over_until_it_is_asked_for_again(tmp_path, capsys):
+def test_a_point_that_killed_the_run_is_skipped_until_retried(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     point = Point("linear", "float32", "forward", shapes.SMOKE[0], KERNEL)
     with pytest.raises(SystemExit), rows.running(path, bench().head(point)):

@@ -94,7 +94,7 @@ def test_every_recurrence_pass_and_storage_is_compiled_for_every_target():
     assert chosen == [Job("v5e", "gru", "backward", "bf16", COMPILED[0])]
 
 
-def test_the_table_names_what_failed_and_leaves_out_what_a_target_does_not_say():
+def test_the_table_names_failures_and_drops_empty_columns():
     results = [
         (job(), {"registers": 64, "spill_bytes": 0, "stack_bytes": 0, "shared_kib": 204.0,
                  "lower_s": 1.0, "compile_s": 2.0}),
@@ -282,9 +282,7 @@ def suite(tmp_path, seconds=60.0, about=ABOUT):
 
 
 @pytest.mark.slow
-def test_the_device_tests_go_on_where_they_stopped_and_the_file_says_what_failed(
-    tmp_path, monkeypatch
-):
+def test_device_tests_continue_and_the_file_names_failures(tmp_path, monkeypatch):
     session, found = suite(tmp_path, seconds=-1.0)
     assert session.left == 3 and found == {}
     assert gpu_tests.status(session, session.code) == gpu_tests.OUT_OF_TIME
@@ -303,7 +301,7 @@ def test_the_device_tests_go_on_where_they_stopped_and_the_file_says_what_failed
 
 
 @pytest.mark.slow
-def test_a_device_test_in_which_the_process_died_is_passed_over_and_counts_as_failed(tmp_path):
+def test_a_device_test_that_killed_its_process_counts_as_failed(tmp_path):
     name = "test_suite.py::test_good[1]"
     killed = gpu_tests.Session(lambda: (tmp_path / "tests.csv", ABOUT), 9.0)
     killed.pytest_sessionstart()
@@ -314,7 +312,7 @@ def test_a_device_test_in_which_the_process_died_is_passed_over_and_counts_as_fa
 
 
 @pytest.mark.parametrize("code", [2, 3, 4])  # interrupted, broken inside, wrongly called
-def test_a_pytest_that_did_not_get_to_its_tests_is_a_failure_not_a_lack_of_time(code):
+def test_a_pytest_that_ran_no_test_is_a_failure(code):
     session = gpu_tests.Session(lambda: (pathlib.Path("tests.csv"), ABOUT), 9.0)
     session.left = 7
     assert gpu_tests.status(session, code) == 1

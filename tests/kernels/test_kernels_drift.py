@@ -157,9 +157,7 @@ def test_a_correction_that_grows_in_its_chunk_is_judged_where_it_arrives(impleme
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", PATHS)
-def test_a_correction_that_comes_and_goes_within_a_chunk_is_judged_on_its_way(
-    implementation, reverse
-):
+def test_a_transient_correction_within_a_chunk_is_judged(implementation, reverse):
     # The state has almost vanished where the chunk begins, and a start of 0 would be within the
     # limit; so is its end. Between them the state returns. Every block of 16 has another chunk.
     rng = np.random.default_rng(0)
@@ -256,7 +254,7 @@ def test_an_affine_state_that_all_but_vanishes_comes_back(implementation, revers
 
 
 @pytest.mark.parametrize("implementation", PATHS)
-def test_what_is_rounding_of_a_large_state_does_not_stay_when_it_is_small(implementation):
+def test_rounding_of_a_large_state_does_not_persist(implementation):
     # From 1e6 to about 1 in the last chunk but one of a window: what its last boundary leaves is
     # rounding of 1e6, and in the next window, where the state is small, would be an error.
     b = 0.1 * np.random.default_rng(1).normal(size=(T, 1, BLOCK)).astype(np.float32)

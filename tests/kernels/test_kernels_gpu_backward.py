@@ -246,7 +246,7 @@ def test_windows_cover_all_steps_and_fit_the_hardware(shape):
             assert shape.steps % plan.length == 0 or shape.steps % 4  # no padded copies
 
 
-def test_what_does_not_fit_shared_memory_is_refused_with_its_size():
+def test_kernels_beyond_shared_memory_are_refused_with_their_size():
     with pytest.raises(NotImplementedError, match="two windows of 8 chunks of 128 steps"):
         gpu_backward.choose((4096, 1, 16), 20, 4, 1, chunks=8, window=1024)
     with pytest.raises(NotImplementedError, match="bytes of shared memory"):

@@ -136,7 +136,7 @@ def test_values_and_gradients_equal_float64_in_one_correction_or_a_few(case, sha
 
 
 @pytest.mark.slow
-def test_every_step_of_a_hard_cell_is_right_and_an_easy_sequence_does_not_wait_for_it():
+def test_hard_cells_are_right_and_easy_sequences_do_not_wait():
     case, operands = GRU, draw(GRU, *POWER, scale=4.0, seed=1)
     # The second sequence has its own, weak, weights.
     easy = [jnp.concatenate([p, 0.01 * p]) for p in operands.params]

@@ -108,7 +108,7 @@ def test_a_matmul_of_integers_with_a_zero_point_is_the_dequantised_one_exactly()
 
 
 @pytest.mark.untyped
-def test_a_weight_made_of_integers_runs_and_is_refused_where_the_shapes_do_not_fit():
+def test_an_integer_weight_runs_or_is_refused_by_shape():
     x, values, scale, offset = case(4, 3, True)
     w = jp.weights.quantised_array(values, scale[:, None], offset[:, None], bits=4)
     wanted = np.float64(x) @ dense(values, scale, offset)
@@ -322,7 +322,7 @@ def test_bfloat16_rows_of_any_number_are_multiplied_with_groups(m, affine):
     np.testing.assert_allclose(np.float32(slope), exact, atol=2**-7 * np.max(np.abs(exact)))
 
 
-def test_a_weight_in_the_dtype_of_a_cast_is_rounded_to_it_as_in_the_dense_product():
+def test_a_cast_weight_is_rounded_as_in_the_dense_product():
     t = jp.fake_quant(bits=8, group=4)
     merged = t.merge(t.attach(jax.random.key(0), {"w": normal(0, 16, 6)}))
     x = jnp.asarray(normal(1, 64, 16), jnp.bfloat16)

@@ -154,7 +154,7 @@ def as_on_a_tpu(monkeypatch):
 
 
 @slow
-def test_a_batch_is_more_rows_and_a_batch_of_weights_is_taken_one_by_one(as_on_a_tpu):
+def test_batched_inputs_become_rows_and_batched_weights_a_loop(as_on_a_tpu):
     x, _, held, scale, _ = case(8, 1, rows=128, columns=128, m=6, dtype=jnp.float32)
     stacked = jnp.stack([held, held[::-1]])
     xs = x.reshape(2, 3, 128)

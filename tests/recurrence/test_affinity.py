@@ -80,7 +80,7 @@ def test_a_narrow_carry_is_rounded_at_every_step_and_so_not_affine():
         pytest.param("para_gru", False, marks=pytest.mark.slow),
     ],
 )
-def test_of_the_cells_those_that_are_linear_in_the_state_take_one_pass(name, affine):
+def test_cells_linear_in_the_state_take_one_pass(name, affine):
     cell = getattr(jp.cells, name)(4, 3)
     params = cell.init(jax.random.key(0))
     x = np.random.default_rng(1).standard_normal((40, 2, 4)).astype(np.float32)

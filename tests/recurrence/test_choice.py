@@ -57,9 +57,7 @@ def test_the_shipped_map_covers_the_grid_that_auto_promises():
         ("implicit", {"steps": 4096, "elements": 1024, "block": 256}),  # dense
     ],
 )
-def test_without_a_map_an_accelerator_takes_what_its_step_and_length_allow_and_says_it_guesses(
-    platform, path, call, monkeypatch
-):
+def test_auto_without_a_map_guesses_and_says_so(platform, path, call, monkeypatch):
     monkeypatch.setattr(rule, "_map", lambda _: None)
     solver, reason = rule.pick(platform, **call)
     assert solver == rule.PATHS[path]

@@ -300,7 +300,7 @@ def test_the_elementwise_cells_are_prepared_with_and_without_resets(name, reset)
     assert len(recurrent) == len(jax.tree.leaves(params)) - (len(begin) if reset else 0)
 
 
-def test_storage_in_bfloat16_is_read_as_it_is_and_a_bfloat16_carry_rounds_as_lax_scan_rounds():
+def test_bfloat16_storage_and_carry_round_like_lax_scan():
     def step(consts, s, x):
         h = s[0].astype(jnp.float32)
         return [jnp.tanh(h * consts[0] + x[0].astype(jnp.float32)).astype(s[0].dtype)], []

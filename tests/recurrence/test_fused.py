@@ -194,7 +194,7 @@ def test_the_diagnostics_are_those_of_the_kernel():
     assert info.starts.shape == (1, 2, 3)
 
 
-def test_what_no_kernel_takes_is_solved_by_shooting_and_the_reason_is_logged_once(caplog):
+def test_steps_without_a_kernel_use_shooting_and_log_once(caplog):
     linear_kernel.say.cache_clear()
     matrix = normal(3, 3) / 3
 
@@ -213,7 +213,7 @@ def test_what_no_kernel_takes_is_solved_by_shooting_and_the_reason_is_logged_onc
     assert "dot_general" in record.message and "test_fused.py" in record.message
 
 
-def test_a_gpu_with_an_old_jax_takes_the_xla_path_and_says_so(caplog, monkeypatch):
+def test_old_jax_on_a_gpu_takes_the_xla_path(caplog, monkeypatch):
     linear_kernel.say.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(compat, "version", lambda: (0, 10))

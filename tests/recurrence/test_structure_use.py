@@ -222,7 +222,7 @@ def test_what_is_required_of_a_structure_is_what_the_jacobian_has():
             check(Block(groups=wrong))
 
 
-def test_what_is_required_of_cut_axes_is_what_the_proof_says_of_them():
+def test_requirements_on_cut_axes_are_those_of_the_proof():
     def step(h, x):  # two heads of three, packed; units of a head see one another
         heads = h.reshape(2, 3)
         return (heads * 0.3 + jnp.roll(heads, 1, axis=1)).reshape(6, 1) + x, None

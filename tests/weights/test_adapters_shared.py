@@ -101,7 +101,7 @@ def effective(state):
     return np.concatenate([*(b["kernel"][None] for b in tree["blocks"]), tree["stack"]])
 
 
-def test_the_weights_are_put_together_shard_by_shard_and_the_pools_get_the_sum(double):
+def test_weights_are_assembled_from_shards_and_pools_get_summed_gradients(double):
     state = moved(attached())
     np.testing.assert_allclose(effective(state), by_hand(state), rtol=1e-12, atol=1e-14)
     weights = normal(5, MATRICES, 8, 12)
@@ -153,7 +153,7 @@ def test_alpha_over_the_rank_scales_the_update(double):
         np.testing.assert_allclose(found, scale * updates[1], rtol=1e-9)
 
 
-def test_the_pool_stands_once_and_is_a_constant_of_a_scan_over_layers():
+def test_the_pool_is_held_once_and_is_a_scan_constant():
     state = attached()
     assert len(state.pools) == 2
     assert "a" not in state.params["stack"].parts

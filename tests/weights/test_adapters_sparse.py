@@ -50,7 +50,7 @@ def double():
         yield
 
 
-def test_the_gradient_is_straight_and_the_penalty_adds_the_decay_of_what_is_pruned(double):
+def test_gradients_pass_straight_and_the_penalty_decays_pruned_weights(double):
     w, weights = with_ties(0, 2, 8, 4), normal(1, 2, 8, 4)
     t = jp.sparse_nm(n=2, m=4, decay=3e-2)
     state = t.attach(KEY, {"w": w, "bias": normal(2, 4)})

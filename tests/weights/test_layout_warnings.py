@@ -62,7 +62,7 @@ def test_an_adapter_larger_than_its_weight_is_warned_of():
         (jp.bdwp(n=1, m=2), "the backward pass is not sparse"),
     ],
 )
-def test_what_a_product_lacks_is_warned_of_and_there_with_the_layout(t, lost):
+def test_an_ineffective_method_warns_until_the_layout_is_given(t, lost):
     state, lines = said(lambda: t.attach(KEY, W))
     assert not lines
     _, lines = said(lambda: str(t.report(state, product, ROW)) and None)
@@ -83,7 +83,7 @@ def test_a_weight_that_is_built_whole_is_warned_of():
     assert not said(lambda: jp.fake_quant().attach(KEY, W, function=function, inputs=(ROW,)))[1]
 
 
-def test_uses_that_disagree_are_named_and_the_leaf_is_taken_as_it_stands():
+def test_disagreeing_uses_are_named_and_the_leaf_keeps_its_layout():
     function = lambda p, x: x @ p["w"].T @ p["w"]  # noqa: E731
     t = jp.lora(rank=2)
     state, lines = said(lambda: t.attach(KEY, W, function=function, inputs=(ROW,)))

@@ -179,7 +179,7 @@ def test_without_subnormals_the_smallest_normal_number_follows_zero():
     np.testing.assert_array_equal(round_to(x, f, rounding="zero"), [0, 0, 0, 0, smallest])
 
 
-def test_what_is_too_large_becomes_what_the_format_has_for_it():
+def test_overflow_becomes_what_the_format_defines():
     big = jnp.asarray([1e6, -1e6])
     assert np.all(np.isinf(round_to(big, FloatFormat(4, 3))))
     assert np.all(np.isnan(round_to(big, FloatFormat(4, 3, specials="nan"))))

@@ -65,7 +65,7 @@ def test_a_grid_covers_its_range_as_a_loop_in_float64_does(ranges, affine, bits)
 
 
 @slow
-def test_searched_ranges_are_no_worse_than_whole_ones_and_a_constant_stays_what_it_is():
+def test_searched_ranges_are_no_worse_and_keep_constants():
     w = normal(0, 64, 8)
     for affine in (False, True):
         errors = [
@@ -155,7 +155,7 @@ def leaves_trained(t):
 
 
 @slow
-def test_adapters_on_a_frozen_base_train_alone_and_without_them_the_scales_do():
+def test_on_a_frozen_base_adapters_train_or_else_the_scales():
     bytewise = jp.nf4(scale_block=256)
     for base in (jp.nf4(), bytewise, jp.rtn(), jp.rtn(affine=True), jp.easy_quant()):
         adapted = jp.chain(base, jp.lora(rank=2))
