@@ -1,4 +1,4 @@
-"""Builds objects from configs, once, in `main`; everything below takes plain Python values."""
+"""From config to objects, once, in `main`; below it there are plain Python values."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -28,13 +28,13 @@ SEQUENTIAL = {"_target_": _target(sequential)}
 
 
 class Parts(NamedTuple):
-    """The parts of a training run.
+    """What a training run is made of.
 
     Attributes:
-      task: of group `task`: model, data and evaluation.
+      task: of group `task`: what is trained, on what, and how it is judged.
       optimizer: of optax.
       projection: applied to the parameters after each step, or None.
-      sinks: of numbers, from group `logger`.
+      sinks: of numbers, those of group `logger`.
     """
 
     task: Task
@@ -47,11 +47,11 @@ class Solved(NamedTuple):
     """One model, its recurrences solved in several ways.
 
     Attributes:
-      model: with the solver of training.
+      model: with the solver that trains.
       sequential: solved step by step.
-      parallel: with the parallel solver to check.
+      parallel: with the parallel solver that is checked.
       observed: the parallel model, whose state also reports each layer's solve; None
-        if no layer is recurrent.
+        where no layer is recurrent.
       parallel_name: of that solver.
     """
 
@@ -63,7 +63,7 @@ class Solved(NamedTuple):
 
 
 def _recurrent(node: Any):
-    """Yields every recurrent mixer below a node."""
+    """Every recurrent mixer below a node."""
     if isinstance(node, DictConfig):
         if node.get("_target_") == RECURRENT:
             yield node
@@ -75,7 +75,7 @@ def _recurrent(node: Any):
 
 
 def _with(model: DictConfig, **changes: Any) -> tuple[Model, int]:
-    """Returns the model with changed recurrent mixers, and their number."""
+    """The model with its recurrent mixers changed, and how many there are."""
     changed = copy.deepcopy(model)
     mixers = list(_recurrent(changed))
     for mixer in mixers:
@@ -88,7 +88,7 @@ def solve_in_ways(model: DictConfig, parallel: DictConfig) -> Solved:
 
     Args:
       model: its config, resolved.
-      parallel: config of the parallel solver to check during training.
+      parallel: config of the parallel solver that is checked beside the training.
 
     Returns:
       The models; they have the same parameters.
@@ -108,13 +108,13 @@ def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]
 
     Args:
       members: their configs by name.
-      where: the leaves, for members that do not set it.
+      where: the leaves, for those that do not say it themselves.
 
     Returns:
-      The reparameterisations by name, in order.
+      They by name, in order.
 
     Raises:
-      RunError: one of them refuses a setting.
+      RunError: a setting that one of them refuses.
     """
     found = {}
     for name, node in members.items():
@@ -128,27 +128,27 @@ def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]
 
 
 def chain_of(members: DictConfig | None, where: Any = None) -> Reparam | None:
-    """Chains reparameterisations in the order of the configs.
+    """Chains reparameterisations, in the order in which they stand.
 
     Args:
       members: configs by name.
       where: as for `each_of`.
 
     Returns:
-      The chain; None if there are none.
+      The chain; None where there are none.
     """
     found = each_of(members or {}, where)
     return chain(*found.values()) if found else None
 
 
 def build_model(cfg: DictConfig) -> Model:
-    """Builds only the model, for `generate`.
+    """The model alone, as `generate` needs it.
 
     Args:
       cfg: composed, or the resolved config of a run.
 
     Returns:
-      The model; if it is finetuned, its parameters are the state of the transforms.
+      The model; of a finetuned one its parameters are the state of the transforms.
     """
     transform = chain_of(cfg.get("transform"), cfg.get("where"))
     model = instantiate(cfg.model)
@@ -156,7 +156,7 @@ def build_model(cfg: DictConfig) -> Model:
 
 
 def build_data(cfg: DictConfig) -> Data:
-    """Builds only the data, for `evaluate`.
+    """The data alone, as `evaluate` needs it.
 
     Args:
       cfg: composed, or the resolved config of a run.
@@ -168,7 +168,7 @@ def build_data(cfg: DictConfig) -> Data:
 
 
 def build(cfg: DictConfig) -> Parts:
-    """Builds all objects of a training run.
+    """All objects of a training run.
 
     Args:
       cfg: composed by Hydra.
