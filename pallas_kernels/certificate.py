@@ -17,7 +17,11 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      on its way through a chunk.
    - Where they are not, as in kernels, the states of a chunk are off by `d` times the product so
      far, and arrive `P_c d_c` off. The latter is held to the same limits as `d`. On the way the
-     largest magnitude of each entry of the product, times `|d|`, is held to `COARSE` ulp.
+     largest magnitude of each entry of the product, times `|d|`, is held to `COARSE` ulp of the
+     scale, or of the largest state on the way.
+   - Gaps show whether the correction before was as good as linear. Behind the last chunk of a
+     window there is none: there a pass of a kernel must end where the one before predicted.
+   - A gap below `LEAST` may be flushed to 0, and counts only if there is none.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
      corrected starts is therefore held to `COARSE` ulp after the last roll-out as well. Where
@@ -51,6 +55,8 @@ COARSE = 80
 LINEAR = 100
 # A correction beyond this multiple of the largest state is dropped.
 CAP = 4.0
+# The least normal float32. A device may flush what is smaller.
+LEAST = 1.2e-38
 # Ends that the scale looks back on, and what it may exceed the last two by.
 WINDOW = 4
 SLACK = 256.0

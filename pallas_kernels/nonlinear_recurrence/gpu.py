@@ -109,6 +109,8 @@ def forward(
 
     per_sequence = [jax.ShapeDtypeStruct((blocks, batch), t) for t in (jnp.int32, jnp.float32)]
     tile = (plan.chunks, plan.block)
+    # Where only bits decide nobody asks what a correction does inside a chunk.
+    unused = (1, 1, plan.block)
     kernel = mosaic.launch(
         solve,
         out_type=[
@@ -119,10 +121,10 @@ def forward(
         scratch=[
             *[gpu.SMEM((plan.slots, plan.chunks, plan.length, plan.block), x.dtype) for x in xs],
             gpu.SMEM((cell.states, *tile), jnp.float32),
+            gpu.SMEM((cell.states, *tile) if bounded else unused, jnp.float32),
             gpu.SMEM((cell.states**2, *tile), jnp.float32),
-            # Where only bits decide nobody asks what a correction does inside a chunk.
-            gpu.SMEM((cell.states**2, *tile) if bounded else (1, 1, plan.block), jnp.float32),
-            gpu.SMEM((2, cell.states, *tile), jnp.float32),
+            gpu.SMEM((cell.states**2, *tile) if bounded else unused, jnp.float32),
+            gpu.SMEM((2, cell.states, plan.chunks + 1, plan.block), jnp.float32),
             gpu.SMEM((cell.states, plan.block), jnp.float32),
             gpu.SMEM((FLAGS + cell.states, plan.block), jnp.float32),
             gpu.Barrier(num_arrivals=plan.warpgroups),

@@ -25,9 +25,10 @@ class Block(NamedTuple):
       dtypes: of the states.
       xs, params, init, states, report: device memory.
       staged: inputs of windows, `[slots, C, L, block]` each.
-      ends, products, peaks, starts: summaries of the chunks, `[K, C, block]`, two of
-        `[K * K, C, block]` (the Jacobians' product, and the largest magnitudes that it had on its
-        way), and two of `[K, C, block]`.
+      ends, heights, products, peaks, starts: summaries of the chunks. Where they end, and the
+        largest magnitudes of their states, `[K, C, block]` each; the product of their Jacobians,
+        and the largest magnitudes that it has on its way, `[K * K, C, block]` each; and two sets of
+        starts, `[K, C + 1, block]`, whose last row is where the last chunk should end.
       carry: the exact state before the window, `[K, block]`.
       flags: what `gpu_link` finds, `[3 + K, block]`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
@@ -49,6 +50,7 @@ class Block(NamedTuple):
     report: Sequence[Any]
     staged: Sequence[Any]
     ends: Any
+    heights: Any
     products: Any
     peaks: Any
     starts: Any

@@ -37,7 +37,7 @@ VERDICT, OPEN, RESIDUAL = range(3)
 FLAGS = 3
 
 
-def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
+def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     """Corrects the starts of a pass, and in a `test` writes what it finds to the flags.
 
     The boundary before a chunk compares the end of the chunk before (the carry, before the first)
@@ -50,22 +50,24 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
       old: which of the two sets of starts the chunks were rolled out from.
       new: which set takes the corrected ones.
       test: whether the pass may be the one that counts.
+      affine: the correction before was exact; else the last chunk must end where it was to end.
     """
     count = block.cell.states
     zero = zeros(block)
     accept, stalled = block.limits
     near = _NEAR * math.sqrt(accept) if accept else certificate.COARSE * float(_FINFO.eps)
     kinds = [(near, NEAR), (stalled, ROUNDED), (accept, CLOSED)]
-    crossed, peaks = test and bounded(block), 2 * count + count**2
+    crossed, products_end = test and bounded(block), 2 * count + count**2
 
     def finite(row: jax.Array) -> jax.Array:
         return jnp.where(jnp.abs(row) <= _FINITE, jnp.abs(row), zero)
 
     def visit(place: Any, rows: list[jax.Array], state: Any) -> Any:
-        ends, starts, products = rows[:count], rows[count : 2 * count], rows[2 * count : peaks]
+        ends, starts = rows[:count], rows[count : 2 * count]
+        products, rest = rows[2 * count : products_end], rows[products_end:]
         arriving, tops, recent, found = state
         deltas = []
-        for k, ((end, moved, most, kept), start) in enumerate(zip(arriving, starts, strict=True)):
+        for k, ((end, moved, inside, kept), start) in enumerate(zip(arriving, starts, strict=True)):
             # Where nothing moves it, the end itself, with the sign of its zero.
             value = jnp.where(moved == 0.0, end, end + moved)
             if block.cell.rounds:  # ends are rounded: no other start can meet them
@@ -73,7 +75,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
             mosaic.store(block.starts.at[new, k, place], value)
             deltas.append(moved + (end - start))
             if test:
-                found = judge(found, end, start, moved, deltas[k], most, kept, recent[k])
+                found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k])
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
         arriving = []
         for i in range(count):
@@ -82,10 +84,10 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
                 moved = moved + products[j * count + i] * deltas[j]
             keep = jnp.abs(moved) <= certificate.CAP * tops[i]
             kept = jnp.where(keep, zero + 1.0, zero)
-            most = moved
+            inside = (zero, zero)
             if crossed:
-                most = grown(rows[peaks + i :: count], deltas)
-            arriving.append((ends[i], jnp.where(keep, moved, zero), most, kept))
+                inside = (grown(rest[count + i :: count], deltas), rest[i])
+            arriving.append((ends[i], jnp.where(keep, moved, zero), inside, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
         return arriving, tops, recent, found
 
@@ -96,25 +98,29 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
         ]
         return functools.reduce(operator.add, parts)
 
-    def sized(size, most, sound, recent):
+    def sized(size, inside, sound, recent):
         scale = functools.reduce(jnp.maximum, recent)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
         here = zero + FAR
         for limit, kind in kinds:
             # A NaN fails the first comparison, an infinite end the second.
             within = (size <= limit * scale) & (recent[0] <= _FINITE) & sound
-            if crossed:  # on its way a correction is held to the second limit
-                within = within & (most <= jnp.maximum(limit, stalled) * scale)
+            if crossed:  # on its way it is held to the second limit, relative to the states there
+                most, height = inside
+                allowed = jnp.maximum(limit, stalled) * jnp.maximum(scale, height)
+                within = within & (most <= allowed)
             here = jnp.where(within, kind, here)
         return here
 
-    def judge(found, end, start, moved, delta, most, kept, recent):
+    def judge(found, end, start, moved, delta, inside, kept, recent):
         verdict, unequal, worst = found
         equal, met = end == start, certificate.meets(end, start)
         # Of the chunk's end, and of the next one's start; no correction turns a zero.
         size = jnp.maximum(jnp.abs(moved), jnp.abs(delta))
-        here = sized(size, most, (kept > 0.0) & (met | ~equal), recent)
         gap = jnp.abs(end - start)
+        # None holds a gap that is flushed to zero either.
+        sound = (kept > 0.0) & (met | (~equal & (gap >= certificate.LEAST)))
+        here = sized(size, inside, sound, recent)
         gap = jnp.where(gap <= _FINITE, gap, jnp.inf)
         return (
             jnp.maximum(verdict, here),
@@ -124,7 +130,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
 
     carry = [load_row(block, block.carry.at[k]) for k in range(count)]
     begin = (
-        [(c, zero, zero, zero + 1.0) for c in carry],
+        [(c, zero, (zero, zero), zero + 1.0) for c in carry],
         [finite(c) for c in carry],
         [(jnp.abs(c),) * certificate.WINDOW for c in carry],
         (zero + CLOSED, zero, zero),
@@ -132,12 +138,19 @@ def link(block: Block, old: Any, new: Any, *, test: bool) -> None:
     leaving, _, recent, (verdict, unequal, worst) = _over_chunks(
         block, _summaries(block, old, crossed), visit, begin
     )
+    for k, (end, moved, inside, kept) in enumerate(leaving):
+        value = jnp.where(moved == 0.0, end, end + moved)
+        mosaic.store(block.starts.at[new, k, block.plan.chunks], value)
+        if not test:
+            continue
+        size = jnp.abs(moved)
+        if not affine:
+            ahead = load_row(block, block.starts.at[old, k, block.plan.chunks])
+            size = jnp.maximum(size, jnp.abs(moved + (end - ahead)))
+        verdict = jnp.maximum(verdict, sized(size, inside, kept > 0.0, recent[k]))
+        mosaic.store(block.flags.at[FLAGS + k], value)
     if not test:
         return
-    for k, (end, moved, most, kept) in enumerate(leaving):
-        verdict = jnp.maximum(verdict, sized(jnp.abs(moved), most, kept > 0.0, recent[k]))
-        value = jnp.where(moved == 0.0, end, end + moved)
-        mosaic.store(block.flags.at[FLAGS + k], value)
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
     for row, value in ((VERDICT, verdict), (OPEN, unequal), (RESIDUAL, worst)):
         mosaic.store(block.flags.at[row], value)
@@ -175,8 +188,8 @@ def flag(block: Block, row: int) -> Any:
     return jnp.max(load_row(block, block.flags.at[row]))
 
 
-def _summaries(block: Block, old: Any, peaks: bool = False) -> list[Callable[[Any], Any]]:
-    """Rows of a chunk, given by its place in memory: ends, starts, products, and their peaks."""
+def _summaries(block: Block, old: Any, inside: bool = False) -> list[Callable[[Any], Any]]:
+    """Rows of a chunk, given by its place in memory: ends, starts, products; heights and peaks."""
     count = range(block.cell.states)
 
     def row_of(ref: Any, *index: Any) -> Any:
@@ -184,8 +197,11 @@ def _summaries(block: Block, old: Any, peaks: bool = False) -> list[Callable[[An
 
     refs = [row_of(block.ends, k) for k in count]
     refs += [row_of(block.starts, old, k) for k in count]
-    matrices = [block.products, block.peaks] if peaks else [block.products]
-    return refs + [row_of(m, k) for m in matrices for k in range(len(count) ** 2)]
+    refs += [row_of(block.products, k) for k in range(len(count) ** 2)]
+    if inside:
+        refs += [row_of(block.heights, k) for k in count]
+        refs += [row_of(block.peaks, k) for k in range(len(count) ** 2)]
+    return refs
 
 
 def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:

@@ -50,8 +50,8 @@ class Outcome(NamedTuple):
 
 
 def _roll(
-    block, cell, w, slot, params, first, *, columns: bool, peaks: bool, keep: bool
-) -> tuple[list, list, list]:
+    block, cell, w, slot, params, first, *, columns: bool, inside: bool, keep: bool
+) -> tuple[list, list, list, list]:
     """Rolls this warpgroup's chunks out.
 
     Args:
@@ -62,11 +62,11 @@ def _roll(
       params: rows.
       first: tiles of this warpgroup's starts.
       columns: carry the product of the Jacobians along.
-      peaks: and the largest magnitudes that its entries have on their way.
+      inside: and the largest magnitudes that states and products have on their way.
       keep: write the states to device memory.
 
     Returns:
-      Ends, columns of the product, and of its peaks; empty where not asked for.
+      Ends, columns of the product, and the largest magnitudes of both; empty where not asked for.
     """
     plan, own = block.plan, own_rows(block)
     layout = mosaic.tile_layout(plan.block)
@@ -79,7 +79,7 @@ def _roll(
         begins = w * plan.window + in_memory(block, row, plan.chunks) * plan.length
         valid = lambda step: begins + step < block.steps  # noqa: E731
 
-    def advance(step, inputs, states, products, highest):
+    def advance(step, inputs, states, products, heights, peaks):
         if columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
@@ -93,9 +93,13 @@ def _roll(
                 [jnp.where(here, n, p) for n, p in zip(after, before, strict=True)]
                 for after, before in zip(pushed, products, strict=True)
             ]
-        if highest:
-            highest = jax.tree.map(lambda m, p: jnp.maximum(m, jnp.abs(p)), highest, pushed)
-        return new, pushed, highest
+        if inside:
+            heights, peaks = jax.tree.map(
+                lambda most, value: jnp.maximum(most, jnp.abs(value)),
+                (heights, peaks),
+                (new, pushed),
+            )
+        return new, pushed, heights, peaks
 
     def group(g, carry):
         steps = [g * together + j for j in range(together)]
@@ -114,7 +118,8 @@ def _roll(
         for j in range(cell.states if columns else 0)
     ]
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
-    carry = (list(first), identity, identity if peaks else [])
+    heights = [jnp.abs(f) for f in first] if inside else []
+    carry = (list(first), identity, heights, identity if inside else [])
     return lax.fori_loop(0, plan.length // together, group, carry)
 
 
@@ -129,21 +134,24 @@ def _write_starts(block: Block, tiles: Arrays) -> None:
         mosaic.store(block.starts.at[0, k, own], tile)
 
 
-def _write_summaries(block: Block, ends: Arrays, columns: Sequence[Arrays], peaks: Any) -> None:
+def _write_summaries(
+    block: Block, ends: Arrays, columns: Sequence[Arrays], heights: Arrays, peaks: Sequence[Arrays]
+) -> None:
     own = own_rows(block)
-    for k, end in enumerate(ends):
-        mosaic.store(block.ends.at[k, own], end)
+    for ref, rows in ((block.ends, ends), (block.heights, heights)):
+        for k, row in enumerate(rows):
+            mosaic.store(ref.at[k, own], row)
     for ref, matrix in ((block.products, columns), (block.peaks, peaks)):
         for k, entry in enumerate([entry for column in matrix for entry in column]):
             mosaic.store(ref.at[k, own], entry)
 
 
-def _correct_starts(block: Block, passes: Any, *, test: bool) -> None:
+def _correct_starts(block: Block, passes: Any, *, test: bool, affine: bool = False) -> None:
     """Warpgroup 0 corrects the starts of a pass, and judges it in a `test`; then all see both."""
 
     @pl.when(lax.axis_index("wg") == 0)
     def _():
-        link(block, passes % 2, (passes + 1) % 2, test=test)
+        link(block, passes % 2, (passes + 1) % 2, test=test, affine=affine)
 
     # All read their new starts and the flags, and then write over the summaries.
     mosaic.sync(block.arrived)
@@ -153,7 +161,7 @@ def _guess(block: Block, w: Any, slot: Any, params: Arrays, passes: Any) -> None
     """One pass whose states count for nothing: it corrects the starts, and tests nothing."""
     cell = block.rough or block.cell
     first = _load_starts(block, passes % 2)
-    rolled = _roll(block, cell, w, slot, params, first, columns=True, peaks=False, keep=False)
+    rolled = _roll(block, cell, w, slot, params, first, columns=True, inside=False, keep=False)
     _write_summaries(block, *rolled)
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
@@ -168,8 +176,8 @@ def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdi
     """
 
     def roll(columns: bool) -> None:
-        first, peaks = _load_starts(block, passes % 2), columns and bounded(block)
-        how = {"columns": columns, "peaks": peaks, "keep": True}
+        first = _load_starts(block, passes % 2)
+        how = {"columns": columns, "inside": bounded(block), "keep": True}
         _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
 
     pl.when(verdict > NEAR)(functools.partial(roll, True))
@@ -219,7 +227,7 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     shape = (block.plan.chunks // block.plan.warpgroups, block.plan.block)
     first = [mosaic.full(shape, 0.0, layout)] * block.cell.states
     _write_starts(block, first)
-    how = {"columns": True, "peaks": bounded(block), "keep": False}
+    how = {"columns": True, "inside": bounded(block), "keep": False}
     _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
@@ -232,11 +240,11 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     mosaic.sync(block.arrived)
     diverged = flag(block, OPEN)
     first = _load_starts(block, 1)
-    how = {"columns": False, "peaks": False, "keep": True}
+    how = {"columns": False, "inside": bounded(block), "keep": True}
     _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
     # Warpgroup 0 reads the ends of all, or writes over states that others have just written.
     mosaic.sync(block.arrived)
-    _correct_starts(block, jnp.int32(1), test=True)
+    _correct_starts(block, jnp.int32(1), test=True, affine=True)
     verdict = lax.select(diverged > 0.0, jnp.float32(FAR), flag(block, VERDICT))
     still = lax.select(verdict <= ROUNDED, jnp.float32(CLOSED), verdict)
     return Outcome(jnp.int32(1), still, flag(block, RESIDUAL))

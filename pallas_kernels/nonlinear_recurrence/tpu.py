@@ -10,7 +10,6 @@ stops, counts, is capped and is completed by itself, so its states never depend 
 [shooting] [pararnn]
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import certificate, tiles
 from pallas_kernels.cell import ElementwiseCell
 from pallas_kernels.nonlinear_recurrence.tpu_backward import backward
+from pallas_kernels.nonlinear_recurrence.tpu_link import Chunks, correct, link
 
 __all__ = ["backward", "forward"]
 
@@ -95,8 +95,8 @@ def forward(
         + [plan.over_lanes(p.shape[0]) for p in params],
         out_specs=[plan.over_time()] * size + [lanes] * 3,
         out_shape=[out(xs[0].shape, i.dtype) for i in init] + counts,
-        # carry; then done, close, residual, and of all chunks: starts, ends, products, peaks
-        scratch_shapes=tiles.scratch(plan, size + 3, (2 * size + 2 * size * size) * shooting),
+        # carry; done, close, residual; ahead; of all chunks: starts, ends, heights, products, peaks
+        scratch_shapes=tiles.scratch(plan, 2 * size + 3, (3 * size + 2 * size * size) * shooting),
         compiler_params=tiles.compiler_params(),
         interpret=interpret,
         name="nonlinear_recurrence",
@@ -107,7 +107,7 @@ def forward(
 
 def _kernel(cell, plan, limits, budget, affine, refs):
     size, shooting = cell.states, plan.chunks > 1
-    init, xs, params, states, counts, carry, flags, starts, ends, products, peaks = tiles.split(
+    init, xs, params, states, counts, carry, flags, *summaries = tiles.split(
         refs,
         size,
         cell.inputs,
@@ -116,11 +116,15 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         3,
         size,
         3,
+        size,
+        size * shooting,
         size * shooting,
         size * shooting,
         size * size * shooting,
         size * size * shooting,
     )
+    chunks = Chunks(*summaries)
+    starts, ends = chunks.starts, chunks.ends
     bounded = limits[1] > 0  # else only bits decide, and nobody asks what a correction does
     done, close, residual = flags
     passes, worst, completed = counts
@@ -133,27 +137,31 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         for count in counts:
             count[...] = jnp.zeros(plan.row, count.dtype)
 
+    def higher(old, new):
+        return jax.tree.map(lambda o, n: jnp.maximum(o, jnp.abs(n)), old, new) if bounded else old
+
     def roll(starts):
-        """All chunks through the step; writes the states, returns the last ones."""
+        """All chunks through the step; writes the states, returns the last and the largest ones."""
         p = tiles.spread(params, plan.row, plan.chunks)
 
-        def advance(index, h):
+        def advance(index, loop):
+            h, height = loop
             place = plan.step(index)
             new = cell.step(h, tiles.load(xs, place, plan.chunks), p)
             h = tiles.choose(plan.exists(begin, index), new, h)
             tiles.store(states, place, h)
-            return h
+            return h, higher(height, h)
 
-        return lax.fori_loop(0, plan.length, advance, list(starts))
+        return lax.fori_loop(0, plan.length, advance, (list(starts), [jnp.abs(s) for s in starts]))
 
     def roll_with_product(keep):
-        """From `starts`, with the columns of P alongside; leaves `ends`, `products`, `peaks`."""
+        """From the starts, with the columns of P alongside; leaves all else of `chunks`."""
         p = tiles.spread(params, plan.row, plan.chunks)
         one, zero = jnp.ones(plan.tile, jnp.float32), jnp.zeros(plan.tile, jnp.float32)
         unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
 
         def advance(index, loop):
-            h, columns, highest = loop
+            h, height, columns, most = loop
             place = plan.step(index)
             new, pushed = cell.push(h, tiles.load(xs, place, plan.chunks), p, columns)
             present = plan.exists(begin, index)
@@ -161,15 +169,15 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             if keep:
                 tiles.store(states, place, h)
             columns = [tiles.choose(present, n, c) for n, c in zip(pushed, columns, strict=True)]
-            if bounded:
-                highest = jax.tree.map(lambda m, c: jnp.maximum(m, jnp.abs(c)), highest, columns)
-            return h, columns, highest
+            return h, higher(height, h), columns, higher(most, columns)
 
-        loop = ([s[...] for s in starts], unit, unit if bounded else [])
-        h, columns, highest = lax.fori_loop(0, plan.length, advance, loop)
-        for ref, value in zip(ends, h, strict=True):
-            ref[...] = value
-        for refs, matrix in ((products, columns), (peaks, highest)):
+        first = [s[...] for s in starts]
+        loop = (first, [jnp.abs(s) for s in first], unit, unit)
+        h, height, columns, most = lax.fori_loop(0, plan.length, advance, loop)
+        for refs, values in ((ends, h), (chunks.heights, height)):
+            for ref, value in zip(refs, values, strict=True):
+                ref[...] = value
+        for refs, matrix in ((chunks.products, columns), (chunks.peaks, most)):
             for j, column in enumerate(matrix):
                 for i, value in enumerate(column):
                     refs[size * i + j][...] = value
@@ -181,7 +189,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             c[...] = e[last]
 
     if not shooting:
-        h = roll([c[...][None] for c in carry])
+        h, _ = roll([c[...][None] for c in carry])
         for c, value in zip(carry, h, strict=True):
             c[...] = value[0]
         passes[...] = jnp.ones(plan.row, jnp.int32)
@@ -190,15 +198,19 @@ def _kernel(cell, plan, limits, budget, affine, refs):
     if affine:
         tiles.start_affine(plan, starts, carry)
         roll_with_product(keep=False)
-        finite = tiles.link_affine(plan, starts, ends, products)
-        for ref, value in zip(ends, roll([s[...] for s in starts]), strict=True):
-            ref[...] = value
-        exact, _, coarse, residual[...] = _link(plan, limits, starts, ends, products, peaks, carry)
+        finite = tiles.link_affine(plan, starts, ends, chunks.products)
+        found = roll([s[...] for s in starts])
+        for refs, values in zip((ends, chunks.heights), found, strict=True):
+            for ref, value in zip(refs, values, strict=True):
+                ref[...] = value
+        exact, _, coarse, residual[...] = link(plan, limits, chunks, carry, affine)
         done[...] = finite * jnp.maximum(exact, coarse)
         passes[...] = jnp.ones(plan.row, jnp.int32)
     else:
         for s, c in zip(starts, carry, strict=True):
             s[...] = jnp.broadcast_to(c[...][None], plan.tile)
+        for a, c in zip(chunks.ahead, carry, strict=True):
+            a[...] = c[...]
         done[...] = close[...] = jnp.zeros(plan.row, jnp.float32)
 
         def attempt(loop):
@@ -209,13 +221,13 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             roll_with_product(keep=True)
             # Starts that are all the carry hold no correction yet: only their exactness counts.
             corrected = jnp.where(number > 0, 1.0, 0.0)
-            found = _link(plan, limits, starts, ends, products, peaks, carry)
+            found = link(plan, limits, chunks, carry, affine)
             exact, fine, coarse, residual[...] = found
             passed = jnp.maximum(exact, jnp.maximum(fine, coarse * close[...]) * corrected)
             done[...] = jnp.maximum(done[...], passed)
             close[...] = coarse * corrected
             dtypes = [i.dtype if cell.rounds else jnp.float32 for i in init]
-            _correct(plan, starts, ends, done[...], dtypes)
+            correct(plan, chunks, done[...], dtypes)
             return count, tiles.any_open(inside, done)
 
         lax.while_loop(lambda loop: (loop[1] > 0) & (loop[0] < budget), attempt, (0, 1.0))
@@ -243,96 +255,3 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         for c, value in zip(carry, h, strict=True):
             c[...] = jnp.where(passed, c[...], value[0])
         completed[...] = completed[...] + jnp.where(passed, 0, count)
-
-
-def _link(plan, limits, starts, ends, products, peaks, before) -> tuple[Any, Any, Any, Any]:
-    """Tests the boundaries, and leaves each chunk's corrected successor in place of its end.
-
-    The place of the last one gets the start of the next window. That start is corrected once more:
-    an error within the limit of a window's own states would remain where they are no longer large.
-
-    Returns:
-      Four rows: 1.0 where every end is the next start; where every correction is within the first
-      limit, and within the second; and the largest residual (infinite for a NaN).
-    """
-    size, rows = len(starts), range(len(starts))
-    bounded = limits[1] > 0
-    caps = []
-    for end in ends:
-        value = jnp.abs(end[...])
-        value = jnp.where(value < jnp.inf, value, 0.0)
-        caps.append(certificate.CAP * jnp.max(value, axis=0))
-
-    def small(within, sound, off, crossing, end, recent):
-        """`within`, where corrections of this size are within the limits of an end.
-
-        On its way through the chunk the correction is held to the second limit.
-        """
-        now = jnp.abs(end)
-        scale = functools.reduce(jnp.maximum, recent, now)
-        scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
-        sound = sound & tiles.finite(end) & (crossing <= limits[1] * scale)
-        return [
-            jnp.where(sound & (off <= limit * scale), w, 0.0)
-            for w, limit in zip(within, limits, strict=True)
-        ]
-
-    def link(index, loop):
-        exact, within, largest, delta, recent = loop
-        here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
-        end, start = [e[here] for e in ends], [s[there] for s in starts]
-        moved = tiles.moved(size, products, here, delta)
-        crossing = tiles.crossing(size, peaks, here, delta) if bounded else moved
-        kept = [jnp.abs(m) <= cap for m, cap in zip(moved, caps, strict=True)]  # not a NaN
-        moved = [jnp.where(keep, m, 0.0) for keep, m in zip(kept, moved, strict=True)]
-        delta = [m + (e - s) for m, e, s in zip(moved, end, start, strict=True)]
-        for i in rows:
-            equal, met = end[i] == start[i], certificate.meets(end[i], start[i])
-            exact = jnp.where(met, exact, 0.0)
-            sound = kept[i] & (met | ~equal)  # no correction turns a zero
-            # Of this chunk's end, and of the next one's start.
-            off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i]))
-            within = small(within, sound, off, crossing[i], end[i], recent[i])
-            residual = jnp.abs(end[i] - start[i])
-            # NaN compares false: it counts as infinite.
-            residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
-            largest = jnp.maximum(largest, jnp.where(equal, 0.0, residual))
-        for i in rows:  # where nothing moves it, the end itself, with the sign of its zero
-            ends[i][here] = jnp.where(moved[i] == 0.0, end[i], end[i] + moved[i])
-        recent = [(jnp.abs(end[i]), *recent[i][:-1]) for i in rows]
-        return exact, within, largest, delta, recent
-
-    zero = jnp.zeros(plan.row, jnp.float32)
-    first = [jnp.abs(b[...]) for b in before]
-    loop = (
-        zero + 1.0,
-        [zero + 1.0] * 2,
-        zero,
-        [zero] * size,
-        [(f,) * (certificate.WINDOW - 1) for f in first],
-    )
-    exact, (fine, coarse), largest, delta, recent = lax.fori_loop(0, plan.chunks - 1, link, loop)
-    last = plan.place(plan.chunks - 1, plan.chunks)
-    moved = tiles.moved(size, products, last, delta)
-    most = tiles.crossing(size, peaks, last, delta) if bounded else moved
-    for end, cap, value, high, before in zip(ends, caps, moved, most, recent, strict=True):
-        kept = jnp.abs(value) <= cap
-        fine, coarse = small((fine, coarse), kept, jnp.abs(value), high, end[last], before)
-        end[last] = jnp.where(kept & (value != 0.0), end[last] + value, end[last])
-    return exact, fine, coarse, largest
-
-
-def _correct(plan, starts, ends, done, dtypes):
-    """Moves what `_link` left to the starts, but for the lanes that are done.
-
-    A start is rounded to the dtype that the step rounds to: no other can equal an end.
-    """
-
-    def move(index, nothing):
-        here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
-        for start, end, dtype in zip(starts, ends, dtypes, strict=True):
-            new = end[here].astype(dtype).astype(jnp.float32)
-            start[there] = jnp.where(done > 0, start[there], new)
-        return nothing
-
-    lax.fori_loop(0, plan.chunks - 1, move, jnp.int32(0))

@@ -142,10 +142,14 @@ def _cond(eqn: Any, ins: list[Link]) -> list[Link]:
 
 
 def _linear_solve(eqn: Any, ins: list[Link]) -> list[Link]:
-    # Its derivative is that of the equation, whatever solves it.
-    matvec, given = eqn.params["jaxprs"].matvec, eqn.params["const_lengths"]
+    # The value is what the given function finds, the derivative that of the equation. They belong
+    # together only where the equation does not move: then the same function maps the tangents.
+    solve, given = eqn.params["jaxprs"].solve, eqn.params["const_lengths"]
     right = ins[sum(given) :]
-    return _fixpoint(lambda x: _flow(matvec, ins[: given.matvec] + x), right)
+    if _worst(ins[: given.matvec]) is not Link.NONE:
+        return [Link.BROKEN] * len(right)
+    own = given.matvec + given.vecmat
+    return _flow(solve, ins[own : own + given.solve] + right)
 
 
 _CONTROL = {

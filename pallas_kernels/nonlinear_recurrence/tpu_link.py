@@ -1,0 +1,140 @@
+"""From chunk to chunk of a window on Mosaic TPU: the starts corrected, and each lane judged."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import certificate, tiles
+
+
+class Chunks(NamedTuple):
+    """Summaries of a window's chunks, in scratch memory.
+
+    Attributes:
+      ahead: what the pass before made of the last chunk's end, K rows.
+      starts, ends: states, K tiles each.
+      heights: the largest magnitudes of the states on their way through a chunk, K tiles.
+      products, peaks: the product P of the Jacobians, row-major, and the largest magnitudes that
+        its entries have on their way, K K tiles each.
+    """
+
+    ahead: Sequence[Any]
+    starts: Sequence[Any]
+    ends: Sequence[Any]
+    heights: Sequence[Any]
+    products: Sequence[Any]
+    peaks: Sequence[Any]
+
+
+def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
+    """Tests the boundaries, and leaves each chunk's corrected successor in place of its end.
+
+    The place of the last one gets the start of the next window. That start is corrected once more:
+    an error within the limit of a window's own states would remain where they are no longer large.
+    No chunk follows that shows whether the correction before was right. Its prediction does, but
+    for an affine step, whose correction is exact.
+
+    Returns:
+      Four rows: 1.0 where every end is the next start; where every correction is within the first
+      limit, and within the second; and the largest residual (infinite for a NaN).
+    """
+    starts, ends = chunks.starts, chunks.ends
+    size, rows = len(starts), range(len(starts))
+    bounded = limits[1] > 0
+    caps = []
+    for end in ends:
+        value = jnp.abs(end[...])
+        value = jnp.where(value < jnp.inf, value, 0.0)
+        caps.append(certificate.CAP * jnp.max(value, axis=0))
+
+    def grown(place, delta):
+        """On its way through a chunk; only bits decide where corrections do not bound the error."""
+        if not bounded:
+            return [jnp.zeros(plan.row, jnp.float32)] * size
+        return tiles.crossing(size, chunks.peaks, place, delta)
+
+    def small(within, sound, off, crossing, height, end, recent):
+        """`within`, where corrections of this size are within the limits of an end.
+
+        On its way through the chunk the correction is held to the second limit, relative to the
+        states there.
+        """
+        now = jnp.abs(end)
+        scale = functools.reduce(jnp.maximum, recent, now)
+        scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
+        sound = sound & tiles.finite(end)
+        sound = sound & (crossing <= limits[1] * jnp.maximum(scale, height))
+        return [
+            jnp.where(sound & (off <= limit * scale), w, 0.0)
+            for w, limit in zip(within, limits, strict=True)
+        ]
+
+    def visit(index, loop):
+        exact, within, largest, delta, recent = loop
+        here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
+        end, start = [e[here] for e in ends], [s[there] for s in starts]
+        moved, most = tiles.moved(size, chunks.products, here, delta), grown(here, delta)
+        kept = [jnp.abs(m) <= cap for m, cap in zip(moved, caps, strict=True)]  # not a NaN
+        moved = [jnp.where(keep, m, 0.0) for keep, m in zip(kept, moved, strict=True)]
+        delta = [m + (e - s) for m, e, s in zip(moved, end, start, strict=True)]
+        for i in rows:
+            equal, met = end[i] == start[i], certificate.meets(end[i], start[i])
+            exact = jnp.where(met, exact, 0.0)
+            residual = jnp.abs(end[i] - start[i])
+            # No correction turns a zero, and none holds a gap that is flushed to one.
+            sound = kept[i] & (met | (~equal & (residual >= certificate.LEAST)))
+            # Of this chunk's end, and of the next one's start.
+            off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i]))
+            height = chunks.heights[i][here]
+            within = small(within, sound, off, most[i], height, end[i], recent[i])
+            # NaN compares false: it counts as infinite.
+            residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
+            largest = jnp.maximum(largest, jnp.where(equal, 0.0, residual))
+        for i in rows:  # where nothing moves it, the end itself, with the sign of its zero
+            ends[i][here] = jnp.where(moved[i] == 0.0, end[i], end[i] + moved[i])
+        recent = [(jnp.abs(end[i]), *recent[i][:-1]) for i in rows]
+        return exact, within, largest, delta, recent
+
+    zero = jnp.zeros(plan.row, jnp.float32)
+    first = [jnp.abs(b[...]) for b in before]
+    loop = (
+        zero + 1.0,
+        [zero + 1.0] * 2,
+        zero,
+        [zero] * size,
+        [(f,) * (certificate.WINDOW - 1) for f in first],
+    )
+    exact, (fine, coarse), largest, delta, recent = lax.fori_loop(0, plan.chunks - 1, visit, loop)
+    last = plan.place(plan.chunks - 1, plan.chunks)
+    moved, most = tiles.moved(size, chunks.products, last, delta), grown(last, delta)
+    for i in rows:
+        end, kept = ends[i][last], jnp.abs(moved[i]) <= caps[i]
+        off = jnp.abs(moved[i])
+        if not affine:
+            off = jnp.maximum(off, jnp.abs(moved[i] + (end - chunks.ahead[i][...])))
+        height = chunks.heights[i][last]
+        fine, coarse = small((fine, coarse), kept, off, most[i], height, end, recent[i])
+        ends[i][last] = jnp.where(kept & (moved[i] != 0.0), end + moved[i], end)
+    return exact, fine, coarse, largest
+
+
+def correct(plan, chunks, done, dtypes):
+    """Moves what `link` left to the starts, but for the lanes that are done.
+
+    A start is rounded to the dtype that the step rounds to: no other can equal an end.
+    """
+
+    def move(index, nothing):
+        here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
+        for start, end, dtype in zip(chunks.starts, chunks.ends, dtypes, strict=True):
+            new = end[here].astype(dtype).astype(jnp.float32)
+            start[there] = jnp.where(done > 0, start[there], new)
+        return nothing
+
+    lax.fori_loop(0, plan.chunks - 1, move, jnp.int32(0))
+    last = plan.place(plan.chunks - 1, plan.chunks)
+    for ahead, end in zip(chunks.ahead, chunks.ends, strict=True):
+        ahead[...] = end[last]

@@ -1,0 +1,119 @@
+"""Errors that hide from the boundaries of chunks: behind the last one, and below the least float.
+
+`critical_points.npz` holds six lanes, found by a search through a million, of 32 steps
+`a h + b f(k (h - c)) + e` that are flat where a pass arrives in the last chunk and steep beside it.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxpara.recurrence.kernel.elementwise import prepare
+from pallas_kernels import nonlinear_recurrence
+from pallas_kernels.linear_recurrence import affine_cell
+from tests.kernels.test_kernels_drift import BLOCK, GPU
+from tests.recurrence.kit import QUICK
+
+LANES = pathlib.Path(__file__).with_name("critical_points.npz")
+PATHS = ["mosaic_tpu_interpret", GPU]
+FLAT = {"sin": jnp.sin, "bump": lambda u: 1 / (1 + u * u)}
+
+
+def solved(step, implementation, init, xs, **how):
+    prepared = prepare(lambda _, s, x: ([step(s[0], x)], []), [], [init], xs)
+
+    def run(init, xs):
+        inputs, params = prepared.operands([], xs)
+        return nonlinear_recurrence.forward(
+            prepared.cell,
+            [init],
+            inputs,
+            params,
+            certain=True,
+            chunks=8,
+            implementation=implementation,
+            **how,
+        )
+
+    return jax.jit(run, compiler_options=QUICK)(init, xs)
+
+
+def scanned(step, init, xs):
+    return np.asarray(lax.scan(lambda h, x: (step(h, x),) * 2, init, xs)[1], np.float64)
+
+
+@pytest.mark.parametrize("kind", FLAT)
+@pytest.mark.parametrize("implementation", PATHS)
+def test_the_last_chunk_ends_where_the_pass_before_predicted(implementation, kind):
+    lanes = np.repeat(np.load(LANES)[kind], BLOCK, axis=0)  # [lanes, 1 + 5 * 32]
+    init = jnp.asarray(lanes[None, :, 0])
+    rest = lanes[:, 1:].reshape(len(lanes), 5, 32).transpose(1, 2, 0)[:, :, None]
+    # Two more windows, which keep what they are given.
+    neutral = np.broadcast_to(np.reshape([1.0, 0.0, 1.0, 0.0, 0.0], (5, 1, 1, 1)), (5, 64, 1, 1))
+    pad = np.broadcast_to(neutral, (5, 64, 1, len(lanes)))
+    xs = list(jnp.asarray(np.concatenate([rest, pad], axis=1), jnp.float32))
+
+    def step(h, x):
+        a, c, k, b, e = x
+        return a * h + b * FLAT[kind](k * (h - c)) + e
+
+    found = solved(step, implementation, init, xs, window=32)
+    wanted = scanned(step, init, xs)
+    # The steep step makes 5e-4 of the rounding of its argument; 0.2 to 2 was seen without the test.
+    np.testing.assert_allclose(found.states[0][-1], wanted[-1], rtol=1e-3)
+    assert np.all(np.asarray(found.fallback_steps) == 0)
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_gap_below_the_least_float_does_not_count_as_none(implementation):
+    # The state falls to 1e-37 where a chunk ends, and comes back in the next. Beside it the gap
+    # between end and start is smaller than any normal number.
+    rng = np.random.default_rng(0)
+    width, steps = 8 * BLOCK, 64
+    logs = 0.3 * rng.normal(size=(steps, 1, width))
+    ends = 8 * rng.integers(2, 7, width)
+    logs[ends - 1, 0, np.arange(width)] -= rng.uniform(8, 16, width)
+    logs[ends + rng.integers(0, 8, width), 0, np.arange(width)] += rng.uniform(8, 16, width)
+    init = np.exp(rng.uniform(-75, -66, (1, width)))
+    bend = np.broadcast_to(rng.uniform(0.2, 2, (1, width)) / init, (steps, 1, width))
+
+    def step(h, x):
+        return x[0] * h / jnp.sqrt(1 + (x[1] * h) ** 2)
+
+    init, xs = jnp.float32(init), [jnp.float32(np.exp(logs)), jnp.float32(bend)]
+    states = np.asarray(solved(step, implementation, init, xs, window=64).states[0], np.float64)
+    wanted = scanned(step, init, xs)
+    normal = np.all(np.abs(wanted) > 2e-38, axis=(0, 1))
+    recent = np.stack([np.max(np.abs(wanted[max(0, t - 31) : t + 1]), 0) for t in range(steps)])
+    error = np.max(np.abs(states - wanted) / recent, axis=(0, 1))
+    # 1e-5 is what counts as solved; without the test 0.06 was seen.
+    assert np.sum(normal) > 60 and np.all(error[normal] <= 1e-5)
+
+
+def test_an_affine_state_that_grows_inside_its_chunk_is_not_walked_for_it():
+    rng = np.random.default_rng(1)
+    width, steps = 8 * BLOCK, 512
+    a = 1.5 * rng.normal(size=(steps, 1, width))
+    a, b = jnp.float32(a), jnp.float32(rng.normal(size=a.shape))
+    init = jnp.float32(rng.normal(size=(1, width)))
+    run = functools.partial(
+        nonlinear_recurrence.forward, affine_cell(1), affine=True, implementation=PATHS[0]
+    )
+    found = jax.jit(run, compiler_options=QUICK)([init], [a, b], [])
+    h, exact = np.asarray(init, np.float64), np.zeros((steps, 1, width))
+    for t in range(steps):
+        h = exact[t] = np.float64(a[t]) * h + np.float64(b[t])
+    lost = np.abs(scanned(lambda h, x: x[0] * h + x[1], init, (a, b)) - exact)
+    error = np.abs(np.asarray(found.states[0], np.float64) - exact)
+
+    def recent(values):
+        return np.stack([np.max(values[max(0, t - 64) : t + 17], 0) for t in range(steps)])
+
+    assert np.all(error <= 1e-5 * recent(np.abs(exact)) + 2 * recent(lost))
+    # A fifth was walked while corrections were held to the ends of chunks.
+    assert np.all(np.asarray(found.fallback_steps) == 0)
