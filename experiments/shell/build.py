@@ -1,4 +1,4 @@
-"""From config to objects, once, in `main`; below it there are plain Python values."""
+"""Builds objects from configs, once, in `main`; everything below takes plain Python values."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -27,13 +27,13 @@ OBSERVED = "experiments.text.solver_check.observed"  # of a floor above this one
 
 
 class Parts(NamedTuple):
-    """What a training run is made of.
+    """The parts of a training run.
 
     Attributes:
-      task: of group `task`: what is trained, on what, and how it is judged.
+      task: of group `task`: model, data and evaluation.
       optimizer: of optax.
       projection: applied to the parameters after each step, or None.
-      sinks: of numbers, those of group `logger`.
+      sinks: of numbers, from group `logger`.
     """
 
     task: Task
@@ -46,11 +46,11 @@ class Solved(NamedTuple):
     """One model, its recurrences solved in several ways.
 
     Attributes:
-      model: with the solver that trains.
+      model: with the solver of training.
       sequential: solved step by step.
-      parallel: with the parallel solver that is checked.
+      parallel: with the parallel solver to check.
       observed: the parallel model, whose state also reports each layer's solve; None
-        where no layer is recurrent.
+        if no layer is recurrent.
       parallel_name: of that solver.
     """
 
@@ -62,7 +62,7 @@ class Solved(NamedTuple):
 
 
 def _recurrent(node: Any):
-    """Every recurrent mixer below a node."""
+    """Yields every recurrent mixer below a node."""
     if isinstance(node, DictConfig):
         if node.get("_target_") == RECURRENT:
             yield node
@@ -74,7 +74,7 @@ def _recurrent(node: Any):
 
 
 def _with(model: DictConfig, **changes: Any) -> tuple[Model, int]:
-    """The model with its recurrent mixers changed, and how many there are."""
+    """Returns the model with changed recurrent mixers, and their number."""
     changed = copy.deepcopy(model)
     mixers = list(_recurrent(changed))
     for mixer in mixers:
@@ -87,7 +87,7 @@ def solve_in_ways(model: DictConfig, parallel: DictConfig) -> Solved:
 
     Args:
       model: its config, resolved.
-      parallel: config of the parallel solver that is checked beside the training.
+      parallel: config of the parallel solver to check during training.
 
     Returns:
       The models; they have the same parameters.
@@ -107,13 +107,13 @@ def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]
 
     Args:
       members: their configs by name.
-      where: the leaves, for those that do not say it themselves.
+      where: the leaves, for members that do not set it.
 
     Returns:
-      They by name, in order.
+      The reparameterisations by name, in order.
 
     Raises:
-      RunError: a setting that one of them refuses.
+      RunError: one of them refuses a setting.
     """
     found = {}
     for name, node in members.items():
@@ -127,27 +127,27 @@ def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]
 
 
 def chain_of(members: DictConfig | None, where: Any = None) -> Reparam | None:
-    """Chains reparameterisations, in the order in which they stand.
+    """Chains reparameterisations in the order of the configs.
 
     Args:
       members: configs by name.
       where: as for `each_of`.
 
     Returns:
-      The chain; None where there are none.
+      The chain; None if there are none.
     """
     found = each_of(members or {}, where)
     return chain(*found.values()) if found else None
 
 
 def build_model(cfg: DictConfig) -> Model:
-    """The model alone, as `generate` needs it.
+    """Builds only the model, for `generate`.
 
     Args:
       cfg: composed, or the resolved config of a run.
 
     Returns:
-      The model; of a finetuned one its parameters are the state of the transforms.
+      The model; if it is finetuned, its parameters are the state of the transforms.
     """
     transform = chain_of(cfg.get("transform"), cfg.get("where"))
     model = instantiate(cfg.model)
@@ -155,7 +155,7 @@ def build_model(cfg: DictConfig) -> Model:
 
 
 def build_data(cfg: DictConfig) -> Data:
-    """The data alone, as `evaluate` needs it.
+    """Builds only the data, for `evaluate`.
 
     Args:
       cfg: composed, or the resolved config of a run.
@@ -167,7 +167,7 @@ def build_data(cfg: DictConfig) -> Data:
 
 
 def build(cfg: DictConfig) -> Parts:
-    """All objects of a training run.
+    """Builds all objects of a training run.
 
     Args:
       cfg: composed by Hydra.
