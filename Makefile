@@ -30,9 +30,8 @@ check: setup ## ruff, types and the cheap tests, in three minutes
 	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" --cheap $(ARGS)
 
-# What is checked is done while tracing: code that XLA barely optimises is compiled in half the time.
 types: setup ## the annotations of jaxpara checked while its fast tests run, by beartype
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not untyped" \
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not untyped" \
 	  --jaxtyping-packages=jaxpara,pallas_kernels,tests.check $(ARGS)
 
 bench: setup ## solvers against lax.scan and others, then a training step (ARGS="suite=recurrence_full")

@@ -50,7 +50,8 @@ def explain_choice(
     """Says what `newton_scan` would do with these arguments, and why; runs nothing.
 
     Args:
-      f, init, xs, length, reverse, solver, derivative: as for `newton_scan`.
+      f, length, reverse, solver, derivative: as for `newton_scan`.
+      init, xs: likewise, or their shapes (`jax.ShapeDtypeStruct`).
 
     Returns:
       A `Choice`; printing it says what runs and why.
@@ -58,7 +59,13 @@ def explain_choice(
     Raises:
       TypeError, ValueError: as for `newton_scan`.
     """
-    return decide(trace(f, init, xs, length, reverse, 1), solver, derivative)
+    found = []
+
+    def look(init, xs):
+        found.append(decide(trace(f, init, xs, length, reverse, 1), solver, derivative))
+
+    jax.eval_shape(look, init, xs)
+    return found[0]
 
 
 def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None) -> Choice:

@@ -94,6 +94,16 @@ def test_the_explanation_names_the_reason(step, init, xs, says):
     assert says in str(jp.explain_choice(step, init, xs))
 
 
+def test_shapes_are_explained_as_arrays_are():
+    init, xs = jnp.zeros((2, 4)), gates(64, 2, 4)
+    shapes = jax.eval_shape(lambda: (init, xs))
+    for solver in (None, jp.shooting(), jp.fused()):
+        choice = jp.explain_choice(gru_step, *shapes, solver=solver)
+        assert choice == jp.explain_choice(gru_step, init, xs, solver=solver)
+    with pytest.raises(TypeError):
+        jp.newton_scan(gru_step, *shapes)
+
+
 def test_the_explanation_is_of_what_runs():
     choice = jp.explain_choice(gru_step, jnp.zeros((2, 4)), gates(64, 2, 4), solver=jp.newton())
     assert choice.solver == jp.newton(linear="sequential")  # what is best on a CPU
