@@ -21,7 +21,8 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      scale, or of the largest state on the way.
    - Gaps show whether the correction before was as good as linear. Behind the last chunk of a
      window there is none: there a pass of a kernel must end where the one before predicted.
-   - A gap below `LEAST` may be flushed to 0, and counts only if there is none.
+   - A gap below `LEAST` may be flushed to 0. It counts as a doubt of `LEAST`, which grows through
+     the products, and adds to `d`. What is below `FLOOR` counts as nothing.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
      corrected starts is therefore held to `COARSE` ulp after the last roll-out as well. Where
@@ -57,6 +58,8 @@ LINEAR = 100
 CAP = 4.0
 # The least normal float32. A device may flush what is smaller.
 LEAST = 1.2e-38
+# A correction below this is within any limit: a few gaps that were flushed.
+FLOOR = 4 * LEAST
 # Ends that the scale looks back on, and what it may exceed the last two by.
 WINDOW = 4
 SLACK = 256.0

@@ -271,16 +271,15 @@ def moved(
     return [functools.reduce(operator.add, map(operator.mul, row, delta)) for row in rows]
 
 
-def crossing(
-    size: int, peaks: Sequence[Any], chunk: Any, delta: Sequence[jax.Array]
+def grown(
+    size: int, products: Sequence[Any], chunk: Any, sizes: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """At least what `delta` becomes on its way through a chunk, whose largest `|P|` are `peaks`."""
-    most = [jnp.abs(d) for d in delta]
+    """`|P| sizes` of one chunk: at least what corrections of these sizes become; row-major."""
     found = []
     for i in range(size):
-        row = [peak[chunk] for peak in peaks[size * i :][:size]]
+        row = [jnp.abs(product[chunk]) for product in products[size * i :][:size]]
         # Nothing grows from zero, through an infinite product neither.
-        parts = [jnp.where(m == 0.0, m, p * m) for p, m in zip(row, most, strict=True)]
+        parts = [jnp.where(s == 0.0, s, p * s) for p, s in zip(row, sizes, strict=True)]
         found.append(functools.reduce(operator.add, parts))
     return found
 

@@ -63,6 +63,12 @@ def vary_like(tree: Any, *references: Any) -> Any:
     return vary_over(tree, *set().union(*map(varying_axes, jax.tree.leaves(references)), ()))
 
 
+def vary_alike(tree: Any) -> Any | None:
+    """Marks every leaf as varying over the mesh axes of all; None if that is so already."""
+    axes = [set(varying_axes(leaf)) for leaf in jax.tree.leaves(tree)]
+    return None if all(one == axes[0] for one in axes) else vary_like(tree, tree)
+
+
 def shaped(like: Any, shape: Sequence[int], dtype: Any) -> Any:
     """Something to trace with: of this shape and dtype, varying over the mesh as `like` does.
 

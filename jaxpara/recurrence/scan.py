@@ -12,12 +12,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpara import compat
 from jaxpara.recurrence.choice import Auto, decide, say
-from jaxpara.recurrence.lanes import vary_over
+from jaxpara.recurrence.lanes import vary_alike, vary_over
 from jaxpara.recurrence.solve import explicit_meshes, sharded_time
 from jaxpara.recurrence.solve.body import SOLVE_NAME
 from jaxpara.recurrence.solve.claimed_structure import check_structure
 from jaxpara.recurrence.solve.general_rule import solve
 from jaxpara.recurrence.solve.problem import Problem
+from jaxpara.recurrence.solve.sequential import sequential
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced_scan import Traced, trace
 
@@ -149,6 +150,9 @@ def solve_scan(
     if choice.solver is None:
         carry, ys = lax.scan(f, init, xs, length, reverse, unroll)
         return (carry, ys), _sequential_info(init)
+    if choice.solver.solve is not sequential and (alike := vary_alike((init, xs))) is not None:
+        # Side by side with the others a leaf varies as they do, and so must the step's equations.
+        traced = trace(f, *alike, length, reverse, unroll)
     problem = Problem(traced.body, choice, reverse, unroll)
     leaves = None if guess is None else jax.tree.leaves(guess)
     flat, info, starts = jaxpara_solve(problem, traced.consts, traced.init, traced.xs, leaves)

@@ -9,7 +9,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,15 @@ VERDICT, OPEN, RESIDUAL = range(3)
 FLAGS = 3
 
 
+class _Inside(NamedTuple):
+    """Of a chunk, for each state: the largest size that a correction and that the state have on
+    their way, and what gaps that were flushed to 0 may have become at the end."""
+
+    most: Any
+    height: Any
+    doubt: Any
+
+
 def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     """Corrects the starts of a pass, and in a `test` writes what it finds to the flags.
 
@@ -54,6 +63,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     """
     count = block.cell.states
     zero = zeros(block)
+    nothing = _Inside(zero, zero, zero)
     accept, stalled = block.limits
     near = _NEAR * math.sqrt(accept) if accept else certificate.COARSE * float(_FINFO.eps)
     kinds = [(near, NEAR), (stalled, ROUNDED), (accept, CLOSED)]
@@ -67,6 +77,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         products, rest = rows[2 * count : products_end], rows[products_end:]
         arriving, tops, recent, found = state
         deltas = []
+        doubts = []
         for k, ((end, moved, inside, kept), start) in enumerate(zip(arriving, starts, strict=True)):
             # Where nothing moves it, the end itself, with the sign of its zero.
             value = jnp.where(moved == 0.0, end, end + moved)
@@ -75,6 +86,11 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             mosaic.store(block.starts.at[new, k, place], value)
             deltas.append(moved + (end - start))
             if test:
+                flushed = (jnp.abs(end - start) < certificate.LEAST) & ~certificate.meets(
+                    end, start
+                )
+                doubts.append(inside.doubt + jnp.where(flushed, zero + certificate.LEAST, zero))
+                inside = inside._replace(doubt=doubts[k])
                 found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k])
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
         arriving = []
@@ -84,18 +100,21 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 moved = moved + products[j * count + i] * deltas[j]
             keep = jnp.abs(moved) <= certificate.CAP * tops[i]
             kept = jnp.where(keep, zero + 1.0, zero)
-            inside = (zero, zero)
+            inside = nothing
             if crossed:
-                inside = (grown(rest[count + i :: count], deltas), rest[i])
+                sizes = [jnp.abs(d) + u for d, u in zip(deltas, doubts, strict=True)]
+                most, doubt = (
+                    grown(rest[count + i :: count], sizes),
+                    grown(products[i::count], doubts),
+                )
+                inside = _Inside(most, rest[i], doubt)
             arriving.append((ends[i], jnp.where(keep, moved, zero), inside, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
         return arriving, tops, recent, found
 
-    def grown(peaks, deltas):
-        """At least what a correction becomes on its way through a chunk; nothing grows from 0."""
-        parts = [
-            jnp.where(d == 0.0, zero, p * jnp.abs(d)) for p, d in zip(peaks, deltas, strict=True)
-        ]
+    def grown(row, sizes):
+        """At least what corrections of these sizes become by a row of P; nothing grows from 0."""
+        parts = [jnp.where(s == 0.0, zero, jnp.abs(p) * s) for p, s in zip(row, sizes, strict=True)]
         return functools.reduce(operator.add, parts)
 
     def sized(size, inside, sound, recent):
@@ -104,11 +123,13 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         here = zero + FAR
         for limit, kind in kinds:
             # A NaN fails the first comparison, an infinite end the second.
-            within = (size <= limit * scale) & (recent[0] <= _FINITE) & sound
+            allowed = limit * scale
+            if crossed:
+                allowed = jnp.maximum(allowed, certificate.FLOOR)
+            within = (size + inside.doubt <= allowed) & (recent[0] <= _FINITE) & sound
             if crossed:  # on its way it is held to the second limit, relative to the states there
-                most, height = inside
-                allowed = jnp.maximum(limit, stalled) * jnp.maximum(scale, height)
-                within = within & (most <= allowed)
+                allowed = jnp.maximum(limit, stalled) * jnp.maximum(scale, inside.height)
+                within = within & (inside.most <= jnp.maximum(allowed, certificate.FLOOR))
             here = jnp.where(within, kind, here)
         return here
 
@@ -117,10 +138,8 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         equal, met = end == start, certificate.meets(end, start)
         # Of the chunk's end, and of the next one's start; no correction turns a zero.
         size = jnp.maximum(jnp.abs(moved), jnp.abs(delta))
+        here = sized(size, inside, (kept > 0.0) & (met | ~equal), recent)
         gap = jnp.abs(end - start)
-        # None holds a gap that is flushed to zero either.
-        sound = (kept > 0.0) & (met | (~equal & (gap >= certificate.LEAST)))
-        here = sized(size, inside, sound, recent)
         gap = jnp.where(gap <= _FINITE, gap, jnp.inf)
         return (
             jnp.maximum(verdict, here),
@@ -130,7 +149,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
 
     carry = [load_row(block, block.carry.at[k]) for k in range(count)]
     begin = (
-        [(c, zero, (zero, zero), zero + 1.0) for c in carry],
+        [(c, zero, nothing, zero + 1.0) for c in carry],
         [finite(c) for c in carry],
         [(jnp.abs(c),) * certificate.WINDOW for c in carry],
         (zero + CLOSED, zero, zero),

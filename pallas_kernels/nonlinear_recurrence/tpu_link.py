@@ -50,13 +50,15 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         value = jnp.where(value < jnp.inf, value, 0.0)
         caps.append(certificate.CAP * jnp.max(value, axis=0))
 
-    def grown(place, delta):
-        """On its way through a chunk; only bits decide where corrections do not bound the error."""
-        if not bounded:
-            return [jnp.zeros(plan.row, jnp.float32)] * size
-        return tiles.crossing(size, chunks.peaks, place, delta)
+    def crossed(place, delta, doubt):
+        """A correction on its way through a chunk, and its doubt at the end."""
+        if not bounded:  # only bits decide
+            return [jnp.zeros(plan.row, jnp.float32)] * size, doubt
+        sizes = [jnp.abs(d) + u for d, u in zip(delta, doubt, strict=True)]
+        most = tiles.grown(size, chunks.peaks, place, sizes)
+        return most, tiles.grown(size, chunks.products, place, doubt)
 
-    def small(within, sound, off, crossing, height, end, recent):
+    def small(within, sound, off, most, height, end, recent):
         """`within`, where corrections of this size are within the limits of an end.
 
         On its way through the chunk the correction is held to the second limit, relative to the
@@ -66,17 +68,19 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         scale = functools.reduce(jnp.maximum, recent, now)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
         sound = sound & tiles.finite(end)
-        sound = sound & (crossing <= limits[1] * jnp.maximum(scale, height))
+        allowed = limits[1] * jnp.maximum(scale, height)
+        sound = sound & (most <= jnp.maximum(allowed, certificate.FLOOR))
         return [
-            jnp.where(sound & (off <= limit * scale), w, 0.0)
+            jnp.where(sound & (off <= jnp.maximum(limit * scale, certificate.FLOOR)), w, 0.0)
             for w, limit in zip(within, limits, strict=True)
         ]
 
     def visit(index, loop):
-        exact, within, largest, delta, recent = loop
+        exact, within, largest, delta, doubt, recent = loop
         here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
         end, start = [e[here] for e in ends], [s[there] for s in starts]
-        moved, most = tiles.moved(size, chunks.products, here, delta), grown(here, delta)
+        moved = tiles.moved(size, chunks.products, here, delta)
+        most, doubt = crossed(here, delta, doubt)
         kept = [jnp.abs(m) <= cap for m, cap in zip(moved, caps, strict=True)]  # not a NaN
         moved = [jnp.where(keep, m, 0.0) for keep, m in zip(kept, moved, strict=True)]
         delta = [m + (e - s) for m, e, s in zip(moved, end, start, strict=True)]
@@ -84,10 +88,11 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             equal, met = end[i] == start[i], certificate.meets(end[i], start[i])
             exact = jnp.where(met, exact, 0.0)
             residual = jnp.abs(end[i] - start[i])
-            # No correction turns a zero, and none holds a gap that is flushed to one.
-            sound = kept[i] & (met | (~equal & (residual >= certificate.LEAST)))
+            sound = kept[i] & (met | ~equal)  # no correction turns a zero
+            flushed = ~met & (residual < certificate.LEAST)
+            doubt[i] = doubt[i] + jnp.where(flushed, certificate.LEAST, 0.0)
             # Of this chunk's end, and of the next one's start.
-            off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i]))
+            off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i])) + doubt[i]
             height = chunks.heights[i][here]
             within = small(within, sound, off, most[i], height, end[i], recent[i])
             # NaN compares false: it counts as infinite.
@@ -96,7 +101,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         for i in rows:  # where nothing moves it, the end itself, with the sign of its zero
             ends[i][here] = jnp.where(moved[i] == 0.0, end[i], end[i] + moved[i])
         recent = [(jnp.abs(end[i]), *recent[i][:-1]) for i in rows]
-        return exact, within, largest, delta, recent
+        return exact, within, largest, delta, doubt, recent
 
     zero = jnp.zeros(plan.row, jnp.float32)
     first = [jnp.abs(b[...]) for b in before]
@@ -105,16 +110,20 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         [zero + 1.0] * 2,
         zero,
         [zero] * size,
+        [zero] * size,
         [(f,) * (certificate.WINDOW - 1) for f in first],
     )
-    exact, (fine, coarse), largest, delta, recent = lax.fori_loop(0, plan.chunks - 1, visit, loop)
+    loop = lax.fori_loop(0, plan.chunks - 1, visit, loop)
+    exact, (fine, coarse), largest, delta, doubt, recent = loop
     last = plan.place(plan.chunks - 1, plan.chunks)
-    moved, most = tiles.moved(size, chunks.products, last, delta), grown(last, delta)
+    moved = tiles.moved(size, chunks.products, last, delta)
+    most, doubt = crossed(last, delta, doubt)
     for i in rows:
         end, kept = ends[i][last], jnp.abs(moved[i]) <= caps[i]
         off = jnp.abs(moved[i])
         if not affine:
             off = jnp.maximum(off, jnp.abs(moved[i] + (end - chunks.ahead[i][...])))
+        off = off + doubt[i]
         height = chunks.heights[i][last]
         fine, coarse = small((fine, coarse), kept, off, most[i], height, end, recent[i])
         ends[i][last] = jnp.where(kept & (moved[i] != 0.0), end + moved[i], end)

@@ -24,7 +24,7 @@ PATHS = ["mosaic_tpu_interpret", GPU]
 FLAT = {"sin": jnp.sin, "bump": lambda u: 1 / (1 + u * u)}
 
 
-def solved(step, implementation, init, xs, **how):
+def solved(step, implementation, init, xs, chunks=8, **how):
     prepared = prepare(lambda _, s, x: ([step(s[0], x)], []), [], [init], xs)
 
     def run(init, xs):
@@ -35,7 +35,7 @@ def solved(step, implementation, init, xs, **how):
             inputs,
             params,
             certain=True,
-            chunks=8,
+            chunks=chunks,
             implementation=implementation,
             **how,
         )
@@ -117,3 +117,20 @@ def test_an_affine_state_that_grows_inside_its_chunk_is_not_walked_for_it():
     assert np.all(error <= 1e-5 * recent(np.abs(exact)) + 2 * recent(lost))
     # A fifth was walked while corrections were held to the ends of chunks.
     assert np.all(np.asarray(found.fallback_steps) == 0)
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_state_that_fades_out_is_not_walked(implementation):
+    # Below 1e-31 the rounding of a state is below the least float, and every gap is flushed.
+    steps, width = 1024, 2 * BLOCK
+    xs = jax.random.normal(jax.random.key(0), (steps, 1, width)).at[200:].set(0.0)
+
+    def step(h, x):
+        return 0.8 * h / jnp.sqrt(1 + h * h) + 0.1 * x
+
+    init = jnp.ones((1, width))
+    found = solved(lambda h, x: step(h, x[0]), implementation, init, [xs], chunks=16)
+    wanted = scanned(step, init, xs)
+    faded = np.max(np.abs(wanted), axis=(1, 2))
+    assert np.any((faded < 1e-31) & (faded > 0)) and np.all(found.fallback_steps == 0)
+    np.testing.assert_allclose(found.states[0], wanted, rtol=0, atol=2e-6)

@@ -266,6 +266,41 @@ def test_data_sharded_over_a_mesh_axis():
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
+def of_shared_inputs(h, x):
+    return jnp.tanh(0.5 * h + x), h
+
+
+def of_a_shared_leaf(carry, x):
+    h, shared = carry
+    return (jnp.tanh(0.5 * h + shared + x), 0.9 * shared + 0.1), h
+
+
+@pytest.mark.parametrize("derivative", [None, "reverse"])
+@pytest.mark.parametrize("name", ["newton", "shooting"])
+def test_leaves_may_vary_over_different_mesh_axes(name, derivative):
+    # States of every device's own and inputs, or a part of the state, that are the same on all.
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    h, xs = jnp.linspace(0, 1, 4), jnp.linspace(-1, 1, 40)
+    ours = functools.partial(jp.newton_scan, solver=SOLVERS[name], derivative=derivative)
+
+    def gradients(scan, in_mesh):
+        def local(h, xs):
+            shared = scan(of_shared_inputs, h, xs)[1]
+            own = scan(of_a_shared_leaf, (h, jnp.float32(0.2)), xs[:, None] * jnp.ones_like(h))[1]
+            return shared * own
+
+        if in_mesh:
+            P = jax.sharding.PartitionSpec
+            specs = {"in_specs": (P("data"), P()), "out_specs": P(None, "data")}
+            local = jax.shard_map(local, mesh=mesh, **specs)
+        return jax.jit(jax.grad(lambda h, xs: jnp.sum(local(h, xs)), (0, 1)))(h, xs)
+
+    wanted = gradients(lax.scan, in_mesh=False)
+    for scan in (lax.scan, ours):
+        for a, b in zip(gradients(scan, in_mesh=True), wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
 W10 = jnp.eye(10) * 0.5 + 0.05
 
 
