@@ -105,12 +105,24 @@ def forward(
         settings = (cell, rough, plan, limits, max_iters, reverse, unroll)
         missing = steps if steps < plan.windows * plan.window else None
         groups = [[next(rest) for _ in range(n)] for n in (*inputs, len(init), 3, len(xs))]
-        _solve(Block(*settings, missing, [h.dtype for h in init], *groups, *rest), affine)
+        own = dict(zip(buffers, rest, strict=True))
+        _solve(Block(*settings, missing, [h.dtype for h in init], *groups, **own), affine)
 
     per_sequence = [jax.ShapeDtypeStruct((blocks, batch), t) for t in (jnp.int32, jnp.float32)]
     tile = (plan.chunks, plan.block)
-    # Where only bits decide nobody asks what a correction does inside a chunk.
-    unused = (1, 1, plan.block)
+    buffers = {
+        "ends": gpu.SMEM((cell.states, *tile), jnp.float32),
+        "products": gpu.SMEM((cell.states**2, *tile), jnp.float32),
+        "starts": gpu.SMEM((2, cell.states, *tile), jnp.float32),
+        "carry": gpu.SMEM((cell.states, plan.block), jnp.float32),
+        "flags": gpu.SMEM((FLAGS + 2 * cell.states, plan.block), jnp.float32),
+        "arrived": gpu.Barrier(num_arrivals=plan.warpgroups),
+        "copied": gpu.Barrier(num_arrivals=len(xs), num_barriers=plan.slots),
+    }
+    if affine:
+        buffers["heights"] = gpu.SMEM((cell.states, *tile), jnp.float32)
+    if bounded:
+        buffers["peaks"] = gpu.SMEM((cell.states**2, *tile), jnp.bfloat16)
     kernel = mosaic.launch(
         solve,
         out_type=[
@@ -120,15 +132,7 @@ def forward(
         ],
         scratch=[
             *[gpu.SMEM((plan.slots, plan.chunks, plan.length, plan.block), x.dtype) for x in xs],
-            gpu.SMEM((cell.states, *tile), jnp.float32),
-            gpu.SMEM((cell.states, *tile) if bounded else unused, jnp.float32),
-            gpu.SMEM((cell.states**2, *tile), jnp.float32),
-            gpu.SMEM((cell.states**2, *tile) if bounded else unused, jnp.float32),
-            gpu.SMEM((2, cell.states, plan.chunks + 1, plan.block), jnp.float32),
-            gpu.SMEM((cell.states, plan.block), jnp.float32),
-            gpu.SMEM((FLAGS + cell.states, plan.block), jnp.float32),
-            gpu.Barrier(num_arrivals=plan.warpgroups),
-            gpu.Barrier(num_arrivals=len(xs), num_barriers=plan.slots),
+            *buffers.values(),
         ],
         grid=(batch, blocks),
         grid_names=("b", "d"),
@@ -193,8 +197,9 @@ def _solve(block: Block, affine: bool) -> None:
 
         @pl.when((wg == 0) & (outcome.still == 0.0))
         def _():
+            first = FLAGS + outcome.starts * len(states)
             for k in states:
-                mosaic.store(block.carry.at[k], load_row(block, block.flags.at[FLAGS + k]))
+                mosaic.store(block.carry.at[k], load_row(block, block.flags.at[first + k]))
 
         # The copy engine is about to write where all have read inputs: their reads come first.
         if plan.slots < plan.windows:

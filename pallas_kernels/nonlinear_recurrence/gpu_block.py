@@ -25,13 +25,13 @@ class Block(NamedTuple):
       dtypes: of the states.
       xs, params, init, states, report: device memory.
       staged: inputs of windows, `[slots, C, L, block]` each.
-      ends, heights, products, peaks, starts: summaries of the chunks. Where they end, and the
-        largest magnitudes of their states, `[K, C, block]` each; the product of their Jacobians,
-        and the largest magnitudes that it has on its way, `[K * K, C, block]` each; and two sets of
-        starts, `[K, C + 1, block]`, whose last row is where the last chunk should end.
+      ends, products, starts: summaries of the chunks. Where they end, `[K, C, block]`; the product
+        of their Jacobians, `[K * K, C, block]`; and two sets of starts, of `[K, C, block]`.
       carry: the exact state before the window, `[K, block]`.
-      flags: what `gpu_link` finds, `[3 + K, block]`.
+      flags: what `gpu_link` finds, `[3 + 2 K, block]`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
+      heights, peaks: the largest magnitudes of the states on their way through a chunk, if the step
+        is affine; and of the product, to bfloat16, if corrections bound the error.
     """
 
     cell: ElementwiseCell
@@ -50,14 +50,14 @@ class Block(NamedTuple):
     report: Sequence[Any]
     staged: Sequence[Any]
     ends: Any
-    heights: Any
     products: Any
-    peaks: Any
     starts: Any
     carry: Any
     flags: Any
     arrived: Any
     copied: Any
+    heights: Any = None
+    peaks: Any = None
 
 
 def bounded(block: Block) -> bool:

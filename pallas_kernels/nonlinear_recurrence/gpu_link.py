@@ -30,9 +30,9 @@ _FINITE = float(_FINFO.max)
 # rounding.
 CLOSED, ROUNDED, NEAR, FAR = 0.0, 1.0, 2.0, 3.0
 _NEAR = 2.0
-# The rows of the block's flags: what `link` finds, then, for each state, the start of the next
-# window. An error within the limit of a window's own states would otherwise remain where they are
-# no longer large.
+# The rows of the block's flags: what `link` finds, then, in two sets as the starts are, where each
+# state of the last chunk should end in the next pass. The next window starts there: an error within
+# the limit of a window's own states would otherwise remain where they are no longer large.
 VERDICT, OPEN, RESIDUAL = range(3)
 FLAGS = 3
 
@@ -76,8 +76,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         ends, starts = rows[:count], rows[count : 2 * count]
         products, rest = rows[2 * count : products_end], rows[products_end:]
         arriving, tops, recent, found = state
-        deltas = []
-        doubts = []
+        deltas, doubts = [], []
         for k, ((end, moved, inside, kept), start) in enumerate(zip(arriving, starts, strict=True)):
             # Where nothing moves it, the end itself, with the sign of its zero.
             value = jnp.where(moved == 0.0, end, end + moved)
@@ -86,9 +85,8 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             mosaic.store(block.starts.at[new, k, place], value)
             deltas.append(moved + (end - start))
             if test:
-                flushed = (jnp.abs(end - start) < certificate.LEAST) & ~certificate.meets(
-                    end, start
-                )
+                small = jnp.abs(end - start) < certificate.LEAST
+                flushed = small & ~certificate.meets(end, start)
                 doubts.append(inside.doubt + jnp.where(flushed, zero + certificate.LEAST, zero))
                 inside = inside._replace(doubt=doubts[k])
                 found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k])
@@ -103,11 +101,9 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             inside = nothing
             if crossed:
                 sizes = [jnp.abs(d) + u for d, u in zip(deltas, doubts, strict=True)]
-                most, doubt = (
-                    grown(rest[count + i :: count], sizes),
-                    grown(products[i::count], doubts),
-                )
-                inside = _Inside(most, rest[i], doubt)
+                most = grown(rest[i : count**2 : count], sizes)
+                height = rest[count**2 + i] if affine else zero
+                inside = _Inside(most, height, grown(products[i::count], doubts))
             arriving.append((ends[i], jnp.where(keep, moved, zero), inside, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
         return arriving, tops, recent, found
@@ -155,19 +151,18 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         (zero + CLOSED, zero, zero),
     )
     leaving, _, recent, (verdict, unequal, worst) = _over_chunks(
-        block, _summaries(block, old, crossed), visit, begin
+        block, _summaries(block, old, peaks=crossed, heights=crossed and affine), visit, begin
     )
     for k, (end, moved, inside, kept) in enumerate(leaving):
         value = jnp.where(moved == 0.0, end, end + moved)
-        mosaic.store(block.starts.at[new, k, block.plan.chunks], value)
+        mosaic.store(block.flags.at[FLAGS + new * count + k], value)
         if not test:
             continue
         size = jnp.abs(moved)
         if not affine:
-            ahead = load_row(block, block.starts.at[old, k, block.plan.chunks])
+            ahead = load_row(block, block.flags.at[FLAGS + old * count + k])
             size = jnp.maximum(size, jnp.abs(moved + (end - ahead)))
         verdict = jnp.maximum(verdict, sized(size, inside, kept > 0.0, recent[k]))
-        mosaic.store(block.flags.at[FLAGS + k], value)
     if not test:
         return
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
@@ -207,8 +202,10 @@ def flag(block: Block, row: int) -> Any:
     return jnp.max(load_row(block, block.flags.at[row]))
 
 
-def _summaries(block: Block, old: Any, inside: bool = False) -> list[Callable[[Any], Any]]:
-    """Rows of a chunk, given by its place in memory: ends, starts, products; heights and peaks."""
+def _summaries(
+    block: Block, old: Any, *, peaks: bool = False, heights: bool = False
+) -> list[Callable[[Any], Any]]:
+    """Rows of a chunk, given by its place in memory: ends, starts, products; peaks, heights."""
     count = range(block.cell.states)
 
     def row_of(ref: Any, *index: Any) -> Any:
@@ -217,10 +214,8 @@ def _summaries(block: Block, old: Any, inside: bool = False) -> list[Callable[[A
     refs = [row_of(block.ends, k) for k in count]
     refs += [row_of(block.starts, old, k) for k in count]
     refs += [row_of(block.products, k) for k in range(len(count) ** 2)]
-    if inside:
-        refs += [row_of(block.heights, k) for k in count]
-        refs += [row_of(block.peaks, k) for k in range(len(count) ** 2)]
-    return refs
+    refs += [row_of(block.peaks, k) for k in range(len(count) ** 2)] if peaks else []
+    return refs + ([row_of(block.heights, k) for k in count] if heights else [])
 
 
 def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:

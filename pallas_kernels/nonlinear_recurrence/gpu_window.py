@@ -42,15 +42,17 @@ from pallas_kernels.nonlinear_recurrence.gpu_link import (
 
 
 class Outcome(NamedTuple):
-    """Scalars: passes over the window, whether it is still open (not 0), the largest residual."""
+    """Scalars: passes over the window, whether it is still open (not 0), the largest residual, and
+    which set of starts was written last."""
 
     passes: Any
     still: Any
     worst: Any
+    starts: Any
 
 
 def _roll(
-    block, cell, w, slot, params, first, *, columns: bool, inside: bool, keep: bool
+    block, cell, w, slot, params, first, *, columns: bool, peaks: bool, keep: bool, heights=False
 ) -> tuple[list, list, list, list]:
     """Rolls this warpgroup's chunks out.
 
@@ -62,11 +64,12 @@ def _roll(
       params: rows.
       first: tiles of this warpgroup's starts.
       columns: carry the product of the Jacobians along.
-      inside: and the largest magnitudes that states and products have on their way.
+      peaks: and the largest magnitudes that its entries have on their way.
       keep: write the states to device memory.
+      heights: carry the largest magnitudes of the states along.
 
     Returns:
-      Ends, columns of the product, and the largest magnitudes of both; empty where not asked for.
+      Ends, columns of the product, heights, columns of peaks; empty where not asked for.
     """
     plan, own = block.plan, own_rows(block)
     layout = mosaic.tile_layout(plan.block)
@@ -79,7 +82,10 @@ def _roll(
         begins = w * plan.window + in_memory(block, row, plan.chunks) * plan.length
         valid = lambda step: begins + step < block.steps  # noqa: E731
 
-    def advance(step, inputs, states, products, heights, peaks):
+    def higher(most, values):
+        return jax.tree.map(lambda m, v: jnp.maximum(m, jnp.abs(v)), most, values)
+
+    def advance(step, inputs, states, products, tallest, most):
         if columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
@@ -93,13 +99,9 @@ def _roll(
                 [jnp.where(here, n, p) for n, p in zip(after, before, strict=True)]
                 for after, before in zip(pushed, products, strict=True)
             ]
-        if inside:
-            heights, peaks = jax.tree.map(
-                lambda most, value: jnp.maximum(most, jnp.abs(value)),
-                (heights, peaks),
-                (new, pushed),
-            )
-        return new, pushed, heights, peaks
+        tallest = higher(tallest, new) if heights else tallest
+        most = higher(most, pushed) if peaks else most
+        return new, pushed, tallest, most
 
     def group(g, carry):
         steps = [g * together + j for j in range(together)]
@@ -118,8 +120,8 @@ def _roll(
         for j in range(cell.states if columns else 0)
     ]
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
-    heights = [jnp.abs(f) for f in first] if inside else []
-    carry = (list(first), identity, heights, identity if inside else [])
+    tallest = [jnp.abs(f) for f in first] if heights else []
+    carry = (list(first), identity, tallest, identity if peaks else [])
     return lax.fori_loop(0, plan.length // together, group, carry)
 
 
@@ -161,7 +163,7 @@ def _guess(block: Block, w: Any, slot: Any, params: Arrays, passes: Any) -> None
     """One pass whose states count for nothing: it corrects the starts, and tests nothing."""
     cell = block.rough or block.cell
     first = _load_starts(block, passes % 2)
-    rolled = _roll(block, cell, w, slot, params, first, columns=True, inside=False, keep=False)
+    rolled = _roll(block, cell, w, slot, params, first, columns=True, peaks=False, keep=False)
     _write_summaries(block, *rolled)
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
@@ -177,7 +179,7 @@ def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdi
 
     def roll(columns: bool) -> None:
         first = _load_starts(block, passes % 2)
-        how = {"columns": columns, "inside": bounded(block), "keep": True}
+        how = {"columns": columns, "peaks": columns and bounded(block), "keep": True}
         _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
 
     pl.when(verdict > NEAR)(functools.partial(roll, True))
@@ -214,7 +216,8 @@ def iterate(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
         return (passes < block.max_iters) & (verdict > CLOSED)
 
     begin = (jnp.int32(1), jnp.float32(FAR), jnp.float32(jnp.inf))
-    return Outcome(*lax.while_loop(going_on, again, begin))
+    passes, still, worst = lax.while_loop(going_on, again, begin)
+    return Outcome(passes, still, worst, passes % 2)
 
 
 def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
@@ -227,7 +230,7 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     shape = (block.plan.chunks // block.plan.warpgroups, block.plan.block)
     first = [mosaic.full(shape, 0.0, layout)] * block.cell.states
     _write_starts(block, first)
-    how = {"columns": True, "inside": bounded(block), "keep": False}
+    how = {"columns": True, "peaks": bounded(block), "keep": False}
     _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
     # Warpgroup 0 reads the summaries of all chunks.
     mosaic.sync(block.arrived)
@@ -240,14 +243,14 @@ def correct_once(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     mosaic.sync(block.arrived)
     diverged = flag(block, OPEN)
     first = _load_starts(block, 1)
-    how = {"columns": False, "inside": bounded(block), "keep": True}
+    how = {"columns": False, "peaks": False, "keep": True, "heights": bounded(block)}
     _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
     # Warpgroup 0 reads the ends of all, or writes over states that others have just written.
     mosaic.sync(block.arrived)
     _correct_starts(block, jnp.int32(1), test=True, affine=True)
     verdict = lax.select(diverged > 0.0, jnp.float32(FAR), flag(block, VERDICT))
     still = lax.select(verdict <= ROUNDED, jnp.float32(CLOSED), verdict)
-    return Outcome(jnp.int32(1), still, flag(block, RESIDUAL))
+    return Outcome(jnp.int32(1), still, flag(block, RESIDUAL), 0)
 
 
 def walk(block: Block, w: Any, slot: Any, params: Arrays) -> None:

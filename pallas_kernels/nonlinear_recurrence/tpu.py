@@ -95,8 +95,10 @@ def forward(
         + [plan.over_lanes(p.shape[0]) for p in params],
         out_specs=[plan.over_time()] * size + [lanes] * 3,
         out_shape=[out(xs[0].shape, i.dtype) for i in init] + counts,
-        # carry; done, close, residual; ahead; of all chunks: starts, ends, heights, products, peaks
-        scratch_shapes=tiles.scratch(plan, 2 * size + 3, (3 * size + 2 * size * size) * shooting),
+        # carry; done, close, residual; ahead; of all chunks: starts, ends, products, peaks, heights
+        scratch_shapes=tiles.scratch(
+            plan, 2 * size + 3, (2 * size + 2 * size * size + size * affine) * shooting
+        ),
         compiler_params=tiles.compiler_params(),
         interpret=interpret,
         name="nonlinear_recurrence",
@@ -119,9 +121,9 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         size,
         size * shooting,
         size * shooting,
-        size * shooting,
         size * size * shooting,
         size * size * shooting,
+        size * affine * shooting,
     )
     chunks = Chunks(*summaries)
     starts, ends = chunks.starts, chunks.ends
@@ -161,7 +163,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
 
         def advance(index, loop):
-            h, height, columns, most = loop
+            h, columns, most = loop
             place = plan.step(index)
             new, pushed = cell.push(h, tiles.load(xs, place, plan.chunks), p, columns)
             present = plan.exists(begin, index)
@@ -169,14 +171,12 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             if keep:
                 tiles.store(states, place, h)
             columns = [tiles.choose(present, n, c) for n, c in zip(pushed, columns, strict=True)]
-            return h, higher(height, h), columns, higher(most, columns)
+            return h, columns, higher(most, columns)
 
-        first = [s[...] for s in starts]
-        loop = (first, [jnp.abs(s) for s in first], unit, unit)
-        h, height, columns, most = lax.fori_loop(0, plan.length, advance, loop)
-        for refs, values in ((ends, h), (chunks.heights, height)):
-            for ref, value in zip(refs, values, strict=True):
-                ref[...] = value
+        loop = ([s[...] for s in starts], unit, unit)
+        h, columns, most = lax.fori_loop(0, plan.length, advance, loop)
+        for ref, value in zip(ends, h, strict=True):
+            ref[...] = value
         for refs, matrix in ((chunks.products, columns), (chunks.peaks, most)):
             for j, column in enumerate(matrix):
                 for i, value in enumerate(column):

@@ -16,17 +16,18 @@ class Chunks(NamedTuple):
     Attributes:
       ahead: what the pass before made of the last chunk's end, K rows.
       starts, ends: states, K tiles each.
-      heights: the largest magnitudes of the states on their way through a chunk, K tiles.
       products, peaks: the product P of the Jacobians, row-major, and the largest magnitudes that
         its entries have on their way, K K tiles each.
+      heights: the largest magnitudes of the states on their way through a chunk, K tiles; of an
+        affine step only.
     """
 
     ahead: Sequence[Any]
     starts: Sequence[Any]
     ends: Sequence[Any]
-    heights: Sequence[Any]
     products: Sequence[Any]
     peaks: Sequence[Any]
+    heights: Sequence[Any]
 
 
 def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
@@ -93,7 +94,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             doubt[i] = doubt[i] + jnp.where(flushed, certificate.LEAST, 0.0)
             # Of this chunk's end, and of the next one's start.
             off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i])) + doubt[i]
-            height = chunks.heights[i][here]
+            height = chunks.heights[i][here] if affine else 0.0
             within = small(within, sound, off, most[i], height, end[i], recent[i])
             # NaN compares false: it counts as infinite.
             residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
@@ -124,7 +125,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         if not affine:
             off = jnp.maximum(off, jnp.abs(moved[i] + (end - chunks.ahead[i][...])))
         off = off + doubt[i]
-        height = chunks.heights[i][last]
+        height = chunks.heights[i][last] if affine else 0.0
         fine, coarse = small((fine, coarse), kept, off, most[i], height, end, recent[i])
         ends[i][last] = jnp.where(kept & (moved[i] != 0.0), end + moved[i], end)
     return exact, fine, coarse, largest

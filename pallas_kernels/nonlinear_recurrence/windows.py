@@ -83,10 +83,10 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     """Shared memory of a block of threads; Pallas begins every buffer at a multiple of 1024."""
     tile, k = 4 * block * chunks, problem.states
     inputs = [slots * chunks * length * block * size for size in problem.itemsizes]
-    inside = [k * tile, k * k * tile] if problem.bounded else [4 * block] * 2
-    starts = 2 * k * (tile + 4 * block)
-    # Ends, products, heights and peaks, two sets of starts; carry and flags.
-    summaries = [k * tile, k * k * tile, *inside, starts, 4 * k * block, (12 + 4 * k) * block]
+    heights, peaks = k * tile * problem.affine, k * k * tile // 2 * problem.bounded
+    # Ends, products, two sets of starts; carry and flags.
+    summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, (12 + 8 * k) * block]
+    summaries += [heights, peaks]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 
