@@ -51,11 +51,12 @@ TEXTS, WORDS, SECTION = Rule("text", many=True), Rule("words"), Rule("section")
 FINITE = 3.4e38  # float32's largest
 POSITIVE = {"low": 0.0, "high": FINITE, "inside": True}
 
-# A key's rule is found by its whole path, with or without the command's name before it, by its last
-# two names, or by its last name.
+# A key's rule is found by its whole path, with the command's name before it or a dot, by its last two
+# names, or by its last name. A run is continued by `train` whichever command began it: what has one
+# meaning in every command is told by the dot.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace"), SECTION),
-    "finetune.rounding": SECTION,
+    ".rounding": SECTION,
     "trust": WORDS._replace(null=True),
     # what is trained, and for how long
     "name": TEXT,
@@ -220,7 +221,7 @@ def rule_for(key: str, command: str = "") -> Rule | None:
       The rule; None if the table has none, and the code that reads the setting checks it.
     """
     names = key.split(".")
-    for path in (f"{command}.{key}", key, ".".join(names[-2:]), names[-1]):
+    for path in (f"{command}.{key}", f".{key}", key, ".".join(names[-2:]), names[-1]):
         if path in RULES:
             return RULES[path]
     return None
