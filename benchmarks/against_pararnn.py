@@ -8,7 +8,7 @@ zero state in float32, each in its own layout. Theirs make a fixed number of New
 weights: theirs by the fused adjoint (CUDA) or a scan and a fused vjp (Triton), the rest in torch,
 as in their layers. Errors are against float64.
 
-***It has not been run on a GPU.** It is written from their sources as of November 2026 and tested
+**It has not been run on a GPU.** It is written from their sources as of November 2026 and tested
 on stand-ins with their signatures and layouts.
 """
 

@@ -31,11 +31,11 @@ def read_requests(cfg: DictConfig) -> list[Request]:
       The requests.
 
     Raises:
-      RunError: there are no or two sources of prompts, or a file cannot be used.
+      RunError: both prompt and prompts are given, or a file cannot be used.
     """
     if cfg.prompt is not None and cfg.prompts is not None:
         raise folders.RunError(
-            f"prompt={cfg.prompt!r} and prompts={cfg.prompts!r}: give exactly one of them"
+            f"prompt={cfg.prompt!r} and prompts={cfg.prompts!r}: give only one of them"
         )
     if cfg.samples < 1:
         raise folders.RunError(f"samples={cfg.samples} for each prompt: give at least 1")

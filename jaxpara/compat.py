@@ -29,10 +29,11 @@ def scan_parts(eqn: Any) -> tuple[Any, int, int]:
 
 def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
     """Runs a closed jaxpr on flat arguments."""
+    outs = jex_core.jaxpr_as_fun(jaxpr)(*arguments)
     # JAX 0.10 returns a constant output as the Python number that the equation holds.
     return [
-        out if isinstance(out, jax.Array) else jax.numpy.asarray(out)
-        for out in jex_core.jaxpr_as_fun(jaxpr)(*arguments)
+        out if isinstance(out, jax.Array) else jax.numpy.asarray(out, aval.dtype)
+        for out, aval in zip(outs, jaxpr.out_avals, strict=True)
     ]
 
 

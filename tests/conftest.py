@@ -85,9 +85,10 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def quickly_compiled(request):
-    """Fast tests run programs without LLVM's optimisations, slow ones and a GPU's with them.
+    """Fast tests compile without LLVM's optimisations, slow ones and a GPU's with them.
 
-    The processes that a test starts do as it does.
+    What an earlier test of the process has compiled is used again as it is. The processes that a
+    test starts do as it does.
     """
     import jax
 

@@ -229,7 +229,7 @@ def load(folder: Path, state: Any, *, names: Mapping[str, str] | None = None) ->
     if config["peft_type"] != "LORA" or more:
         settings = "".join(f" with {name}={value}" for name, value in more.items())
         raise RunError(
-            f"{folder} is {config['peft_type']}{settings}, and only plain LoRA can be read: "
+            f"{folder} holds {config['peft_type']}{settings}, and only plain LoRA can be read: "
             "merge it with PEFT"
         )
     library = _library()

@@ -134,7 +134,7 @@ def load(
     )
     if not judged:
         raise ValueError(
-            f"{where}: no document of split {validation_split or split!r} is held out: "
+            f"{where}: split {validation_split or split!r} gives no document to evaluate on: "
             "give a larger data.validation_fraction, or data.validation_split=NAME"
         )
 

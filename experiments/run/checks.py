@@ -24,9 +24,6 @@ def fits(value: Any, rule: Rule) -> bool:
     Args:
       value: a plain value.
       rule: from the table.
-
-    Returns:
-      True if it is.
     """
     if value is None:
         return rule.null

@@ -140,4 +140,4 @@ def remedy(said: str) -> str:
       The beginning of a sentence.
     """
     full = any(os.strerror(code) in said for code in NO_ROOM)
-    return "Make room there" if full else "Make it writable"
+    return "Make room there" if full else "Check that it can be written to"

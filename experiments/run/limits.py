@@ -51,9 +51,9 @@ TEXTS, WORDS, SECTION = Rule("text", many=True), Rule("words"), Rule("section")
 FINITE = 3.4e38  # float32's largest
 POSITIVE = {"low": 0.0, "high": FINITE, "inside": True}
 
-# A key's rule is found by its whole path, with the command's name before it or a dot, by its last two
-# names, or by its last name. A run is continued by `train` whichever command began it: what has one
-# meaning in every command is told by the dot.
+# A key's rule is the first that is found: by its whole path behind the command's name, behind a
+# bare dot (the same in every command), by itself, by its last two names, or by its last name. Any
+# run may be continued by `train`, so settings of other commands are found by the dot.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace"), SECTION),
     ".rounding": SECTION,

@@ -5,6 +5,7 @@ commands too (`hydra.output_subdir` in conf/run_folder.yaml turns that off).
 """
 
 import contextlib
+import os
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -44,7 +45,7 @@ def discard(folder: Path) -> None:
             for path in record.iterdir():
                 path.unlink()
             record.rmdir()
-        here, folder = Path.cwd(), folder.absolute()
+        here, folder = Path.cwd(), Path(os.path.abspath(folder))  # without ".."
         if not here.is_relative_to(folder):
             folder.rmdir()
         for above in folder.parents:

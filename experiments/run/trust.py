@@ -61,7 +61,7 @@ def granted(given: Sequence[str]) -> Iterator[None]:
 
 
 def _texts(value: Any) -> list[str]:
-    """Yields every text in plain or OmegaConf's values."""
+    """Returns every text in plain or OmegaConf's values."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, dict):

@@ -23,7 +23,9 @@ def _target(function: Callable[..., Any]) -> str:
 
 
 RECURRENT, SEQUENTIAL = _target(recurrent), {"_target_": _target(sequential)}
-OBSERVED = "experiments.text.solver_check.observed"  # of a floor above this one
+OBSERVED = (
+    "experiments.text.solver_check.observed"  # by name: the module is in a layer above this one
+)
 
 
 class Parts(NamedTuple):

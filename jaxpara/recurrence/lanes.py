@@ -64,7 +64,7 @@ def vary_like(tree: Any, *references: Any) -> Any:
 
 
 def vary_alike(tree: Any) -> Any | None:
-    """Marks every leaf as varying over the mesh axes of all; None if that is so already."""
+    """Marks every leaf as varying over the mesh axes of all leaves; None if every one does."""
     axes = [set(varying_axes(leaf)) for leaf in jax.tree.leaves(tree)]
     return None if all(one == axes[0] for one in axes) else vary_like(tree, tree)
 

@@ -151,7 +151,7 @@ def solve_scan(
         carry, ys = lax.scan(f, init, xs, length, reverse, unroll)
         return (carry, ys), _sequential_info(init)
     if choice.solver.solve is not sequential and (alike := vary_alike((init, xs))) is not None:
-        # Side by side with the others a leaf varies as they do, and so must the step's equations.
+        # A parallel solve stacks leaves, which then vary over the mesh axes of all: trace it so.
         traced = trace(f, *alike, length, reverse, unroll)
     problem = Problem(traced.body, choice, reverse, unroll)
     leaves = None if guess is None else jax.tree.leaves(guess)

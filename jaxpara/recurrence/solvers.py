@@ -29,7 +29,7 @@ def _settings(**given) -> Settings:
     for name, value in sizes.items():
         if value is not None or name == "max_iters":
             positive(**{name: value})
-    flag(debug=given["debug"])
+    given["debug"] = flag(debug=given["debug"])
     settings = Settings(**{**given, **{name: whole(**{name: n}) for name, n in sizes.items()}})
     if not isinstance(settings.axis, str | None):
         raise TypeError(

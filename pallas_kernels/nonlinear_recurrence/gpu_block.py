@@ -30,8 +30,9 @@ class Block(NamedTuple):
       carry: the exact state before the window, `[K, block]`.
       flags: what `gpu_link` finds, `[3 + 2 K, block]`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
-      heights, peaks: the largest magnitudes of the states on their way through a chunk, if the step
-        is affine; and of the product, to bfloat16, if corrections bound the error.
+      heights, peaks: the largest magnitudes on the way through a chunk: of the states, for an
+        affine step; of the product's entries, in bfloat16, if corrections bound the error. None
+        otherwise.
     """
 
     cell: ElementwiseCell

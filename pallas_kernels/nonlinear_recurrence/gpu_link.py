@@ -59,7 +59,8 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
       old: which of the two sets of starts the chunks were rolled out from.
       new: which set takes the corrected ones.
       test: whether the pass may be the one that counts.
-      affine: the correction before was exact; else the last chunk must end where it was to end.
+      affine: whether the correction before was exact. If not, the last chunk must end where the
+        pass before predicted.
     """
     count = block.cell.states
     zero = zeros(block)

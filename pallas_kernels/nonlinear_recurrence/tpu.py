@@ -152,9 +152,10 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             new = cell.step(h, tiles.load(xs, place, plan.chunks), p)
             h = tiles.choose(plan.exists(begin, index), new, h)
             tiles.store(states, place, h)
-            return h, higher(height, h)
+            return h, higher(height, h) if shooting else height
 
-        return lax.fori_loop(0, plan.length, advance, (list(starts), [jnp.abs(s) for s in starts]))
+        heights = [jnp.abs(s) for s in starts] if shooting else []
+        return lax.fori_loop(0, plan.length, advance, (list(starts), heights))
 
     def roll_with_product(keep):
         """From the starts, with the columns of P alongside; leaves all else of `chunks`."""

@@ -44,7 +44,8 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
     """
     starts, ends = chunks.starts, chunks.ends
     size, rows = len(starts), range(len(starts))
-    bounded = limits[1] > 0
+    bounded = limits[1] > 0  # else only bits decide
+    floor = certificate.FLOOR if bounded else 0.0
     caps = []
     for end in ends:
         value = jnp.abs(end[...])
@@ -53,7 +54,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
 
     def crossed(place, delta, doubt):
         """A correction on its way through a chunk, and its doubt at the end."""
-        if not bounded:  # only bits decide
+        if not bounded:
             return [jnp.zeros(plan.row, jnp.float32)] * size, doubt
         sizes = [jnp.abs(d) + u for d, u in zip(delta, doubt, strict=True)]
         most = tiles.grown(size, chunks.peaks, place, sizes)
@@ -70,9 +71,9 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
         sound = sound & tiles.finite(end)
         allowed = limits[1] * jnp.maximum(scale, height)
-        sound = sound & (most <= jnp.maximum(allowed, certificate.FLOOR))
+        sound = sound & (most <= jnp.maximum(allowed, floor))
         return [
-            jnp.where(sound & (off <= jnp.maximum(limit * scale, certificate.FLOOR)), w, 0.0)
+            jnp.where(sound & (off <= jnp.maximum(limit * scale, floor)), w, 0.0)
             for w, limit in zip(within, limits, strict=True)
         ]
 

@@ -178,10 +178,10 @@ def test_peft_files_name_embeddings_and_lay_out_convolutions_as_pytorch_does(tmp
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"peft_type": "LOHA"}, "is LOHA, and only plain LoRA can be read"),
-        ({"use_dora": True}, "is LORA with use_dora=True"),
-        ({"alpha_pattern": {"up": 4}}, "is LORA with alpha_pattern={'up': 4}"),
-        ({"bias": "all"}, "is LORA with bias=all"),
+        ({"peft_type": "LOHA"}, "holds LOHA, and only plain LoRA can be read"),
+        ({"use_dora": True}, "holds LORA with use_dora=True"),
+        ({"alpha_pattern": {"up": 4}}, "holds LORA with alpha_pattern={'up': 4}"),
+        ({"bias": "all"}, "holds LORA with bias=all"),
     ],
 )
 def test_what_peft_calls_lora_and_is_more_is_refused(tmp_path, change, said):

@@ -249,7 +249,7 @@ def test_stop_strings_reach_the_model_as_typed(run, tmp_path, capsys):
     "arguments, message",
     [
         (["prompt="], "error: the prompt is empty"),
-        (["prompt=a", "prompts=b"], "error: prompt='a' and prompts='b': give exactly one"),
+        (["prompt=a", "prompts=b"], "error: prompt='a' and prompts='b': give only one"),
         (["prompts=gone.txt"], r"error: prompts='gone.txt' cannot be read"),
         (["temperature=-1"], "error: temperature=-1: expected a number"),
         (["top_p=0"], "error: top_p=0"),

@@ -215,7 +215,7 @@ def test_ctrl_c_while_finishing_prints_the_command_to_continue(tmp_path, capsys)
 
 @pytest.mark.parametrize(
     "code, remedy",
-    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "Make it writable")],
+    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "Check that it can be written to")],
 )
 def test_a_full_disk_at_a_row_names_the_last_checkpoint(tmp_path, whole_toy, code, remedy):
     folder = tmp_path / "run"

@@ -215,7 +215,9 @@ def test_a_run_is_neither_continued_nor_judged_where_its_text_has_changed(
         sides[is_trained_on].write_text(kept.replace("x", "y"))
         assert call(train, ".", f"resume={folder}", given) == 1
         said = capsys.readouterr().err
-        assert re.search(rf"saved for other data: {name} text was '\w+' and is '\w+'\. Restore", said)
+        assert re.search(
+            rf"saved for other data: {name} text was '\w+' and is '\w+'\. Restore", said
+        )
         sides[is_trained_on].write_text(kept)
     sides[False].write_text("y = 3\n" * 40)
     assert call(evaluate, ".", f"run={folder}", given) == 1

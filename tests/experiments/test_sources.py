@@ -219,7 +219,7 @@ def test_a_data_set_with_a_validation_split_trains_on_no_copy_of_it(tmp_path):
         (dict(data_files="gone.jsonl"), r"data set 'json', split 'train', cannot be opened"),
         (dict(field="body"), r"data set 'json': no field 'body'; the fields are: text\. Give data"),
         (dict(field="n"), r"data set 'json', record 1: the field 'n' holds 0 \(int\), not text"),
-        (dict(validation_fraction=1e-9), "no document of split 'train' is held out"),
+        (dict(validation_fraction=1e-9), "split 'train' gives no document to evaluate on"),
         (dict(validation_fraction=2), r"validation_fraction=2 must be strictly between"),
     ],
 )

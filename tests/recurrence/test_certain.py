@@ -79,6 +79,7 @@ PROVED = {
     "complex numbers": lambda h: (jnp.exp(lax.complex(h, X)) * lax.complex(X, h)).real,
     "a solve": lambda h: jax.scipy.linalg.solve_triangular(np.eye(3, dtype=np.float32) + W, h),
     "an equation": solved_with(lambda _: 2.0),
+    "a dense equation": lambda h: jnp.linalg.solve(np.eye(3, dtype=np.float32) + W, h),
     "an update": lambda h: h.at[1].set(h[0] * 2),
 }
 BROKEN = {
@@ -113,6 +114,15 @@ BROKEN = {
     "sorting": lambda h: h + jnp.argsort(h),
     "an equation with a rounding": solved_with(lambda h: 2 + jnp.round(h)),
     "an equation that moves, which nobody need solve exactly": solved_with(jnp.exp),
+    "a solve that starts from the carry": lambda h: lax.custom_linear_solve(
+        lambda v: 2.0 * v, X, lambda _, b: h + 0.5 * (b - 2.0 * h)
+    ),
+    "a solve that is not linear": lambda h: lax.custom_linear_solve(
+        lambda v: W @ v, h, lambda _, b: b * (b @ b) / (b @ (W @ b))
+    ),
+    "what a solve says beside": lambda h: lax.custom_linear_solve(
+        lambda v: 2.0 * v, h, lambda _, b: (b / 2.0, b), has_aux=True
+    )[1],
     "a solve that rounds": solved_with(lambda _: 2.0, lambda h: lax.reduce_precision(h, 8, 7)),
     "deep inside": lambda h: lax.scan(lambda c, x: (jax.jit(jnp.round)(c) + x, None), h, X)[0],
 }

@@ -71,6 +71,21 @@ def all_linear(jaxpr: Any) -> bool:
         return False
 
 
+def linear_in(jaxpr: Any, fixed: int) -> bool:
+    """Whether the equations of a function prove it linear.
+
+    Args:
+      jaxpr: closed.
+      fixed: how many of its first inputs are fixed; it is to be linear in the others together.
+
+    Returns:
+      True if every output is.
+    """
+    count = len(compat.open_jaxpr(jaxpr).invars)
+    outs = _flow(jaxpr, [Kind.FIXED] * fixed + [Kind.LINEAR] * (count - fixed))
+    return all(kind in (Kind.ZERO, Kind.LINEAR) for kind in outs)
+
+
 def _floating(aval: Any) -> bool:
     return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
 
@@ -81,11 +96,7 @@ def _widening(eqn: Any) -> bool:
 
 
 def _linear(eqn: Any) -> bool:
-    rule = backward(eqn)
-    fixed = eqn.params["num_res"]
-    count = len(compat.open_jaxpr(rule).invars)
-    outs = _flow(rule, [Kind.FIXED] * fixed + [Kind.LINEAR] * (count - fixed))
-    return all(kind in (Kind.ZERO, Kind.LINEAR) for kind in outs)
+    return linear_in(backward(eqn), eqn.params["num_res"])
 
 
 def _together(kinds: Sequence[Kind]) -> Kind:
@@ -107,6 +118,8 @@ def _primitive(eqn: Any, operands: list[Kind]) -> Kind:
         return Kind.LINEAR
     if name == "div" and operands[1] <= Kind.FIXED and operands[0] is not Kind.OTHER:
         return operands[0]
+    if name == "triangular_solve" and operands[0] <= Kind.FIXED and operands[1] is not Kind.OTHER:
+        return operands[1]
     return Kind.OTHER if max(operands, default=Kind.FIXED) > Kind.FIXED else Kind.FIXED
 
 

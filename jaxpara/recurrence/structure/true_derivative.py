@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxpara import compat, jaxprs
+from jaxpara.recurrence.structure.linear_cotangents import linear_in
 
 # Ways to multiply matrices that round nothing before they multiply.
 _WIDE = frozenset({"DEFAULT", "F32_F32_F32", "F64_F64_F64"})
@@ -142,14 +143,19 @@ def _cond(eqn: Any, ins: list[Link]) -> list[Link]:
 
 
 def _linear_solve(eqn: Any, ins: list[Link]) -> list[Link]:
-    # The value is what the given function finds, the derivative that of the equation. They belong
-    # together only where the equation does not move: then the same function maps the tangents.
+    # JAX differentiates the equation and the right side, not what `solve` closes over; the value is
+    # what `solve` finds. They belong together only where the carry enters by the right side alone,
+    # and linearly: a few steps of conjugate gradients are not linear.
     solve, given = eqn.params["jaxprs"].solve, eqn.params["const_lengths"]
-    right = ins[sum(given) :]
-    if _worst(ins[: given.matvec]) is not Link.NONE:
-        return [Link.BROKEN] * len(right)
-    own = given.matvec + given.vecmat
-    return _flow(solve, ins[own : own + given.solve] + right)
+    right, own = ins[sum(given) :], given.matvec + given.vecmat
+    closed = ins[own : own + given.solve]
+    moving = _worst(ins[: given.matvec] + closed) is not Link.NONE
+    if moving or not linear_in(solve, len(closed)):
+        return [Link.BROKEN] * len(eqn.outvars)
+    outs = _flow(solve, closed + right)
+    # Auxiliary outputs have no tangent.
+    rest = [Link.BROKEN if link else Link.NONE for link in outs[len(right) :]]
+    return outs[: len(right)] + rest
 
 
 _CONTROL = {

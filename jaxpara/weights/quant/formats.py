@@ -173,8 +173,10 @@ def checked(number_format: str | Format, dtype: Any = jnp.float64) -> Format:
             f"{number_format}: give 1 to {most.exponent_bits} exponent, 0 to "
             f"{most.significand_bits} significand bits{wider}"
         )
-    flag(subnormals=number_format.subnormals)
-    flag(saturate=number_format.saturate)
+    number_format = number_format._replace(
+        subnormals=flag(subnormals=number_format.subnormals),
+        saturate=flag(saturate=number_format.saturate),
+    )
     if number_format.specials not in SPECIALS:
         raise ValueError(f"specials={number_format.specials!r}: give one of {SPECIALS}")
     if number_format.specials == "nan" and m == 0:
