@@ -152,7 +152,7 @@ def solve_scan(
         return (carry, ys), _sequential_info(init)
     if choice.solver.solve is not sequential and (alike := vary_alike((init, xs))) is not None:
         # A parallel solve stacks leaves, which then vary over the mesh axes of all: trace it so.
-        traced = trace(f, *alike, length, reverse, unroll)
+        traced = trace(f, alike[0], alike[1], length, reverse, unroll)
     problem = Problem(traced.body, choice, reverse, unroll)
     leaves = None if guess is None else jax.tree.leaves(guess)
     flat, info, starts = jaxpara_solve(problem, traced.consts, traced.init, traced.xs, leaves)
