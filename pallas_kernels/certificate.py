@@ -22,8 +22,9 @@ boundary adds up, and a guess that is constant in time has the residual of one s
    - Gaps show whether the correction before was as good as linear. Behind the last chunk of a
      window there is none: there a pass of a kernel must end where the one before predicted, unless
      the step is affine, whose correction is exact.
-   - A gap below `LEAST` may be flushed to 0. It counts as a doubt of `LEAST`, which grows through
-     the products, and adds to `d`. What is below `FLOOR` counts as nothing by this rule.
+   - A gap or a part of `P d` below `LEAST` may be flushed to 0. It counts as a doubt of `LEAST`,
+     which grows through the products, and adds to `d`. What is below `FLOOR` counts as nothing by
+     this rule.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
      corrected starts is therefore held to `COARSE` ulp after the last roll-out as well. Where

@@ -284,6 +284,21 @@ def grown(
     return found
 
 
+def lost(
+    size: int, products: Sequence[Any], chunk: Any, delta: Sequence[jax.Array], least: float
+) -> list[jax.Array]:
+    """One for each part of `P delta` of one chunk that is below `least`; row-major."""
+    found = []
+    for i in range(size):
+        total = jnp.zeros_like(delta[0])
+        for product, d in zip(products[size * i :][:size], delta, strict=True):
+            p = product[chunk]
+            small = (jnp.abs(p * d) < least) & (p != 0.0) & (jnp.abs(d) >= least)
+            total = total + jnp.where(small, 1.0, 0.0)
+        found.append(total)
+    return found
+
+
 def start_affine(plan: Plan, starts: Sequence[Any], carry: Sequence[Any]) -> None:
     """The exact start for the first chunk, zero for the others."""
     first = lax.broadcasted_iota(jnp.int32, plan.tile, 0) == plan.place(0, plan.chunks)

@@ -39,7 +39,7 @@ FLAGS = 3
 
 class _Inside(NamedTuple):
     """Of a chunk, for each state: the largest size that a correction and that the state have on
-    their way, and what gaps that were flushed to 0 may have become at the end."""
+    their way, and what was flushed to 0 may have become at the end, in units of `LEAST`."""
 
     most: Any
     height: Any
@@ -86,9 +86,10 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             mosaic.store(block.starts.at[new, k, place], value)
             deltas.append(moved + (end - start))
             if test:
-                small = jnp.abs(end - start) < certificate.LEAST
+                least = jnp.minimum(jnp.abs(end - start), jnp.abs(deltas[k]))
+                small = least < certificate.LEAST
                 flushed = small & ~certificate.meets(end, start)
-                doubts.append(inside.doubt + jnp.where(flushed, zero + certificate.LEAST, zero))
+                doubts.append(inside.doubt + jnp.where(flushed, zero + 1.0, zero))
                 inside = inside._replace(doubt=doubts[k])
                 found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k])
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
@@ -101,10 +102,14 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             kept = jnp.where(keep, zero + 1.0, zero)
             inside = nothing
             if crossed:
-                sizes = [jnp.abs(d) + u for d, u in zip(deltas, doubts, strict=True)]
+                least = [jnp.where(u > 0.0, jnp.maximum(u, 1.0), zero) for u in doubts]
+                sizes = [
+                    jnp.abs(d) + certificate.LEAST * u for d, u in zip(deltas, least, strict=True)
+                ]
                 most = grown(rest[i : count**2 : count], sizes)
                 height = rest[count**2 + i] if affine else zero
-                inside = _Inside(most, height, grown(products[i::count], doubts))
+                doubt = grown(products[i::count], doubts) + lost(products[i::count], deltas)
+                inside = _Inside(most, height, doubt)
             arriving.append((ends[i], jnp.where(keep, moved, zero), inside, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
         return arriving, tops, recent, found
@@ -112,6 +117,15 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     def grown(row, sizes):
         """At least what corrections of these sizes become by a row of P; nothing grows from 0."""
         parts = [jnp.where(s == 0.0, zero, jnp.abs(p) * s) for p, s in zip(row, sizes, strict=True)]
+        return functools.reduce(operator.add, parts)
+
+    def lost(row, deltas):
+        """One for each part of a row of P times the corrections that is below `LEAST`."""
+        parts = []
+        for p, d in zip(row, deltas, strict=True):
+            small = (jnp.abs(p * d) < certificate.LEAST) & (p != 0.0)
+            small = small & (jnp.abs(d) >= certificate.LEAST)
+            parts.append(jnp.where(small, zero + 1.0, zero))
         return functools.reduce(operator.add, parts)
 
     def sized(size, inside, sound, recent):
@@ -123,7 +137,8 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             allowed = limit * scale
             if crossed:
                 allowed = jnp.maximum(allowed, certificate.FLOOR)
-            within = (size + inside.doubt <= allowed) & (recent[0] <= _FINITE) & sound
+            within = (size + certificate.LEAST * inside.doubt <= allowed) & sound
+            within = within & (recent[0] <= _FINITE)
             if crossed:  # on its way it is held to the second limit, relative to the states there
                 allowed = jnp.maximum(limit, stalled) * jnp.maximum(scale, inside.height)
                 within = within & (inside.most <= jnp.maximum(allowed, certificate.FLOOR))

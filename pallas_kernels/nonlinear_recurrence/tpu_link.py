@@ -53,12 +53,15 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         caps.append(certificate.CAP * jnp.max(value, axis=0))
 
     def crossed(place, delta, doubt):
-        """A correction on its way through a chunk, and its doubt at the end."""
+        """A correction on its way through a chunk, and its doubt, in `LEAST`, at the end."""
         if not bounded:
             return [jnp.zeros(plan.row, jnp.float32)] * size, doubt
-        sizes = [jnp.abs(d) + u for d, u in zip(delta, doubt, strict=True)]
+        least = [certificate.LEAST * jnp.where(u > 0.0, jnp.maximum(u, 1.0), 0.0) for u in doubt]
+        sizes = [jnp.abs(d) + u for d, u in zip(delta, least, strict=True)]
         most = tiles.grown(size, chunks.peaks, place, sizes)
-        return most, tiles.grown(size, chunks.products, place, doubt)
+        doubt = tiles.grown(size, chunks.products, place, doubt)
+        lost = tiles.lost(size, chunks.products, place, delta, certificate.LEAST)
+        return most, [u + v for u, v in zip(doubt, lost, strict=True)]
 
     def small(within, sound, off, most, height, end, recent):
         """`within`, where corrections of this size are within the limits of an end.
@@ -91,10 +94,10 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             exact = jnp.where(met, exact, 0.0)
             residual = jnp.abs(end[i] - start[i])
             sound = kept[i] & (met | ~equal)  # no correction turns a zero
-            flushed = ~met & (residual < certificate.LEAST)
-            doubt[i] = doubt[i] + jnp.where(flushed, certificate.LEAST, 0.0)
+            flushed = ~met & (jnp.minimum(residual, jnp.abs(delta[i])) < certificate.LEAST)
+            doubt[i] = doubt[i] + jnp.where(flushed, 1.0, 0.0)
             # Of this chunk's end, and of the next one's start.
-            off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i])) + doubt[i]
+            off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i])) + certificate.LEAST * doubt[i]
             height = chunks.heights[i][here] if affine else 0.0
             within = small(within, sound, off, most[i], height, end[i], recent[i])
             # NaN compares false: it counts as infinite.
@@ -125,7 +128,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         off = jnp.abs(moved[i])
         if not affine:
             off = jnp.maximum(off, jnp.abs(moved[i] + (end - chunks.ahead[i][...])))
-        off = off + doubt[i]
+        off = off + certificate.LEAST * doubt[i]
         height = chunks.heights[i][last] if affine else 0.0
         fine, coarse = small((fine, coarse), kept, off, most[i], height, end, recent[i])
         ends[i][last] = jnp.where(kept & (moved[i] != 0.0), end + moved[i], end)

@@ -149,3 +149,32 @@ def test_where_nothing_is_proved_tiny_states_count_bit_for_bit(implementation):
 
     found = solved(step, implementation, init, [factors], window=64, certain=False)
     np.testing.assert_array_equal(found.states[0], scanned(step, init, [factors]))
+
+
+def test_what_is_flushed_on_the_way_is_doubted_until_it_counts():
+    # A sharp step takes the state to 1e-36, the next chunk halves it, so that the correction there
+    # is flushed to 0 and the state is not. Then the state grows by up to 1e33.
+    rng = np.random.default_rng(0)
+    width, steps, length = 1024, 64, 4
+    t, down = np.arange(steps)[:, None], length * rng.integers(3, 7, width)
+    chunk = down // length
+    down, up = down + rng.integers(0, length, width), length * (chunk + 2)
+    low, growth = rng.uniform(-36.7, -35, width), 2.0 ** rng.integers(60, 110, width)
+    mild = 10 ** rng.uniform(-1, 1, (steps, width)) * (rng.random((steps, width)) < 0.3)
+    w = np.float32(np.where(t < down - 1, mild, 0) + (t == down) * 10 ** rng.uniform(1, 6, width))
+    a = np.zeros((steps, width), np.float32)
+    h = start = np.float32(rng.normal(size=width))
+
+    def step(h, x, sin=jnp.sin):
+        return x[0] * (h * (1 + 0.4 * sin(x[1] * h)))
+
+    for i in range(steps):
+        size = np.abs(step(np.float64(h), (1.0, w[i]), np.sin))
+        to = np.where(i < down, 1.0, np.where(i == down, 10**low, size))
+        a[i] = 2.0 ** np.round(np.log2(to / size))
+        a[i] = np.where((i // length == chunk + 1) & (i % length == 0), 0.125, a[i])
+        a[i] = np.where(i == up, growth, a[i])
+        h = step(np.float64(h), (a[i], w[i]), np.sin)
+    init, xs = jnp.asarray(start[None]), [jnp.asarray(v[:, None]) for v in (a, w)]
+    last = solved(step, PATHS[0], init, xs, chunks=16, window=64).states[0][-1]
+    np.testing.assert_allclose(last, scanned(step, init, xs)[-1], rtol=2e-4)
