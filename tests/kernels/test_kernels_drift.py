@@ -56,26 +56,21 @@ def drifting(dtype):
     return init, [wide(a, (T, 1, 4 * BLOCK)) for a in (push, gate, goal)]
 
 
-@functools.lru_cache
-def solver(implementation, certain, reverse, dtype, function=step):
-    init, xs = drifting(dtype)
+def by_kernel(function, init, xs, **how):
+    """`(init, xs) -> Solved` of a step of one state, for operands like these."""
     prepared = prepare(lambda _, s, x: ([function(s[0], x)], []), [], [init], xs)
 
     def run(init, xs):
         inputs, params = prepared.operands([], xs)
-        return nonlinear_recurrence.forward(
-            prepared.cell,
-            [init],
-            inputs,
-            params,
-            certain=certain,
-            reverse=reverse,
-            chunks=8,
-            window=32,
-            implementation=implementation,
-        )
+        return nonlinear_recurrence.forward(prepared.cell, [init], inputs, params, **how)
 
     return jax.jit(run, compiler_options=QUICK)
+
+
+@functools.lru_cache
+def solver(implementation, certain, reverse, dtype, function=step):
+    how = {"implementation": implementation, "certain": certain, "reverse": reverse}
+    return by_kernel(function, *drifting(dtype), chunks=8, window=32, **how)
 
 
 def scanned(init, xs, reverse):

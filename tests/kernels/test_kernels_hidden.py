@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxpara.recurrence.kernel.elementwise import prepare
 from pallas_kernels import nonlinear_recurrence
 from pallas_kernels.linear_recurrence import affine_cell
-from tests.kernels.test_kernels_drift import BLOCK, GPU
+from tests.kernels.test_kernels_drift import BLOCK, GPU, by_kernel
 from tests.recurrence.kit import QUICK
 
 LANES = pathlib.Path(__file__).with_name("critical_points.npz")
@@ -25,22 +24,8 @@ FLAT = {"sin": jnp.sin, "bump": lambda u: 1 / (1 + u * u)}
 
 
 def solved(step, implementation, init, xs, chunks=8, certain=True, **how):
-    prepared = prepare(lambda _, s, x: ([step(s[0], x)], []), [], [init], xs)
-
-    def run(init, xs):
-        inputs, params = prepared.operands([], xs)
-        return nonlinear_recurrence.forward(
-            prepared.cell,
-            [init],
-            inputs,
-            params,
-            certain=certain,
-            chunks=chunks,
-            implementation=implementation,
-            **how,
-        )
-
-    return jax.jit(run, compiler_options=QUICK)(init, xs)
+    how |= {"implementation": implementation, "chunks": chunks, "certain": certain}
+    return by_kernel(step, init, xs, **how)(init, xs)
 
 
 def scanned(step, init, xs):
