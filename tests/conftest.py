@@ -77,6 +77,7 @@ def pytest_configure(config):
 
     import jax  # only now: it reads the variables above
 
+    jax.config.update("jax_traceback_filtering", "off")  # a failure seen once must say where
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -84,9 +84,13 @@ def reverse_rule(problem: Problem, full, light, wanted, keep):
     return run
 
 
-def _varied(operands) -> list[tuple[()] | None]:
-    """Which operands are differentiated, as residuals hold it: () for those that are."""
-    return [() if operand.perturbed else None for operand in operands]
+def _varied(operands) -> list[jax.Array]:
+    """Which operands are differentiated, as residuals hold it: one number for those that are.
+
+    A shape holds it, not the tree: a program that is differentiated by several of its arguments in
+    turn keeps a forward pass for each, but the tree of the last one only.
+    """
+    return [jnp.zeros(1 if operand.perturbed else 0) for operand in operands]
 
 
 def _still(consts_varied, xs_varied):
@@ -96,7 +100,7 @@ def _still(consts_varied, xs_varied):
     """
 
     def one(leaf, varied):
-        return lax.stop_gradient(leaf) if varied is None else leaf
+        return leaf if varied.size else lax.stop_gradient(leaf)
 
     def still(consts, xs):
         # The other operands of a kernel follow the inputs.
