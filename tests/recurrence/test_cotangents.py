@@ -22,6 +22,10 @@ LINEAR = {
     "halved": (jnp.tanh, lambda x, g: g / (2 + x * x)),
     "nothing": (jnp.tanh, lambda x, g: jnp.zeros_like(g)),
     "jitted": (jnp.tanh, lambda x, g: jax.jit(lambda g: 0.5 * g - 0.25 * g)(g)),
+    "read beyond its end": (
+        jnp.tanh,
+        lambda x, g: g.at[jnp.array([0, 7])].get(mode="fill", fill_value=0),
+    ),
     "by a branch of the state": (
         jnp.tanh,
         lambda x, g: lax.cond(jnp.sum(x) > 0, lambda g: 2 * g, lambda g: g, g),
@@ -31,6 +35,7 @@ OTHER = {
     "narrowed": (jnp.tanh, lambda x, g: g.astype(jnp.bfloat16).astype(g.dtype)),
     "clipped": (lambda x: x, lambda x, g: jnp.clip(g, -0.1, 0.1)),
     "scaled to norm one": (lambda x: x, lambda x, g: g / (1e-6 + jnp.sqrt(jnp.sum(g * g)))),
+    "filled": (jnp.tanh, lambda x, g: g.at[jnp.array([0, 7])].get(mode="fill", fill_value=5.0)),
     "its sign": (jnp.tanh, lambda x, g: jnp.sign(g)),
     "a constant added": (jnp.tanh, lambda x, g: g + 0.1),
     "a constant": (jnp.tanh, lambda x, g: jnp.ones_like(g)),

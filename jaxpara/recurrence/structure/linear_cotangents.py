@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 from jaxpara import compat, jaxprs
@@ -92,7 +93,14 @@ def _floating(aval: Any) -> bool:
 
 def _widening(eqn: Any) -> bool:
     old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-    return _floating(eqn.outvars[0].aval) and jnp.finfo(new).nmant >= jnp.finfo(old).nmant
+    both = all(_floating(v.aval) for v in (eqn.invars[0], eqn.outvars[0]))
+    return both and jnp.finfo(new).nmant >= jnp.finfo(old).nmant
+
+
+def _filling(eqn: Any) -> bool:
+    """Whether what a gather finds outside of its operand is not 0."""
+    filled = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    return filled and eqn.params["fill_value"] != 0
 
 
 def _linear(eqn: Any) -> bool:
@@ -112,6 +120,8 @@ def _primitive(eqn: Any, operands: list[Kind]) -> Kind:
         if any(operands[i] > Kind.FIXED for i in choosing):
             return Kind.OTHER
         if name == "convert_element_type" and operands[0] is Kind.LINEAR and not _widening(eqn):
+            return Kind.OTHER
+        if name == "gather" and operands[0] is Kind.LINEAR and _filling(eqn):
             return Kind.OTHER
         return _together([kind for i, kind in enumerate(operands) if i not in choosing])
     if name in _PRODUCTS and operands.count(Kind.LINEAR) == 1 and Kind.OTHER not in operands:
