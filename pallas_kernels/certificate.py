@@ -62,6 +62,13 @@ CAP = 4.0
 LEAST = 1.2e-38
 # A correction below this is within any limit: a few gaps that were flushed.
 FLOOR = 4 * LEAST
+# Solvers outside of kernels carry corrections times this, so that those of a state that is a normal
+# number are not flushed, but for values beyond `LARGE`.
+RAISE, LARGE = 2.0**24, 2.0**96
+# They add `VANISHING` to the products at each step, which shows what has grown again behind a
+# product that would have underflown. Below `IDLE` of a correction what a product makes of it may be
+# that addition, and moves nothing.
+VANISHING, IDLE = 2.0**-120, 2.0**-100
 # Ends that the scale looks back on, and what it may exceed the last two by.
 WINDOW = 4
 SLACK = 256.0

@@ -38,6 +38,7 @@ def test_a_peak_is_forgotten_behind_the_window_and_beyond_the_slack():
 
 
 LIMIT = certified.limit(jnp.float32, None)
+ONE = jnp.float32(1)
 # end, start, correction, scale -> within, exact
 CASES = {
     "equal": ((1.0, 1.0, 0.0, 1.0), (True, True)),
@@ -63,10 +64,31 @@ def test_what_counts_as_solved(name):
     # Rows of two entries, one of which is good: the worse one decides, whichever comes first.
     for pair in ((numbers, good), (good, numbers)):
         leaves = [[jnp.asarray([part], jnp.float32)] for part in zip(*pair, strict=True)]
-        within, agreeing = certified.tested(*leaves, None)
+        within, agreeing = certified.tested(*leaves, None, ONE)
         assert (bool(within[0]), bool(agreeing[0])) == wanted
     # A tolerance so large that its limit overflows lets nothing dropped pass.
-    assert not certified.tested(*[[jnp.asarray([v])] for v in (1.0, 1.0, np.inf, 3e38)], 1e30)[0][0]
+    leaves = [[jnp.asarray([v])] for v in (1.0, 1.0, np.inf, 3e38)]
+    assert not certified.tested(*leaves, 1e30, ONE)[0][0]
+
+
+def test_corrections_are_carried_where_they_would_be_flushed():
+    carried = certified.carrying([jnp.float32(3)])
+    end, start = jnp.asarray([2.4e-38, 1.0]), jnp.asarray([1.5e-38, 1.0])
+    (gap,) = certified.gaps([end], [start], carried)
+    np.testing.assert_allclose(gap, [0.9e-38 * certificate.RAISE, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(certified.moved_by(start, gap, carried), end)
+    # One that counts beside a state of its own size counts for nothing beside the least number.
+    assert certified.below(gap, 0.5, end, carried).tolist() == [True, True]
+    assert certified.below(1e8 * gap, 0.5, 1e6 * end, carried).tolist() == [False, True]
+    # Large states are carried as they are, and so are those of which no correction tells.
+    assert certified.carrying([jnp.float32(1e30)]) == certified.carrying([jnp.bfloat16(1)]) == 1
+
+
+def test_a_correction_that_moves_nothing_leaves_the_sign_of_a_zero():
+    value = jnp.asarray([0.0, -0.0, -0.0, 1.0])
+    delta = jnp.asarray([-1e-37, 1e-37, 0.0, 1e-10])
+    moved = certified.moved_by(value, delta, jnp.float32(certificate.RAISE))
+    np.testing.assert_array_equal(np.signbit(moved), [False, True, True, False])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -121,8 +121,8 @@ def test_a_correction_dropped_on_its_way_to_the_next_device_bounds_nothing(last,
 
     def device(ends):
         axis = sharded_time.along("time", False)
-        left = shooting._leaving(groups, [ends], [matrices], [one], [4.0])
-        cap, chain = [4.0], shooting._chain
+        cap, chain = [4.0], functools.partial(shooting._chain, carried=jnp.float32(1))
+        left = shooting._leaving(chain, groups, [ends], [matrices], [one], cap, jnp.float32(1))
         return sharded_time.first(axis, groups, [one[0]], cap, chain, *left, [one])[1]
 
     ends = jnp.stack([one.at[0].add(1e-7), one])

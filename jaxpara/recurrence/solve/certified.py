@@ -4,6 +4,7 @@ Values are `[n, *leaf]`: what should be equal from row to row, how far the next 
 would move them, and the magnitude that the correction is relative to.
 """
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -79,16 +80,66 @@ def _looked_back(rows: jax.Array, window: int) -> jax.Array:
     return rows
 
 
+def carrying(init: Leaves) -> jax.Array:
+    """What corrections are carried times, see `gaps`, from a state of this size on."""
+    if any(narrow(leaf.dtype) for leaf in init):  # no correction bounds anything there
+        return jnp.ones((), jnp.float32)
+    largest = functools.reduce(jnp.maximum, [m.astype(jnp.float32) for m in magnitude(init)])
+    return jnp.where(largest < certificate.LARGE, certificate.RAISE, 1.0).astype(jnp.float32)
+
+
+def gaps(ends: Leaves, starts: Leaves, carried: jax.Array) -> list[jax.Array]:
+    """How far ends are from the starts that they should equal, times `carried`.
+
+    Both are multiplied before the subtraction: the difference of two normal numbers may be
+    subnormal, which a device may flush.
+    """
+    units = [carried.astype(e.dtype) for e in ends]
+    return [u * e - u * s for u, e, s in zip(units, ends, starts, strict=True)]
+
+
+def lowered(delta: jax.Array, carried: jax.Array) -> jax.Array:
+    """A correction as carried, in the unit of the states."""
+    return delta * (1 / carried).astype(delta.dtype)
+
+
+def moved_by(value: jax.Array, delta: jax.Array, carried: jax.Array) -> jax.Array:
+    """A value plus a correction as carried; where it stays, itself, with the sign of its zero."""
+    u = carried.astype(value.dtype)
+    raised = (u * value + delta) * (1 / u)
+    plain = value + lowered(delta, carried)
+    new = jnp.where(jnp.abs(value) < _ROOM, raised, plain)
+    return jnp.where((delta == 0) | (new == value), value, new)
+
+
+# Values below it can be raised.
+_ROOM = 2.0**100
+
+
+def below(delta: jax.Array, relative: float, size: jax.Array, carried: jax.Array) -> jax.Array:
+    """Where a correction, as carried, is at most `relative` times `size`, or is nothing."""
+    info, unit = jnp.finfo(delta.dtype), carried.astype(delta.dtype)
+    allowed = relative * jnp.minimum(unit * size, float(info.max))
+    nothing = unit * (certificate.FLOOR / certificate.LEAST * float(info.tiny))
+    return jnp.abs(delta) <= jnp.maximum(allowed, nothing)
+
+
 def tested(
-    ends: Leaves, starts: Leaves, deltas: Leaves, scale: Leaves, tol: float | None
+    ends: Leaves,
+    starts: Leaves,
+    deltas: Leaves,
+    scale: Leaves,
+    tol: float | None,
+    carried: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """What of `starts` counts as solved, see `pallas_kernels.certificate`.
 
     Args:
       ends, starts: `[n, *leaf]`, what should be equal.
-      deltas: the next corrections of the starts; infinite where one was dropped.
+      deltas: the next corrections of the starts, as carried; infinite where one was dropped.
       scale: magnitudes, see `scales`.
       tol: as in `Settings`.
+      carried: what `deltas` are times what they correct, see `carrying`.
 
     Returns:
       `[n]`, which rows have corrections within the limit; and which of those are `exact` as well.
@@ -96,8 +147,8 @@ def tested(
     """
     within = agreeing = jnp.ones(ends[0].shape[0], bool)
     for end, start, delta, size in zip(ends, starts, deltas, scale, strict=True):
-        delta, same = jnp.abs(_wide(delta)), _same(end, start)
-        small = (delta == 0) | (delta <= limit(delta.dtype, tol) * size)
+        delta, same = _wide(delta), _same(end, start)
+        small = (delta == 0) | below(delta, limit(delta.dtype, tol), size, carried)
         small &= jnp.isfinite(size) & jnp.isfinite(delta) & (same | (end != start))
         # One reduction for both, and of floats: a loop without one XLA may take for a small one,
         # which it runs on one thread of a CPU at up to 1.4 times the time.

@@ -28,7 +28,17 @@ from jax import lax
 
 from jaxpara.recurrence.lanes import select, vary_like
 from jaxpara.recurrence.solve import jacobian_products, sharded_time
-from jaxpara.recurrence.solve.certified import beside, exact, limit, residual, scales, tested
+from jaxpara.recurrence.solve.certified import (
+    beside,
+    carrying,
+    exact,
+    gaps,
+    limit,
+    moved_by,
+    residual,
+    scales,
+    tested,
+)
 from jaxpara.recurrence.solve.complete import complete
 from jaxpara.recurrence.solve.iterate import Attempt, iterate, leading
 from jaxpara.recurrence.solve.linear_recurrences import block_operator, forward, held, step_operator
@@ -83,8 +93,8 @@ def quasi_newton(system: System, settings: Settings, guess: Leaves | None = None
 def jacobi(system: System, settings: Settings, guess: Leaves | None = None) -> Solution:
     """Jacobi (Picard) iteration: the step applied to the previous trajectory."""
 
-    def correct(system, before, after, states, xs):
-        return after, [a - s for a, s in zip(after, states, strict=True)]
+    def correct(system, before, after, states, xs, carried):
+        return after, gaps(after, states, carried)
 
     # No Jacobian larger than it would hold for the adjoint.
     small = held(system.groups, system.init, Settings(linear="sequential"))
@@ -122,12 +132,12 @@ def _own_element(groups: Groups, tangents: jax.Array, leaf: int, like: Leaves) -
 
 
 def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
-    """What updates the states; and the updates, infinite where one was dropped.
+    """What updates the states; and the updates, `carried` times, infinite where one was dropped.
 
     `blocks` makes Jacobians `[time, K, K, N]` of tangents `[time, Kmax, *leaf]`.
     """
 
-    def correct(system, before, after, states, xs):
+    def correct(system, before, after, states, xs, carried):
         like = [b[0] for b in before]
         if groups == system.groups and not held(groups, like, settings):
             operator = step_operator(system, before)
@@ -135,13 +145,13 @@ def _newton_correction(groups: Groups, settings: Settings, blocks: Callable):
             unit = vary_like(jacobian_products.basis(system.groups, like), before)
             pushed = jax.vmap(lambda s, x: system.push(s, x, unit)[1])(list(before), xs)
             operator = block_operator(groups, blocks(pushed), like)
-        gap = [a - s for a, s in zip(after, states, strict=True)]
+        gap = gaps(after, states, carried)
         still = [jnp.zeros_like(leaf) for leaf in like]
         linear = settings._replace(chunks=None)
         delta = forward(operator, gap, still, linear, system.reverse)
-        new = [s + d for s, d in zip(states, delta, strict=True)]
-        # Of two zeros the one that the step makes: their reciprocals differ.
-        new = [jnp.where(n == a, a, n) for n, a in zip(new, after, strict=True)]
+        # Behind a state that stays the step decides, of two zeros as well.
+        moved = [d - g for d, g in zip(delta, gap, strict=True)]
+        new = [moved_by(a, m, carried) for a, m in zip(after, moved, strict=True)]
         fits = [jnp.isfinite(n) for n in new]
         bound = [jnp.where(f, d, jnp.inf) for f, d in zip(fits, delta, strict=True)]
         return [jnp.where(f, n, a) for f, n, a in zip(fits, new, after, strict=True)], bound
@@ -177,15 +187,15 @@ def _solve(
         before = sharded_time.preceding(axis, init, states)
         after = apply(before)
         if not certain:
-            new, _ = correct(system, before, after, states, system.xs)
+            new, _ = correct(system, before, after, states, system.xs, carried)
             return Attempt(exact(after, states), None, new)
         scale = scale_of(after)
         near = sharded_time.preceding(axis, [jnp.abs(i) for i in init], scale)
         sides = [
-            correct(system, at, after, states, system.xs)
+            correct(system, at, after, states, system.xs, carried)
             for at in beside(system, before, near, number, settings.tol)
         ]
-        tests = [tested(after, states, bound, scale, tol) for _, bound in sides]
+        tests = [tested(after, states, bound, scale, tol, carried) for _, bound in sides]
         within, agreeing = (functools.reduce(jnp.logical_and, t) for t in zip(*tests, strict=True))
         return Attempt(agreeing, within, sides[0][0])
 
@@ -215,6 +225,7 @@ def _solve(
         last = [g[-1] for g in guess]
         end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
+    carried = carrying(init)
     newton_correction = _exact(system, settings)
     proving = functools.partial(
         run, correct=newton_correction, scale_of=scale_lately, tol=settings.tol, twice=True

@@ -28,10 +28,15 @@ from jax import lax
 from jaxpara.recurrence.lanes import select, vary_like
 from jaxpara.recurrence.solve import jacobian_products, sharded_time
 from jaxpara.recurrence.solve.certified import (
+    below,
     beside,
+    carrying,
     exact,
+    gaps,
     limit,
+    lowered,
     magnitude,
+    moved_by,
     residual,
     scales,
     tested,
@@ -111,16 +116,17 @@ def shooting(
     def everywhere(number: jax.Array) -> jax.Array:
         return number if axis is None else jnp.max(axis.gather(number))
 
+    carried = carrying(init)
+    chain = functools.partial(_chain, carried=carried)
+
     def correct(ends: Leaves, matrices: Leaves, starts: Leaves) -> tuple[Leaves, Leaves]:
         """The next corrections of the starts, infinite where one was dropped; and the starts."""
         cap = [certificate.CAP * everywhere(m) for m in magnitude(ends)]
         first, lost = init, jnp.zeros((), bool)
         if axis is not None:
-            device = _leaving(system.groups, ends, matrices, starts, cap)
-            first, lost = sharded_time.first(
-                axis, system.groups, init, cap, _chain, *device, starts
-            )
-        deltas, corrected = _chain(system.groups, ends, matrices, starts, first, cap)
+            device = _leaving(chain, system.groups, ends, matrices, starts, cap, carried)
+            first, lost = sharded_time.first(axis, system.groups, init, cap, chain, *device, starts)
+        deltas, corrected = chain(system.groups, ends, matrices, starts, first, cap)
         return [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas], corrected
 
     def attempt(values: Leaves, number: jax.Array) -> Attempt:
@@ -144,7 +150,7 @@ def shooting(
 
     def proved(ends: Leaves, starts: Leaves, sides: list[Leaves], scale: Leaves) -> jax.Array:
         """`[chunks]`, which corrections are within the limit, on all sides of the states."""
-        found = [tested(before(ends), starts, d, scale, settings.tol)[0] for d in sides]
+        found = [tested(before(ends), starts, d, scale, settings.tol, carried)[0] for d in sides]
         return functools.reduce(jnp.logical_and, found)
 
     def agreeing(ends: Leaves, starts: Leaves) -> jax.Array:
@@ -165,7 +171,9 @@ def shooting(
     starts = end.values[:leaves]
     errors, peaks = end.deltas[:leaves], end.deltas[leaves : 2 * leaves]
     products = end.deltas[2 * leaves :]
-    rows, last, peaks, sound = _rollout(system, starts, errors, peaks, xs, valid, settings.tol)
+    rows, last, peaks, sound = _rollout(
+        system, starts, errors, peaks, xs, valid, settings.tol, carried
+    )
     # The program that returns the states may round in another way than the one that was tested.
     meets, worst = agreeing(last, starts), residual(before(last), starts)
     if system.certain:
@@ -229,8 +237,7 @@ def _rollout_with_product(system: System, starts: Leaves, near: Sequence[Leaves]
     def step(carry, inputs):
         states, peaks, sides = carry
         x, present = inputs
-        push = jax.vmap(system.push)
-        moved = [push(at or states, x, products) for at, products in sides]
+        moved = [_push(system, at or states, x, products) for at, products in sides]
         new = jax.vmap(system.step)(states, x)[0] if system.kinks else moved[0][0]
         new = _hold(present, new, states)
         sides = [
@@ -249,18 +256,28 @@ def _rollout_with_product(system: System, starts: Leaves, near: Sequence[Leaves]
     return ends, peaks, matrices
 
 
+def _push(system: System, states: Leaves, x: Any, products: Leaves) -> tuple[Leaves, Leaves]:
+    """The next states of all chunks, and the columns of their products, which never vanish."""
+    new, columns = jax.vmap(system.push)(states, x, products)
+    if system.certain:
+        columns = [c + certificate.VANISHING for c in columns]
+    return new, columns
+
+
 def _higher(peaks: Leaves, states: Leaves) -> list[jax.Array]:
     return [jnp.maximum(p, jnp.abs(s).astype(p.dtype)) for p, s in zip(peaks, states, strict=True)]
 
 
-def _rollout(system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: Any, valid, tol):
+def _rollout(
+    system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: Any, valid, tol, carried
+):
     """Rows, ends, peaks, and which chunks are sound.
 
     Rows are trajectory and outputs, `[count, length, ...]`. A chunk is sound if `errors`, the
-    corrections that its start has just had, stay within `LINEAR` limits all the way: transient
-    growth can lift them above what they are at both ends, and what is left of them is of second
-    order only where the step is as good as linear. `peaks` are the magnitudes that they are
-    relative to, and grow with the states.
+    corrections that its start has just had (`carried` times), stay within `LINEAR` limits all the
+    way: transient growth can lift them above what they are at both ends, and what is left of them
+    is of second order only where the step is as good as linear. `peaks` are the magnitudes that
+    they are relative to, and grow with the states.
     """
     errors = list(errors) if system.certain else []
 
@@ -274,7 +291,9 @@ def _rollout(system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: 
             columns = [e[:, None] for e in errors]
             moved = [m[:, 0] for m in jax.vmap(system.push)(states, x, columns)[1]]
             errors = _hold(present, moved, errors)
-            fine = [f & _within(e, p, tol) for f, e, p in zip(fine, errors, peaks, strict=True)]
+            fine = [
+                f & _within(e, p, tol, carried) for f, e, p in zip(fine, errors, peaks, strict=True)
+            ]
         return (new, peaks, errors, fine), (new, ys)
 
     fine = [jnp.isfinite(e) for e in errors]
@@ -288,28 +307,27 @@ def _rollout(system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: 
     return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, peaks, sound
 
 
-def _within(error: jax.Array, peak: jax.Array, tol: float | None) -> jax.Array:
-    return jnp.abs(error) <= certificate.LINEAR * limit(error.dtype, tol) * peak
+def _within(error: jax.Array, peak: jax.Array, tol: float | None, carried) -> jax.Array:
+    return below(error, certificate.LINEAR * limit(error.dtype, tol), peak, carried)
 
 
-def _chain(groups, ends, matrices, starts, first, cap) -> tuple[Leaves, Leaves]:
+def _chain(groups, ends, matrices, starts, first, cap, carried) -> tuple[Leaves, Leaves]:
     """Corrections `[C, *leaf]` of the starts and the corrected starts, of which `first` is known.
 
-    A correction that builds on one that was dropped is infinite: it bounds nothing.
+    Corrections are `carried` times what they are, see `certified.gaps`. One that builds on one that
+    was dropped is infinite: it bounds nothing.
     """
 
     def link(delta, inputs):
         end, matrix, start = inputs
-        moved, fits = _move(groups, matrix, delta, end, cap)
-        # Adding 0 would turn -0 into 0, whose reciprocal is another.
-        new = [jnp.where(m == 0, e, e + m) for e, m in zip(end, moved, strict=True)]
-        delta = [n - s for n, s in zip(new, start, strict=True)]
+        moved, fits, new = _move(groups, matrix, delta, end, cap, carried)
+        delta = [m + g for m, g in zip(moved, gaps(end, start, carried), strict=True)]
         bound = [jnp.where(f, d, jnp.inf) for f, d in zip(fits, delta, strict=True)]
         return delta, (bound, new)
 
     inputs = ([e[:-1] for e in ends], [m[:-1] for m in matrices], [s[1:] for s in starts])
     first = vary_like(list(first), ends, starts)
-    shift = [f - s[0] for f, s in zip(first, starts, strict=True)]
+    shift = gaps(first, [s[0] for s in starts], carried)
     _, (deltas, new) = lax.scan(link, shift, inputs)
     join = lambda head, rest: [  # noqa: E731
         jnp.concatenate([h[None], r]) for h, r in zip(head, rest, strict=True)
@@ -317,17 +335,30 @@ def _chain(groups, ends, matrices, starts, first, cap) -> tuple[Leaves, Leaves]:
     return join(shift, deltas), join(first, new)
 
 
-def _move(groups, matrix, delta, like, cap) -> tuple[Leaves, Leaves]:
+def _move(groups, matrix, delta, ends, cap, carried) -> tuple[Leaves, Leaves, Leaves]:
     """`P delta`, with what is not finite or exceeds `cap` dropped (a Picard update).
 
-    Returns the update and where nothing was dropped.
+    Returns the update, where nothing was dropped, and the ends that it moves.
     """
     lanes = jacobian_products.to_lanes(groups, delta)
-    moved = jacobian_products.from_lanes(groups, jacobian_products.apply(matrix, lanes), like)
+    pushed = jacobian_products.apply(matrix, lanes)
+    moved = jacobian_products.from_lanes(groups, pushed, ends)
     quiet = _quiet(groups, delta)
-    fits = [q | (jnp.abs(m) <= c) for q, m, c in zip(quiet, moved, cap, strict=True)]
+    fits = [
+        q | (jnp.abs(lowered(m, carried)) <= c) for q, m, c in zip(quiet, moved, cap, strict=True)
+    ]
     none = [q | ~f for q, f in zip(quiet, fits, strict=True)]
-    return [jnp.where(n, jnp.zeros_like(m), m) for n, m in zip(none, moved, strict=True)], fits
+    moved = [jnp.where(n, jnp.zeros_like(m), m) for n, m in zip(none, moved, strict=True)]
+    like: Any = [jax.ShapeDtypeStruct(e.shape, jnp.bool_) for e in ends]
+    idle = [
+        jnp.abs(p) <= certificate.IDLE * jnp.max(jnp.abs(v), axis=0)
+        for p, v in zip(pushed, lanes, strict=True)
+    ]
+    idle = jacobian_products.from_lanes(groups, idle, like)
+    new = [
+        jnp.where(i, e, moved_by(e, m, carried)) for i, e, m in zip(idle, ends, moved, strict=True)
+    ]
+    return moved, fits, new
 
 
 def _quiet(groups, delta: Leaves) -> list[jax.Array]:
@@ -338,18 +369,18 @@ def _quiet(groups, delta: Leaves) -> list[jax.Array]:
     return jacobian_products.from_lanes(groups, still, like)
 
 
-def _leaving(groups, ends, matrices, starts, cap) -> tuple[Leaves, Leaves, jax.Array]:
+def _leaving(chain, groups, ends, matrices, starts, cap, carried):
     """The last end as if the first start were exact, and the Jacobian of all chunks.
 
     They make the whole device one chunk for the devices that follow. Third, whether the correction
     of that end was dropped.
     """
-    _, corrected = _chain(groups, ends, matrices, starts, [s[0] for s in starts], cap)
-    delta = [c[-1] - s[-1] for c, s in zip(corrected, starts, strict=True)]
-    end = [e[-1] for e in ends]
-    moved, fits = _move(groups, [m[-1] for m in matrices], delta, end, cap)
+    _, corrected = chain(groups, ends, matrices, starts, [s[0] for s in starts], cap)
+    delta = gaps([c[-1] for c in corrected], [s[-1] for s in starts], carried)
+    last, matrix = [e[-1] for e in ends], [m[-1] for m in matrices]
+    _, fits, end = _move(groups, matrix, delta, last, cap, carried)
     lost = ~functools.reduce(jnp.logical_and, map(jnp.all, fits))
-    return [e + m for e, m in zip(end, moved, strict=True)], _product(matrices), lost
+    return end, _product(matrices), lost
 
 
 def _product(matrices: Leaves) -> list[jax.Array]:

@@ -1,0 +1,120 @@
+"""States and products that come near the least normal number and grow again.
+
+Processors flush what is smaller to 0. A gap or a product that was flushed would count as none, and
+what it grows to would be certified.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxpara as jp
+
+SOLVERS = {
+    "shooting": jp.shooting(),
+    "short chunks": jp.shooting(chunks=16),
+    "newton": jp.newton(linear="sequential"),
+    "chunked": jp.newton(linear="chunked"),
+}
+
+
+def sharp(h, x, sin=jnp.sin):
+    return x[0] * (h * (1 + 0.4 * sin(x[1] * h)))
+
+
+def faded(width, hold):
+    """A sharp step takes a state to 1e-36. `hold` chunks of 4 steps later it grows by up to 1e33.
+
+    Returns `(init, factors, sharpness, last)`: `[width]`, twice `[64, width]`, and the last states
+    in float64.
+    """
+    rng = np.random.default_rng(hold)
+    steps, length = 64, 4
+    t, down = np.arange(steps)[:, None], length * rng.integers(3, 7, width)
+    chunk = down // length
+    down, up = down + rng.integers(0, length, width), length * (chunk + 1 + hold)
+    low, growth = rng.uniform(-36.7, -35, width), 2.0 ** rng.integers(60, 110, width)
+    mild = 10 ** rng.uniform(-1, 1, (steps, width)) * (rng.random((steps, width)) < 0.3)
+    w = np.float32(np.where(t < down - 1, mild, 0) + (t == down) * 10 ** rng.uniform(1, 6, width))
+    a = np.zeros((steps, width), np.float32)
+    h = start = np.float32(rng.normal(size=width))
+    for i in range(steps):
+        size = np.abs(sharp(np.float64(h), (1.0, w[i]), np.sin))
+        to = np.where(i < down, 1.0, np.where(i == down, 10**low, size))
+        a[i] = 2.0 ** np.round(np.log2(to / size))
+        a[i] = np.where((i // length == chunk + 1) & (i % length == 0), 0.125, a[i])
+        a[i] = np.where(i == up, growth, a[i])
+        h = sharp(np.float64(h), (a[i], w[i]), np.sin)
+    return jnp.asarray(start), jnp.asarray(a), jnp.asarray(w), h
+
+
+def states_of(step):
+    return lambda h, x: (step(h, x),) * 2
+
+
+@pytest.mark.parametrize("hold", [1, 2])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_gap_that_would_be_flushed_counts_when_it_grows(name, hold):
+    init, *xs, last = faded(256, hold)
+
+    @jax.jit
+    @jax.vmap
+    def both(init, a, w):  # a solve for each lane: none waits for another
+        run = lambda scan: scan(states_of(sharp), init, [a, w])  # noqa: E731
+        solve = lambda *args: jp.solve_scan(*args, solver=SOLVERS[name])  # noqa: E731
+        return run(solve), run(lax.scan)[1]
+
+    ((_, ys), info), wanted = both(init, *(x.T for x in xs))
+    found, lost = (np.abs(np.float64(v[:, -1]) / last - 1) for v in (ys, wanted))
+    assert np.all(found <= 2e-4 + 4 * lost)  # the sharp step amplifies each rounding
+    assert np.mean(info.converged) > 0.5
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("chunks", [None, 64])
+def test_drift_shows_through_a_product_that_would_vanish(chunks, affine):
+    # 13 steps that shrink by 1024 and 13 that grow by as much: every state is a normal number.
+    period, count, drift = 26, 64, 9e-6
+    factors = np.tile(np.float32([2.0**-10] * 13 + [2.0**10] * 13), count)
+    shift = np.zeros(period * count, np.float32)
+    shift[::period] = 1000 * drift
+
+    def step(h, x):
+        return x[0] * (h + x[1] * (1.0 if affine else jnp.tanh(h)))
+
+    init, xs = jnp.float32(1000), (jnp.asarray(factors), jnp.asarray(shift))
+    (last, _), info = jp.solve_scan(states_of(step), init, xs, solver=jp.shooting(chunks=chunks))
+    np.testing.assert_allclose(last, 1000 * (1 + count * drift), rtol=2e-5)
+    assert info.fallback_steps > 0  # nothing that vanishes proves
+
+
+@pytest.mark.parametrize("linear", ["sequential", "chunked", "associative"])
+def test_a_guess_near_another_solution_is_left(linear):
+    factors = jnp.tile(jnp.asarray([2.0**-66, 2.0**-64, 2.0**66, 2.0**64]), 64)
+    shift = jnp.tile(jnp.asarray([4e-4, 0, 0, 0]), 64)
+
+    def step(h, x):
+        h = x[0] * (h + x[1] * jnp.tanh(h))
+        return h, h
+
+    init = jnp.float32(1000)
+    without = lax.scan(step, init, (factors, 0 * shift))[1]
+    guess = jnp.concatenate([init[None], without[:-1]])
+    solver = jp.newton(linear=linear)
+    found, info = jp.solve_scan(step, init, (factors, shift), solver=solver, guess=guess)
+    np.testing.assert_allclose(found[1], lax.scan(step, init, (factors, shift))[1], rtol=1e-6)
+    assert info.converged
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("name", ["shooting", "newton"])
+def test_a_state_that_fades_is_not_walked(name, rate):
+    xs = jnp.where(jnp.arange(6000) < 50, jnp.sin(jnp.arange(6000.0)), 0)
+    step = states_of(lambda h, x: jnp.tanh(rate * h + x))
+    (_, ys), info = jp.solve_scan(step, jnp.float32(1), xs, solver=SOLVERS[name])
+    wanted = lax.scan(step, jnp.float32(1), xs)[1]
+    assert info.fallback_steps == 0 and np.any((np.abs(ys) < 1e-20) & (ys != 0))
+    # Down to the least normal number; the rest is rounding of the fading itself.
+    np.testing.assert_allclose(ys, wanted, rtol=1e-4, atol=5e-38)
