@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxpara as jp
-from jaxpara.recurrence.solve import sharded_time, shooting
+from jaxpara.recurrence.solve import chunk_links, sharded_time
 from jaxpara.recurrence.structure.jacobian_blocks import Group
 from tests.recurrence.kit import (
     CASES,
@@ -121,8 +121,8 @@ def test_a_correction_dropped_on_its_way_to_the_next_device_bounds_nothing(last,
 
     def device(ends):
         axis = sharded_time.along("time", False)
-        cap, chain = [4.0], functools.partial(shooting._chain, carried=jnp.float32(1))
-        left = shooting._leaving(chain, groups, [ends], [matrices], [one], cap, jnp.float32(1))
+        cap, chain = [4.0], functools.partial(chunk_links.chain, carried=jnp.float32(1))
+        left = chunk_links.leaving(chain, groups, [ends], [matrices], [one], cap, jnp.float32(1))
         return sharded_time.first(axis, groups, [one[0]], cap, chain, *left, [one])[1]
 
     ends = jnp.stack([one.at[0].add(1e-7), one])

@@ -26,17 +26,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.lanes import select, vary_like
-from jaxpara.recurrence.solve import jacobian_products, sharded_time
+from jaxpara.recurrence.solve import chunk_links, jacobian_products, sharded_time
 from jaxpara.recurrence.solve.certified import (
     below,
     beside,
     carrying,
     exact,
-    gaps,
     limit,
-    lowered,
     magnitude,
-    moved_by,
     residual,
     scales,
     tested,
@@ -117,14 +114,14 @@ def shooting(
         return number if axis is None else jnp.max(axis.gather(number))
 
     carried = carrying(init)
-    chain = functools.partial(_chain, carried=carried)
+    chain = functools.partial(chunk_links.chain, carried=carried)
 
     def correct(ends: Leaves, matrices: Leaves, starts: Leaves) -> tuple[Leaves, Leaves]:
         """The next corrections of the starts, infinite where one was dropped; and the starts."""
         cap = [certificate.CAP * everywhere(m) for m in magnitude(ends)]
         first, lost = init, jnp.zeros((), bool)
         if axis is not None:
-            device = _leaving(chain, system.groups, ends, matrices, starts, cap, carried)
+            device = chunk_links.leaving(chain, system.groups, ends, matrices, starts, cap, carried)
             first, lost = sharded_time.first(axis, system.groups, init, cap, chain, *device, starts)
         deltas, corrected = chain(system.groups, ends, matrices, starts, first, cap)
         return [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas], corrected
@@ -171,7 +168,7 @@ def shooting(
     starts = end.values[:leaves]
     errors, peaks = end.deltas[:leaves], end.deltas[leaves : 2 * leaves]
     products = end.deltas[2 * leaves :]
-    rows, last, peaks, sound = _rollout(
+    rows, last, peaks, sizes, sound = _rollout(
         system, starts, errors, peaks, xs, valid, settings.tol, carried
     )
     # The program that returns the states may round in another way than the one that was tested.
@@ -185,6 +182,11 @@ def shooting(
             for i in range(0, len(products), groups)
         ]
         scale = scales(before(peaks), before(last), init)
+        if axis is None:
+            # A step may be flat on both sides of a gap that is small beside a state that is gone:
+            # what counts here is what rounding of that state has become.
+            came = chunk_links.came_through(system.groups, products[:groups], sizes, init)
+            scale = [jnp.minimum(s, c) for s, c in zip(scale, came, strict=True)]
         meets |= proved(last, starts, sides, scale)
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
     fails = ~(jnp.all(holds) & meets[0])
@@ -271,122 +273,44 @@ def _higher(peaks: Leaves, states: Leaves) -> list[jax.Array]:
 def _rollout(
     system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: Any, valid, tol, carried
 ):
-    """Rows, ends, peaks, and which chunks are sound.
+    """Rows, ends, peaks, sizes, and which chunks are sound.
 
     Rows are trajectory and outputs, `[count, length, ...]`. A chunk is sound if `errors`, the
     corrections that its start has just had (`carried` times), stay within `LINEAR` limits all the
     way: transient growth can lift them above what they are at both ends, and what is left of them
     is of second order only where the step is as good as linear. `peaks` are the magnitudes that
-    they are relative to, and grow with the states.
+    they are relative to, and grow with the states. Sizes are what the magnitudes of the chunk's own
+    states have become at its end.
     """
     errors = list(errors) if system.certain else []
 
     def step(carry, inputs):
-        states, peaks, errors, fine = carry
+        states, peaks, sizes, errors, fine = carry
         x, present = inputs
         new, ys = jax.vmap(system.step)(states, x)
         new = _hold(present, new, states)
         peaks = _higher(peaks, new)
         if errors:
-            columns = [e[:, None] for e in errors]
-            moved = [m[:, 0] for m in jax.vmap(system.push)(states, x, columns)[1]]
-            errors = _hold(present, moved, errors)
+            columns = [jnp.stack(pair, axis=1) for pair in zip(errors, sizes, strict=True)]
+            moved = jax.vmap(system.push)(states, x, columns)[1]
+            errors = _hold(present, [m[:, 0] for m in moved], errors)
+            sizes = _hold(present, _higher([jnp.abs(m[:, 1]) for m in moved], new), sizes)
             fine = [
                 f & _within(e, p, tol, carried) for f, e, p in zip(fine, errors, peaks, strict=True)
             ]
-        return (new, peaks, errors, fine), (new, ys)
+        return (new, peaks, sizes, errors, fine), (new, ys)
 
     fine = [jnp.isfinite(e) for e in errors]
-    carry = vary_like((list(starts), list(peaks), errors, fine), starts, xs)
-    (last, peaks, _, fine), rows = lax.scan(step, carry, (xs, valid))
+    sizes = [jnp.abs(s) for s in starts] if errors else []
+    carry = vary_like((list(starts), list(peaks), sizes, errors, fine), starts, xs)
+    (last, peaks, sizes, _, fine), rows = lax.scan(step, carry, (xs, valid))
     sound = vary_like(jnp.ones(starts[0].shape[0], bool), starts, xs)
     if errors:  # nothing grows from zero, whatever the Jacobian
-        quiet = jax.vmap(lambda *e: _quiet(system.groups, e))(*errors)
+        quiet = jax.vmap(lambda *e: chunk_links.quiet(system.groups, e))(*errors)
         for f, q in zip(fine, quiet, strict=True):
             sound &= jnp.all(f | q, axis=tuple(range(1, f.ndim)))
-    return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, peaks, sound
+    return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, peaks, sizes, sound
 
 
 def _within(error: jax.Array, peak: jax.Array, tol: float | None, carried) -> jax.Array:
     return below(error, certificate.LINEAR * limit(error.dtype, tol), peak, carried)
-
-
-def _chain(groups, ends, matrices, starts, first, cap, carried) -> tuple[Leaves, Leaves]:
-    """Corrections `[C, *leaf]` of the starts and the corrected starts, of which `first` is known.
-
-    Corrections are `carried` times what they are, see `certified.gaps`. One that builds on one that
-    was dropped is infinite: it bounds nothing.
-    """
-
-    def link(delta, inputs):
-        end, matrix, start = inputs
-        moved, fits, new = _move(groups, matrix, delta, end, cap, carried)
-        delta = [m + g for m, g in zip(moved, gaps(end, start, carried), strict=True)]
-        bound = [jnp.where(f, d, jnp.inf) for f, d in zip(fits, delta, strict=True)]
-        return delta, (bound, new)
-
-    inputs = ([e[:-1] for e in ends], [m[:-1] for m in matrices], [s[1:] for s in starts])
-    first = vary_like(list(first), ends, starts)
-    shift = gaps(first, [s[0] for s in starts], carried)
-    _, (deltas, new) = lax.scan(link, shift, inputs)
-    join = lambda head, rest: [  # noqa: E731
-        jnp.concatenate([h[None], r]) for h, r in zip(head, rest, strict=True)
-    ]
-    return join(shift, deltas), join(first, new)
-
-
-def _move(groups, matrix, delta, ends, cap, carried) -> tuple[Leaves, Leaves, Leaves]:
-    """`P delta`, with what is not finite or exceeds `cap` dropped (a Picard update).
-
-    Returns the update, where nothing was dropped, and the ends that it moves.
-    """
-    lanes = jacobian_products.to_lanes(groups, delta)
-    pushed = jacobian_products.apply(matrix, lanes)
-    moved = jacobian_products.from_lanes(groups, pushed, ends)
-    quiet = _quiet(groups, delta)
-    fits = [
-        q | (jnp.abs(lowered(m, carried)) <= c) for q, m, c in zip(quiet, moved, cap, strict=True)
-    ]
-    none = [q | ~f for q, f in zip(quiet, fits, strict=True)]
-    moved = [jnp.where(n, jnp.zeros_like(m), m) for n, m in zip(none, moved, strict=True)]
-    like: Any = [jax.ShapeDtypeStruct(e.shape, jnp.bool_) for e in ends]
-    idle = [
-        jnp.abs(p) <= certificate.IDLE * jnp.max(jnp.abs(v), axis=0)
-        for p, v in zip(pushed, lanes, strict=True)
-    ]
-    idle = jacobian_products.from_lanes(groups, idle, like)
-    new = [
-        jnp.where(i, e, moved_by(e, m, carried)) for i, e, m in zip(idle, ends, moved, strict=True)
-    ]
-    return moved, fits, new
-
-
-def _quiet(groups, delta: Leaves) -> list[jax.Array]:
-    """Where no element of a block moves, so that its Jacobian, even an infinite one, is idle."""
-    lanes = jacobian_products.to_lanes(groups, list(delta))
-    still = [jnp.broadcast_to(jnp.all(v == 0, axis=0), v.shape) for v in lanes]
-    like: Any = [jax.ShapeDtypeStruct(d.shape, jnp.bool_) for d in delta]
-    return jacobian_products.from_lanes(groups, still, like)
-
-
-def _leaving(chain, groups, ends, matrices, starts, cap, carried):
-    """The last end as if the first start were exact, and the Jacobian of all chunks.
-
-    They make the whole device one chunk for the devices that follow. Third, whether the correction
-    of that end was dropped.
-    """
-    _, corrected = chain(groups, ends, matrices, starts, [s[0] for s in starts], cap)
-    delta = gaps([c[-1] for c in corrected], [s[-1] for s in starts], carried)
-    last, matrix = [e[-1] for e in ends], [m[-1] for m in matrices]
-    _, fits, end = _move(groups, matrix, delta, last, cap, carried)
-    lost = ~functools.reduce(jnp.logical_and, map(jnp.all, fits))
-    return end, _product(matrices), lost
-
-
-def _product(matrices: Leaves) -> list[jax.Array]:
-    """Product of all chunks' Jacobians, the last chunk leftmost."""
-
-    def multiply(total, matrix):
-        return jacobian_products.multiply(matrix, total), None
-
-    return lax.scan(multiply, [m[0] for m in matrices], [m[1:] for m in matrices])[0]
