@@ -27,9 +27,10 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      this rule.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
-     corrected starts is therefore held to `COARSE` ulp after the last roll-out as well. Where
-     nothing is rolled out, two passes in a row are needed. This holds for every step: the square
-     root of a square is a kink, and a sigmoid may be as sharp as one.
+     corrected starts is therefore held to `COARSE` ulp after the last roll-out as well, and there
+     no scale is larger than what the Jacobians make of the magnitudes before. Where nothing is
+     rolled out, two passes in a row are needed. This holds for every step: the square root of a
+     square is a kink, and a sigmoid may be as sharp as one.
    - A state may rest on a kink, where the derivative is that of one side. A step that holds a kink
      (`max`, `abs`, `relu`) takes its Jacobians beside its states, on both sides, by at least two
      limits of their scale. `d` must be within the limit by both. In kernels the step counts by 2.
