@@ -25,6 +25,11 @@ boundary adds up, and a guess that is constant in time has the residual of one s
    - A gap or a part of `P d` below `LEAST` may be flushed to 0. It counts as a doubt of `LEAST`,
      which grows through the products, and adds to `d`. What is below `FLOOR` counts as nothing by
      this rule.
+   - In kernels no product vanishes: `TINY` is added to each entry at every step of a chunk. Beside
+     a product that counts it is nothing. Where the product falls below it and grows again, `TINY`
+     grows along, and what it makes of `d` is too large to count. At the end of a chunk a small
+     entry is 0 where the state is (`RESET`). An affine step takes no `TINY`: its starts themselves
+     went through the product, and gaps show where that vanished.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
      corrected starts is therefore held to `COARSE` ulp after the last roll-out as well, and there
@@ -70,6 +75,10 @@ RAISE, LARGE = 2.0**24, 2.0**96
 # product that would have underflown. Below `IDLE` of a correction what a product makes of it may be
 # that addition, and moves nothing.
 VANISHING, IDLE = 2.0**-120, 2.0**-100
+# Added to every entry of a product at each step of a chunk, so that none vanishes.
+TINY = 2.0**-100
+# Where the state ends in 0, an entry below this is what has become of `TINY`.
+RESET = 2.0**-74
 # Ends that the scale looks back on, and what it may exceed the last two by.
 WINDOW = 4
 SLACK = 256.0
@@ -93,6 +102,20 @@ def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
     eps = float(info.eps)
     accept = FINE * eps if tol is None else float(tol)
     return accept, max(accept, COARSE * eps) if accept >= FINE * eps else accept
+
+
+def product(entry: jax.Array, end: jax.Array) -> jax.Array:
+    """An entry of a chunk's P as corrections use it, in operations that every kernel has.
+
+    Args:
+      entry: to which `TINY` was added at each step, float32.
+      end: the element of the state that it leads to, where the chunk ends.
+
+    Returns:
+      0 where nothing but `TINY` leads to a state that is 0: a reset, from which a correction must
+      not move the next start. Elsewhere `entry`.
+    """
+    return jnp.where((end == 0.0) & (jnp.abs(entry) < RESET), 0.0 * end, entry)
 
 
 def meets(end: jax.Array, start: jax.Array) -> jax.Array:

@@ -55,7 +55,8 @@ class Counts(NamedTuple):
 
 # From nvdisasm of what ptxas 13.5 makes of the PTX at T, B, D = 2048, 8, 256 (loops of four steps),
 # and one instruction more for the largest magnitude of each entry of the product, and of an affine
-# state: later sources, not counted in machine code. `link` is that of the earlier sources.
+# state: later sources, not counted in machine code. `link` is that of the earlier sources. Not
+# counted: the addition that keeps each entry of the product from vanishing.
 COUNTS = {
     ("gru", "f32"): Counts(
         Leaves(1, 3), Roll(33.8, 3, 80), Roll(51.0, 6, 150), Roll(34.0, 6, 150), 45

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import mosaic
+from pallas_kernels import certificate, mosaic
 from pallas_kernels.cell import Arrays
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
@@ -72,6 +72,8 @@ def _roll(
       Ends, columns of the product, heights, columns of peaks; empty where not asked for.
     """
     plan, own = block.plan, own_rows(block)
+    # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
+    unvanishing = peaks and keep
     layout = mosaic.tile_layout(plan.block)
     shape = (plan.chunks // plan.warpgroups, plan.block)
     params = [mosaic.spread(p, shape[0], layout) for p in params]
@@ -91,6 +93,8 @@ def _roll(
         else:
             new, pushed = cell.step(states, inputs, params), products
         new = mosaic.settle(new, shape, layout)
+        if unvanishing:
+            pushed = jax.tree.map(lambda entry: entry + certificate.TINY, pushed)
         pushed = [mosaic.settle(column, shape, layout) for column in pushed]
         if valid is not None:  # steps that do not exist leave the state, and the product, alone
             here = valid(step)
@@ -122,7 +126,10 @@ def _roll(
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
     tallest = [jnp.abs(f) for f in first] if heights else []
     carry = (list(first), identity, tallest, identity if peaks else [])
-    return lax.fori_loop(0, plan.length // together, group, carry)
+    ends, products, *rest = lax.fori_loop(0, plan.length // together, group, carry)
+    if unvanishing:
+        products = [jax.tree.map(certificate.product, column, ends) for column in products]
+    return ends, products, *rest
 
 
 def _load_starts(block: Block, which: Any) -> list[jax.Array]:

@@ -128,6 +128,8 @@ def _kernel(cell, plan, limits, budget, affine, refs):
     chunks = Chunks(*summaries)
     starts, ends = chunks.starts, chunks.ends
     bounded = limits[1] > 0  # else only bits decide, and nobody asks what a correction does
+    # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
+    unvanishing = bounded and not affine
     done, close, residual = flags
     passes, worst, completed = counts
     begin, inside = plan.start(), plan.inside()
@@ -167,6 +169,8 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             h, columns, most = loop
             place = plan.step(index)
             new, pushed = cell.push(h, tiles.load(xs, place, plan.chunks), p, columns)
+            if unvanishing:
+                pushed = jax.tree.map(lambda entry: entry + certificate.TINY, pushed)
             present = plan.exists(begin, index)
             h = tiles.choose(present, new, h)
             if keep:
@@ -178,6 +182,8 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         h, columns, most = lax.fori_loop(0, plan.length, advance, loop)
         for ref, value in zip(ends, h, strict=True):
             ref[...] = value
+        if unvanishing:
+            columns = [jax.tree.map(certificate.product, column, h) for column in columns]
         for refs, matrix in ((chunks.products, columns), (chunks.peaks, most)):
             for j, column in enumerate(matrix):
                 for i, value in enumerate(column):
