@@ -22,9 +22,11 @@ boundary adds up, and a guess that is constant in time has the residual of one s
    - Gaps show whether the correction before was as good as linear. Behind the last chunk of a
      window there is none: there a pass of a kernel must end where the one before predicted, unless
      the step is affine, whose correction is exact.
-   - A gap or a part of `P d` below `LEAST` may be flushed to 0. It counts as a doubt of `LEAST`,
-     which grows through the products, and adds to `d`. What is below `FLOOR` counts as nothing by
-     this rule.
+   - A gap or a part of `P d` below `LEAST` may be flushed to 0. It counts as a doubt of its size,
+     scaled so that it is not flushed again, which grows through the products and adds to `d`. What
+     is below `FLOOR` counts as nothing by this rule.
+   - Where a window of a kernel ends no `FLOOR` holds: the next one starts there, and nothing can
+     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself (`leaves`).
    - In kernels no product vanishes: `TINY` is added to each entry at every step of a chunk. Beside
      a product that counts it is nothing. Where the product falls below it and grows again, `TINY`
      grows along, and what it makes of `d` is too large to count. At the end of a chunk a small
@@ -66,6 +68,8 @@ LINEAR = 100
 CAP = 4.0
 # The least normal float32. A device may flush what is smaller.
 LEAST = 1.2e-38
+# Scales what may be flushed to doubts, exactly.
+PER_LEAST = 2.0**126
 # A correction below this is within any limit: a few gaps that were flushed.
 FLOOR = 4 * LEAST
 # Solvers outside of kernels carry corrections times this, so that those of a state that is a normal
@@ -116,6 +120,31 @@ def product(entry: jax.Array, end: jax.Array) -> jax.Array:
       not move the next start. Elsewhere `entry`.
     """
     return jnp.where((end == 0.0) & (jnp.abs(entry) < RESET), 0.0 * end, entry)
+
+
+def gap(end: jax.Array, start: jax.Array) -> jax.Array:
+    """The doubt, in `LEAST`, of a gap or of a correction across it that was flushed: at most 1."""
+    return jnp.minimum(jnp.abs(end * PER_LEAST - start * PER_LEAST), 1.0)
+
+
+def lost(entry: jax.Array, delta: jax.Array) -> jax.Array:
+    """The doubt, in `LEAST`, of an entry of P times a correction, where it was flushed."""
+    return jnp.minimum(jnp.abs(entry) * jnp.abs(delta * PER_LEAST), 1.0)
+
+
+def leaves(end: jax.Array, doubt: jax.Array, limit: float) -> jax.Array:
+    """Whether a window may end in a state with this doubt, in operations that every kernel has.
+
+    Args:
+      end: its last state, float32.
+      doubt: in `LEAST`.
+      limit: the second of `limits`.
+
+    Returns:
+      Booleans. A state that may itself be flushed is held to `FLOOR`.
+    """
+    size = jnp.abs(end)
+    return doubt <= jnp.where(size < LEAST, FLOOR / LEAST, limit / LEAST * size)
 
 
 def meets(end: jax.Array, start: jax.Array) -> jax.Array:

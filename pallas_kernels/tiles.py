@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import certificate
+
 # Most VMEM that is asked of the compiler: v5e and v6e have 128 MiB, of which 16 and 32 are given
 # without asking. Double-buffered blocks take five parts of twelve: 20 MiB.
 VMEM_BYTES = 48 * 2**20
@@ -285,16 +287,16 @@ def grown(
 
 
 def lost(
-    size: int, products: Sequence[Any], chunk: Any, delta: Sequence[jax.Array], least: float
+    size: int, products: Sequence[Any], chunk: Any, delta: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """One for each part of `P delta` of one chunk that is below `least`; row-major."""
+    """The doubt of the parts of `P delta` of one chunk that are flushed; row-major."""
     found = []
     for i in range(size):
         total = jnp.zeros_like(delta[0])
         for product, d in zip(products[size * i :][:size], delta, strict=True):
             p = product[chunk]
-            small = (jnp.abs(p * d) < least) & (p != 0.0) & (jnp.abs(d) >= least)
-            total = total + jnp.where(small, 1.0, 0.0)
+            small = (jnp.abs(p * d) < certificate.LEAST) & (jnp.abs(d) >= certificate.LEAST)
+            total = total + jnp.where(small, certificate.lost(p, d), 0.0)
         found.append(total)
     return found
 

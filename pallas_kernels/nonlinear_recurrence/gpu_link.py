@@ -89,7 +89,9 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 least = jnp.minimum(jnp.abs(end - start), jnp.abs(deltas[k]))
                 small = least < certificate.LEAST
                 flushed = small & ~certificate.meets(end, start)
-                doubts.append(inside.doubt + jnp.where(flushed, zero + 1.0, zero))
+                missed = certificate.gap(end, start) if crossed else zero + 1.0
+                missed = jnp.where(flushed, missed, zero)
+                doubts.append(inside.doubt + missed)
                 inside = inside._replace(doubt=doubts[k])
                 found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k])
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
@@ -120,15 +122,14 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         return functools.reduce(operator.add, parts)
 
     def lost(row, deltas):
-        """One for each part of a row of P times the corrections that is below `LEAST`."""
+        """The doubt of the parts of a row of P times the corrections that are flushed."""
         parts = []
         for p, d in zip(row, deltas, strict=True):
-            small = (jnp.abs(p * d) < certificate.LEAST) & (p != 0.0)
-            small = small & (jnp.abs(d) >= certificate.LEAST)
-            parts.append(jnp.where(small, zero + 1.0, zero))
+            small = (jnp.abs(p * d) < certificate.LEAST) & (jnp.abs(d) >= certificate.LEAST)
+            parts.append(jnp.where(small, certificate.lost(p, d), zero))
         return functools.reduce(operator.add, parts)
 
-    def sized(size, inside, sound, recent):
+    def sized(size, inside, sound, recent, floor=certificate.FLOOR):
         scale = functools.reduce(jnp.maximum, recent)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
         here = zero + FAR
@@ -136,7 +137,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             # A NaN fails the first comparison, an infinite end the second.
             allowed = limit * scale
             if crossed:
-                allowed = jnp.maximum(allowed, certificate.FLOOR)
+                allowed = jnp.maximum(allowed, floor)
             within = (size + certificate.LEAST * inside.doubt <= allowed) & sound
             within = within & (recent[0] <= _FINITE)
             if crossed:  # on its way it is held to the second limit, relative to the states there
@@ -174,11 +175,17 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         mosaic.store(block.flags.at[FLAGS + new * count + k], value)
         if not test:
             continue
-        size = jnp.abs(moved)
+        size, sound = jnp.abs(moved), kept > 0.0
         if not affine:
             ahead = load_row(block, block.flags.at[FLAGS + old * count + k])
-            size = jnp.maximum(size, jnp.abs(moved + (end - ahead)))
-        verdict = jnp.maximum(verdict, sized(size, inside, kept > 0.0, recent[k]))
+            gap = jnp.abs(moved + (end - ahead))
+            flushed = (gap < certificate.LEAST) & ~certificate.meets(value, ahead)
+            missed = jnp.where(flushed, certificate.gap(value, ahead), zero)
+            inside = inside._replace(doubt=inside.doubt + missed)
+            size = jnp.maximum(size, gap)
+        if crossed:
+            sound = sound & certificate.leaves(value, inside.doubt, stalled)
+        verdict = jnp.maximum(verdict, sized(size, inside, sound, recent[k], floor=0.0))
     if not test:
         return
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)

@@ -45,7 +45,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
     starts, ends = chunks.starts, chunks.ends
     size, rows = len(starts), range(len(starts))
     bounded = limits[1] > 0  # else only bits decide
-    floor = certificate.FLOOR if bounded else 0.0
+    least = certificate.FLOOR if bounded else 0.0
     caps = []
     for end in ends:
         value = jnp.abs(end[...])
@@ -56,15 +56,15 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         """A correction on its way through a chunk, and its doubt, in `LEAST`, at the end."""
         if not bounded:
             return [jnp.zeros(plan.row, jnp.float32)] * size, doubt
-        least = [certificate.LEAST * jnp.where(u > 0.0, jnp.maximum(u, 1.0), 0.0) for u in doubt]
-        sizes = [jnp.abs(d) + u for d, u in zip(delta, least, strict=True)]
+        units = [certificate.LEAST * jnp.where(u > 0.0, jnp.maximum(u, 1.0), 0.0) for u in doubt]
+        sizes = [jnp.abs(d) + u for d, u in zip(delta, units, strict=True)]
         most = tiles.grown(size, chunks.peaks, place, sizes)
         doubt = tiles.grown(size, chunks.products, place, doubt)
-        lost = tiles.lost(size, chunks.products, place, delta, certificate.LEAST)
+        lost = tiles.lost(size, chunks.products, place, delta)
         return most, [u + v for u, v in zip(doubt, lost, strict=True)]
 
-    def small(within, sound, off, most, height, end, recent):
-        """`within`, where corrections of this size are within the limits of an end.
+    def small(within, sound, off, most, height, end, recent, floor=least):
+        """`within`, where corrections of this size are within the limits of an end, or a floor.
 
         On its way through the chunk the correction is held to the second limit, relative to the
         states there.
@@ -74,7 +74,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
         sound = sound & tiles.finite(end)
         allowed = limits[1] * jnp.maximum(scale, height)
-        sound = sound & (most <= jnp.maximum(allowed, floor))
+        sound = sound & (most <= jnp.maximum(allowed, least))
         return [
             jnp.where(sound & (off <= jnp.maximum(limit * scale, floor)), w, 0.0)
             for w, limit in zip(within, limits, strict=True)
@@ -95,7 +95,8 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             residual = jnp.abs(end[i] - start[i])
             sound = kept[i] & (met | ~equal)  # no correction turns a zero
             flushed = ~met & (jnp.minimum(residual, jnp.abs(delta[i])) < certificate.LEAST)
-            doubt[i] = doubt[i] + jnp.where(flushed, 1.0, 0.0)
+            missed = certificate.gap(end[i], start[i]) if bounded else 1.0
+            doubt[i] = doubt[i] + jnp.where(flushed, missed, 0.0)
             # Of this chunk's end, and of the next one's start.
             off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i])) + certificate.LEAST * doubt[i]
             height = chunks.heights[i][here] if affine else 0.0
@@ -124,14 +125,22 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
     moved = tiles.moved(size, chunks.products, last, delta)
     most, doubt = crossed(last, delta, doubt)
     for i in rows:
-        end, kept = ends[i][last], jnp.abs(moved[i]) <= caps[i]
+        end, sound = ends[i][last], jnp.abs(moved[i]) <= caps[i]
+        new = jnp.where(sound & (moved[i] != 0.0), end + moved[i], end)
         off = jnp.abs(moved[i])
         if not affine:
-            off = jnp.maximum(off, jnp.abs(moved[i] + (end - chunks.ahead[i][...])))
+            ahead = chunks.ahead[i][...]
+            gap = jnp.abs(moved[i] + (end - ahead))
+            flushed = ~certificate.meets(new, ahead) & (gap < certificate.LEAST)
+            doubt[i] = doubt[i] + jnp.where(flushed, certificate.gap(new, ahead), 0.0)
+            off = jnp.maximum(off, gap)
         off = off + certificate.LEAST * doubt[i]
+        if bounded:
+            sound = sound & certificate.leaves(new, doubt[i], limits[1])
         height = chunks.heights[i][last] if affine else 0.0
-        fine, coarse = small((fine, coarse), kept, off, most[i], height, end, recent[i])
-        ends[i][last] = jnp.where(kept & (moved[i] != 0.0), end + moved[i], end)
+        within = small((fine, coarse), sound, off, most[i], height, end, recent[i], floor=0.0)
+        fine, coarse = within
+        ends[i][last] = new
     return exact, fine, coarse, largest
 
 
