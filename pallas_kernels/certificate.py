@@ -32,6 +32,8 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      grows along, and what it makes of `d` is too large to count. At the end of a chunk a small
      entry is 0 where the state is (`RESET`). An affine step takes no `TINY`: its starts themselves
      went through the product, and gaps show where that vanished.
+   - A pass may be judged by the products of the pass before, where `|d|` was within `COARSE` ulp
+     there: a step that is flat at one start may be steep at another.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
      corrected starts is therefore held to `COARSE` ulp after the last roll-out as well, and there

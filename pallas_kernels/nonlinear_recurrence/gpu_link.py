@@ -6,7 +6,6 @@ written yet, because the corrected starts go into a second buffer.
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,12 +23,9 @@ _TOGETHER = {1: (8, 4)}
 _FINFO = jnp.finfo(jnp.float32)
 _FINITE = float(_FINFO.max)
 
-# The states of a window: it is solved; it is as nearly solved as rounding allows; one more pass is
-# likely to solve it; or not. Newton's corrections fall from d to about 0.2 d^2 here: from _NEAR
-# times the root of the limit to below it. Bitwise agreement comes one pass after corrections of
-# rounding.
+# The states of a window: it is solved; it is as nearly solved as rounding allows; its starts move
+# by so little that the products of this pass hold for the next one; or not.
 CLOSED, ROUNDED, NEAR, FAR = 0.0, 1.0, 2.0, 3.0
-_NEAR = 2.0
 # The rows of the block's flags: what `link` finds, then, in two sets as the starts are, where each
 # state of the last chunk should end in the next pass. The next window starts there: an error within
 # the limit of a window's own states would otherwise remain where they are no longer large.
@@ -66,7 +62,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     zero = zeros(block)
     nothing = _Inside(zero, zero, zero)
     accept, stalled = block.limits
-    near = _NEAR * math.sqrt(accept) if accept else certificate.COARSE * float(_FINFO.eps)
+    near = certificate.COARSE * float(_FINFO.eps)
     kinds = [(near, NEAR), (stalled, ROUNDED), (accept, CLOSED)]
     crossed, products_end = test and bounded(block), 2 * count + count**2
 

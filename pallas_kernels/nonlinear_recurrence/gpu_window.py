@@ -180,8 +180,9 @@ def _guess(block: Block, w: Any, slot: Any, params: Arrays, passes: Any) -> None
 def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdict: Any) -> Any:
     """One pass that counts: rolls out, corrects the starts, and judges itself.
 
-    Behind a `verdict` of NEAR this pass is likely to be the last: it makes no Jacobians, and those
-    of the pass before give its corrections.
+    Behind a `verdict` of NEAR it makes no Jacobians. Those of the pass before, whose starts were
+    the same but for rounding, give its corrections and its verdict. Behind larger corrections they
+    might be flat where this pass is steep.
     """
 
     def roll(columns: bool) -> None:

@@ -2,6 +2,8 @@
 
 `critical_points.npz` holds six lanes, found by a search through a million, of 32 steps
 `a h + b f(k (h - c)) + e` that are flat where a pass arrives in the last chunk and steep beside it.
+Four more (`moved`), of 200,000, have such a step in the sixth of eight chunks, where the pass
+before the last one begins.
 """
 
 import functools
@@ -52,6 +54,26 @@ def test_the_last_chunk_ends_where_the_pass_before_predicted(implementation, kin
     # The steep step makes 5e-4 of the rounding of its argument; 0.2 to 2 was seen without the test.
     np.testing.assert_allclose(found.states[0][-1], wanted[-1], rtol=1e-3)
     assert np.all(np.asarray(found.fallback_steps) == 0)
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_pass_is_judged_by_products_of_its_own_path(implementation):
+    lanes, sharp, at = np.repeat(np.load(LANES)["moved"], BLOCK, axis=0), 1000.0, 20
+    xs = np.zeros((5, 32, 1, len(lanes)), np.float32)  # a, w, b, c, e
+    xs[:2, :at, 0] = np.moveaxis(lanes[:, 2:].reshape(-1, 2, at), 0, -1)
+    # The steep step, one that forgets it, and neutral ones.
+    xs[2, at], xs[3, at], xs[4, at + 1], xs[0, at + 2 :] = 1.0, lanes[:, 1], 1.0, 1.0
+
+    def step(h, x, f=jnp):
+        a, w, b, c, e = x
+        return a * h * (1 + 0.4 * f.sin(w * h)) + b * f.cos(sharp * (h - c)) + e
+
+    found = solved(step, implementation, jnp.asarray(lanes[None, :, 0]), list(xs), window=32)
+    states = np.asarray(found.states[0], np.float64)
+    defect = np.abs(states[at] - step(states[at - 1], np.float64(xs[:, at]), np))
+    # 80 units of the scale count as solved; by the products of the pass before 13 to 84 times that.
+    scale = np.max(np.abs(states[at - 5 : at]), axis=0)
+    assert np.all(defect <= 2e-5 * scale) and np.all(found.fallback_steps == 0)
 
 
 @pytest.mark.parametrize("certain", [True, False])
