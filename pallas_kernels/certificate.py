@@ -82,6 +82,7 @@ RAISE, LARGE = 2.0**24, 2.0**96
 # that addition, and moves nothing.
 VANISHING, IDLE = 2.0**-120, 2.0**-100
 # Added to every entry of a product at each step of a chunk, so that none vanishes.
+# Added to the magnitude of every entry of a product at each step of a chunk: none vanishes.
 TINY = 2.0**-100
 # Where the state ends in 0, an entry below this is what has become of `TINY`.
 RESET = 2.0**-74
@@ -108,6 +109,11 @@ def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
     eps = float(info.eps)
     accept = FINE * eps if tol is None else float(tol)
     return accept, max(accept, COARSE * eps) if accept >= FINE * eps else accept
+
+
+def kept(entry: jax.Array) -> jax.Array:
+    """An entry of P with `TINY` added to its magnitude: opposite signs might cancel."""
+    return entry + jnp.where(entry < 0.0, -TINY, TINY)
 
 
 def product(entry: jax.Array, end: jax.Array) -> jax.Array:

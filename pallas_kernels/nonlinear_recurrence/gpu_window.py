@@ -94,7 +94,7 @@ def _roll(
             new, pushed = cell.step(states, inputs, params), products
         new = mosaic.settle(new, shape, layout)
         if unvanishing:
-            pushed = jax.tree.map(lambda entry: entry + certificate.TINY, pushed)
+            pushed = jax.tree.map(certificate.kept, pushed)
         pushed = [mosaic.settle(column, shape, layout) for column in pushed]
         if valid is not None:  # steps that do not exist leave the state, and the product, alone
             here = valid(step)

@@ -170,7 +170,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             place = plan.step(index)
             new, pushed = cell.push(h, tiles.load(xs, place, plan.chunks), p, columns)
             if unvanishing:
-                pushed = jax.tree.map(lambda entry: entry + certificate.TINY, pushed)
+                pushed = jax.tree.map(certificate.kept, pushed)
             present = plan.exists(begin, index)
             h = tiles.choose(present, new, h)
             if keep:

@@ -183,17 +183,19 @@ def nudged(h, x):
 def test_drift_is_seen_through_a_product_that_vanishes_inside_its_chunk(implementation):
     # By 2^-130 and back in every chunk, at once, gently, and with signs: the state is a normal
     # float all the way, and the product of the derivatives is not.
-    logs = np.repeat([[-66, -64, 66, 64] * 2, [-33] * 4 + [33] * 4, [-33] * 4 + [33] * 4], BLOCK, 0)
-    sign = np.repeat([[1, 1, 1, 1] * 2, [1] * 8, [-1] * 8], BLOCK, 0)
+    # The last ones fall to 2^-100, with a sign that may cancel what keeps them from vanishing.
+    gently, less = [-33] * 4 + [33] * 4, [-25] * 4 + [25] * 4
+    logs = np.repeat([[-66, -64, 66, 64] * 2, gently, gently, less], BLOCK, 0)
+    sign = np.repeat([[1] * 8, [1] * 8, [-1] * 8, [1, 1, 1, -1, 1, 1, 1, 1]], BLOCK, 0)
     steps, factors = 512, (sign * 2.0**logs).T[:, None]
     a = np.tile(factors, (steps // 8, 1, 1))
     b = np.where(np.arange(steps)[:, None, None] % 4 == 0, 4e-4, 0.0) + 0 * a
     b[:, :, BLOCK:] *= np.arange(steps)[:, None, None] % 8 == 0
-    init, xs = jnp.full((1, 3 * BLOCK), 1e3, jnp.float32), [jnp.float32(a), jnp.float32(b)]
+    init, xs = jnp.full((1, 4 * BLOCK), 1e3, jnp.float32), [jnp.float32(a), jnp.float32(b)]
     how = {"implementation": implementation, "certain": True, "chunks": 8, "window": 64}
     found = np.asarray(by_kernel(nudged, init, xs, **how)(init, xs).states[0], np.float64)
     by_scan = lax.scan(lambda h, x: (nudged(h, x),) * 2, init, xs)[0]
-    h = np.full((1, 3 * BLOCK), 1e3)
+    h = np.full((1, 4 * BLOCK), 1e3)
     for push, drift in zip(np.float64(xs[0]), np.float64(xs[1]), strict=True):
         h = push * (h + drift * np.tanh(h))
     # The drift is 2.5e-2 and 5e-2; with products that vanish half of it and more was lost.
