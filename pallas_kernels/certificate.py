@@ -22,16 +22,17 @@ boundary adds up, and a guess that is constant in time has the residual of one s
    - Gaps show whether the correction before was as good as linear. Behind the last chunk of a
      window there is none: there a pass of a kernel must end where the one before predicted, unless
      the step is affine, whose correction is exact.
-   - A gap or a part of `P d` below `LEAST` may be flushed to 0. It counts as a doubt of its size,
-     scaled so that it is not flushed again, which grows through the products and adds to `d`. What
-     is below `FLOOR` counts as nothing by this rule.
+   - A gap or a part of `P d` below `LEAST` may be flushed to 0. In kernels it counts as a doubt of
+     its size, scaled so that it is not flushed again, which grows through the products and adds to
+     `d`. Elsewhere all of `d` is scaled (`RAISE`). What is below `FLOOR` counts as nothing by this
+     rule.
    - Where a window of a kernel ends no `FLOOR` holds: the next one starts there, and nothing can
      correct it afterwards. The doubt is held to `COARSE` ulp of that state itself (`leaves`).
-   - In kernels no product vanishes: `TINY` is added to each entry at every step of a chunk. Beside
-     a product that counts it is nothing. Where the product falls below it and grows again, `TINY`
-     grows along, and what it makes of `d` is too large to count. At the end of a chunk a small
-     entry is 0 where the state is (`RESET`). An affine step takes no `TINY`: its starts themselves
-     went through the product, and gaps show where that vanished.
+   - No product vanishes: `TINY` is added to each entry at every step of a chunk. Beside a product
+     that counts it is nothing. Where the product falls below it and grows again, `TINY` grows
+     along, and what it makes of `d` is too large to count. At the end of a chunk a small entry is
+     0 where the state is (`RESET`). In kernels an affine step takes no `TINY`: its starts
+     themselves went through the product, and gaps show where that vanished.
    - A pass may be judged by the products of the pass before, where `|d|` was within `COARSE` ulp
      there: a step that is flat at one start may be steep at another.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
@@ -74,18 +75,13 @@ LEAST = 1.2e-38
 PER_LEAST = 2.0**126
 # A correction below this is within any limit: a few gaps that were flushed.
 FLOOR = 4 * LEAST
-# Solvers outside of kernels carry corrections times this, so that those of a state that is a normal
-# number are not flushed, but for values beyond `LARGE`.
+# Solvers outside of kernels carry corrections times `RAISE`, so that those of a state that is a
+# normal number are not flushed. From states beyond `LARGE` on they do not: it would overflow.
 RAISE, LARGE = 2.0**24, 2.0**96
-# They add `VANISHING` to the products at each step, which shows what has grown again behind a
-# product that would have underflown. Below `IDLE` of a correction what a product makes of it may be
-# that addition, and moves nothing.
-VANISHING, IDLE = 2.0**-120, 2.0**-100
-# Added to every entry of a product at each step of a chunk, so that none vanishes.
 # Added to the magnitude of every entry of a product at each step of a chunk: none vanishes.
-TINY = 2.0**-100
+TINY = 2.0**-120
 # Where the state ends in 0, an entry below this is what has become of `TINY`.
-RESET = 2.0**-74
+RESET = 2.0**-94
 # Ends that the scale looks back on, and what it may exceed the last two by.
 WINDOW = 4
 SLACK = 256.0

@@ -43,25 +43,16 @@ def move(groups, matrix, delta, ends, cap, carried) -> tuple[Leaves, Leaves, Lea
 
     Returns the update, where nothing was dropped, and the ends that it moves.
     """
-    lanes = jacobian_products.to_lanes(groups, delta)
-    pushed = jacobian_products.apply(matrix, lanes)
-    moved = jacobian_products.from_lanes(groups, pushed, ends)
-    idles = quiet(groups, delta)
+    lanes, rows = (jacobian_products.to_lanes(groups, list(leaves)) for leaves in (delta, ends))
+    matrix = [certificate.product(m, r[:, None]) for m, r in zip(matrix, rows, strict=True)]
+    moved = jacobian_products.from_lanes(groups, jacobian_products.apply(matrix, lanes), ends)
+    still = quiet(groups, delta)
     fits = [
-        q | (jnp.abs(lowered(m, carried)) <= c) for q, m, c in zip(idles, moved, cap, strict=True)
+        q | (jnp.abs(lowered(m, carried)) <= c) for q, m, c in zip(still, moved, cap, strict=True)
     ]
-    none = [q | ~f for q, f in zip(idles, fits, strict=True)]
+    none = [q | ~f for q, f in zip(still, fits, strict=True)]
     moved = [jnp.where(n, jnp.zeros_like(m), m) for n, m in zip(none, moved, strict=True)]
-    like: Any = [jax.ShapeDtypeStruct(e.shape, jnp.bool_) for e in ends]
-    idle = [
-        jnp.abs(p) <= certificate.IDLE * jnp.max(jnp.abs(v), axis=0)
-        for p, v in zip(pushed, lanes, strict=True)
-    ]
-    idle = jacobian_products.from_lanes(groups, idle, like)
-    new = [
-        jnp.where(i, e, moved_by(e, m, carried)) for i, e, m in zip(idle, ends, moved, strict=True)
-    ]
-    return moved, fits, new
+    return moved, fits, [moved_by(e, m, carried) for e, m in zip(ends, moved, strict=True)]
 
 
 def quiet(groups, delta: Leaves) -> list[jax.Array]:

@@ -262,7 +262,7 @@ def _push(system: System, states: Leaves, x: Any, products: Leaves) -> tuple[Lea
     """The next states of all chunks, and the columns of their products, which never vanish."""
     new, columns = jax.vmap(system.push)(states, x, products)
     if system.certain:
-        columns = [c + certificate.VANISHING for c in columns]
+        columns = [certificate.kept(c) for c in columns]
     return new, columns
 
 
