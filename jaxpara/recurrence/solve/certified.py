@@ -7,6 +7,7 @@ would move them, and the magnitude that the correction is relative to.
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,11 +81,15 @@ def _looked_back(rows: jax.Array, window: int) -> jax.Array:
     return rows
 
 
-def carrying(init: Leaves) -> jax.Array:
-    """What corrections are carried times, see `gaps`, from a state of this size on."""
-    if any(narrow(leaf.dtype) for leaf in init):  # no correction bounds anything there
+def carrying(states: Leaves, everywhere: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """What corrections of these states are carried times, see `gaps`.
+
+    `everywhere` is the largest of a number on all devices that share the solve.
+    """
+    if any(narrow(leaf.dtype) for leaf in states):  # no correction bounds anything there
         return jnp.ones((), jnp.float32)
-    largest = functools.reduce(jnp.maximum, [m.astype(jnp.float32) for m in magnitude(init)])
+    sizes = [size.astype(jnp.float32) for size in magnitude(states)]
+    largest = everywhere(functools.reduce(jnp.maximum, sizes))
     return jnp.where(largest < certificate.LARGE, certificate.RAISE, 1.0).astype(jnp.float32)
 
 

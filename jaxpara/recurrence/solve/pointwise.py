@@ -186,6 +186,7 @@ def _solve(
     ) -> Attempt:
         before = sharded_time.preceding(axis, init, states)
         after = apply(before)
+        carried = carrying(after, everywhere)
         if not certain:
             new, _ = correct(system, before, after, states, system.xs, carried)
             return Attempt(exact(after, states), None, new)
@@ -225,7 +226,6 @@ def _solve(
         last = [g[-1] for g in guess]
         end = system.step(last, jax.tree.map(lambda x: x[-1], system.xs))[0]
         states = [jnp.concatenate([g[1:], e[None]]) for g, e in zip(guess, end, strict=True)]
-    carried = carrying(init)
     newton_correction = _exact(system, settings)
     proving = functools.partial(
         run, correct=newton_correction, scale_of=scale_lately, tol=settings.tol, twice=True

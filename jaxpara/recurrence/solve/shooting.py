@@ -40,6 +40,7 @@ from jaxpara.recurrence.solve.certified import (
 )
 from jaxpara.recurrence.solve.complete import complete
 from jaxpara.recurrence.solve.iterate import Attempt, iterate, leading
+from jaxpara.recurrence.structure.jacobian_blocks import block_size
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System
 from pallas_kernels import certificate
 
@@ -113,12 +114,12 @@ def shooting(
     def everywhere(number: jax.Array) -> jax.Array:
         return number if axis is None else jnp.max(axis.gather(number))
 
-    carried = carrying(init)
-    chain = functools.partial(chunk_links.chain, carried=carried)
-
-    def correct(ends: Leaves, matrices: Leaves, starts: Leaves) -> tuple[Leaves, Leaves]:
+    def correct(
+        ends: Leaves, matrices: Leaves, starts: Leaves, carried: jax.Array
+    ) -> tuple[Leaves, Leaves]:
         """The next corrections of the starts, infinite where one was dropped; and the starts."""
         cap = [certificate.CAP * everywhere(m) for m in magnitude(ends)]
+        chain = functools.partial(chunk_links.chain, carried=carried)
         first, lost = init, jnp.zeros((), bool)
         if axis is not None:
             device = chunk_links.leaving(chain, system.groups, ends, matrices, starts, cap, carried)
@@ -135,17 +136,20 @@ def shooting(
             allowed = [jnp.minimum(s, z) for s, z in zip(scale, lately, strict=True)]
         else:
             allowed = scale
-        deltas, corrected = correct(ends, products[0], starts)
+        carried = carrying(ends, everywhere)
+        deltas, corrected = correct(ends, products[0], starts, carried)
         agreed, within = agreeing(ends, starts), None
         if system.certain:
-            sides = [deltas, *(correct(ends, p, starts)[0] for p in products[1:])]
-            within = proved(ends, starts, sides, allowed)
-        kept = [*deltas, *scale]
+            sides = [deltas, *(correct(ends, p, starts, carried)[0] for p in products[1:])]
+            within = proved(ends, starts, sides, allowed, carried)
+        kept = [carried, *deltas, *scale]
         if system.certain:
             kept += itertools.chain(*products)
         return Attempt(agreed, within, [*corrected, *(scale if lately else [])], kept)
 
-    def proved(ends: Leaves, starts: Leaves, sides: list[Leaves], scale: Leaves) -> jax.Array:
+    def proved(
+        ends: Leaves, starts: Leaves, sides: list[Leaves], scale: Leaves, carried: jax.Array
+    ) -> jax.Array:
         """`[chunks]`, which corrections are within the limit, on all sides of the states."""
         found = [tested(before(ends), starts, d, scale, settings.tol, carried)[0] for d in sides]
         return functools.reduce(jnp.logical_and, found)
@@ -166,8 +170,8 @@ def shooting(
         values += [jnp.maximum(jnp.abs(s), jnp.roll(jnp.abs(s), 1, axis=0)) for s in starts]
     end = iterate(attempt, values, settings.max_iters, init, everywhere=everywhere)
     starts = end.values[:leaves]
-    errors, peaks = end.deltas[:leaves], end.deltas[leaves : 2 * leaves]
-    products = end.deltas[2 * leaves :]
+    carried, *kept = end.deltas
+    errors, peaks, products = kept[:leaves], kept[leaves : 2 * leaves], kept[2 * leaves :]
     rows, last, peaks, sizes, sound = _rollout(
         system, starts, errors, peaks, xs, valid, settings.tol, carried
     )
@@ -178,16 +182,16 @@ def shooting(
         # small one by one add up over the chunks.
         groups = len(system.groups)
         sides = [
-            correct(last, products[i : i + groups], starts)[0]
+            correct(last, products[i : i + groups], starts, carried)[0]
             for i in range(0, len(products), groups)
         ]
         scale = scales(before(peaks), before(last), init)
-        if axis is None:
+        if sizes and axis is None:
             # A step may be flat on both sides of a gap that is small beside a state that is gone:
             # what counts here is what rounding of that state has become.
             came = chunk_links.came_through(system.groups, products[:groups], sizes, init)
             scale = [jnp.minimum(s, c) for s, c in zip(scale, came, strict=True)]
-        meets |= proved(last, starts, sides, scale)
+        meets |= proved(last, starts, sides, scale, carried)
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
     fails = ~(jnp.all(holds) & meets[0])
     done = end.done & (everywhere(fails.astype(jnp.float32)) == 0)
@@ -280,9 +284,11 @@ def _rollout(
     way: transient growth can lift them above what they are at both ends, and what is left of them
     is of second order only where the step is as good as linear. `peaks` are the magnitudes that
     they are relative to, and grow with the states. Sizes are what the magnitudes of the chunk's own
-    states have become at its end.
+    states have become at its end; none where elements mix, whose rounding is that of their sums.
     """
     errors = list(errors) if system.certain else []
+    shapes = [leaf.shape for leaf in system.init]
+    alone = errors and all(block_size(group, shapes) == 1 for group in system.groups)
 
     def step(carry, inputs):
         states, peaks, sizes, errors, fine = carry
@@ -291,17 +297,19 @@ def _rollout(
         new = _hold(present, new, states)
         peaks = _higher(peaks, new)
         if errors:
-            columns = [jnp.stack(pair, axis=1) for pair in zip(errors, sizes, strict=True)]
+            pairs = zip(errors, sizes, strict=True) if sizes else zip(errors, strict=True)
+            columns = [jnp.stack(pair, axis=1) for pair in pairs]
             moved = jax.vmap(system.push)(states, x, columns)[1]
             errors = _hold(present, [m[:, 0] for m in moved], errors)
-            sizes = _hold(present, _higher([jnp.abs(m[:, 1]) for m in moved], new), sizes)
+            if sizes:
+                sizes = _hold(present, _higher([jnp.abs(m[:, 1]) for m in moved], new), sizes)
             fine = [
                 f & _within(e, p, tol, carried) for f, e, p in zip(fine, errors, peaks, strict=True)
             ]
         return (new, peaks, sizes, errors, fine), (new, ys)
 
     fine = [jnp.isfinite(e) for e in errors]
-    sizes = [jnp.abs(s) for s in starts] if errors else []
+    sizes = [jnp.abs(s) for s in starts] if alone else []
     carry = vary_like((list(starts), list(peaks), sizes, errors, fine), starts, xs)
     (last, peaks, sizes, _, fine), rows = lax.scan(step, carry, (xs, valid))
     sound = vary_like(jnp.ones(starts[0].shape[0], bool), starts, xs)
