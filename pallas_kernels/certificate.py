@@ -37,10 +37,9 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      there: a step that is flat at one start may be steep at another.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
    - A correction may cross a kink, beyond which it says nothing. Outside of kernels the `d` of the
-     corrected starts is therefore held to `COARSE` ulp after the last roll-out as well, and there
-     no scale is larger than what the Jacobians make of the magnitudes before. Where nothing is
-     rolled out, two passes in a row are needed. This holds for every step: the square root of a
-     square is a kink, and a sigmoid may be as sharp as one.
+     corrected starts is therefore held to `COARSE` ulp after the last roll-out as well. Where
+     nothing is rolled out, two passes in a row are needed. This holds for every step: the square
+     root of a square is a kink, and a sigmoid may be as sharp as one.
    - A state may rest on a kink, where the derivative is that of one side. A step that holds a kink
      (`max`, `abs`, `relu`) takes its Jacobians beside its states, on both sides, by at least two
      limits of their scale. `d` must be within the limit by both. In kernels the step counts by 2.
@@ -54,7 +53,10 @@ boundary adds up, and a guess that is constant in time has the residual of one s
 
 The scale of an element is its largest magnitude over the last `WINDOW` ends, and at most `SLACK`
 times that over the last two. A fixed absolute limit would accept anything for a small state. One
-relative to the instant would refuse rounding at a zero crossing.
+relative to the instant would refuse rounding at a zero crossing. For a step of one state it is also
+at most `SLACK` times what the Jacobians make of all magnitudes before: `s_t = max(|h_t|, |J_t|
+s_{t-1})` travels along, in the last roll-out of solvers and in kernels. A state may fall by much
+more than rounding, and steps that are flat on both sides of a gap would hide it behind them.
 """
 
 from typing import Any

@@ -123,6 +123,8 @@ def forward(
         buffers["heights"] = gpu.SMEM((cell.states, *tile), jnp.float32)
     if bounded:
         buffers["peaks"] = gpu.SMEM((cell.states**2, *tile), jnp.bfloat16)
+    if windows.sized(problem):
+        buffers["sizes"] = gpu.SMEM((cell.states, *tile), jnp.bfloat16)
     kernel = mosaic.launch(
         solve,
         out_type=[

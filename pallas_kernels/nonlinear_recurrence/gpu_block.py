@@ -33,6 +33,8 @@ class Block(NamedTuple):
       heights, peaks: the largest magnitudes on the way through a chunk: of the states, for an
         affine step; of the product's entries, in bfloat16, if corrections bound the error. None
         otherwise.
+      sizes: what the magnitudes of a chunk's states have become at its end, in bfloat16; for a
+        step of one state that is not affine, if corrections bound the error. None otherwise.
     """
 
     cell: ElementwiseCell
@@ -59,6 +61,7 @@ class Block(NamedTuple):
     copied: Any
     heights: Any = None
     peaks: Any = None
+    sizes: Any = None
 
 
 def bounded(block: Block) -> bool:

@@ -65,6 +65,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     near = certificate.COARSE * float(_FINFO.eps)
     kinds = [(near, NEAR), (stalled, ROUNDED), (accept, CLOSED)]
     crossed, products_end = test and bounded(block), 2 * count + count**2
+    sized = test and block.sizes is not None
 
     def finite(row: jax.Array) -> jax.Array:
         return jnp.where(jnp.abs(row) <= _FINITE, jnp.abs(row), zero)
@@ -72,7 +73,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     def visit(place: Any, rows: list[jax.Array], state: Any) -> Any:
         ends, starts = rows[:count], rows[count : 2 * count]
         products, rest = rows[2 * count : products_end], rows[products_end:]
-        arriving, tops, recent, found = state
+        arriving, tops, recent, found, came = state
         deltas, doubts = [], []
         for k, ((end, moved, inside, kept), start) in enumerate(zip(arriving, starts, strict=True)):
             # Where nothing moves it, the end itself, with the sign of its zero.
@@ -89,7 +90,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 missed = jnp.where(flushed, missed, zero)
                 doubts.append(inside.doubt + missed)
                 inside = inside._replace(doubt=doubts[k])
-                found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k])
+                found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k], came)
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
         arriving = []
         for i in range(count):
@@ -110,7 +111,8 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 inside = _Inside(most, height, doubt)
             arriving.append((ends[i], jnp.where(keep, moved, zero), inside, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
-        return arriving, tops, recent, found
+        came = [jnp.maximum(rest[-1], jnp.abs(products[0]) * c) for c in came]
+        return arriving, tops, recent, found, came
 
     def grown(row, sizes):
         """At least what corrections of these sizes become by a row of P; nothing grows from 0."""
@@ -125,9 +127,10 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             parts.append(jnp.where(small, certificate.lost(p, d), zero))
         return functools.reduce(operator.add, parts)
 
-    def sized(size, inside, sound, recent, floor=certificate.FLOOR):
+    def rated(size, inside, sound, recent, came, floor=certificate.FLOOR):
         scale = functools.reduce(jnp.maximum, recent)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
+        scale = functools.reduce(jnp.minimum, [certificate.SLACK * c for c in came], scale)
         here = zero + FAR
         for limit, kind in kinds:
             # A NaN fails the first comparison, an infinite end the second.
@@ -142,12 +145,12 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             here = jnp.where(within, kind, here)
         return here
 
-    def judge(found, end, start, moved, delta, inside, kept, recent):
+    def judge(found, end, start, moved, delta, inside, kept, recent, came):
         verdict, unequal, worst = found
         equal, met = end == start, certificate.meets(end, start)
         # Of the chunk's end, and of the next one's start; no correction turns a zero.
         size = jnp.maximum(jnp.abs(moved), jnp.abs(delta))
-        here = sized(size, inside, (kept > 0.0) & (met | ~equal), recent)
+        here = rated(size, inside, (kept > 0.0) & (met | ~equal), recent, came)
         gap = jnp.abs(end - start)
         gap = jnp.where(gap <= _FINITE, gap, jnp.inf)
         return (
@@ -162,10 +165,10 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         [finite(c) for c in carry],
         [(jnp.abs(c),) * certificate.WINDOW for c in carry],
         (zero + CLOSED, zero, zero),
+        [jnp.abs(c) for c in carry] if sized else [],
     )
-    leaving, _, recent, (verdict, unequal, worst) = _over_chunks(
-        block, _summaries(block, old, peaks=crossed, heights=crossed and affine), visit, begin
-    )
+    rows = _summaries(block, old, peaks=crossed, heights=crossed and affine, sizes=sized)
+    leaving, _, recent, (verdict, unequal, worst), came = _over_chunks(block, rows, visit, begin)
     for k, (end, moved, inside, kept) in enumerate(leaving):
         value = jnp.where(moved == 0.0, end, end + moved)
         mosaic.store(block.flags.at[FLAGS + new * count + k], value)
@@ -181,7 +184,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             size = jnp.maximum(size, gap)
         if crossed:
             sound = sound & certificate.leaves(value, inside.doubt, stalled)
-        verdict = jnp.maximum(verdict, sized(size, inside, sound, recent[k], floor=0.0))
+        verdict = jnp.maximum(verdict, rated(size, inside, sound, recent[k], came, floor=0.0))
     if not test:
         return
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
@@ -222,9 +225,9 @@ def flag(block: Block, row: int) -> Any:
 
 
 def _summaries(
-    block: Block, old: Any, *, peaks: bool = False, heights: bool = False
+    block: Block, old: Any, *, peaks: bool = False, heights: bool = False, sizes: bool = False
 ) -> list[Callable[[Any], Any]]:
-    """Rows of a chunk, given by its place in memory: ends, starts, products; peaks, heights."""
+    """Rows of a chunk by its place in memory: ends, starts, products; peaks, heights, sizes."""
     count = range(block.cell.states)
 
     def row_of(ref: Any, *index: Any) -> Any:
@@ -234,7 +237,8 @@ def _summaries(
     refs += [row_of(block.starts, old, k) for k in count]
     refs += [row_of(block.products, k) for k in range(len(count) ** 2)]
     refs += [row_of(block.peaks, k) for k in range(len(count) ** 2)] if peaks else []
-    return refs + ([row_of(block.heights, k) for k in count] if heights else [])
+    refs += [row_of(block.heights, k) for k in count] if heights else []
+    return refs + ([row_of(block.sizes, 0)] if sizes else [])
 
 
 def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:

@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 def _roll(
     block, cell, w, slot, params, first, *, columns: bool, peaks: bool, keep: bool, heights=False
-) -> tuple[list, list, list, list]:
+) -> tuple[list, list, list, list, list]:
     """Rolls this warpgroup's chunks out.
 
     Args:
@@ -69,11 +69,12 @@ def _roll(
       heights: carry the largest magnitudes of the states along.
 
     Returns:
-      Ends, columns of the product, heights, columns of peaks; empty where not asked for.
+      Ends, columns of the product, heights, columns of peaks, sizes; empty where not asked for.
     """
     plan, own = block.plan, own_rows(block)
     # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
     unvanishing = peaks and keep
+    sized = unvanishing and block.sizes is not None
     layout = mosaic.tile_layout(plan.block)
     shape = (plan.chunks // plan.warpgroups, plan.block)
     params = [mosaic.spread(p, shape[0], layout) for p in params]
@@ -87,8 +88,13 @@ def _roll(
     def higher(most, values):
         return jax.tree.map(lambda m, v: jnp.maximum(m, jnp.abs(v)), most, values)
 
-    def advance(step, inputs, states, products, tallest, most):
-        if columns:
+    def advance(step, inputs, states, products, tallest, most, came):
+        arriving = came
+        if sized:  # the one entry of the Jacobian moves the product and the size
+            new, ((slope,),) = cell.push(states, inputs, params, identity)
+            pushed = [[slope * products[0][0]]]
+            arriving = [jnp.maximum(jnp.abs(new[0]), jnp.abs(slope) * came[0])]
+        elif columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
             new, pushed = cell.step(states, inputs, params), products
@@ -96,6 +102,7 @@ def _roll(
         if unvanishing:
             pushed = jax.tree.map(certificate.kept, pushed)
         pushed = [mosaic.settle(column, shape, layout) for column in pushed]
+        arriving = mosaic.settle(arriving, shape, layout)
         if valid is not None:  # steps that do not exist leave the state, and the product, alone
             here = valid(step)
             new = [jnp.where(here, n, s) for n, s in zip(new, states, strict=True)]
@@ -103,9 +110,10 @@ def _roll(
                 [jnp.where(here, n, p) for n, p in zip(after, before, strict=True)]
                 for after, before in zip(pushed, products, strict=True)
             ]
+            arriving = [jnp.where(here, a, c) for a, c in zip(arriving, came, strict=True)]
         tallest = higher(tallest, new) if heights else tallest
         most = higher(most, pushed) if peaks else most
-        return new, pushed, tallest, most
+        return new, pushed, tallest, most, arriving
 
     def group(g, carry):
         steps = [g * together + j for j in range(together)]
@@ -125,7 +133,8 @@ def _roll(
     ]
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
     tallest = [jnp.abs(f) for f in first] if heights else []
-    carry = (list(first), identity, tallest, identity if peaks else [])
+    came = [jnp.abs(f) for f in first] if sized else []
+    carry = (list(first), identity, tallest, identity if peaks else [], came)
     ends, products, *rest = lax.fori_loop(0, plan.length // together, group, carry)
     if unvanishing:
         products = [jax.tree.map(certificate.product, column, ends) for column in products]
@@ -144,10 +153,15 @@ def _write_starts(block: Block, tiles: Arrays) -> None:
 
 
 def _write_summaries(
-    block: Block, ends: Arrays, columns: Sequence[Arrays], heights: Arrays, peaks: Sequence[Arrays]
+    block: Block,
+    ends: Arrays,
+    columns: Sequence[Arrays],
+    heights: Arrays,
+    peaks: Sequence[Arrays],
+    sizes: Arrays,
 ) -> None:
     own = own_rows(block)
-    for ref, rows in ((block.ends, ends), (block.heights, heights)):
+    for ref, rows in ((block.ends, ends), (block.heights, heights), (block.sizes, sizes)):
         for k, row in enumerate(rows):
             mosaic.store(ref.at[k, own], row)
     for ref, matrix in ((block.products, columns), (block.peaks, peaks)):

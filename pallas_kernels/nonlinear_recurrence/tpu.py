@@ -87,6 +87,7 @@ def forward(
     counts = [out((batch, width), d) for d in (jnp.int32, jnp.float32, jnp.int32)]
     shooting = plan.chunks > 1
     size = cell.states
+    ways = affine or (bounded and size == 1)  # heights, or sizes
     *states, passes, residual, completed = pl.pallas_call(
         lambda *refs: _kernel(cell, plan, limits, max(1, max_iters), affine, refs),
         grid=plan.grid,
@@ -95,9 +96,10 @@ def forward(
         + [plan.over_lanes(p.shape[0]) for p in params],
         out_specs=[plan.over_time()] * size + [lanes] * 3,
         out_shape=[out(xs[0].shape, i.dtype) for i in init] + counts,
-        # carry; done, close, residual; ahead; of all chunks: starts, ends, products, peaks, heights
+        # carry; done, close, residual; ahead; of all chunks: starts, ends, products, peaks, and
+        # heights or sizes
         scratch_shapes=tiles.scratch(
-            plan, 2 * size + 3, (2 * size + 2 * size * size + size * affine) * shooting
+            plan, 2 * size + 3, (2 * size + 2 * size * size + size * ways) * shooting
         ),
         compiler_params=tiles.compiler_params(),
         interpret=interpret,
@@ -109,6 +111,11 @@ def forward(
 
 def _kernel(cell, plan, limits, budget, affine, refs):
     size, shooting = cell.states, plan.chunks > 1
+    bounded = limits[1] > 0  # else only bits decide, and nobody asks what a correction does
+    # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
+    unvanishing = bounded and not affine
+    # Where elements mix their pushes cancel, and the size that travels says nothing.
+    sized = unvanishing and size == 1
     init, xs, params, states, counts, carry, flags, *summaries = tiles.split(
         refs,
         size,
@@ -124,12 +131,10 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         size * size * shooting,
         size * size * shooting,
         size * affine * shooting,
+        size * sized * shooting,
     )
     chunks = Chunks(*summaries)
     starts, ends = chunks.starts, chunks.ends
-    bounded = limits[1] > 0  # else only bits decide, and nobody asks what a correction does
-    # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
-    unvanishing = bounded and not affine
     done, close, residual = flags
     passes, worst, completed = counts
     begin, inside = plan.start(), plan.inside()
@@ -166,9 +171,16 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
 
         def advance(index, loop):
-            h, columns, most = loop
+            h, columns, most, came = loop
             place = plan.step(index)
-            new, pushed = cell.push(h, tiles.load(xs, place, plan.chunks), p, columns)
+            inputs = tiles.load(xs, place, plan.chunks)
+            if sized:  # the one entry of the Jacobian moves the product and the size
+                new, ((slope,),) = cell.push(h, inputs, p, unit)
+                pushed = [[slope * columns[0][0]]]
+                arriving = [jnp.maximum(jnp.abs(new[0]), jnp.abs(slope) * came[0])]
+            else:
+                new, pushed = cell.push(h, inputs, p, columns)
+                arriving = came
             if unvanishing:
                 pushed = jax.tree.map(certificate.kept, pushed)
             present = plan.exists(begin, index)
@@ -176,11 +188,12 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             if keep:
                 tiles.store(states, place, h)
             columns = [tiles.choose(present, n, c) for n, c in zip(pushed, columns, strict=True)]
-            return h, columns, higher(most, columns)
+            return h, columns, higher(most, columns), tiles.choose(present, arriving, came)
 
-        loop = ([s[...] for s in starts], unit, unit)
-        h, columns, most = lax.fori_loop(0, plan.length, advance, loop)
-        for ref, value in zip(ends, h, strict=True):
+        first = [s[...] for s in starts]
+        loop = (first, unit, unit, [jnp.abs(f) for f in first] if sized else [])
+        h, columns, most, came = lax.fori_loop(0, plan.length, advance, loop)
+        for ref, value in zip((*ends, *chunks.sizes), (*h, *came), strict=True):
             ref[...] = value
         if unvanishing:
             columns = [jax.tree.map(certificate.product, column, h) for column in columns]

@@ -20,6 +20,8 @@ class Chunks(NamedTuple):
         its entries have on their way, K K tiles each.
       heights: the largest magnitudes of the states on their way through a chunk, K tiles; of an
         affine step only.
+      sizes: what the magnitudes of a chunk's states have become at its end, one tile; of a step of
+        one state that is not affine.
     """
 
     ahead: Sequence[Any]
@@ -28,6 +30,7 @@ class Chunks(NamedTuple):
     products: Sequence[Any]
     peaks: Sequence[Any]
     heights: Sequence[Any]
+    sizes: Sequence[Any]
 
 
 def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
@@ -63,7 +66,12 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         lost = tiles.lost(size, chunks.products, place, delta)
         return most, [u + v for u, v in zip(doubt, lost, strict=True)]
 
-    def small(within, sound, off, most, height, end, recent, floor=least):
+    def arrived(place, came):
+        """What the magnitudes of all states before the end of a chunk have become there."""
+        own = zip(chunks.sizes, tiles.grown(size, chunks.products, place, came), strict=True)
+        return [jnp.maximum(ref[place], moved) for ref, moved in own]
+
+    def small(within, sound, off, most, height, end, recent, came, floor=least):
         """`within`, where corrections of this size are within the limits of an end, or a floor.
 
         On its way through the chunk the correction is held to the second limit, relative to the
@@ -72,6 +80,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         now = jnp.abs(end)
         scale = functools.reduce(jnp.maximum, recent, now)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
+        scale = functools.reduce(jnp.minimum, [certificate.SLACK * c for c in came], scale)
         sound = sound & tiles.finite(end)
         allowed = limits[1] * jnp.maximum(scale, height)
         sound = sound & (most <= jnp.maximum(allowed, least))
@@ -81,11 +90,12 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         ]
 
     def visit(index, loop):
-        exact, within, largest, delta, doubt, recent = loop
+        exact, within, largest, delta, doubt, recent, came = loop
         here, there = plan.place(index, plan.chunks), plan.place(index + 1, plan.chunks)
         end, start = [e[here] for e in ends], [s[there] for s in starts]
         moved = tiles.moved(size, chunks.products, here, delta)
         most, doubt = crossed(here, delta, doubt)
+        came = arrived(here, came) if came else came
         kept = [jnp.abs(m) <= cap for m, cap in zip(moved, caps, strict=True)]  # not a NaN
         moved = [jnp.where(keep, m, 0.0) for keep, m in zip(kept, moved, strict=True)]
         delta = [m + (e - s) for m, e, s in zip(moved, end, start, strict=True)]
@@ -100,14 +110,14 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             # Of this chunk's end, and of the next one's start.
             off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i])) + certificate.LEAST * doubt[i]
             height = chunks.heights[i][here] if affine else 0.0
-            within = small(within, sound, off, most[i], height, end[i], recent[i])
+            within = small(within, sound, off, most[i], height, end[i], recent[i], came)
             # NaN compares false: it counts as infinite.
             residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
             largest = jnp.maximum(largest, jnp.where(equal, 0.0, residual))
         for i in rows:  # where nothing moves it, the end itself, with the sign of its zero
             ends[i][here] = jnp.where(moved[i] == 0.0, end[i], end[i] + moved[i])
         recent = [(jnp.abs(end[i]), *recent[i][:-1]) for i in rows]
-        return exact, within, largest, delta, doubt, recent
+        return exact, within, largest, delta, doubt, recent, came
 
     zero = jnp.zeros(plan.row, jnp.float32)
     first = [jnp.abs(b[...]) for b in before]
@@ -118,12 +128,14 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         [zero] * size,
         [zero] * size,
         [(f,) * (certificate.WINDOW - 1) for f in first],
+        first if chunks.sizes else [],
     )
     loop = lax.fori_loop(0, plan.chunks - 1, visit, loop)
-    exact, (fine, coarse), largest, delta, doubt, recent = loop
+    exact, (fine, coarse), largest, delta, doubt, recent, came = loop
     last = plan.place(plan.chunks - 1, plan.chunks)
     moved = tiles.moved(size, chunks.products, last, delta)
     most, doubt = crossed(last, delta, doubt)
+    came = arrived(last, came) if came else came
     for i in rows:
         end, sound = ends[i][last], jnp.abs(moved[i]) <= caps[i]
         new = jnp.where(sound & (moved[i] != 0.0), end + moved[i], end)
@@ -138,8 +150,8 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         if bounded:
             sound = sound & certificate.leaves(new, doubt[i], limits[1])
         height = chunks.heights[i][last] if affine else 0.0
-        within = small((fine, coarse), sound, off, most[i], height, end, recent[i], floor=0.0)
-        fine, coarse = within
+        within, marks = (fine, coarse), (most[i], height, end, recent[i], came)
+        fine, coarse = small(within, sound, off, *marks, floor=0.0)
         ends[i][last] = new
     return exact, fine, coarse, largest
 

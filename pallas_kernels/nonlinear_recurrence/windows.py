@@ -79,6 +79,11 @@ class Problem(NamedTuple):
     bounded: bool
 
 
+def sized(problem: Problem) -> bool:
+    """Whether the size of a state travels with its product: where elements mix, pushes cancel."""
+    return problem.bounded and not problem.affine and problem.states == 1
+
+
 def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: int) -> int:
     """Shared memory of a block of threads; Pallas begins every buffer at a multiple of 1024."""
     tile, k = 4 * block * chunks, problem.states
@@ -86,7 +91,7 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     heights, peaks = k * tile * problem.affine, k * k * tile // 2 * problem.bounded
     # Ends, products, two sets of starts; carry and flags.
     summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, (12 + 8 * k) * block]
-    summaries += [heights, peaks]
+    summaries += [heights, peaks, tile // 2 * sized(problem)]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from pallas_kernels import nonlinear_recurrence
 from pallas_kernels.linear_recurrence import affine_cell
 from tests.kernels.test_kernels_drift import BLOCK, GPU, by_kernel
-from tests.recurrence.kit import QUICK
+from tests.recurrence.kit import QUICK, falling_sign
 
 LANES = pathlib.Path(__file__).with_name("critical_points.npz")
 PATHS = ["mosaic_tpu_interpret", GPU]
@@ -192,3 +192,14 @@ def test_what_is_flushed_on_the_way_is_doubted_until_it_counts(implementation, w
     found = solved(step, implementation, init, xs, chunks=window // length, window=window)
     # 0.04 to 0.35 was seen where doubts ended with their window.
     np.testing.assert_allclose(found.states[0][-1], scanned(step, init, xs)[-1], rtol=2e-4)
+
+
+@pytest.mark.parametrize("falls", [1, 2, 3])
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_gap_counts_by_what_is_left_of_the_states_before(implementation, falls):
+    step, init, xs = falling_sign(falls)
+    init = jnp.full((1, BLOCK), init)
+    xs = [jnp.broadcast_to(x[:, None, None], (64, 1, BLOCK)) for x in xs]
+    found = solved(step, implementation, init, xs, chunks=16, window=64)
+    np.testing.assert_allclose(found.states[0], scanned(step, init, xs), rtol=1e-5)
+    assert np.allclose(found.states[0][-1], -4000) and np.all(found.fallback_steps == 0)

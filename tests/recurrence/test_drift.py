@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxpara as jp
-from tests.recurrence.kit import QUICK
+from tests.recurrence.kit import QUICK, falling_sign
 
 F32 = jnp.float32
 
@@ -315,25 +315,10 @@ def test_zeros_keep_their_sign(solver):
         np.testing.assert_allclose(ours, wanted, rtol=1e-6)
 
 
-@pytest.mark.slow  # compiled quickly, a saturated tanh is not flat
 @pytest.mark.parametrize("falls", [1, 2, 3])
 @pytest.mark.parametrize("solver", [jp.shooting(), jp.shooting(chunks=16), jp.newton()])
 def test_a_gap_counts_by_what_is_left_of_the_states_before(solver, falls):
-    # A state of 1e16 falls chunk by chunk. Its sign is all that is left of it in the end, and the
-    # steps are flat on both sides: a chunk with the wrong sign closes its gap to the next one.
-    steps, length = 64, 4
-    a, w, k, b = np.ones(steps), np.zeros(steps), np.ones(steps), np.zeros(steps)
-    b[length + 1] = -1e16
-    at = 2 * length + 1
-    for size, gain in [*[(1e16, 1)] * (falls - 1), (1e8, 1), (1, 1), (4e3, 10)]:
-        a[at], w[at], k[at] = 0, size, gain
-        at += length
-
-    def step(h, x):
-        h = x[0] * h + x[1] * jnp.tanh(x[2] * h) + x[3]
-        return h, h
-
-    xs = [jnp.asarray(v, F32) for v in (a, w, k, b)]
-    (_, ys), _ = jp.solve_scan(step, F32(20), xs, solver=solver)
-    np.testing.assert_allclose(ys, lax.scan(step, F32(20), xs)[1], rtol=1e-5)
+    step, init, xs = falling_sign(falls)
+    (_, ys), _ = jp.solve_scan(states_of(step), init, xs, solver=solver)
+    np.testing.assert_allclose(ys, lax.scan(states_of(step), init, xs)[1], rtol=1e-5)
     assert np.isclose(ys[-1], -4000)

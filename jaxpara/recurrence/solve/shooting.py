@@ -190,7 +190,9 @@ def shooting(
             # A step may be flat on both sides of a gap that is small beside a state that is gone:
             # what counts here is what rounding of that state has become.
             came = chunk_links.came_through(system.groups, products[:groups], sizes, init)
-            scale = [jnp.minimum(s, c) for s, c in zip(scale, came, strict=True)]
+            scale = [
+                jnp.minimum(s, certificate.SLACK * c) for s, c in zip(scale, came, strict=True)
+            ]
         meets |= proved(last, starts, sides, scale, carried)
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
     fails = ~(jnp.all(holds) & meets[0])
