@@ -299,12 +299,18 @@ def _rollout(
         new = _hold(present, new, states)
         peaks = _higher(peaks, new)
         if errors:
-            pairs = zip(errors, sizes, strict=True) if sizes else zip(errors, strict=True)
-            columns = [jnp.stack(pair, axis=1) for pair in pairs]
-            moved = jax.vmap(system.push)(states, x, columns)[1]
-            errors = _hold(present, [m[:, 0] for m in moved], errors)
-            if sizes:
-                sizes = _hold(present, _higher([jnp.abs(m[:, 1]) for m in moved], new), sizes)
+            if sizes:  # the one entry of each Jacobian moves both
+                slopes = jax.vmap(system.push)(
+                    states, x, [jnp.ones_like(e)[:, None] for e in errors]
+                )
+                slopes = [m[:, 0] for m in slopes[1]]
+                moved = [m * e for m, e in zip(slopes, errors, strict=True)]
+                came = [jnp.abs(m) * s for m, s in zip(slopes, sizes, strict=True)]
+                sizes = _hold(present, _higher(came, new), sizes)
+            else:
+                moved = jax.vmap(system.push)(states, x, [e[:, None] for e in errors])[1]
+                moved = [m[:, 0] for m in moved]
+            errors = _hold(present, moved, errors)
             fine = [
                 f & _within(e, p, tol, carried) for f, e, p in zip(fine, errors, peaks, strict=True)
             ]
