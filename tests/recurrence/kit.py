@@ -187,3 +187,35 @@ def falling_sign(falls, steps=64, length=4):
         return x[0] * h + x[1] * u / jnp.sqrt(1 + u * u) + x[3]
 
     return step, jnp.float32(20), [jnp.asarray(v, jnp.float32) for v in (a, w, k, b)]
+
+
+def sharp(h, x, sin=jnp.sin):
+    """A step that scales the state by `x[0]` and is as sharp as `x[1]`."""
+    return x[0] * (h * (1 + 0.4 * sin(x[1] * h)))
+
+
+def faded(width, seed, hold=1, low_chunk=None):
+    """A sharp step takes a state to 1e-36. `hold` chunks of 4 steps later it grows by up to 1e33.
+
+    Returns `(init, factors, sharpness, last)` for `sharp`: `[width]`, twice `[64, width]`, and the
+    last states in float64. It is drawn which chunk the state falls in, unless `low_chunk` says it.
+    """
+    rng = np.random.default_rng(seed)
+    steps, length = 64, 4
+    low_chunk = rng.integers(3, 7, width) if low_chunk is None else low_chunk
+    t, down = np.arange(steps)[:, None], np.full(width, length * low_chunk)
+    chunk = down // length
+    down, up = down + rng.integers(0, length, width), length * (chunk + 1 + hold)
+    low, growth = rng.uniform(-36.7, -35, width), 2.0 ** rng.integers(60, 110, width)
+    mild = 10 ** rng.uniform(-1, 1, (steps, width)) * (rng.random((steps, width)) < 0.3)
+    w = np.float32(np.where(t < down - 1, mild, 0) + (t == down) * 10 ** rng.uniform(1, 6, width))
+    a = np.zeros((steps, width), np.float32)
+    h = start = np.float32(rng.normal(size=width))
+    for i in range(steps):
+        size = np.abs(sharp(np.float64(h), (1.0, w[i]), np.sin))
+        to = np.where(i < down, 1.0, np.where(i == down, 10**low, size))
+        a[i] = 2.0 ** np.round(np.log2(to / size))
+        a[i] = np.where((i // length == chunk + 1) & (i % length == 0), 0.125, a[i])
+        a[i] = np.where(i == up, growth, a[i])
+        h = sharp(np.float64(h), (a[i], w[i]), np.sin)
+    return start, a, w, h

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
+from tests.recurrence.kit import faded, sharp
 
 SOLVERS = {
     "shooting": jp.shooting(),
@@ -20,36 +21,6 @@ SOLVERS = {
 }
 
 
-def sharp(h, x, sin=jnp.sin):
-    return x[0] * (h * (1 + 0.4 * sin(x[1] * h)))
-
-
-def faded(width, hold):
-    """A sharp step takes a state to 1e-36. `hold` chunks of 4 steps later it grows by up to 1e33.
-
-    Returns `(init, factors, sharpness, last)`: `[width]`, twice `[64, width]`, and the last states
-    in float64.
-    """
-    rng = np.random.default_rng(hold)
-    steps, length = 64, 4
-    t, down = np.arange(steps)[:, None], length * rng.integers(3, 7, width)
-    chunk = down // length
-    down, up = down + rng.integers(0, length, width), length * (chunk + 1 + hold)
-    low, growth = rng.uniform(-36.7, -35, width), 2.0 ** rng.integers(60, 110, width)
-    mild = 10 ** rng.uniform(-1, 1, (steps, width)) * (rng.random((steps, width)) < 0.3)
-    w = np.float32(np.where(t < down - 1, mild, 0) + (t == down) * 10 ** rng.uniform(1, 6, width))
-    a = np.zeros((steps, width), np.float32)
-    h = start = np.float32(rng.normal(size=width))
-    for i in range(steps):
-        size = np.abs(sharp(np.float64(h), (1.0, w[i]), np.sin))
-        to = np.where(i < down, 1.0, np.where(i == down, 10**low, size))
-        a[i] = 2.0 ** np.round(np.log2(to / size))
-        a[i] = np.where((i // length == chunk + 1) & (i % length == 0), 0.125, a[i])
-        a[i] = np.where(i == up, growth, a[i])
-        h = sharp(np.float64(h), (a[i], w[i]), np.sin)
-    return jnp.asarray(start), jnp.asarray(a), jnp.asarray(w), h
-
-
 def states_of(step):
     return lambda h, x: (step(h, x),) * 2
 
@@ -57,7 +28,7 @@ def states_of(step):
 @pytest.mark.parametrize("hold", [1, 2])
 @pytest.mark.parametrize("name", ["short chunks", "newton", "chunked"])
 def test_a_gap_that_would_be_flushed_counts_when_it_grows(name, hold):
-    init, *xs, last = faded(256, hold)
+    init, a, w, last = faded(256, seed=hold, hold=hold)
 
     @jax.jit
     @jax.vmap
@@ -66,7 +37,7 @@ def test_a_gap_that_would_be_flushed_counts_when_it_grows(name, hold):
         solve = lambda *args: jp.solve_scan(*args, solver=SOLVERS[name])  # noqa: E731
         return run(solve), run(lax.scan)[1]
 
-    ((_, ys), info), wanted = both(init, *(x.T for x in xs))
+    ((_, ys), info), wanted = both(init, a.T, w.T)
     found, lost = (np.abs(np.float64(v[:, -1]) / last - 1) for v in (ys, wanted))
     assert np.all(found <= 2e-4 + 4 * lost)  # the sharp step amplifies each rounding
     assert np.mean(info.converged) > 0.5
