@@ -110,15 +110,9 @@ def lowered(delta: jax.Array, carried: jax.Array) -> jax.Array:
 
 def moved_by(value: jax.Array, delta: jax.Array, carried: jax.Array) -> jax.Array:
     """A value plus a correction as carried; where it stays, itself, with the sign of its zero."""
-    u = carried.astype(value.dtype)
-    raised = (u * value + delta) * (1 / u)
-    plain = value + lowered(delta, carried)
-    new = jnp.where(jnp.abs(value) < _ROOM, raised, plain)
-    return jnp.where((delta == 0) | (new == value), value, new)
-
-
-# Values below it can be raised.
-_ROOM = 2.0**100
+    unit = carried.astype(value.dtype)
+    new = (unit * value + delta) * (1 / unit)
+    return jnp.where(new == value, value, new)
 
 
 def below(delta: jax.Array, relative: float, size: jax.Array, carried: jax.Array) -> jax.Array:

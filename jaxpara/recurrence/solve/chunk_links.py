@@ -1,4 +1,4 @@
-"""From chunk to chunk of multiple shooting: corrections, and what they are measured by."""
+"""From chunk to chunk of multiple shooting: the corrections."""
 
 import functools
 from typing import Any
@@ -75,33 +75,6 @@ def leaving(chain, groups, ends, matrices, starts, cap, carried):
     _, fits, end = move(groups, matrix, delta, last, cap, carried)
     lost = ~functools.reduce(jnp.logical_and, map(jnp.all, fits))
     return end, _product(matrices), lost
-
-
-def came_through(groups, matrices, sizes: Leaves, init: Leaves) -> list[jax.Array]:
-    """What the size of any state before a start has become there, to first order.
-
-    Args:
-      groups: structure of the Jacobians.
-      matrices: products of the chunks, `[C, K, K, N]` for each group.
-      sizes: what the sizes of a chunk's own states have become at its end, `[C, *leaf]`.
-      init: the state before the first chunk.
-
-    Returns:
-      `[C, *leaf]`; infinite where a product is not finite.
-    """
-
-    def link(size, inputs):
-        matrix, own = inputs
-        lanes = jacobian_products.to_lanes(groups, size)
-        moved = jacobian_products.apply([jnp.abs(m) for m in matrix], lanes)
-        moved = jacobian_products.from_lanes(groups, moved, size)
-        new = [jnp.maximum(o, m.astype(o.dtype)) for o, m in zip(own, moved, strict=True)]
-        new = [jnp.where(jnp.isnan(n), jnp.inf, n) for n in new]
-        return new, new
-
-    first = vary_like([jnp.abs(i) for i in init], sizes, matrices)
-    rest = lax.scan(link, first, ([m[:-1] for m in matrices], [s[:-1] for s in sizes]))[1]
-    return [jnp.concatenate([f[None], r]) for f, r in zip(first, rest, strict=True)]
 
 
 def _product(matrices: Leaves) -> list[jax.Array]:

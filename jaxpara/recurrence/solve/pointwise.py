@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.lanes import select, vary_like
-from jaxpara.recurrence.solve import jacobian_products, sharded_time
+from jaxpara.recurrence.solve import earlier_sizes, jacobian_products, sharded_time
 from jaxpara.recurrence.solve.certified import (
     beside,
     carrying,
@@ -55,6 +55,8 @@ from pallas_kernels import certificate
 # Iterations of Newton that may follow those of a solver whose updates bound nothing, once these are
 # below this power of what counts: Newton squares an error, so three or four are wanted.
 _CLOSING, _NEAR = 8, 0.25
+# Steps whose rounding a gap between neighbours may hold.
+_LOOK_BACK = 2
 
 
 def newton(
@@ -181,13 +183,16 @@ def _solve(
     def everywhere(number: jax.Array) -> jax.Array:
         return number if axis is None else jnp.max(axis.gather(number))
 
+    def carried_by(states: Leaves) -> jax.Array:
+        # Of some states: a CPU would pay for a pass over all of them.
+        return carrying([s[:: math.isqrt(steps) or 1] for s in states], everywhere)
+
     def attempt(
         correct: Callable, scale_of: Callable, tol, states: Leaves, number: jax.Array
     ) -> Attempt:
         before = sharded_time.preceding(axis, init, states)
         after = apply(before)
-        # Of some states: a CPU would pay for a pass over all of them.
-        carried = carrying([a[:: math.isqrt(steps) or 1] for a in after], everywhere)
+        carried = carried_by(after)
         if not certain:
             new, _ = correct(system, before, after, states, system.xs, carried)
             return Attempt(exact(after, states), None, new)
@@ -219,6 +224,24 @@ def _solve(
     def scale_now(after: Leaves) -> Leaves:
         return scales(after, after, init)
 
+    def hidden(after: Leaves, states: Leaves, before: Leaves, counted: jax.Array) -> jax.Array:
+        """`[time]`, which gaps of what is returned do not count, see `earlier_sizes`."""
+        unit = carried_by(after)
+
+        def passing(ends: Leaves, starts: Leaves, scale: Leaves) -> jax.Array:
+            gap = gaps(ends, starts, unit)
+            return tested(ends, starts, gap, scale, settings.tol, unit)[0]
+
+        def explained(rows: jax.Array) -> jax.Array:
+            left = earlier_sizes.travelled(
+                system, before, states, rows, _LOOK_BACK, settings.tol, axis
+            )
+            left = [certificate.SLACK * size for size in left]
+            return passing([a[rows] for a in after], [s[rows] for s in states], left)
+
+        plain = passing(after, states, earlier_sizes.own(after, states))
+        return earlier_sizes.unexplained(counted & ~plain, explained, everywhere)
+
     if guess is None:
         # One application of the step saves about one iteration over a constant guess.
         states = apply([jnp.broadcast_to(i, (steps, *i.shape)) for i in init])
@@ -249,8 +272,14 @@ def _solve(
     agreed, worst = exact(list(after), values), residual(list(after), values)
     # Where the approach did not come near, only what is exact needs no completion. What is exact
     # counts whatever its correction, which an infinite Jacobian makes a NaN.
-    opening = jnp.maximum(jnp.where(near | (not certain), found.opening, 0), leading(agreed))
-    done = (near & found.done) | (everywhere(jnp.any(~agreed).astype(jnp.float32)) == 0)
+    opening, done = jnp.where(near | (not certain), found.opening, 0), near & found.done
+    if certain:
+        # Corrections that counted may have hidden where the next one would have led.
+        holds = ~hidden(list(after), values, before, done & ~agreed)
+        opening = jnp.minimum(opening, leading(holds))
+        done &= everywhere(jnp.any(~holds).astype(jnp.float32)) == 0
+    opening = jnp.maximum(opening, leading(agreed))
+    done |= everywhere(jnp.any(~agreed).astype(jnp.float32)) == 0
     rows = jax.tree.map(lambda r: r[:, None], (list(values), ys))
     xs = jax.tree.map(lambda x: x[None], system.xs)
     rows, fallback = finish(system, rows, xs, None, before, done, opening, axis, (steps, 1))

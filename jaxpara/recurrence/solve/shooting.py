@@ -26,7 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara.recurrence.lanes import select, vary_like
-from jaxpara.recurrence.solve import chunk_links, jacobian_products, sharded_time
+from jaxpara.recurrence.solve import (
+    chunk_links,
+    earlier_sizes,
+    jacobian_products,
+    sharded_time,
+)
 from jaxpara.recurrence.solve.certified import (
     below,
     beside,
@@ -40,7 +45,6 @@ from jaxpara.recurrence.solve.certified import (
 )
 from jaxpara.recurrence.solve.complete import complete
 from jaxpara.recurrence.solve.iterate import Attempt, iterate, leading
-from jaxpara.recurrence.structure.jacobian_blocks import block_size
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System
 from pallas_kernels import certificate
 
@@ -151,8 +155,7 @@ def shooting(
         ends: Leaves, starts: Leaves, sides: list[Leaves], scale: Leaves, carried: jax.Array
     ) -> jax.Array:
         """`[chunks]`, which corrections are within the limit, on all sides of the states."""
-        found = [tested(before(ends), starts, d, scale, settings.tol, carried)[0] for d in sides]
-        return functools.reduce(jnp.logical_and, found)
+        return _passing(before(ends), starts, sides, scale, settings.tol, carried)
 
     def agreeing(ends: Leaves, starts: Leaves) -> jax.Array:
         """`[chunks]`, which agree bit for bit, as do all before them.
@@ -164,6 +167,40 @@ def shooting(
             return jnp.cumprod(same.astype(jnp.int32)) == 1
         return same & (everywhere(jnp.any(~same).astype(jnp.float32)) == 0)
 
+    def upheld(
+        rows: Leaves,
+        ends: Leaves,
+        peaks: Leaves,
+        starts: Leaves,
+        products: Leaves,
+        carried: jax.Array,
+        meets: jax.Array,
+    ) -> jax.Array:
+        """`[chunks]`, which corrections are still within the limit, of what is returned.
+
+        What a correction leaves where it crossed a kink is not of second order: gaps that are small
+        one by one add up over the chunks.
+        """
+        groups = len(system.groups)
+        parts = [products[i : i + groups] for i in range(0, len(products), groups)]
+        sides = [correct(ends, part, starts, carried)[0] for part in parts]
+        scale = scales(before(peaks), before(ends), init)
+        counts, met = proved(ends, starts, sides, scale, carried), before(ends)
+        own = map(jnp.minimum, scale, earlier_sizes.own(met, starts))
+        doubtful = counts & ~meets & ~proved(ends, starts, sides, list(own), carried)
+
+        def explained(chunks: jax.Array) -> jax.Array:
+            states = _joined(rows, system.length)
+            entered = sharded_time.preceding(axis, init, states)
+            at = (chunks * length - 1, 2 * length, settings.tol, axis)
+            left = earlier_sizes.travelled(system, entered, states, *at)
+            arrived, begin, recent = ([v[chunks] for v in part] for part in (met, starts, scale))
+            limits = map(jnp.minimum, recent, [certificate.SLACK * size for size in left])
+            near = [[d[chunks] for d in side] for side in sides]
+            return _passing(arrived, begin, near, list(limits), settings.tol, carried)
+
+        return counts & ~earlier_sizes.unexplained(doubtful, explained, everywhere)
+
     leaves = len(init)
     values = list(starts)
     if system.kinks:
@@ -172,28 +209,13 @@ def shooting(
     starts = end.values[:leaves]
     carried, *kept = end.deltas
     errors, peaks, products = kept[:leaves], kept[leaves : 2 * leaves], kept[2 * leaves :]
-    rows, last, peaks, sizes, sound = _rollout(
+    rows, last, peaks, sound = _rollout(
         system, starts, errors, peaks, xs, valid, settings.tol, carried
     )
     # The program that returns the states may round in another way than the one that was tested.
     meets, worst = agreeing(last, starts), residual(before(last), starts)
     if system.certain:
-        # Nor is what a correction leaves of second order where it crossed a kink: gaps that are
-        # small one by one add up over the chunks.
-        groups = len(system.groups)
-        sides = [
-            correct(last, products[i : i + groups], starts, carried)[0]
-            for i in range(0, len(products), groups)
-        ]
-        scale = scales(before(peaks), before(last), init)
-        if sizes and axis is None:
-            # A step may be flat on both sides of a gap that is small beside a state that is gone:
-            # what counts here is what rounding of that state has become.
-            came = chunk_links.came_through(system.groups, products[:groups], sizes, init)
-            scale = [
-                jnp.minimum(s, certificate.SLACK * c) for s, c in zip(scale, came, strict=True)
-            ]
-        meets |= proved(last, starts, sides, scale, carried)
+        meets |= upheld(rows[0], last, peaks, starts, products, carried, meets)
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
     fails = ~(jnp.all(holds) & meets[0])
     done = end.done & (everywhere(fails.astype(jnp.float32)) == 0)
@@ -201,10 +223,24 @@ def shooting(
     opening = jnp.where(end.done, count, jnp.maximum(end.opening - 1, 0))
     opening = jnp.minimum(opening, leading(holds))
     rows, fallback = finish(system, rows, xs, valid, starts, done, opening, axis, (count, length))
-    states, ys = jax.tree.map(
-        lambda r: r.reshape(count * length, *r.shape[2:])[: system.length], rows
-    )
+    states, ys = _joined(rows, system.length)
     return Solution(states, ys, done, end.used, everywhere(worst), fallback, starts)
+
+
+def _passing(ends: Leaves, starts: Leaves, sides, scale: Leaves, tol, carried) -> jax.Array:
+    """`[n]`, which rows have corrections within the limit by the Jacobians of all sides."""
+    found = [tested(ends, starts, deltas, scale, tol, carried)[0] for deltas in sides]
+    return functools.reduce(jnp.logical_and, found)
+
+
+def _joined(rows: Any, steps: int) -> Any:
+    """`[count, length, ...]` to `[steps, ...]`."""
+
+    def one(leaf):
+        count, length, *shape = leaf.shape
+        return leaf.reshape(count * length, *shape)[:steps]
+
+    return jax.tree.map(one, rows)
 
 
 def first_guess(init, guess, count, axis) -> list[jax.Array]:
@@ -279,53 +315,39 @@ def _higher(peaks: Leaves, states: Leaves) -> list[jax.Array]:
 def _rollout(
     system: System, starts: Leaves, errors: Leaves, peaks: Leaves, xs: Any, valid, tol, carried
 ):
-    """Rows, ends, peaks, sizes, and which chunks are sound.
+    """Rows, ends, peaks, and which chunks are sound.
 
     Rows are trajectory and outputs, `[count, length, ...]`. A chunk is sound if `errors`, the
     corrections that its start has just had (`carried` times), stay within `LINEAR` limits all the
     way: transient growth can lift them above what they are at both ends, and what is left of them
     is of second order only where the step is as good as linear. `peaks` are the magnitudes that
-    they are relative to, and grow with the states. Sizes are what the magnitudes of the chunk's own
-    states have become at its end; none where elements mix, whose rounding is that of their sums.
+    they are relative to, and grow with the states.
     """
     errors = list(errors) if system.certain else []
-    shapes = [leaf.shape for leaf in system.init]
-    alone = errors and all(block_size(group, shapes) == 1 for group in system.groups)
 
     def step(carry, inputs):
-        states, peaks, sizes, errors, fine = carry
+        states, peaks, errors, fine = carry
         x, present = inputs
         new, ys = jax.vmap(system.step)(states, x)
         new = _hold(present, new, states)
         peaks = _higher(peaks, new)
         if errors:
-            if sizes:  # the one entry of each Jacobian moves both
-                slopes = jax.vmap(system.push)(
-                    states, x, [jnp.ones_like(e)[:, None] for e in errors]
-                )
-                slopes = [m[:, 0] for m in slopes[1]]
-                moved = [m * e for m, e in zip(slopes, errors, strict=True)]
-                came = [jnp.abs(m) * s for m, s in zip(slopes, sizes, strict=True)]
-                sizes = _hold(present, _higher(came, new), sizes)
-            else:
-                moved = jax.vmap(system.push)(states, x, [e[:, None] for e in errors])[1]
-                moved = [m[:, 0] for m in moved]
-            errors = _hold(present, moved, errors)
+            moved = jax.vmap(system.push)(states, x, [e[:, None] for e in errors])[1]
+            errors = _hold(present, [m[:, 0] for m in moved], errors)
             fine = [
                 f & _within(e, p, tol, carried) for f, e, p in zip(fine, errors, peaks, strict=True)
             ]
-        return (new, peaks, sizes, errors, fine), (new, ys)
+        return (new, peaks, errors, fine), (new, ys)
 
     fine = [jnp.isfinite(e) for e in errors]
-    sizes = [jnp.abs(s) for s in starts] if alone else []
-    carry = vary_like((list(starts), list(peaks), sizes, errors, fine), starts, xs)
-    (last, peaks, sizes, _, fine), rows = lax.scan(step, carry, (xs, valid))
+    carry = vary_like((list(starts), list(peaks), errors, fine), starts, xs)
+    (last, peaks, _, fine), rows = lax.scan(step, carry, (xs, valid))
     sound = vary_like(jnp.ones(starts[0].shape[0], bool), starts, xs)
     if errors:  # nothing grows from zero, whatever the Jacobian
         quiet = jax.vmap(lambda *e: chunk_links.quiet(system.groups, e))(*errors)
         for f, q in zip(fine, quiet, strict=True):
             sound &= jnp.all(f | q, axis=tuple(range(1, f.ndim)))
-    return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, peaks, sizes, sound
+    return jax.tree.map(lambda r: jnp.swapaxes(r, 0, 1), rows), last, peaks, sound
 
 
 def _within(error: jax.Array, peak: jax.Array, tol: float | None, carried) -> jax.Array:
