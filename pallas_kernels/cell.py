@@ -6,10 +6,13 @@ float32 and uses only elementwise primitives, so that a kernel body may call it 
 registers. Values that the step keeps in a narrower type are rounded to it inside.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Arrays = Sequence[jax.Array]
 
@@ -48,3 +51,15 @@ class ElementwiseCell(NamedTuple):
     pull_state: Callable[[Arrays, Arrays, Arrays, Arrays], list[jax.Array]]
     using: Callable[[Mapping[str, Callable[[jax.Array], jax.Array]]], Any] | None = None
     rounds: bool = False
+
+
+def moved(jacobian: Sequence[Arrays], tangent: Arrays) -> list[jax.Array]:
+    """`J v`, from the columns of a Jacobian: `jacobian[j][i]` is d leaf i / d leaf j."""
+    columns = [[entry * v for entry in column] for column, v in zip(jacobian, tangent, strict=True)]
+    return [functools.reduce(operator.add, parts) for parts in zip(*columns, strict=True)]
+
+
+def became(jacobian: Sequence[Arrays], sizes: Arrays, states: Arrays) -> list[jax.Array]:
+    """What magnitudes become in a step that leads to `states`, their own included."""
+    sizes = moved([[jnp.abs(entry) for entry in column] for column in jacobian], sizes)
+    return [jnp.maximum(jnp.abs(new), size) for new, size in zip(states, sizes, strict=True)]

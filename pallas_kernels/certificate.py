@@ -53,10 +53,11 @@ boundary adds up, and a guess that is constant in time has the residual of one s
 
 The scale of an element is its largest magnitude over the last `WINDOW` ends, and at most `SLACK`
 times that over the last two. A fixed absolute limit would accept anything for a small state. One
-relative to the instant would refuse rounding at a zero crossing. For a step of one state it is also
-at most `SLACK` times what the Jacobians make of all magnitudes before: `s_t = max(|h_t|, |J_t|
-s_{t-1})` travels along, in the last roll-out of solvers and in kernels. A state may fall by much
-more than rounding, and steps that are flat on both sides of a gap would hide it behind them.
+relative to the instant would refuse rounding at a zero crossing. It is also at most `SLACK` times
+what the Jacobians make of the magnitudes before, `s_t = max(|h_t|, |J_t| s_{t-1})`. A state may
+fall by much more than rounding, and steps that are flat on both sides of a gap would hide it behind
+them. In kernels `s` travels along. Outside of them it is made for the rows of the result whose gap
+is beyond `SLACK` limits of the state itself.
 """
 
 from typing import Any

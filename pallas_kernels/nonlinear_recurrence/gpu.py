@@ -27,6 +27,7 @@ from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence import windows
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
+    carried,
     channels,
     load_row,
     stage,
@@ -114,8 +115,7 @@ def forward(
         "ends": gpu.SMEM((cell.states, *tile), jnp.float32),
         "products": gpu.SMEM((cell.states**2, *tile), jnp.float32),
         "starts": gpu.SMEM((2, cell.states, *tile), jnp.float32),
-        "carry": gpu.SMEM((cell.states, plan.block), jnp.float32),
-        "flags": gpu.SMEM((FLAGS + 2 * cell.states, plan.block), jnp.float32),
+        "flags": gpu.SMEM((FLAGS + 3 * cell.states, plan.block), jnp.float32),
         "arrived": gpu.Barrier(num_arrivals=plan.warpgroups),
         "copied": gpu.Barrier(num_arrivals=len(xs), num_barriers=plan.slots),
     }
@@ -171,7 +171,7 @@ def _solve(block: Block, affine: bool) -> None:
     @pl.when(wg == 0)
     def _():
         for k in states:
-            mosaic.store(block.carry.at[k], load_row(block, block.init[k].at[b, here]))
+            mosaic.store(carried(block, k), load_row(block, block.init[k].at[b, here]))
         for first in range(plan.slots - 1):
             stage(block, first)
 
@@ -201,7 +201,7 @@ def _solve(block: Block, affine: bool) -> None:
         def _():
             first = FLAGS + outcome.starts * len(states)
             for k in states:
-                mosaic.store(block.carry.at[k], load_row(block, block.flags.at[first + k]))
+                mosaic.store(carried(block, k), load_row(block, block.flags.at[first + k]))
 
         # The copy engine is about to write where all have read inputs: their reads come first.
         if plan.slots < plan.windows:

@@ -27,14 +27,13 @@ class Block(NamedTuple):
       staged: inputs of windows, `[slots, C, L, block]` each.
       ends, products, starts: summaries of the chunks. Where they end, `[K, C, block]`; the product
         of their Jacobians, `[K * K, C, block]`; and two sets of starts, of `[K, C, block]`.
-      carry: the exact state before the window, `[K, block]`.
-      flags: what `gpu_link` finds, `[3 + 2 K, block]`.
+      flags: what `gpu_link` finds, and the exact state before the window, `[3 + 3 K, block]`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
       heights, peaks: the largest magnitudes on the way through a chunk: of the states, for an
         affine step; of the product's entries, in bfloat16, if corrections bound the error. None
         otherwise.
       sizes: what the magnitudes of a chunk's states have become at its end, in bfloat16; for a
-        step of one state that is not affine, if corrections bound the error. None otherwise.
+        step that is not affine, if corrections bound the error. None otherwise.
     """
 
     cell: ElementwiseCell
@@ -55,13 +54,17 @@ class Block(NamedTuple):
     ends: Any
     products: Any
     starts: Any
-    carry: Any
     flags: Any
     arrived: Any
     copied: Any
     heights: Any = None
     peaks: Any = None
     sizes: Any = None
+
+
+def carried(block: Block, state: int) -> Any:
+    """The row of the flags that holds a state as it is before the window."""
+    return block.flags.at[block.flags.shape[0] - block.cell.states + state]
 
 
 def bounded(block: Block) -> bool:

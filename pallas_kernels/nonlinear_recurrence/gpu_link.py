@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import certificate, mosaic
-from pallas_kernels.nonlinear_recurrence.gpu_block import Block, bounded, in_memory, load_row, zeros
+from pallas_kernels.nonlinear_recurrence.gpu_block import (
+    Block,
+    bounded,
+    carried,
+    in_memory,
+    load_row,
+    zeros,
+)
 
 # Rows whose loads are issued together in a pass over the chunks' summaries: the best that divides
 # C, while there are registers for it. Four divides every C.
@@ -90,7 +97,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 missed = jnp.where(flushed, missed, zero)
                 doubts.append(inside.doubt + missed)
                 inside = inside._replace(doubt=doubts[k])
-                found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k], came)
+                found = judge(found, end, start, moved, deltas[k], inside, kept, recent[k], came[k])
         tops = [jnp.maximum(t, finite(e)) for t, e in zip(tops, ends, strict=True)]
         arriving = []
         for i in range(count):
@@ -111,7 +118,9 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 inside = _Inside(most, height, doubt)
             arriving.append((ends[i], jnp.where(keep, moved, zero), inside, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
-        came = [jnp.maximum(rest[-1], jnp.abs(products[0]) * c) for c in came]
+        if sized:
+            own = rest[-count:]
+            came = [jnp.maximum(own[i], grown(products[i::count], came)) for i in range(count)]
         return arriving, tops, recent, found, came
 
     def grown(row, sizes):
@@ -130,7 +139,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     def rated(size, inside, sound, recent, came, floor=certificate.FLOOR):
         scale = functools.reduce(jnp.maximum, recent)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
-        scale = functools.reduce(jnp.minimum, [certificate.SLACK * c for c in came], scale)
+        scale = jnp.minimum(scale, certificate.SLACK * came) if sized else scale
         here = zero + FAR
         for limit, kind in kinds:
             # A NaN fails the first comparison, an infinite end the second.
@@ -159,13 +168,13 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             jnp.maximum(worst, jnp.where(equal, zero, gap)),
         )
 
-    carry = [load_row(block, block.carry.at[k]) for k in range(count)]
+    carry = [load_row(block, carried(block, k)) for k in range(count)]
     begin = (
         [(c, zero, nothing, zero + 1.0) for c in carry],
         [finite(c) for c in carry],
         [(jnp.abs(c),) * certificate.WINDOW for c in carry],
         (zero + CLOSED, zero, zero),
-        [jnp.abs(c) for c in carry] if sized else [],
+        [jnp.abs(c) for c in carry],
     )
     rows = _summaries(block, old, peaks=crossed, heights=crossed and affine, sizes=sized)
     leaving, _, recent, (verdict, unequal, worst), came = _over_chunks(block, rows, visit, begin)
@@ -184,7 +193,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             size = jnp.maximum(size, gap)
         if crossed:
             sound = sound & certificate.leaves(value, inside.doubt, stalled)
-        verdict = jnp.maximum(verdict, rated(size, inside, sound, recent[k], came, floor=0.0))
+        verdict = jnp.maximum(verdict, rated(size, inside, sound, recent[k], came[k], floor=0.0))
     if not test:
         return
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
@@ -214,7 +223,7 @@ def link_affine(block: Block, old: Any, new: Any) -> None:
             after.append(value)
         return after, bad
 
-    carry = [load_row(block, block.carry.at[k]) for k in range(count)]
+    carry = [load_row(block, carried(block, k)) for k in range(count)]
     _, bad = _over_chunks(block, _summaries(block, old), visit, (carry, zero))
     mosaic.store(block.flags.at[OPEN], bad)
 
@@ -238,7 +247,7 @@ def _summaries(
     refs += [row_of(block.products, k) for k in range(len(count) ** 2)]
     refs += [row_of(block.peaks, k) for k in range(len(count) ** 2)] if peaks else []
     refs += [row_of(block.heights, k) for k in count] if heights else []
-    return refs + ([row_of(block.sizes, 0)] if sizes else [])
+    return refs + ([row_of(block.sizes, k) for k in count] if sizes else [])
 
 
 def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:

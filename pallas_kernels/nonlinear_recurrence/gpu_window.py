@@ -16,11 +16,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import certificate, mosaic
-from pallas_kernels.cell import Arrays
+from pallas_kernels.cell import Arrays, became, moved
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
     bounded,
+    carried,
     channels,
     in_memory,
     load_row,
@@ -74,7 +75,6 @@ def _roll(
     plan, own = block.plan, own_rows(block)
     # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
     unvanishing = peaks and keep
-    sized = unvanishing and block.sizes is not None
     layout = mosaic.tile_layout(plan.block)
     shape = (plan.chunks // plan.warpgroups, plan.block)
     params = [mosaic.spread(p, shape[0], layout) for p in params]
@@ -90,10 +90,10 @@ def _roll(
 
     def advance(step, inputs, states, products, tallest, most, came):
         arriving = came
-        if sized:  # the one entry of the Jacobian moves the product and the size
-            new, ((slope,),) = cell.push(states, inputs, params, identity)
-            pushed = [[slope * products[0][0]]]
-            arriving = [jnp.maximum(jnp.abs(new[0]), jnp.abs(slope) * came[0])]
+        if unvanishing:  # the Jacobian itself moves the product and the sizes
+            new, jacobian = cell.push(states, inputs, params, identity)
+            pushed = [moved(jacobian, column) for column in products]
+            arriving = became(jacobian, came, new)
         elif columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
@@ -133,7 +133,7 @@ def _roll(
     ]
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
     tallest = [jnp.abs(f) for f in first] if heights else []
-    came = [jnp.abs(f) for f in first] if sized else []
+    came = [jnp.abs(f) for f in first] if unvanishing else []
     carry = (list(first), identity, tallest, identity if peaks else [], came)
     ends, products, *rest = lax.fori_loop(0, plan.length // together, group, carry)
     if unvanishing:
@@ -225,7 +225,7 @@ def iterate(block: Block, w: Any, slot: Any, params: Arrays) -> Outcome:
     The first pass starts every chunk from the carry, so it never is the one that counts.
     """
     layout, rows = mosaic.tile_layout(block.plan.block), block.plan.chunks // block.plan.warpgroups
-    carry = [load_row(block, block.carry.at[k]) for k in range(block.cell.states)]
+    carry = [load_row(block, carried(block, k)) for k in range(block.cell.states)]
     _write_starts(block, [mosaic.spread(c, rows, layout) for c in carry])
     _guess(block, w, slot, params, jnp.int32(0))
 
@@ -298,8 +298,8 @@ def walk(block: Block, w: Any, slot: Any, params: Arrays) -> None:
 
         return lax.fori_loop(0, plan.length, advance, states)
 
-    carry = [load_row(block, block.carry.at[k]) for k in range(cell.states)]
+    carry = [load_row(block, carried(block, k)) for k in range(cell.states)]
     # The four warps write the carry below, each when it gets there: all must have read it.
     mosaic_gpu().commit_smem()
     for k, value in enumerate(lax.fori_loop(0, plan.chunks, chunk, carry)):
-        mosaic.store(block.carry.at[k], value)
+        mosaic.store(carried(block, k), value)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import certificate, tiles
-from pallas_kernels.cell import ElementwiseCell
+from pallas_kernels.cell import ElementwiseCell, became, moved
 from pallas_kernels.nonlinear_recurrence.tpu_backward import backward
 from pallas_kernels.nonlinear_recurrence.tpu_link import Chunks, correct, link
 
@@ -87,7 +87,7 @@ def forward(
     counts = [out((batch, width), d) for d in (jnp.int32, jnp.float32, jnp.int32)]
     shooting = plan.chunks > 1
     size = cell.states
-    ways = affine or (bounded and size == 1)  # heights, or sizes
+    ways = affine or bounded  # heights, or sizes
     *states, passes, residual, completed = pl.pallas_call(
         lambda *refs: _kernel(cell, plan, limits, max(1, max_iters), affine, refs),
         grid=plan.grid,
@@ -114,8 +114,6 @@ def _kernel(cell, plan, limits, budget, affine, refs):
     bounded = limits[1] > 0  # else only bits decide, and nobody asks what a correction does
     # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
     unvanishing = bounded and not affine
-    # Where elements mix their pushes cancel, and the size that travels says nothing.
-    sized = unvanishing and size == 1
     init, xs, params, states, counts, carry, flags, *summaries = tiles.split(
         refs,
         size,
@@ -131,7 +129,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         size * size * shooting,
         size * size * shooting,
         size * affine * shooting,
-        size * sized * shooting,
+        size * unvanishing * shooting,
     )
     chunks = Chunks(*summaries)
     starts, ends = chunks.starts, chunks.ends
@@ -174,10 +172,10 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             h, columns, most, came = loop
             place = plan.step(index)
             inputs = tiles.load(xs, place, plan.chunks)
-            if sized:  # the one entry of the Jacobian moves the product and the size
-                new, ((slope,),) = cell.push(h, inputs, p, unit)
-                pushed = [[slope * columns[0][0]]]
-                arriving = [jnp.maximum(jnp.abs(new[0]), jnp.abs(slope) * came[0])]
+            if unvanishing:  # the Jacobian itself moves the product and the sizes
+                new, jacobian = cell.push(h, inputs, p, unit)
+                pushed = [moved(jacobian, column) for column in columns]
+                arriving = became(jacobian, came, new)
             else:
                 new, pushed = cell.push(h, inputs, p, columns)
                 arriving = came
@@ -191,7 +189,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             return h, columns, higher(most, columns), tiles.choose(present, arriving, came)
 
         first = [s[...] for s in starts]
-        loop = (first, unit, unit, [jnp.abs(f) for f in first] if sized else [])
+        loop = (first, unit, unit, [jnp.abs(f) for f in first] if unvanishing else [])
         h, columns, most, came = lax.fori_loop(0, plan.length, advance, loop)
         for ref, value in zip((*ends, *chunks.sizes), (*h, *came), strict=True):
             ref[...] = value

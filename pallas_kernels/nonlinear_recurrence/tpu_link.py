@@ -20,8 +20,8 @@ class Chunks(NamedTuple):
         its entries have on their way, K K tiles each.
       heights: the largest magnitudes of the states on their way through a chunk, K tiles; of an
         affine step only.
-      sizes: what the magnitudes of a chunk's states have become at its end, one tile; of a step of
-        one state that is not affine.
+      sizes: what the magnitudes of a chunk's states have become at its end, K tiles; of a step
+        that is not affine.
     """
 
     ahead: Sequence[Any]
@@ -80,7 +80,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         now = jnp.abs(end)
         scale = functools.reduce(jnp.maximum, recent, now)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
-        scale = functools.reduce(jnp.minimum, [certificate.SLACK * c for c in came], scale)
+        scale = scale if affine or not bounded else jnp.minimum(scale, certificate.SLACK * came)
         sound = sound & tiles.finite(end)
         allowed = limits[1] * jnp.maximum(scale, height)
         sound = sound & (most <= jnp.maximum(allowed, least))
@@ -95,7 +95,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         end, start = [e[here] for e in ends], [s[there] for s in starts]
         moved = tiles.moved(size, chunks.products, here, delta)
         most, doubt = crossed(here, delta, doubt)
-        came = arrived(here, came) if came else came
+        came = arrived(here, came) if chunks.sizes else came
         kept = [jnp.abs(m) <= cap for m, cap in zip(moved, caps, strict=True)]  # not a NaN
         moved = [jnp.where(keep, m, 0.0) for keep, m in zip(kept, moved, strict=True)]
         delta = [m + (e - s) for m, e, s in zip(moved, end, start, strict=True)]
@@ -110,7 +110,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             # Of this chunk's end, and of the next one's start.
             off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i])) + certificate.LEAST * doubt[i]
             height = chunks.heights[i][here] if affine else 0.0
-            within = small(within, sound, off, most[i], height, end[i], recent[i], came)
+            within = small(within, sound, off, most[i], height, end[i], recent[i], came[i])
             # NaN compares false: it counts as infinite.
             residual = jnp.where(residual <= jnp.inf, residual, jnp.inf)
             largest = jnp.maximum(largest, jnp.where(equal, 0.0, residual))
@@ -128,14 +128,14 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         [zero] * size,
         [zero] * size,
         [(f,) * (certificate.WINDOW - 1) for f in first],
-        first if chunks.sizes else [],
+        first,
     )
     loop = lax.fori_loop(0, plan.chunks - 1, visit, loop)
     exact, (fine, coarse), largest, delta, doubt, recent, came = loop
     last = plan.place(plan.chunks - 1, plan.chunks)
     moved = tiles.moved(size, chunks.products, last, delta)
     most, doubt = crossed(last, delta, doubt)
-    came = arrived(last, came) if came else came
+    came = arrived(last, came) if chunks.sizes else came
     for i in rows:
         end, sound = ends[i][last], jnp.abs(moved[i]) <= caps[i]
         new = jnp.where(sound & (moved[i] != 0.0), end + moved[i], end)
@@ -150,7 +150,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         if bounded:
             sound = sound & certificate.leaves(new, doubt[i], limits[1])
         height = chunks.heights[i][last] if affine else 0.0
-        within, marks = (fine, coarse), (most[i], height, end, recent[i], came)
+        within, marks = (fine, coarse), (most[i], height, end, recent[i], came[i])
         fine, coarse = small(within, sound, off, *marks, floor=0.0)
         ends[i][last] = new
     return exact, fine, coarse, largest

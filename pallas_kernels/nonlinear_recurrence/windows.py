@@ -80,8 +80,8 @@ class Problem(NamedTuple):
 
 
 def sized(problem: Problem) -> bool:
-    """Whether the size of a state travels with its product: where elements mix, pushes cancel."""
-    return problem.bounded and not problem.affine and problem.states == 1
+    """Whether the sizes of the states travel with their product."""
+    return problem.bounded and not problem.affine
 
 
 def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: int) -> int:
@@ -89,9 +89,9 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     tile, k = 4 * block * chunks, problem.states
     inputs = [slots * chunks * length * block * size for size in problem.itemsizes]
     heights, peaks = k * tile * problem.affine, k * k * tile // 2 * problem.bounded
-    # Ends, products, two sets of starts; carry and flags.
-    summaries = [k * tile, k * k * tile, 2 * k * tile, 4 * k * block, (12 + 8 * k) * block]
-    summaries += [heights, peaks, tile // 2 * sized(problem)]
+    # Ends, products, two sets of starts; flags.
+    summaries = [k * tile, k * k * tile, 2 * k * tile, (12 + 12 * k) * block]
+    summaries += [heights, peaks, k * tile // 2 * sized(problem)]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 

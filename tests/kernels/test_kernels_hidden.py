@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxpara.recurrence.kernel.elementwise import prepare
 from pallas_kernels import nonlinear_recurrence
 from pallas_kernels.linear_recurrence import affine_cell
 from tests.kernels.test_kernels_drift import BLOCK, GPU, by_kernel
@@ -173,12 +174,24 @@ def test_what_is_flushed_on_the_way_is_doubted_until_it_counts(implementation, w
     np.testing.assert_allclose(found.states[0][-1], scanned(sharp, init, xs)[-1], rtol=2e-4)
 
 
+@pytest.mark.parametrize("states", [1, 2])
 @pytest.mark.parametrize("falls", [1, 2, 3])
 @pytest.mark.parametrize("implementation", PATHS)
-def test_a_gap_counts_by_what_is_left_of_the_states_before(implementation, falls):
+def test_a_gap_counts_by_what_is_left_of_the_states_before(implementation, falls, states):
     step, init, xs = falling_sign(falls)
-    init = jnp.full((1, BLOCK), init)
-    xs = [jnp.broadcast_to(x[:, None, None], (64, 1, BLOCK)) for x in xs]
-    found = solved(step, implementation, init, xs, chunks=16, window=64)
-    np.testing.assert_allclose(found.states[0], scanned(step, init, xs), rtol=1e-5)
+    first = jnp.full((1, BLOCK), init)
+    rows = [jnp.broadcast_to(x[:, None, None], (64, 1, BLOCK)) for x in xs]
+
+    def beside_another(_, h, x):
+        return [step(h[0], x), *(0.5 * other + 0.1 for other in h[1:])], []
+
+    prepared = prepare(beside_another, [], [first] * states, rows)
+    how = {"implementation": implementation, "chunks": 16, "window": 64, "certain": True}
+
+    def run(first, rows):
+        inputs, params = prepared.operands([], rows)
+        return nonlinear_recurrence.forward(prepared.cell, [first] * states, inputs, params, **how)
+
+    found = jax.jit(run, compiler_options=QUICK)(first, rows)
+    np.testing.assert_allclose(found.states[0], scanned(step, first, rows), rtol=1e-5)
     assert np.allclose(found.states[0][-1], -4000) and np.all(found.fallback_steps == 0)
