@@ -35,7 +35,7 @@ class SolveInfo(NamedTuple):
         absolute, and before any completion.
       fallback_steps: steps that were completed sequentially after the budget.
       starts: the carry at the chunk starts (floating leaves `[chunks, *leaf]`, None
-        for the others): pass it as `guess` of a later call.
+        for the others and for leaves that no step changes): pass it as `guess` of a later call.
     """
 
     converged: Bool[Array, ""]
@@ -139,6 +139,7 @@ def solve_scan(
       >>> int(warm.iterations) < int(info.iterations)
       True
     """
+    given = init, xs
     if isinstance(solver, Solver) and solver.settings.axis is not None:
         sharded_time.require_axis(solver.settings.axis)
         # Each device starts its own steps from a state of its own.
@@ -158,7 +159,7 @@ def solve_scan(
     flat, info, starts = jaxpara_solve(problem, traced.consts, traced.init, traced.xs, leaves)
     flat = [
         compat.weakly_typed(leaf) if weak else leaf
-        for leaf, weak in zip(flat, traced.out_weak, strict=True)
+        for leaf, weak in zip(traced.results(flat, *given), traced.out_weak, strict=True)
     ]
     out = jax.tree.unflatten(traced.out_tree, flat)
     return out, SolveInfo(*info, starts=_as_carry(traced, starts))
@@ -177,7 +178,7 @@ def _as_carry(traced: Traced, starts):
     rows: list[Any] = [None] * traced.body.carries
     for position, start in zip(traced.body.floats, starts, strict=True):
         rows[position] = start
-    return jax.tree.unflatten(traced.carry_tree, rows)
+    return traced.carry(rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)

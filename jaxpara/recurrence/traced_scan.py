@@ -4,7 +4,9 @@
 `None` outputs and hoisted constants (outer tracers too) are the user's own.
 """
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,12 @@ from jaxpara.recurrence.solve.body import SOLVE_NAME, Body
 
 
 class Traced(NamedTuple):
-    """One call. `consts`, `init` and `xs` are flat lists of operands."""
+    """One call. `consts`, `init` and `xs` are flat lists of operands.
+
+    JAX keeps out of a scan what its step only hands through: a leaf of the carry that never changes
+    is a constant, and a part of `x` among the outputs is not computed. `handed` holds, for each
+    leaf of `lax.scan`'s results, which leaf of `(init, xs)` was handed through, or None.
+    """
 
     body: Body
     consts: list[Any]
@@ -28,6 +35,18 @@ class Traced(NamedTuple):
     out_tree: Any
     out_weak: list[bool]
     carry_tree: Any
+    handed: list[int | None]
+
+    def results(self, computed: Sequence[Any], init: Any, xs: Any) -> list[Any]:
+        """The leaves of `lax.scan`'s results, from those that are computed."""
+        rest, given = iter(computed), jax.tree.leaves((init, xs))
+        return [next(rest) if i is None else jnp.asarray(given[i]) for i in self.handed]
+
+    def carry(self, computed: Sequence[Any]) -> Any:
+        """The tree of the carry with leaves that are computed, and None for the others."""
+        rest, handed = iter(computed), self.handed[: self.carry_tree.num_leaves]
+        leaves = [next(rest) if i is None else None for i in handed]
+        return jax.tree.unflatten(self.carry_tree, leaves)
 
 
 def trace(
@@ -50,29 +69,22 @@ def trace(
     flat = jax.tree.leaves((init, xs))
     opened = compat.open_jaxpr(closed)
     scans = [eqn for eqn in opened.eqns if eqn.primitive.name == "scan"]
-    if len(scans) != 1 or list(opened.outvars) != list(scans[0].outvars):
-        # disable_jit unrolls the scan; there is nothing to solve in parallel then.
-        nothing = Body(None, 0, 0, (), ())
-        why = "lax.scan was not traced"
-        return Traced(nothing, [], [], [], 0, why, out_tree, out_weak, carry_tree)
+    places = {var: i for i, var in enumerate(opened.invars)}
+    handed = [None if _literal(var) else places.get(var) for var in opened.outvars]
+    computed = [var for var, i in zip(opened.outvars, handed, strict=True) if i is None]
+    if len(scans) != 1 or computed != list(scans[0].outvars):
+        return _unknown(len(scans), out_tree, out_weak, carry_tree)
     eqn = scans[0]
     jaxpr, n_consts, n_carry = compat.scan_parts(eqn)
+    avals = [var.aval for var in compat.open_jaxpr(jaxpr).invars]
     known = dict(zip(opened.constvars, closed.consts, strict=True))
     known |= dict(zip(opened.invars, flat, strict=True))
-    avals = [var.aval for var in compat.open_jaxpr(jaxpr).invars]
-    operands = []
-    missing = False
-    for position, var in enumerate(eqn.invars):
-        if hasattr(var, "val"):
-            operands.append(var.val)
-        elif var in known:
-            operands.append(known[var])
-        elif n_consts <= position < n_consts + n_carry:
-            # Computed before the scan: lax.scan promoting a weakly typed init.
-            operands.append(flat[position - n_consts])
-        else:
-            operands.append(None)
-            missing = True
+    operands = [var.val if _literal(var) else known.get(var) for var in eqn.invars]
+    # Computed before the scan: lax.scan promoting a weakly typed init.
+    began = [leaf for leaf, i in zip(flat, handed, strict=False) if i is None][:n_carry]
+    for position, leaf in enumerate(began, n_consts):
+        operands[position] = leaf if operands[position] is None else operands[position]
+    missing = any(value is None for value in operands)
     init_flat = [
         _promoted(value, aval)
         for value, aval in zip(
@@ -86,7 +98,7 @@ def trace(
     outvars = compat.open_jaxpr(jaxpr).outvars
     new = [outvars[i] for i in floats]
     aliases = tuple(
-        next((i for i, n in enumerate(new) if n is var and not hasattr(var, "val")), None)
+        next((i for i, n in enumerate(new) if n is var and not _literal(var)), None)
         for var in outvars[n_carry:]
     )
     body = Body(jaxpr, n_consts, n_carry, floats, aliases)
@@ -101,7 +113,29 @@ def trace(
         out_tree,
         out_weak,
         carry_tree,
+        handed,
     )
+
+
+def _literal(atom: Any) -> bool:
+    return hasattr(atom, "val")
+
+
+def _unknown(scans: int, out_tree: Any, out_weak: list[bool], carry_tree: Any) -> Traced:
+    """A call that is not one scan with its results; there is nothing to solve in parallel then."""
+    if jax.config.jax_disable_jit:
+        why = "jax.disable_jit unrolls lax.scan"
+    else:
+        why = f"JAX traced lax.scan as {scans} scans whose results are not those of lax.scan"
+    _say(why)
+    nothing = Body(None, 0, 0, (), ())
+    return Traced(nothing, [], [], [], 0, why, out_tree, out_weak, carry_tree, [])
+
+
+@functools.cache
+def _say(why: str) -> None:
+    """Logs once that no solver runs, whatever was asked for."""
+    logging.getLogger("jaxpara").warning("lax.scan with its own derivative: %s", why)
 
 
 def _promoted(value, aval):

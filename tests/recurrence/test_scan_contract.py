@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
+from jaxpara.recurrence import traced_scan
 from tests.recurrence.scan_checks import (
     H0,
     SHOOTING,
@@ -62,6 +63,7 @@ def outputs_of_the_state_before(h, x):
 def test_outputs_may_be_anything(f):
     assert_is_lax_scan(f, H0, XS)
     assert_is_lax_scan(f, H0, XS, reverse=True, solver=jp.newton())
+    assert jp.explain_choice(f, H0, XS, solver=SHOOTING).solver is not None
 
 
 def carry_unused(carry, x):
@@ -101,10 +103,37 @@ def becomes_the_input(carry, x):
 def test_carries_may_do_anything(f):
     for solver in (SHOOTING, jp.newton()):
         assert_is_lax_scan(f, (H0, 2 * H0), XS, solver=solver)
+        assert jp.explain_choice(f, (H0, 2 * H0), XS, solver=solver).solver is not None
     loss = lambda scan: jax.grad(  # noqa: E731
         lambda i, x: sum(jnp.sum(v**2) for v in jax.tree.leaves(scan(f, i, x))), (0, 1)
     )
     assert_same(quick(loss(ours))((H0, 2 * H0), XS), quick(loss(lax.scan))((H0, 2 * H0), XS))
+
+
+def test_what_a_step_hands_through_may_be_of_any_type():
+    def f(carry, x):
+        gain, count, h, key = carry
+        return (gain, count, jnp.tanh(gain * h + x[0]), key), (x[1], h, x[0], x[2])
+
+    init = (jnp.asarray(0.5), np.int32(3), H0, jax.random.key(0))
+    xs = (XS, np.arange(7), jax.random.split(jax.random.key(1), 7))
+    for reverse in (False, True):
+        assert_is_lax_scan(f, init, xs, reverse=reverse)
+    found, info = jp.solve_scan(f, init, xs, solver=SHOOTING)
+    assert info.iterations > 0 and info.fallback_steps == 0
+    wanted = lax.scan(f, init, xs)
+    for g, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert isinstance(g, jax.Array) and jax.typeof(g) == jax.typeof(w)
+    _, again = jp.solve_scan(f, init, xs, solver=SHOOTING, guess=info.starts)
+    assert again.iterations < info.iterations
+
+
+def test_a_scan_that_is_not_recognised_is_reported(monkeypatch, caplog):
+    scan = lax.scan
+    monkeypatch.setattr(lax, "scan", lambda *args: jax.tree.map(lambda v: 1 * v, scan(*args)))
+    traced_scan._say.cache_clear()
+    assert_same(ours(step, H0, XS), scan(step, H0, XS))
+    assert "results are not those of lax.scan" in caplog.text
 
 
 # Carries that are not just floats -----------------------------------------------------
@@ -115,7 +144,7 @@ def test_integer_and_key_carries_run_ahead_and_stay_exact():
         h, count, key = carry
         key, now = jax.random.split(key)
         h = jnp.tanh(0.5 * h + x + 0.1 * jax.random.normal(now, h.shape) + 0.01 * count)
-        return (h, count + 1, key), (h, count, jax.random.uniform(now))
+        return (h, count + 1, key), (h, count, now, jax.random.uniform(now))
 
     init = (H0, jnp.int32(3), jax.random.key(0))
     for reverse in (False, True):

@@ -128,3 +128,29 @@ def test_a_correction_dropped_on_its_way_to_the_next_device_bounds_nothing(last,
     ends = jnp.stack([one.at[0].add(1e-7), one])
     found = jax.vmap(device, axis_name="time")(ends)
     np.testing.assert_array_equal(found, [lost, lost])
+
+
+def test_what_a_step_hands_through_is_no_obstacle():
+    def run(scan):
+        step = lambda c, x: ((jnp.tanh(c[0] * c[1] + x), c[1]), (c[0], x))  # noqa: E731
+        return lambda init, xs: scan(step, init, xs)
+
+    def sharded(init, xs):
+        solve = run(functools.partial(jp.newton_scan, solver=jp.shooting(axis="time")))
+        specs = P(), P("time")
+        return jax.shard_map(solve, mesh=mesh(), in_specs=specs, out_specs=specs)(init, xs)
+
+    init = (jnp.zeros(2), jnp.array([0.5, 0.9]))
+    xs = jnp.sin(jnp.arange(2.0 * TIME)).reshape(TIME, 2)
+    found, wanted = (
+        jax.tree.leaves(
+            (scan(init, xs), jax.grad(functools.partial(squares, scan), (0, 1))(init, xs))
+        )
+        for scan in (sharded, run(lax.scan))
+    )
+    for ours, right in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, right, rtol=2e-5, atol=1e-6)
+
+
+def squares(scan, *args):
+    return sum(jnp.sum(v**2) for v in jax.tree.leaves(scan(*args)))

@@ -36,10 +36,17 @@ def as_before(leaf, like):
         return leaf
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         data = lax.bitcast_convert_type(leaf, jnp.uint32)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(data, impl=_key_impl(like))
     if like.dtype.itemsize < 4:
         return leaf.astype(like.dtype)
     return lax.bitcast_convert_type(leaf, like.dtype)
+
+
+def _key_impl(like):
+    """The implementation of a key, of which JAX knows only where it sees an array."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
+    return found[0]
 
 
 def without_zeros(tangents):
