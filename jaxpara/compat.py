@@ -55,26 +55,20 @@ def is_tracer(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def jax_rule(eqn: Any) -> bool:
-    """Whether a `custom_jvp_call` is a function of JAX's own with the rule that JAX gave it.
+def jax_sources(eqn: Any) -> tuple[str, str]:
+    """Names of function and rule of a `custom_jvp_call`, "" for what is not JAX's own.
 
-    Those rules are true derivatives (`logaddexp`, `relu`, ...); of others nothing is known.
-    Told by where function and rule are defined: JAX keeps no name for them.
+    Told by where they are defined: JAX keeps nothing else of them. A rule that was given to
+    `defjvps` counts as nobody's, since JAX wraps it in a function of its own.
     """
     home = os.path.join(os.path.dirname(jax.__file__), "_src", "")
-    function, rule = (
-        getattr(getattr(f, "debug_info", None), "func_src_info", None) or ""
-        for f in (open_jaxpr(eqn.params["call_jaxpr"]), eqn.params.get("jvp_jaxpr_fun"))
-    )
-    if f" at {home}" not in function or f" at {home}" not in rule:
-        return False
-    # `defjvps` wraps whatever it is given in a function of its own, which says nothing.
-    wrapped = "custom_derivatives" in rule
-    inner = open_jaxpr(eqn.params["call_jaxpr"]).eqns
-    return not wrapped or (
-        function.split(" at ")[0] in ("relu", "relu6")
-        and not any(e.primitive.name == "custom_jvp_call" for e in inner)
-    )
+
+    def name(holder: Any) -> str:
+        info = getattr(getattr(holder, "debug_info", None), "func_src_info", None) or ""
+        own = f" at {home}" in info and "custom_derivatives" not in info
+        return info.split(" at ")[0] if own else ""
+
+    return name(open_jaxpr(eqn.params["call_jaxpr"])), name(eqn.params.get("jvp_jaxpr_fun"))
 
 
 def varying_axes(array: Any) -> frozenset[str]:
@@ -98,6 +92,17 @@ def jvp_jaxpr(closed, nonzero: list[bool]):
     if (push := getattr(ad, "jvp_jaxpr", None)) is None:  # 0.10.2 keeps it private
         from jax._src.interpreters.ad import jvp_jaxpr as push
     return push(closed, nonzero, False)
+
+
+def takes_tangents(closed, nonzero: list[bool]) -> bool:
+    """Whether no `custom_vjp` in a closed jaxpr closes over what these tangents reach."""
+    from jax._src.interpreters.ad import CustomVJPException
+
+    try:
+        jvp_jaxpr(closed, nonzero)
+    except CustomVJPException:
+        return False
+    return True
 
 
 def weakly_typed(array):

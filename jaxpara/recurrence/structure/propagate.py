@@ -123,7 +123,8 @@ CONTROL = {
 }
 
 
-def _floating(aval) -> bool:
+def floating(aval: Any) -> bool:
+    """Whether a type is that of floating numbers, which have tangents."""
     return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
@@ -167,6 +168,6 @@ def propagate(jaxpr: Any, ins: Sequence[Any], domain: Domain, known: Rules | Non
         else:
             outs = domain.apply(eqn, operands)
         for var, value in zip(eqn.outvars, outs, strict=True):
-            if value is not None and _floating(var.aval):
+            if value is not None and floating(var.aval):
                 reach[var] = value
     return [read(v) for v in jaxpr.outvars]

@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxpara import compat, jaxprs
+from jaxpara.recurrence.structure import custom_jvps
 from jaxpara.recurrence.structure.linear_cotangents import linear_in
 
 # Ways to multiply matrices that round nothing before they multiply.
@@ -38,14 +39,16 @@ class Link(IntEnum):
 # Continuous, and with JAX's derivative equal to the true one wherever that exists. What is not
 # listed breaks the link: a primitive that nobody here has heard of proves nothing, and the largest
 # of several elements has as many sides as there are equal ones, of which a solve looks at two.
+# Factorisations are not here: a Cholesky factor reads one triangle, and JAX's derivative both, at
+# half weight; the others have pivots, ranks and signs that jump.
 _CONTINUOUS = frozenset(
     """
-    abs acos acosh add add_any asin asinh atan atanh broadcast_in_dim cbrt cholesky clamp
+    abs acos acosh add add_any asin asinh atan atanh broadcast_in_dim cbrt clamp
     complex concatenate conj conv_general_dilated copy copy_p cos cosh cumlogsumexp
     cumprod cumsum digamma div dot_general dynamic_slice dynamic_update_slice erf erf_inv erfc exp
-    exp2 expand_dims expm1 fft gather imag integer_pow layout_constraint lgamma log log1p logistic
-    max mesh_cast min mul neg optimization_barrier pad pcast pow pvary real
-    reduce_prod reduce_sum reduce_window_sum reshape reshard
+    exp2 expand_dims expm1 fft gather imag integer_pow layout_constraint lgamma log log1p log2
+    logistic max mesh_cast min mul neg one_minus_square optimization_barrier pad pcast pow pvary
+    real reduce_prod reduce_sum reduce_window_sum reshape reshard
     rev rsqrt scatter scatter-add scatter_add select_n sharding_constraint sin sinh slice split
     sqrt square squeeze stack sub tan tanh tile transpose triangular_solve unstack
     """.split()
@@ -55,11 +58,13 @@ _CONTINUOUS = frozenset(
 _KINKS = frozenset("abs clamp max min".split())
 
 # Of complex numbers these have a branch cut, where they jump.
-_CUT = frozenset("acos acosh asin asinh atan atanh log log1p pow rsqrt sqrt".split())
+_CUT = frozenset("acos acosh asin asinh atan atanh log log1p log2 pow rsqrt sqrt".split())
 
 # Operands that choose instead of entering: predicates and indices. They must not depend on the
-# carry, or a small move jumps.
+# carry, or a small move jumps. Nor must the bounds of a clamp: where they cross, its value is the
+# upper one, and its derivative counts neither.
 _CHOOSING = {
+    "clamp": lambda n: (0, 2),
     "select_n": lambda n: range(1),
     "gather": lambda n: range(1, n),
     "dynamic_slice": lambda n: range(1, n),
@@ -217,9 +222,9 @@ def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
         if worst in (Link.NONE, Link.BROKEN):
             outs = [worst] * len(eqn.outvars)
         elif eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-            kept = eqn.primitive.name == "custom_jvp_call" and compat.jax_rule(eqn)
             outs = [Link.BROKEN] * len(eqn.outvars)
-            if kept:  # a true derivative, of a function that may have kinks
+            if eqn.primitive.name == "custom_jvp_call" and custom_jvps.is_true(eqn):
+                # What its value is made of need not be continuous (a select, say); it is.
                 inside = _flow(eqn.params["call_jaxpr"], operands)
                 outs = [min(link, Link.KINKED) for link in inside]
         elif (inner := jaxprs.called(eqn)) is not None:

@@ -1,0 +1,85 @@
+"""Rules of `custom_jvp`: which are known to be true derivatives, and what a rule does to tangents.
+
+JAX has many functions with rules of its own, and not every rule is a derivative: the sign of
+`slogdet` and the rank of `pinv` jump where their rules give 0, and `det` has a wrong one for some
+singular matrices. So functions are trusted by name, each after a look at its value and rule. For
+whatever is not listed nothing is known.
+"""
+
+from typing import Any
+
+import jax
+
+from jaxpara import compat
+from jaxpara.recurrence.lanes import shaped
+from jaxpara.recurrence.structure.propagate import floating
+
+# Function and rule, both of JAX's own: continuous, and the rule is the true derivative, of real
+# numbers. Of complex ones `logaddexp` has a branch cut.
+_TRUE = frozenset(
+    {
+        ("logaddexp", "_logaddexp_jvp"),  # softplus, log_sigmoid, mish
+        ("logaddexp2", "_logaddexp2_jvp"),
+        ("_i0", "_i0_jvp"),
+        ("i0_impl", "i0_impl_jvp"),  # the same from JAX 0.12 on
+        ("exp_neg_sq", "_exp_neg_sq_jvp"),  # in the derivative of erf
+    }
+)
+
+# Functions of one argument whose rule was given to `defjvps`, which hides it.
+_BY_DEFJVPS = {"relu": jax.nn.relu, "relu6": jax.nn.relu6}
+
+
+def is_true(eqn: Any) -> bool:
+    """Whether a `custom_jvp_call` is a known function with JAX's rule, its true derivative.
+
+    Such a function may have kinks. `custom_jvp(jax.nn.relu)` with a rule of the user's, jitted or
+    not, is none.
+    """
+    if any(not jax.numpy.issubdtype(v.aval.dtype, jax.numpy.floating) for v in eqn.outvars):
+        return False
+    function, rule = compat.jax_sources(eqn)
+    if (function, rule) in _TRUE:
+        return True
+    original = _BY_DEFJVPS.get(function)
+    # Equations of values and tangents, as text: they hold no arrays, and all that matters.
+    return original is not None and _text(eqn, original) == _text(eqn, _calling(eqn))
+
+
+def _calling(eqn: Any):
+    return lambda *operands: compat.bind(eqn, operands)[0]
+
+
+def _text(eqn: Any, function: Any) -> str:
+    operands = [_like(v.aval) for v in eqn.invars]
+    return str(jax.make_jaxpr(lambda *x: jax.jvp(function, x, x))(*operands))
+
+
+def pushed(eqn: Any) -> tuple[Any, int]:
+    """The closed jaxpr of (operands, tangents of the floating ones) -> tangents, by the rule.
+
+    Returns:
+      It, and the number of operands.
+    """
+    operands = [_like(v.aval) for v in eqn.invars]
+    moving = [i for i, v in enumerate(eqn.invars) if floating(v.aval)]
+    kept = [i for i, v in enumerate(eqn.outvars) if floating(v.aval)]
+
+    def push(operands, tangents):
+        def called(*moved):
+            whole = list(operands)
+            for i, value in zip(moving, moved, strict=True):
+                whole[i] = value
+            outs = compat.bind(eqn, whole)
+            return [outs[i] for i in kept]
+
+        return jax.jvp(called, [operands[i] for i in moving], tangents)[1]
+
+    return jax.make_jaxpr(push)(operands, [operands[i] for i in moving]), len(operands)
+
+
+def _like(aval: Any) -> Any:
+    """Something of this shape to trace with, on the mesh that it was traced on."""
+    if compat.varying_axes(aval) or aval.sharding.mesh.empty:
+        return shaped(aval, aval.shape, aval.dtype)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
