@@ -12,7 +12,7 @@ from jaxpara import compat, jaxprs
 from jaxpara.recurrence import rule
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.solve import cost, explicit_meshes, fused
-from jaxpara.recurrence.solve.body import Body
+from jaxpara.recurrence.solve.body import SOLVE_NAME, Body
 from jaxpara.recurrence.solve.claimed_structure import require
 from jaxpara.recurrence.solve.records import SEQUENTIAL
 from jaxpara.recurrence.structure.jacobian_blocks import block_size, elements, is_number
@@ -91,15 +91,15 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
             "pass counters and keys through xs instead"
         )
     body = traced.body
-    if not all_linear(body.jaxpr):
-        why = "the step holds a custom_vjp whose backward rule is not proved to be linear"
+    positions = tuple(body.consts + i for i in body.floats)
+    if not all_linear(body.jaxpr, positions, (SOLVE_NAME,)):
+        why = "the step holds a custom_jvp or custom_vjp whose rule is not proved to be linear"
         return _step_by_step(traced, axis, why)
     vjp_only = jaxprs.contains(body.jaxpr, "custom_vjp_call")
     if vjp_only and not _pulls_back(body):
         why = "the step holds a custom_vjp and passes its state through a loop of unknown length"
         return _step_by_step(traced, axis, why)
     given = None if isinstance(solver, Auto) else solver.settings.structure
-    positions = tuple(body.consts + i for i in body.floats)
     if given is None:
         structure = _structure(body.jaxpr, positions, body.floats)
     elif isinstance(given, Unchecked):

@@ -1,4 +1,4 @@
-"""A `custom_vjp` that is no derivative runs step by step, with the gradients of `lax.scan`."""
+"""A custom rule that is no derivative runs step by step, with the derivatives of `lax.scan`."""
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,10 @@ OTHER = {
     "narrowed": (jnp.tanh, lambda x, g: g.astype(jnp.bfloat16).astype(g.dtype)),
     "clipped": (lambda x: x, lambda x, g: jnp.clip(g, -0.1, 0.1)),
     "scaled to norm one": (lambda x: x, lambda x, g: g / (1e-6 + jnp.sqrt(jnp.sum(g * g)))),
+    "filled where there was nothing": (
+        jnp.tanh,
+        lambda x, g: g + jnp.zeros(2).at[jnp.array([0, 7])].get(mode="fill", fill_value=0.5),
+    ),
     "filled": (jnp.tanh, lambda x, g: g.at[jnp.array([0, 7])].get(mode="fill", fill_value=5.0)),
     "its sign": (jnp.tanh, lambda x, g: jnp.sign(g)),
     "a constant added": (jnp.tanh, lambda x, g: g + 0.1),
@@ -73,6 +77,77 @@ def test_what_is_proved_linear_is_solved_in_parallel(name):
     choice = jp.explain_choice(step, jnp.ones(2), XS, solver=jp.shooting())
     assert (choice.solver is not None) == (name in LINEAR)
     assert ("not proved to be linear" in choice.reason) == (name in OTHER)
+
+
+def pushing(forward, forwards):
+    f = jax.custom_jvp(forward)
+    f.defjvp(lambda x, t: (forward(*x), forwards(*x, *t)))
+    return f
+
+
+# Rules of a `custom_jvp`: what they do to a tangent.
+PUSHES = {
+    "slower": (jnp.sin, lambda x, t: 0.5 * t * jnp.cos(x)),
+    "straight through": (lambda x: jnp.round(x), lambda x, t: t),
+    "borrowed": (jnp.tanh, lambda x, t: jax.jvp(jax.nn.softplus, (x,), (t,))[1]),
+    "narrowed, as the tangent of a cast": (
+        lambda x: x.astype(jnp.bfloat16).astype(x.dtype),
+        lambda x, t: t.astype(jnp.bfloat16).astype(x.dtype),
+    ),
+    "by a solve": (jnp.tanh, lambda x, t: jnp.linalg.solve(jnp.eye(2) + jnp.outer(x, x), t)),
+}
+CLIPS = {
+    "clipped": (jnp.tanh, lambda x, t: jnp.clip(t, -0.1, 0.1)),
+    "its size": (jnp.tanh, lambda x, t: t * jnp.abs(t)),
+    "moved": (jnp.tanh, lambda x, t: t + 0.1),
+}
+
+
+@pytest.mark.parametrize("name", PUSHES | CLIPS)
+def test_tangents_are_those_of_lax_scan(name):
+    f = pushing(*(PUSHES | CLIPS)[name])
+    step = lambda h, x: ((f(0.7 * h + x)),) * 2  # noqa: E731
+
+    def slope(scan):
+        return jax.jit(lambda h, t: jax.jvp(lambda h: scan(step, h, XS), (h,), (t,)))
+
+    at = jnp.ones(2), jnp.array([1.0, -2.0])
+    found = slope(lambda *a: jp.newton_scan(*a, solver=jp.shooting()))(*at)
+    rtol = 1e-2 if "cast" in name else 2e-6  # eight bits, which lax.scan rounds elsewhere
+    for ours, wanted in zip(found, slope(lax.scan)(*at), strict=True):
+        for a, b in zip(ours, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
+    choice = jp.explain_choice(step, at[0], XS, solver=jp.shooting())
+    assert (choice.solver is not None) == (name in PUSHES)
+    assert ("not proved to be linear" in choice.reason) == (name in CLIPS)
+
+
+def test_what_a_rule_closes_over_has_no_tangent():
+    weights = jnp.array([0.5, 1.5])
+
+    def closing(*others):
+        def forward(h):
+            return jnp.tanh(h * weights * sum(others, 1))
+
+        f = jax.custom_vjp(forward)
+        f.defvjp(lambda h: (forward(h), h), lambda h, g: (0.5 * g * h * weights,))
+        return f
+
+    loss = lambda scan, step: jax.value_and_grad(  # noqa: E731
+        lambda h: jnp.sum(scan(step, h, XS)[1] ** 2)
+    )
+    f = closing()
+    step = lambda h, x: (f(h) + x,) * 2  # noqa: E731
+    for solver in (None, jp.shooting(), jp.sequential()):
+        scan = lambda *a, s=solver: jp.newton_scan(*a, solver=s)  # noqa: E731
+        found, wanted = (loss(s, step)(jnp.ones(2)) for s in (scan, lax.scan))
+        for ours, right in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(ours, right, rtol=1e-6)
+    assert jp.explain_choice(step, jnp.ones(2), XS, solver=jp.shooting()).solver is not None
+    # By the state itself nobody can differentiate it, and lax.scan only runs it.
+    step = lambda h, x: (closing(h)(x) + h,) * 2  # noqa: E731
+    found = jp.newton_scan(step, jnp.ones(2), XS, solver=jp.shooting())
+    np.testing.assert_allclose(found[1], lax.scan(step, jnp.ones(2), XS)[1], rtol=1e-6)
 
 
 def halved(v):

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from jaxpara import compat
+from jaxpara import compat, jaxprs
 from jaxpara.recurrence.structure.axis_moves import Sources
 from jaxpara.recurrence.structure.axis_patterns import axis_patterns, whole_axes
-from jaxpara.recurrence.structure.propagate import NotAnalysable, propagate
+from jaxpara.recurrence.structure.propagate import NotAnalysable, floating, propagate
 
 
 def backward(eqn: Any) -> Any:
@@ -36,6 +36,21 @@ def _like(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(
         aval.shape, aval.dtype, sharding=None if mesh.empty else aval.sharding
     )
+
+
+def pushable(jaxpr: Any) -> list[bool]:
+    """Inputs of a closed jaxpr that have tangents: floating, and no `custom_vjp` closes over them.
+
+    JAX refuses to differentiate by what such a function closes over.
+    """
+    inputs = [floating(var.aval) for var in compat.open_jaxpr(jaxpr).invars]
+    if not jaxprs.contains(jaxpr, "custom_vjp_call") or compat.takes_tangents(jaxpr, inputs):
+        return inputs
+    count = len(inputs)
+    return [
+        taken and compat.takes_tangents(jaxpr, [i == k for k in range(count)])
+        for i, taken in enumerate(inputs)
+    ]
 
 
 def custom_lin(eqn: Any, operands: list, domain: Any) -> list:

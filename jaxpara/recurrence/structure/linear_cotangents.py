@@ -1,12 +1,12 @@
-"""Whether a `custom_vjp` in a step is a derivative: linear in the cotangent.
+"""Whether the custom rules in a step are derivatives: linear in the tangent or cotangent.
 
-The implicit adjoint solves one linear recurrence. A backward rule that is not linear, such as one
-that clips gradients, has no such adjoint. Only the way of `lax.scan`, step after step, gives what
+The implicit derivative solves one linear recurrence. A rule that is not linear, such as one that
+clips gradients, has no such derivative. Only the way of `lax.scan`, step after step, gives what
 its author means. A rule counts as linear if its equations prove it.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -16,7 +16,9 @@ from jax import lax
 from jax.extend import core
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.structure.custom_vjps import backward
+from jaxpara.recurrence.structure import custom_jvps
+from jaxpara.recurrence.structure.custom_vjps import backward, pushable
+from jaxpara.recurrence.structure.propagate import floating
 
 
 class Kind(IntEnum):
@@ -51,56 +53,71 @@ _CHOOSING = {
 
 
 @functools.lru_cache(maxsize=256)
-def all_linear(jaxpr: Any) -> bool:
-    """Whether every `custom_vjp` in the jaxpr of a step is proved to be linear.
+def all_linear(jaxpr: Any, carry: tuple[int, ...] = (), skip: Collection[str] = ()) -> bool:
+    """Whether every custom rule in the jaxpr of a step is proved to be linear.
 
     Args:
       jaxpr: closed.
+      carry: positions of the inputs by which the step must have a derivative.
+      skip: names of jitted functions whose `custom_jvp` are linear.
 
     Returns:
-      False where one is not, or where its rule cannot be looked into.
+      False where one is not, where its rule cannot be looked into, or where a `custom_vjp` closes
+      over the carry.
     """
-    if not jaxprs.contains(jaxpr, "custom_vjp_call"):
-        return True
-    inputs = compat.open_jaxpr(jaxpr).invars
-    floating = [_floating(var.aval) for var in inputs]
     try:
-        pushed, _ = compat.jvp_jaxpr(jaxpr, floating)
+        found = jaxprs.equations(jaxpr, skip=skip)
+        own = [e for e in found if e.primitive.name == "custom_jvp_call"]
+        if not all(map(_linear_push, own)):
+            return False
+        if not jaxprs.contains(jaxpr, "custom_vjp_call"):
+            return True
+        moving = pushable(jaxpr)
+        if not all(moving[i] for i in carry):
+            return False
+        pushed, _ = compat.jvp_jaxpr(jaxpr, moving)
         rules = [e for e in jaxprs.equations(pushed) if e.primitive.name == "custom_lin"]
         return all(map(_linear, rules))
     except (NotImplementedError, TypeError, ValueError):
         return False
 
 
-def linear_in(jaxpr: Any, fixed: int) -> bool:
+def linear_in(jaxpr: Any, fixed: int, *, rounding: bool = False) -> bool:
     """Whether the equations of a function prove it linear.
 
     Args:
       jaxpr: closed.
       fixed: how many of its first inputs are fixed; it is to be linear in the others together.
+      rounding: casts to fewer bits count as linear.
 
     Returns:
       True if every output is.
     """
     count = len(compat.open_jaxpr(jaxpr).invars)
-    outs = _flow(jaxpr, [Kind.FIXED] * fixed + [Kind.LINEAR] * (count - fixed))
+    outs = _flow(jaxpr, [Kind.FIXED] * fixed + [Kind.LINEAR] * (count - fixed), rounding)
     return all(kind in (Kind.ZERO, Kind.LINEAR) for kind in outs)
 
 
-def _floating(aval: Any) -> bool:
-    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
-
-
-def _widening(eqn: Any) -> bool:
+def _keeps(eqn: Any, rounding: bool) -> bool:
+    """Whether a cast is linear: to more bits, or to fewer where that is allowed."""
     old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-    both = all(_floating(v.aval) for v in (eqn.invars[0], eqn.outvars[0]))
-    return both and jnp.finfo(new).nmant >= jnp.finfo(old).nmant
+    both = all(floating(v.aval) for v in (eqn.invars[0], eqn.outvars[0]))
+    return both and (rounding or jnp.finfo(new).nmant >= jnp.finfo(old).nmant)
 
 
 def _filling(eqn: Any) -> bool:
     """Whether what a gather finds outside of its operand is not 0."""
     filled = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     return filled and eqn.params["fill_value"] != 0
+
+
+def _linear_push(eqn: Any) -> bool:
+    """Whether the rule of a `custom_jvp` is linear; JAX's own are.
+
+    It may round, as the tangent of a cast does.
+    """
+    own = compat.jax_sources(eqn)[1]
+    return bool(own) or linear_in(*custom_jvps.pushed(eqn), rounding=True)
 
 
 def _linear(eqn: Any) -> bool:
@@ -113,19 +130,23 @@ def _together(kinds: Sequence[Kind]) -> Kind:
     return Kind.OTHER if len(met) > 1 else max(met, default=Kind.ZERO)
 
 
-def _primitive(eqn: Any, operands: list[Kind]) -> Kind:
+def _primitive(eqn: Any, operands: list[Kind], rounding: bool) -> Kind:
     name = eqn.primitive.name
     if name in _SUMS:
         choosing = _CHOOSING.get(name, lambda n: ())(len(operands))
         if any(operands[i] > Kind.FIXED for i in choosing):
             return Kind.OTHER
-        if name == "convert_element_type" and operands[0] is Kind.LINEAR and not _widening(eqn):
-            return Kind.OTHER
-        if name == "gather" and operands[0] is Kind.LINEAR and _filling(eqn):
-            return Kind.OTHER
-        return _together([kind for i, kind in enumerate(operands) if i not in choosing])
-    if name in _PRODUCTS and operands.count(Kind.LINEAR) == 1 and Kind.OTHER not in operands:
-        return Kind.LINEAR
+        if name == "convert_element_type" and operands[0] is Kind.LINEAR:
+            return Kind.LINEAR if _keeps(eqn, rounding) else Kind.OTHER
+        entering = [kind for i, kind in enumerate(operands) if i not in choosing]
+        if name == "gather" and _filling(eqn):
+            entering.append(Kind.FIXED)
+        return _together(entering)
+    if name in _PRODUCTS and Kind.OTHER not in operands:
+        if Kind.ZERO in operands:
+            return Kind.ZERO
+        if operands.count(Kind.LINEAR) == 1:
+            return Kind.LINEAR
     if name == "div" and operands[1] <= Kind.FIXED and operands[0] is not Kind.OTHER:
         return operands[0]
     if name == "triangular_solve" and operands[0] <= Kind.FIXED and operands[1] is not Kind.OTHER:
@@ -133,25 +154,36 @@ def _primitive(eqn: Any, operands: list[Kind]) -> Kind:
     return Kind.OTHER if max(operands, default=Kind.FIXED) > Kind.FIXED else Kind.FIXED
 
 
-def _scan(eqn: Any, ins: list[Kind]) -> list[Kind]:
+def _scan(eqn: Any, ins: list[Kind], rounding: bool) -> list[Kind]:
     body, consts, carries = compat.scan_parts(eqn)
     fixed, carry, xs = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
     while True:
-        new = _flow(body, fixed + carry + xs)
+        new = _flow(body, fixed + carry + xs, rounding)
         grown = [_together(pair) for pair in zip(carry, new[:carries], strict=True)]
         if grown == carry:
             return [*carry, *new[carries:]]
         carry = grown
 
 
-def _cond(eqn: Any, ins: list[Kind]) -> list[Kind]:
-    branches = [_flow(branch, ins[1:]) for branch in eqn.params["branches"]]
+def _cond(eqn: Any, ins: list[Kind], rounding: bool) -> list[Kind]:
+    branches = [_flow(branch, ins[1:], rounding) for branch in eqn.params["branches"]]
     if ins[0] > Kind.FIXED:
         return [Kind.OTHER] * len(eqn.outvars)
     return [_together(outs) for outs in zip(*branches, strict=True)]
 
 
-def _flow(jaxpr: Any, ins: Sequence[Kind]) -> list[Kind]:
+def _linear_solve(eqn: Any, ins: list[Kind], rounding: bool) -> list[Kind]:
+    """The value of a linear solve is what its `solve` function computes."""
+    given = eqn.params["const_lengths"]
+    own = given.matvec + given.vecmat
+    closed, right = ins[own : own + given.solve], ins[sum(given) :]
+    return _flow(eqn.params["jaxprs"].solve, closed + right, rounding)
+
+
+_CONTROL = {"scan": _scan, "cond": _cond, "custom_linear_solve": _linear_solve}
+
+
+def _flow(jaxpr: Any, ins: Sequence[Kind], rounding: bool) -> list[Kind]:
     opened = compat.open_jaxpr(jaxpr)
     kinds: dict[Any, Kind] = dict(zip(opened.invars, ins, strict=True))
 
@@ -168,10 +200,10 @@ def _flow(jaxpr: Any, ins: Sequence[Kind]) -> list[Kind]:
             one = _together(operands[fixed:]) if _linear(eqn) else Kind.OTHER
             outs = [one] * len(eqn.outvars)
         elif (inner := jaxprs.called(eqn)) is not None:
-            outs = _flow(inner, operands)
-        elif name in ("scan", "cond"):
-            outs = {"scan": _scan, "cond": _cond}[name](eqn, operands)
+            outs = _flow(inner, operands, rounding)
+        elif name in _CONTROL:
+            outs = _CONTROL[name](eqn, operands, rounding)
         else:
-            outs = [_primitive(eqn, operands)] * len(eqn.outvars)
+            outs = [_primitive(eqn, operands, rounding)] * len(eqn.outvars)
         kinds.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in opened.outvars]

@@ -9,10 +9,16 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax import numpy as jnp
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.structure.propagate import CONTROL, Domain, NotAnalysable, propagate
+from jaxpara.recurrence.structure.custom_vjps import pushable
+from jaxpara.recurrence.structure.propagate import (
+    CONTROL,
+    Domain,
+    NotAnalysable,
+    floating,
+    propagate,
+)
 
 
 class Fed(NamedTuple):
@@ -113,8 +119,7 @@ def reach(jaxpr: Any) -> tuple[list[frozenset[int]], frozenset[int]]:
       These sets, and the inputs whose tangents pass through a `while`.
     """
     opened = compat.open_jaxpr(jaxpr)
-    floating = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in opened.invars]
-    every = frozenset(i for i, yes in enumerate(floating) if yes)
+    every = frozenset(i for i, v in enumerate(opened.invars) if floating(v.aval))
     circling: set[int] = set()
 
     def circle(eqn, operands, domain):
@@ -123,9 +128,10 @@ def reach(jaxpr: Any) -> tuple[list[frozenset[int]], frozenset[int]]:
 
     known = {"while": circle}
     try:
-        linear, reached = compat.jvp_jaxpr(jaxpr, floating)
-        starts = [frozenset({i}) for i in sorted(every)]
-        outs = propagate(linear, [None] * len(floating) + starts, _SETS, known)
+        moving = pushable(jaxpr)
+        linear, reached = compat.jvp_jaxpr(jaxpr, moving)
+        starts = [frozenset({i}) for i, moves in enumerate(moving) if moves]
+        outs = propagate(linear, [None] * len(moving) + starts, _SETS, known)
         tangents = iter(outs[len(reached) :])
     except (NotAnalysable, NotImplementedError):  # no rule, or no jvp: nothing is known
         return [every] * len(opened.outvars), every
