@@ -73,7 +73,8 @@ PROVED = {
     "a gate of the input": lambda h: jnp.where(X > 0, h, jnp.sin(h)),
     "a kink": lambda h: jnp.maximum(h, 0) + jnp.abs(h) + jnp.clip(h, -1, 1),
     "relu": jax.nn.relu,
-    "relu6": lambda h: jax.nn.relu6(jax.vmap(jax.nn.relu6)(h)),
+    "relu6": lambda h: jax.vmap(jax.nn.relu6)(jax.nn.relu6(h)),
+    "relu of lanes": lambda h: jax.vmap(jax.nn.relu)(h[None])[0],
     "logaddexp2": lambda h: jnp.logaddexp2(h, X),
     "a Bessel function": jnp.i0,
     "its own derivative": lambda h: jax.jvp(lambda h: lax.erf(jnp.tanh(h)), (h,), (X,))[1],
@@ -173,6 +174,7 @@ def test_broken_links_are_not(name):
 
 # `softplus` is smooth, but made of a maximum, and nobody proves that it cancels.
 WITH_KINKS = {"a kink", "relu", "softplus", "log_sigmoid", "relu6", "logaddexp2", "fixed bounds"}
+WITH_KINKS |= {"relu of lanes"}
 # Smooth on both sides of 0, where JAX has put an absolute value.
 MADE_OF_KINKS = {"a Bessel function", "its own derivative"}
 
@@ -220,3 +222,23 @@ def test_trusted_structures_prove_nothing():
     found = jp.explain_choice(f, X, X[None], solver=jp.shooting())
     trusted = jp.shooting(structure=jp.unchecked(jp.structure.Dense()))
     assert found.certain and not jp.explain_choice(f, X, X[None], solver=trusted).certain
+
+
+def test_a_function_of_jax_is_known_on_every_mesh():
+    step = lambda h, x: (jax.nn.relu(0.5 * h + x), None)  # noqa: E731
+    found = []
+
+    def local(h, x):
+        found.append(jp.explain_choice(step, h, x, solver=jp.shooting()).certain)
+        return h
+
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((2,), ("lanes",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            h, x = jnp.ones((2, 3)), jnp.ones((4, 2, 3))
+            h = jax.device_put(h, jax.NamedSharding(mesh, jax.P("lanes")))
+            x = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "lanes")))
+            local(h, x)
+            jax.shard_map(local, in_specs=(jax.P("lanes"), jax.P(None, "lanes")),
+                          out_specs=jax.P("lanes"))(h, x)  # fmt: skip
+    assert found == [True] * 4

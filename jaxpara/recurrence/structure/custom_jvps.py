@@ -6,11 +6,13 @@ singular matrices. So functions are trusted by name, each after a look at its va
 whatever is not listed nothing is known.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.extend import core
 
-from jaxpara import compat
+from jaxpara import compat, jaxprs
 from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.structure.propagate import floating
 
@@ -42,17 +44,40 @@ def is_true(eqn: Any) -> bool:
     if (function, rule) in _TRUE:
         return True
     original = _BY_DEFJVPS.get(function)
-    # Equations of values and tangents, as text: they hold no arrays, and all that matters.
-    return original is not None and _text(eqn, original) == _text(eqn, _calling(eqn))
+    if original is None:
+        return False
+    own = jax.ShapeDtypeStruct((), eqn.outvars[0].aval.dtype)
+    called = _pushed_forms(lambda x: compat.bind(eqn, [x])[0], _like(eqn.invars[0].aval))
+    return called == _pushed_forms(original, own)
 
 
-def _calling(eqn: Any):
-    return lambda *operands: compat.bind(eqn, operands)[0]
+def _pushed_forms(function: Any, like: Any) -> list[Any]:
+    jaxpr = jax.make_jaxpr(lambda x, t: jax.jvp(function, (x,), (t,)))(like, like)
+    return _forms(jaxpr, ["x", "t"])
 
 
-def _text(eqn: Any, function: Any) -> str:
-    operands = [_like(v.aval) for v in eqn.invars]
-    return str(jax.make_jaxpr(lambda *x: jax.jvp(function, x, x))(*operands))
+def _forms(jaxpr: Any, ins: Sequence[Any]) -> list[Any]:
+    """What a jaxpr makes of its inputs element by element, as nested names: of any shape alike."""
+    opened = compat.open_jaxpr(jaxpr)
+    known = dict(zip(opened.invars, ins, strict=True))
+
+    def read(atom: Any) -> Any:
+        if isinstance(atom, core.Literal):
+            return float(atom.val)
+        return known.get(atom, atom)  # an array, which equals nothing else
+
+    for eqn in opened.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        if (inner := jaxprs.called(eqn)) is not None:
+            outs = _forms(inner, operands)
+        elif eqn.primitive.name in ("broadcast_in_dim", "pcast", "pvary", "reshard"):
+            outs = operands[:1]
+        elif eqn.primitive.name == "convert_element_type" and isinstance(operands[0], float):
+            outs = operands[:1]
+        else:
+            outs = [(eqn.primitive.name, i, *operands) for i in range(len(eqn.outvars))]
+        known.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in opened.outvars]
 
 
 def pushed(eqn: Any) -> tuple[Any, int]:
