@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from jaxpara import compat, jaxprs
-from jaxpara.recurrence.lanes import shaped
+from jaxpara.recurrence.structure.custom_vjps import like
 from jaxpara.recurrence.structure.propagate import floating
 
 # Function and rule, both of JAX's own: continuous, and the rule is the true derivative, of real
@@ -38,7 +40,7 @@ def is_true(eqn: Any) -> bool:
     Such a function may have kinks. `custom_jvp(jax.nn.relu)` with a rule of the user's, jitted or
     not, is none.
     """
-    if any(not jax.numpy.issubdtype(v.aval.dtype, jax.numpy.floating) for v in eqn.outvars):
+    if any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars):
         return False
     function, rule = compat.jax_sources(eqn)
     if (function, rule) in _TRUE:
@@ -51,8 +53,8 @@ def is_true(eqn: Any) -> bool:
     return called == _pushed_forms(original, own)
 
 
-def _pushed_forms(function: Any, like: Any) -> list[Any]:
-    jaxpr = jax.make_jaxpr(lambda x, t: jax.jvp(function, (x,), (t,)))(like, like)
+def _pushed_forms(function: Any, x: Any) -> list[Any]:
+    jaxpr = jax.make_jaxpr(lambda x, t: jax.jvp(function, (x,), (t,)))(x, x)
     return _forms(jaxpr, ["x", "t"])
 
 
@@ -104,7 +106,8 @@ def pushed(eqn: Any) -> tuple[Any, int]:
 
 
 def _like(aval: Any) -> Any:
-    """Something of this shape to trace with, on the mesh that it was traced on."""
-    if compat.varying_axes(aval) or aval.sharding.mesh.empty:
-        return shaped(aval, aval.shape, aval.dtype)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
+    """Something to trace with, on the mesh that `aval` was traced on."""
+    axes = tuple(sorted(compat.varying_axes(aval)))
+    if not axes:
+        return like(aval)
+    return lax.pcast(jnp.zeros(aval.shape, aval.dtype), axes, to="varying")

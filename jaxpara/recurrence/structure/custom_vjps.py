@@ -18,7 +18,7 @@ from jaxpara.recurrence.structure.propagate import NotAnalysable, floating, prop
 def backward(eqn: Any) -> Any:
     """The closed jaxpr of (residuals, output cotangents) -> operand cotangents."""
     count = eqn.params["num_res"]
-    shapes = [_like(v.aval) for v in eqn.invars]
+    shapes = [like(v.aval) for v in eqn.invars]
 
     def pulled(residuals, cotangents):
         def pushed(*tangents):
@@ -26,11 +26,11 @@ def backward(eqn: Any) -> Any:
 
         return jax.linear_transpose(pushed, *shapes[count:])(list(cotangents))
 
-    out = [_like(v.aval) for v in eqn.outvars]
+    out = [like(v.aval) for v in eqn.outvars]
     return jax.make_jaxpr(pulled)(shapes[:count], out)
 
 
-def _like(aval: Any) -> jax.ShapeDtypeStruct:
+def like(aval: Any) -> jax.ShapeDtypeStruct:
     """Its shape, on the Explicit mesh that it was traced on."""
     mesh = aval.sharding.mesh
     return jax.ShapeDtypeStruct(
