@@ -72,6 +72,10 @@ def with_offset(product: jax.Array, x: jax.Array, offset: jax.Array | None) -> j
     return product + jnp.matmul(sums, offset, precision="highest")
 
 
+# Rows whose products of two int8 numbers cannot overflow an int32.
+_EXACT = 2**16
+
+
 def integer_dot(
     x: jax.Array,
     x_scale: jax.Array,
@@ -81,7 +85,9 @@ def integer_dot(
     *,
     bits: int,
 ) -> jax.Array:
-    """A matmul of integers with integers, summed exactly group by group in int32.
+    """A matmul of integers with integers, summed exactly in int32 over up to `_EXACT` rows.
+
+    Longer groups are sums of such sums.
 
     Args:
       x: int8 `[m, rows]`.
@@ -96,9 +102,14 @@ def integer_dot(
     (rows, columns), groups, m = values.shape, x_scale.shape[1], x.shape[0]
     parts = x.reshape(m, groups, rows // groups)
     weights = values.reshape(groups, rows // groups, columns)
-    sums = jnp.einsum("mgk,gkn->mgn", parts, weights, preferred_element_type=jnp.int32)
     scales = x_scale[:, :, None] * scale
-    total = jnp.sum(sums.astype(x_scale.dtype) * scales, axis=1)
+    total = jnp.zeros((m, columns), x_scale.dtype)
+    for begin in range(0, rows // groups, _EXACT):
+        some = slice(begin, begin + _EXACT)
+        sums = jnp.einsum(
+            "mgk,gkn->mgn", parts[:, :, some], weights[:, some], preferred_element_type=jnp.int32
+        )
+        total = total + jnp.sum(sums.astype(x_scale.dtype) * scales, axis=1)
     # sum (q s + o) x = s sum q x + o sum x, x being an integer times a scale.
     own = (parts * x_scale[:, :, None]).reshape(m, rows)
     return with_offset(total, own, offset)

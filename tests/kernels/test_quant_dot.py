@@ -107,6 +107,14 @@ def test_a_matmul_of_integers_with_a_zero_point_is_the_dequantised_one_exactly()
     np.testing.assert_array_equal(found, whole @ dense(values, scale, offset))
 
 
+@pytest.mark.parametrize("rows", [2**16, 140_000, 300_001])
+def test_a_matmul_of_integers_does_not_overflow(rows):
+    x, values = jnp.full((1, rows), -128, jnp.int8), jnp.full((rows, 1), -128, jnp.int8)
+    one = jnp.ones((1, 1))
+    found = reference.integer_dot(x, one, values, one, bits=8)
+    np.testing.assert_allclose(found, 2**14 * rows, rtol=1e-6)
+
+
 @pytest.mark.untyped
 def test_an_integer_weight_runs_or_is_refused_by_shape():
     x, values, scale, offset = case(4, 3, True)
