@@ -16,7 +16,7 @@ from experiments.data.corpus import Data
 from experiments.run import folders, tables, trust
 from experiments.run.checkpoints import load_params
 from experiments.run.task import Task
-from experiments.shell.build import chain_of
+from experiments.shell.build import build_transform
 from experiments.text.judging import bits_per_byte
 from experiments.text.language_model import (
     BITS,
@@ -80,7 +80,7 @@ def started_from(model: Model, run: str | None) -> Model:
         return model
     folder = folders.find_run(run, key="from")
     trained = trust.open_config(folder)
-    before = chain_of(trained.get("transform"), trained.get("where"))
+    before = build_transform(trained)
     adapted = model if before is None else before(model)
     try:
         params = load_params(folder, jax.eval_shape(adapted.init, jax.random.key(0)))

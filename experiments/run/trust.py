@@ -26,6 +26,8 @@ from experiments.run.folders import RunError
 FILES = ("path", "root", "data_files", "tokenizer", "base")
 # Kinds of files, as `path` of a data set whose files are in `data_files`.
 KINDS = ("json", "parquet", "text")
+# Parts of a config that read files; nothing else in a run's config names one.
+READING = ("data", "task")
 
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
 
@@ -41,7 +43,7 @@ def from_command_line(cfg: DictConfig) -> Iterator[None]:
     values = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(values, dict)
     given = _texts(values.get(TRUST)) + _texts(values.get("from"))
-    given += [path for _, path in _paths(values, "")]
+    given += [path for _, path in paths(values, "")]
     with granted(given):
         yield
 
@@ -82,8 +84,8 @@ def open_config(folder: Path) -> DictConfig:
       if there is one.
 
     Raises:
-      RunError: it names a constructor that is not trusted, a link in the folder leads out of it,
-        or Python would import the folder's files.
+      RunError: it names a constructor that is not trusted, or a file outside the folder in a part
+        that needs none, a link in the folder leads out of it, or Python would import its files.
     """
     check_place(folder)
     cfg = folders.load_config(folder)
@@ -104,6 +106,8 @@ def open_config(folder: Path) -> DictConfig:
             )
         raise RunError(f"{place} asks for {key}={name}, which {_refusal(name)}")
     copy = folder / folders.TOKENIZER
+    # Where data or a task is built, its caller checks the paths: arguments may replace them.
+    check_paths(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in READING]), folder)
     for group in (cfg.get("data"), OmegaConf.select(cfg, "task.data")):
         if isinstance(group, DictConfig) and group.get("tokenizer") and copy.is_file():
             group.tokenizer = str(copy)
@@ -121,7 +125,7 @@ def check_paths(cfg: DictConfig, folder: Path, *, key: str = "") -> None:
     Raises:
       RunError: names the setting and what to repeat.
     """
-    for name, value in _paths(OmegaConf.to_container(cfg, resolve=False), key):
+    for name, value in paths(OmegaConf.to_container(cfg, resolve=False), key):
         # A task repeats settings of other groups.
         check_path(value, folder, key=name.removeprefix("task."))
 
@@ -174,7 +178,7 @@ def outside(folder: Path, *, but: Sequence[str] = ()) -> list[str]:
         return []
     copied = (folder / folders.TOKENIZER).is_file()
     found = {}
-    for key, value in _paths(values, ""):
+    for key, value in paths(values, ""):
         last = key.split(".")[-1]
         own = last == "tokenizer" and copied
         if not (own or last in but or _is_inside(value, folder)):
@@ -208,11 +212,19 @@ def check_place(folder: Path) -> None:
                 )
 
 
-def _paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yields every file or data set that a config would read, with its key."""
+def paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yields every file or data set that a config would read.
+
+    Args:
+      node: plain values.
+      key: of the node.
+
+    Yields:
+      The key of a path, and the path.
+    """
     if isinstance(node, list):
         for number, child in enumerate(node):
-            yield from _paths(child, f"{key}[{number}]")
+            yield from paths(child, f"{key}[{number}]")
     if not isinstance(node, dict):
         return
     here = f"{key}." if key else ""
@@ -221,7 +233,7 @@ def _paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
             if not (name == "path" and node.get("data_files") and text in KINDS):
                 yield f"{here}{name}", text
     for name, child in node.items():
-        yield from _paths(child, f"{here}{name}")
+        yield from paths(child, f"{here}{name}")
 
 
 def _is_allowed(name: Any) -> bool:

@@ -1,15 +1,23 @@
-"""Builds objects from configs, once, in `main`; everything below takes plain Python values."""
+"""Builds objects from configs, once, in `main`; everything below takes plain Python values.
+
+Some constructors build other objects themselves, from nodes that they are given. They call only
+what the config being built spells out, so a config that was checked stays checked: a node that
+another constructor has put together is refused.
+"""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import optax
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.data.corpus import Data
+from experiments.run import names, trust
 from experiments.run.folders import RunError
 from experiments.run.loggers import Open
 from experiments.run.task import Task
@@ -26,6 +34,9 @@ RECURRENT, SEQUENTIAL = _target(recurrent), {"_target_": _target(sequential)}
 OBSERVED = (
     "experiments.text.solver_check.observed"  # by name: the module is in a layer above this one
 )
+
+# What the config being built names: constructors, and files that they read.
+_SPELLED: ContextVar[frozenset[str]] = ContextVar("spelled", default=frozenset())
 
 
 class Parts(NamedTuple):
@@ -63,6 +74,58 @@ class Solved(NamedTuple):
     parallel_name: str
 
 
+def _named(cfg: Any, *, resolve: bool) -> frozenset[str]:
+    """Collects what a config names: constructors, files that they would read, interpolations."""
+    values = OmegaConf.to_container(cfg, resolve=resolve) if OmegaConf.is_config(cfg) else cfg
+    called = {repr(name) for _, name in names.targets(values, "")}
+    read = {f"file {path}" for _, path in trust.paths(values, "")}
+    return frozenset(called | read | set(_interpolations(values)))
+
+
+def _interpolations(node: Any) -> Iterator[str]:
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _interpolations(child)
+    elif isinstance(node, str) and "${" in node:
+        yield node
+
+
+@contextmanager
+def _building(cfg: Any) -> Iterator[None]:
+    """Lets `each_of`, `chain_of` and `solve_in_ways` call what a config spells out."""
+    token = _SPELLED.set(_named(cfg, resolve=True) | _named(cfg, resolve=False))
+    try:
+        yield
+    finally:
+        _SPELLED.reset(token)
+
+
+def make(cfg: Any) -> Any:
+    """Builds an object from a config that is the user's own, or was checked.
+
+    Args:
+      cfg: composed, or from `trust.open_config`.
+
+    Returns:
+      The object.
+    """
+    with _building(cfg):
+        return instantiate(cfg)
+
+
+def _make_within(node: Any, **arguments: Any) -> Any:
+    """Builds an object inside a constructor, from a node of the config being built."""
+    if not OmegaConf.is_config(node):
+        node = OmegaConf.create(node, flags={"allow_objects": True})
+    ours = {repr(OBSERVED), repr(SEQUENTIAL["_target_"])}
+    if foreign := _named(node, resolve=False) - _SPELLED.get() - ours:
+        raise RunError(
+            f"a constructor is asked to build {min(foreign)}, which the config does not spell "
+            "out where it is built:\nwrite that node itself into the config"
+        )
+    return instantiate(node, **arguments)
+
+
 def _recurrent(node: Any):
     """Yields every recurrent mixer below a node."""
     if isinstance(node, DictConfig):
@@ -81,7 +144,7 @@ def _with(model: DictConfig, **changes: Any) -> tuple[Model, int]:
     mixers = list(_recurrent(changed))
     for mixer in mixers:
         mixer.update(changes)
-    return instantiate(changed), len(mixers)
+    return _make_within(changed), len(mixers)
 
 
 def solve_in_ways(model: DictConfig, parallel: DictConfig) -> Solved:
@@ -96,7 +159,7 @@ def solve_in_ways(model: DictConfig, parallel: DictConfig) -> Solved:
     """
     seen, mixers = _with(model, _target_=OBSERVED, solver=parallel)
     return Solved(
-        model=instantiate(model),
+        model=_make_within(model),
         sequential=_with(model, solver=SEQUENTIAL)[0],
         parallel=_with(model, solver=parallel)[0],
         observed=seen if mixers else None,
@@ -115,12 +178,15 @@ def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]
       The reparameterisations by name, in order.
 
     Raises:
-      RunError: one of them refuses a setting.
+      RunError: one of them refuses a setting, or is not spelled out in the config being built.
     """
+    if not isinstance(members, Mapping):
+        raise RunError(f"members is {type(members).__name__}: give configs by name")
     found = {}
     for name, node in members.items():
         try:
-            found[str(name)] = instantiate(node, **({} if "where" in node else {"where": where}))
+            given = {} if "where" in node else {"where": where}
+            found[str(name)] = _make_within(node, **given)
         except InstantiationException as error:
             if not isinstance(error.__cause__, (ValueError, TypeError)):
                 raise
@@ -142,6 +208,19 @@ def chain_of(members: DictConfig | None, where: Any = None) -> Reparam | None:
     return chain(*found.values()) if found else None
 
 
+def build_transform(cfg: DictConfig) -> Reparam | None:
+    """Builds only the reparameterisation.
+
+    Args:
+      cfg: composed, or the resolved config of a run.
+
+    Returns:
+      The chain of `transform`; None if there are none.
+    """
+    with _building(cfg.get("transform")):
+        return chain_of(cfg.get("transform"), cfg.get("where"))
+
+
 def build_model(cfg: DictConfig) -> Model:
     """Builds only the model, for `generate`.
 
@@ -151,8 +230,8 @@ def build_model(cfg: DictConfig) -> Model:
     Returns:
       The model; if it is finetuned, its parameters are the state of the transforms.
     """
-    transform = chain_of(cfg.get("transform"), cfg.get("where"))
-    model = instantiate(cfg.model)
+    transform = build_transform(cfg)
+    model = make(cfg.model)
     return model if transform is None else transform(model)
 
 
@@ -165,7 +244,7 @@ def build_data(cfg: DictConfig) -> Data:
     Returns:
       The data.
     """
-    return instantiate(cfg.data)
+    return make(cfg.data)
 
 
 def build(cfg: DictConfig) -> Parts:
@@ -179,8 +258,8 @@ def build(cfg: DictConfig) -> Parts:
     """
     chosen = cfg.get("logger") or {}
     return Parts(
-        task=instantiate(cfg.task),
-        optimizer=instantiate(cfg.optim),
-        projection=instantiate(cfg.projection),
-        sinks=[instantiate(one) for one in chosen.values()],
+        task=make(cfg.task),
+        optimizer=make(cfg.optim),
+        projection=make(cfg.projection),
+        sinks=[make(one) for one in chosen.values()],
     )

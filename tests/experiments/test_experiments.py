@@ -11,13 +11,12 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments import evaluate, generate, train
 from experiments.run import checkpoints, folders, metrics
 from experiments.run.trainer import metric_columns
-from experiments.shell.build import build, build_model
+from experiments.shell.build import build, build_model, make
 from experiments.text.language_model import SOLVER_COLUMNS
 from tests.experiments.programs import call
 
@@ -59,7 +58,7 @@ def program_of(group, name):
 @pytest.mark.parametrize("choice", [f"{g}={m}" for g in GROUPS for m in members(g)])
 def test_every_member_of_every_group_builds(choice, text):
     cfg = composed(text, choice)
-    parts, models = build(cfg), instantiate(cfg.task.models)
+    parts, models = build(cfg), make(cfg.task.models)
     for model in (parts.task.model, models.model, models.sequential, models.parallel):
         assert jax.eval_shape(model.init, jax.random.key(0))
     assert (models.observed is None) == choice.endswith("attention")

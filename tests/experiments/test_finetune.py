@@ -57,7 +57,7 @@ def state_of(folder):
     cfg = folders.load_config(folder)
     model = build.build_model(cfg)
     params = checkpoints.load_params(folder, jax.eval_shape(model.init, KEY), which="last")
-    transform = build.chain_of(cfg.transform, cfg.where)
+    transform = build.build_transform(cfg)
     return params, transform, json.loads((folder / "summary.json").read_text())
 
 
@@ -70,11 +70,11 @@ def test_the_order_on_the_command_line_is_the_order_of_the_chain():
     for order in (["lora", "fake_quant"], ["fake_quant", "lora"]):
         cfg = composed(f"transform=[{','.join(order)}]", "bits=3", "rank=5")
         assert list(cfg.transform) == order
-        first, second = build.chain_of(cfg.transform, cfg.where).members
+        first, second = build.build_transform(cfg).members
         names = {"lora": "lora(rank=5)", "fake_quant": "fake_quant(bits=3)"}
         assert [first.method.name, second.method.name] == [names[name] for name in order]
         assert first.where == second.where == "**/kernel"
-    assert build.chain_of(composed("transform=full").transform) is None
+    assert build.build_transform(composed("transform=full")) is None
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_the_page_and_the_help_set_what_one_transform_has_besides():
     assert f"`{override}`" in (folders.REPOSITORY / "docs/guides/finetuning.md").read_text()
     assert f" {override} " in (folders.REPOSITORY / "experiments/conf/finetune.yaml").read_text()
     cfg = composed("transform=[lora,fake_quant]", override)
-    assert build.chain_of(cfg.transform, cfg.where).members[0].method.settings.scale == 16 / 8
+    assert build.build_transform(cfg).members[0].method.settings.scale == 16 / 8
 
 
 def test_a_setting_that_a_transform_refuses_is_said_with_its_name():
     for overrides, said in (("rank=0", "lora: rank=0"), ("+transform.lora.rnk=2", "lora: .*rnk")):
         cfg = composed("transform=[lora]", overrides)
         with pytest.raises(folders.RunError, match=said):
-            build.chain_of(cfg.transform, cfg.where)
+            build.build_transform(cfg)
 
 
 QUICK = ("full", "fake_quant")
@@ -120,7 +120,7 @@ TRANSFORMS = [
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_every_transform_adapts_a_stack_of_kernels_and_leaves_the_function(name):
     cfg = composed(f"transform=[{name}]")
-    transform = build.chain_of(cfg.transform, cfg.where)
+    transform = build.build_transform(cfg)
     if name == "full":
         assert transform is None
         return

@@ -11,9 +11,11 @@ import shlex
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 import jaxpara
@@ -23,6 +25,7 @@ from experiments.run import folders, names, trust
 from experiments.run.folder_arguments import quote_value
 from experiments.run.resuming import _choices
 from experiments.shell import build, commandline
+from experiments.shell.explanations import explain
 from experiments.studies import mixers
 from tests.experiments.saved_run import MODEL, call, save_run
 from tests.experiments.test_finetune import SMALL
@@ -66,6 +69,45 @@ def test_a_constructor_of_anybodys_is_refused_wherever_it_stands(tmp_path, run, 
     # The control: Hydra itself calls it.
     build.instantiate(touch(mark))
     assert mark.exists()
+
+
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    """Where numpy.load leaves a mark, as the pickle in a file that it reads could."""
+    mark, load = tmp_path / MARK, np.load
+    monkeypatch.setattr(np, "load", lambda *a, **k: mark.touch() or load(*a, **k))
+    return mark
+
+
+@pytest.mark.parametrize("how", hostile.MADE)
+def test_what_a_constructor_has_made_is_never_built(tmp_path, run, loaded, how):
+    values = json.loads(json.dumps(hostile.MADE[how]))  # without aliases
+    edited(run, **values)
+    said = call(generate, tmp_path, f"run={run}")
+    assert said and "Traceback" not in said and len(said.splitlines()) <= 3
+    with pytest.raises((folders.RunError, InstantiationException, TypeError)) as refused:
+        build.build_model(OmegaConf.create({"model": MODEL, **values})).init(0)
+    told = explain(refused.value) or ""
+    assert ("a constructor is asked to build " in told) == ("itself" in how), told
+    assert not loaded.exists()
+
+
+def test_what_a_config_spells_out_is_built_by_its_own_constructors():
+    inner = {"_target_": "jaxpara.lora", "rank": 2}
+    chained = {"_target_": "experiments.shell.build.chain_of", "_recursive_": False}
+    assert build.make(OmegaConf.create({**chained, "members": {"a": inner}})) is not None
+    with pytest.raises(folders.RunError, match="does not spell out"):
+        build.chain_of({"a": inner})
+
+
+@pytest.mark.parametrize("part", ["model", "transform", "optim"])
+def test_only_data_and_tasks_read_files(run, part):
+    node = {"_target_": "experiments.data.text.load", "path": "/etc/passwd"}
+    edited(run, **{part: {"a": node}})
+    with pytest.raises(folders.RunError, match=f"read {part}.a.path=/etc/passwd, which is not in"):
+        trust.open_config(run)
+    with trust.granted(["/etc/passwd"]):
+        trust.open_config(run)
 
 
 @pytest.mark.parametrize("name", hostile.NAMES, ids=ascii)
@@ -241,7 +283,7 @@ def test_only_what_does_not_build_reads_a_config_without_asking():
 def test_a_file_outside_the_folder_is_read_only_if_the_user_names_it(tmp_path, run, data):
     data = {k: v.format(run=run) if isinstance(v, str) else v for k, v in data.items()}
     edited(run, data=data, trust="/")
-    [path] = [p for _, p in trust._paths(data, "")]
+    [path] = [p for _, p in trust.paths(data, "")]
     cfg = trust.open_config(run)
     with pytest.raises(folders.RunError, match="which is not in that folder") as caught:
         trust.check_paths(cfg, run)
