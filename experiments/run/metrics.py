@@ -1,7 +1,10 @@
 """A run's numbers as CSV: written row by row, so a killed run keeps its measurements."""
 
+import codecs
 import csv
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,3 +103,47 @@ def read_rows(path: Path) -> list[list[str]]:
         return [row for row in csv.reader(io.StringIO(whole, newline="")) if row]
     except csv.Error as error:
         raise ValueError(str(error)) from error
+
+
+def readable(path: Path, *, key: str) -> tuple[list[str], list[list[str]], str]:
+    """Reads the rows of numbers of a table that may be damaged.
+
+    Args:
+      path: a CSV file.
+      key: a column in which every row has a finite number.
+
+    Returns:
+      The header, empty if it cannot be read; the readable rows; and why another line is none,
+      empty if all are rows. A last line without a line end counts as unfinished, not as damaged.
+    """
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    *lines, _ = re.split(rb"\r\n|\n|\r", content)  # a cell never holds a line end
+    cells = [(number, _cells(line)) for number, line in enumerate(lines, start=1) if line]
+    if not cells:
+        return [], [], ""
+    (first, header), *others = cells
+    if key not in header or "" in header or len(set(header)) < len(header):
+        return [], [], f"line {first} is not its header"
+    rows, lost = [], ""
+    for number, row in others:
+        if len(row) == len(header) and _are_numbers(row, header.index(key)):
+            rows.append(row)
+        else:
+            lost = lost or f"line {number} is not a row of numbers"
+    return header, rows, lost
+
+
+def _cells(line: bytes) -> list[str]:
+    """Reads one line; no cells if it is not CSV."""
+    try:
+        return next(csv.reader([line.decode()], strict=True), []) if b"\0" not in line else []
+    except (UnicodeDecodeError, csv.Error):
+        return []
+
+
+def _are_numbers(row: Sequence[str], key: int) -> bool:
+    try:
+        numbers = [float(cell) if cell else None for cell in row]
+        return (number := numbers[key]) is not None and math.isfinite(number)
+    except ValueError:
+        return False

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.run import metrics, seals
 from experiments.run.folder_arguments import TRUST, quote_value
 from experiments.run.folders import RunError, find_run, read_yaml
 
@@ -95,20 +96,25 @@ def _choices(folder: Path) -> dict[str, Any]:
 def cut_table(path: Path, *, last: int) -> None:
     """Removes the rows after a step, and a row that a killed process left unfinished.
 
+    A table with rows that cannot be read is kept as `NAME.damaged`, and one line says so; the run
+    continues with the others.
+
     Args:
-      path: a CSV file with a column `step`; nothing happens if it is missing.
+      path: a CSV file of numbers with a column `step`; nothing happens if it is missing.
       last: the last step that stays.
     """
     if not path.is_file():
         return
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows:
-        path.unlink()
+    header, rows, lost = metrics.readable(path, key="step")
+    if lost:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        seals.say(f"{path} is damaged ({lost}); it is kept as {aside.name}, without such rows here")
+    if not header:
+        path.unlink(missing_ok=True)
         return
-    header, *rows = rows
     at = header.index("step")
-    kept = [row for row in rows if len(row) == len(header) and float(row[at]) <= last]
+    kept = [row for row in rows if float(row[at]) <= last]
     whole = path.with_suffix(".tmp")
     with whole.open("w", newline="") as file:
         csv.writer(file).writerows([header, *kept])

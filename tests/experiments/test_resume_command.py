@@ -126,9 +126,9 @@ def test_keys_that_hydra_alone_reads_contradict_nothing():
 @pytest.mark.parametrize(
     "rows, last, kept",
     [
-        ("0,a\n2,b\n4,c\n", 2, "0,a\n2,b\n"),
-        ("0,a\n2,b\n4", 4, "0,a\n2,b\n"),
-        ("0,a\n", -1, ""),
+        ("0,1\n2,\n4,3\n", 2, "0,1\n2,\n"),
+        ("0,1\n2,nan\n4", 4, "0,1\n2,nan\n"),
+        ("0,1\n", -1, ""),
     ],
 )
 def test_rows_after_the_checkpoint_are_cut_and_half_rows_too(tmp_path, rows, last, kept):
