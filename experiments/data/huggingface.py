@@ -23,6 +23,8 @@ from experiments.data.tokens import open_tokenizer
 
 MIB = 2**20
 WHOLE, PIECES = 2**30, 256
+# Kinds of files whose records are in them; others, such as hdf5, may name files elsewhere.
+SELF_CONTAINED = ("text", "json", "parquet", "csv", "arrow")
 
 
 class Records:
@@ -103,7 +105,8 @@ def load(
       The data. Each process reads its own records, so batches depend on their number.
 
     Raises:
-      ValueError: no such data set, split or field, or the library `datasets` is missing.
+      ValueError: no such data set, split or field, a folder whose card names files outside of it,
+        or the library `datasets` is missing.
       FileNotFoundError: no such tokenizer.
     """
     check_fraction(validation_fraction)
@@ -252,15 +255,44 @@ def _open(path: str, name: str | None, data_files: Any, split: str, where: str) 
             "data=huggingface needs the library datasets: pip install '.[datasets]'"
         ) from error
     try:
+        if Path(path).expanduser().is_dir():
+            described = datasets.load_dataset_builder(path, name=name, data_files=data_files)
+            _check_inside(described, path, data_files, where)
         return datasets.load_dataset(
             path, name=name, data_files=data_files, split=split, streaming=True
         )
+    except OutsideFolder:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{where}, split {split!r}, cannot be opened ({str(error).strip().splitlines()[0]}): "
             "give data.path, data.name and data.split as its page on the Hub shows them, or "
             "data.path=json data.data_files=FILES for files of your own"
         ) from error
+
+
+class OutsideFolder(ValueError):
+    """A folder of data asks for files that are not in it."""
+
+
+def _check_inside(described: Any, path: str, data_files: Any, where: str) -> None:
+    """Refuses a folder whose card, or whose kind of file, leads to other files than its own."""
+    root = Path(path).expanduser().resolve()
+    given = {str(one) for one in local_files(path, data_files)} if data_files else set()
+    files = [one for some in (described.config.data_files or {}).values() for one in some]
+    for file in map(str, files):
+        inside = "://" not in file and Path(file).resolve().is_relative_to(root)
+        if not (inside or data_files and ("://" in file or file in given)):
+            raise OutsideFolder(
+                f"{where}: its card names {file}, which is not in that folder: "
+                "take it out of README.md, or name the files with data.data_files"
+            )
+    kind = type(described).__module__.rpartition(".")[2]
+    if kind not in SELF_CONTAINED:
+        raise OutsideFolder(
+            f"{where}: its files are of the kind {kind}, which may refer to other files: "
+            f"give a folder of {', '.join(SELF_CONTAINED)}"
+        )
 
 
 def _readable(records: Any, where: str) -> Iterator[Any]:

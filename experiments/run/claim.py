@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from experiments.run.folders import RunError
+from experiments.run.plain_files import regular
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCK, HOLDER = ".lock", ".lock.json"
@@ -36,13 +37,14 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            regular(folder / LOCK)
             lock.acquire(timeout=0)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             print(f"{folder}: its file system has no locks, so nothing keeps other processes out")
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
-        (folder / HOLDER).write_text(json.dumps(about) + "\n")
+        regular(folder / HOLDER).write_text(json.dumps(about) + "\n")
     except Timeout:  # an OSError, so before it
         raise RunError(
             f"{folder} is in use{_holder(folder)}, and only one process at a time trains in a "
@@ -64,7 +66,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def _holder(folder: Path) -> str:
     """Names the process that holds it, if that can be read."""
     try:
-        about = json.loads((folder / HOLDER).read_text())
+        about = json.loads(regular(folder / HOLDER).read_text())
         return f" by process {int(about['pid'])} on {about['host']} since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import records
 from experiments.run.folder_arguments import TRUST
+from experiments.run.plain_files import regular
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
@@ -60,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
       RunError: the file is truncated, not JSON, nested too deep, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(regular(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise RunError(
             f"{path} is damaged ({_first_line(error)}): put back a copy of it, or leave it out"
@@ -311,7 +312,7 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
       RunError: the file is missing, truncated, too large or too deep, or it has aliases.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = regular(path).read_text(encoding="utf-8-sig")
         if len(text) > LARGEST_CONFIG:
             raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
         if _depth(text) > DEEPEST_CONFIG:

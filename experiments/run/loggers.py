@@ -14,6 +14,7 @@ import jax
 
 from experiments.run import metrics
 from experiments.run.folders import RunError
+from experiments.run.plain_files import regular
 
 
 class Logger(NamedTuple):
@@ -135,7 +136,7 @@ def wandb(*, project: str = "jaxpara", mode: str = "online", tags: Sequence[str]
             run = package.init(
                 project=project,
                 name=place.name,
-                id=known.read_text().strip() if known.exists() else None,
+                id=regular(known).read_text().strip() if known.exists() else None,
                 resume="allow",
                 mode=mode,
                 tags=list(tags),

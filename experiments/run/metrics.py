@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.run.plain_files import regular
+
 
 def start(path: Path, columns: Sequence[str]) -> None:
     """Creates a table with its header.
@@ -31,7 +33,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
       path: a file made by `start`.
       row: values by name.
     """
-    with path.open(newline="") as file:
+    with regular(path).open(newline="") as file:
         columns = next(csv.reader(file))
     new = [name for name in row if name not in columns]
     if new:
@@ -93,7 +95,7 @@ def read_rows(path: Path) -> list[list[str]]:
       ValueError: it is not text, or not CSV.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = regular(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
     if "\0" in text:
@@ -116,7 +118,7 @@ def readable(path: Path, *, key: str) -> tuple[list[str], list[list[str]], str]:
       The header, empty if it cannot be read; the readable rows; and why another line is none,
       empty if all are rows. A last line without a line end counts as unfinished, not as damaged.
     """
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    content = regular(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     *lines, _ = re.split(rb"\r\n|\n|\r", content)  # a cell never holds a line end
     cells = [(number, _cells(line)) for number, line in enumerate(lines, start=1) if line]
     if not cells:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.run.folders import RunError
+from experiments.run.plain_files import regular
 
 SEAL = "digests.json"
 # Files that Orbax writes after its last callback; sealed a moment later.
@@ -52,7 +53,7 @@ def of_file(path: Path) -> str:
       Hexadecimal digits.
     """
     found = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         while chunk := file.read(CHUNK):
             found.update(chunk)
     return found.hexdigest()
@@ -120,7 +121,7 @@ def is_sealed(folder: Path) -> bool:
       False also if there is no seal, or it cannot be read.
     """
     try:
-        return LATE[0] in json.loads((folder / SEAL).read_text())["files"]
+        return LATE[0] in json.loads(regular(folder / SEAL).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -136,9 +137,14 @@ def check(folder: Path, parts: Sequence[str] | None = None) -> None:
       Damaged: names the first file that is changed, missing or added.
     """
     known = _read(folder)
+    for path in folder.rglob("*"):
+        if not (path.is_file() or path.is_dir()):
+            raise Damaged(f"{path} is neither a file nor a folder")
     for name, digest in known.items():
         if parts is not None and "/" in name and name.partition("/")[0] not in parts:
             continue
+        if not _is_below(folder, name):
+            raise Damaged(f"{folder / SEAL} is damaged: it names {name!r}, outside of its folder")
         try:
             found = of_file(folder / name)
         except FileNotFoundError:
@@ -153,6 +159,17 @@ def check(folder: Path, parts: Sequence[str] | None = None) -> None:
             raise Damaged(f"{path} was not written with the rest of {folder}")
 
 
+def _is_below(folder: Path, name: str) -> bool:
+    """Whether a name in a seal is that of a file in the sealed folder."""
+    path = PurePath(name)
+    if "\0" in name or not path.parts or path.is_absolute() or ".." in path.parts:
+        return False
+    try:
+        return (folder / path).resolve().is_relative_to(folder.resolve())
+    except (RuntimeError, OSError):  # a link to itself, or a name that is too long
+        return False
+
+
 def _text(digests: Mapping[str, str]) -> str:
     """Reads a seal."""
     return json.dumps({"files": digests, "digest": of_text(digests)}, indent=1) + "\n"
@@ -161,7 +178,7 @@ def _text(digests: Mapping[str, str]) -> str:
 def _read(folder: Path) -> dict[str, str]:
     path = folder / SEAL
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
         digests = dict(json.loads(content)["files"])
         whole = content == _text(digests).encode()  # to the last blank
     except FileNotFoundError:

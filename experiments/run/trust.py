@@ -187,7 +187,7 @@ def outside(folder: Path, *, but: Sequence[str] = ()) -> list[str]:
 
 
 def check_place(folder: Path) -> None:
-    """Refuses a folder whose files Python would import, or whose links lead out of it.
+    """Refuses a folder whose files Python would import, whose links lead out, or with devices.
 
     Args:
       folder: of a run.
@@ -204,6 +204,8 @@ def check_place(folder: Path) -> None:
             )
     for place, inner, files in os.walk(folder):
         for path in (Path(place) / name for name in (*inner, *files)):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise RunError(f"{path} is a pipe, a socket or a device: take it out of the folder")
             if path.is_symlink() and not _is_ours(str(path), folder):
                 there = os.path.realpath(path)  # a link to itself gives its own name
                 raise RunError(
