@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from orbax.checkpoint import args as items
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from experiments.run import frozen as frozen_part
-from experiments.run import seals, trust
+from experiments.run import saved_values, seals, trust
 from experiments.run.disk import by_plain_name, quiet, read_items, reason, remedy, target
 from experiments.run.folders import RunError
 from experiments.run.seals import Damaged
@@ -33,6 +34,7 @@ from jaxpara import split
 from jaxpara.types import Params, TrainState
 
 FOLDER, DAMAGED = "checkpoints", "damaged"
+STEP = re.compile("0|[1-9][0-9]*")
 
 Save = Callable[[TrainState, dict[str, Any], dict[str, float] | None], None]
 
@@ -70,9 +72,14 @@ def _score(run: dict[str, Any]) -> float:
 
 def _read_run(path: Path) -> dict[str, Any]:
     """Reads the values that a step was saved with besides arrays; the files must be checked."""
-    run = read_items(path, run=items.JsonRestore())["run"]
-    if not isinstance(run, dict) or run.pop("digest", None) != seals.of_text(run):
+    try:
+        run = read_items(path, run=items.JsonRestore())["run"]
+        whole = isinstance(run, dict) and run.pop("digest", None) == seals.of_text(run)
+    except RecursionError:
+        whole = False
+    if not whole:
         raise Damaged(f"{path / 'run'} is damaged: it is not what was saved")
+    saved_values.check(run, str(path / "run"))
     return run
 
 
@@ -228,8 +235,10 @@ def set_aside(folder: Path, *, after: int | None = None) -> None:
         except Damaged as error:
             why = str(error)
         aside = folder / DAMAGED / str(step)
-        if aside.exists():
+        if aside.is_dir():
             shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
         aside.parent.mkdir(exist_ok=True)
         path.rename(aside)
         seals.say(f"{why}; checkpoint {step} is moved to {aside}")
@@ -245,7 +254,8 @@ def steps(folder: Path) -> list[int]:
       Their steps, in order; empty where there are none.
     """
     # Orbax writes to STEP.orbax-checkpoint-tmp and renames it when everything is on disk.
-    return sorted(int(path.name) for path in (folder / FOLDER).glob("*") if path.name.isdigit())
+    found = [path.name for path in (folder / FOLDER).glob("*")]
+    return sorted(int(name) for name in found if STEP.fullmatch(name))
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -322,7 +332,11 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
     for part in ("params", "rest"):
         seals.check_arrays(read[part], digests[part], str(path / part))
     rest = read["rest"]
-    key = jax.random.wrap_key_data(rest["key"], impl=run.pop("key_impl"))
+    kind = run.pop("key_impl")
+    try:
+        key = jax.random.wrap_key_data(rest["key"], impl=kind)
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"{path / 'run'} is damaged: its key is not of key_impl {kind!r}") from error
     params = frozen_part.together(folder, read["params"], frozen)
     return TrainState(params, rest["opt_state"], rest["step"], key), run
 

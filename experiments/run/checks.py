@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from experiments.run.folders import RunError
 from experiments.run.limits import FINITE, LARGEST, RULES, TEXT, Rule, rule_for
 
+BIGGEST = 2**63  # of whole numbers: much larger ones are no float either
 # The table holds for objects of these packages; a user's own objects may use the names otherwise.
 OURS = ("jaxpara.", "experiments.", "builtins.tuple", "hydra.utils.get_")
 
@@ -45,7 +46,9 @@ def fits(value: Any, rule: Rule) -> bool:
         # A folder may be called 2024: Hydra reads a number, but it is text here.
         text = isinstance(value, str | int | float) and not isinstance(value, bool)
         return text and (not rule.choices or value in rule.choices)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if math.isnan(value) if isinstance(value, float) else abs(value) > BIGGEST:
         return False
     if rule.kind == "whole" and not isinstance(value, int):
         return False
@@ -119,7 +122,8 @@ def instead(value: Any, rule: Rule) -> str:
             return value
         near = difflib.get_close_matches(str(value), rule.choices, n=1, cutoff=0.0)
         return near[0] if near else "TEXT"
-    usable = isinstance(value, int | float) and math.isfinite(value) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= BIGGEST
+    usable = whole or (isinstance(value, float) and math.isfinite(value))
     if rule.kind == "whole":
         near = min(max(math.ceil(value) if usable else 0, int(rule.low)), int(rule.high))
         return str(near)
@@ -195,6 +199,7 @@ def check_settings(cfg: DictConfig, command: str = "") -> None:
             continue
         shown = {True: "true", False: "false", None: "null"}.get(value) if _plain(value) else None
         shown = shown or (f"{value!r}" if isinstance(value, str) else str(value))
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
         near = f"{key}={instead(value, rule)}"
         if rule.kind == "section":
             near = f"{key}.KEY=VALUE, as --cfg job shows them"

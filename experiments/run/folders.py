@@ -98,7 +98,10 @@ def _read_environment(folder: Path) -> dict[str, Any]:
     """Reads what is known of the machine; a damaged file is kept beside the new one."""
     path = folder / ENVIRONMENT
     try:
-        return read_json(path) if path.is_file() else {}
+        known = read_json(path) if path.is_file() else {}
+        if not isinstance(known.get("resumed", []), list):
+            raise RunError(f"{path} is damaged (resumed is not a list)")
+        return known
     except RunError as error:
         aside = path.with_suffix(".damaged.json")
         os.replace(path, aside)

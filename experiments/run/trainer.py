@@ -19,6 +19,8 @@ from experiments.run import (
     loggers,
     metrics,
     profiling,
+    saved_values,
+    seals,
     step_cost,
 )
 from experiments.run.loop import Diverged, Ending, Hooks, Memory, Pace, Row, run_loop
@@ -104,7 +106,7 @@ def train(
     if whole:
         state, run = checkpoints.restore_newest(folder, jax.eval_shape(initial, key))
         begin = int(state.step)
-        task.batches.set_state(run["data"])
+        _go_to(task, run, str(checkpoints.path_of(folder, begin)))
         memory = Memory(**run["memory"])
         began -= memory.seconds
         known = run["figures"] or {}
@@ -214,6 +216,20 @@ def train(
             getattr(used, "close", lambda: None)()  # batches without prefetching have none
         summary["seconds"] = seconds()
         _close(folder, summary)
+
+
+def _go_to(task: Task, run: Mapping[str, Any], where: str) -> None:
+    """Moves the batches to a saved position."""
+    saved_values.check(run, where, need=saved_values.CONTINUED)
+    try:
+        task.batches.set_state(run["data"])
+    except folders.RunError:
+        raise
+    except Exception as error:  # of any source of data, on values that are none of its own
+        raise seals.Damaged(
+            f"{where} is damaged: its data is not a position in this task's "
+            f"({type(error).__name__}: {error}); start a new run"
+        ) from error
 
 
 def _last_checkpoint(folder: Path) -> str:

@@ -257,6 +257,10 @@ def build(cfg: DictConfig) -> Parts:
       The parts.
     """
     chosen = cfg.get("logger") or {}
+    if not isinstance(chosen, Mapping):
+        raise RunError(
+            f"logger={chosen}: expected loggers by name;\ntype for example logger=tensorboard"
+        )
     return Parts(
         task=make(cfg.task),
         optimizer=make(cfg.optim),

@@ -5,15 +5,19 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
+from omegaconf import OmegaConf
 
 from experiments.data import huggingface
+from experiments.data.batches import only_for
 from experiments.inject import injection
-from experiments.run import checkpoints, claim, folders, seals, trust
+from experiments.run import checkpoints, checks, claim, folders, seals, trainer, trust
 from experiments.run.resuming import cut_table
 from experiments.run.seals import Damaged
+from experiments.shell import build
 
 ROWS = b"step,x\r\n1,0.5\r\n2,0.25\r\n3,0.125\r\n"
 TABLES = {
@@ -177,3 +181,112 @@ def test_a_folder_of_data_holds_no_files_that_name_others(tmp_path, monkeypatch)
     (tmp_path / "a.xml").write_text("<a>x</a>")
     with pytest.raises(ValueError, match="of the kind xml, which may refer to other files"):
         huggingface.load(path=str(tmp_path))
+
+
+def rewrite(folder, step, **fields):
+    """A record of a checkpoint as another program might have sealed it; `...` leaves one out."""
+    path = checkpoints.path_of(folder, step)
+    [file] = [p for p in (path / "run").rglob("*") if p.is_file() and b"digests" in p.read_bytes()]
+    known = {k: v for k, v in json.loads(file.read_text()).items() if k != "digest"} | fields
+    record = {name: value for name, value in known.items() if value is not ...}
+    file.write_text(json.dumps({**record, "digest": seals.of_text(record)}))
+    seals.seal(path)
+
+
+MEMORY = {"losses": [0.5], "seconds": 1.0, "timed": [2, 0.5], "enough": False, "others": {"a": [1]}}
+FIELDS = {
+    "key_impl": [..., "nope", 3, "rbg", None, ["threefry2x32"]],
+    "best": [..., None, "loss", ["loss"], [["a"], "min"], ["loss", "least"], ["loss", ["min"]]],
+    "figures": [..., 3, [], {"loss": "x"}, {"loss": None}, {"loss": 10**400}, {"loss": True}],
+    "digests": [..., 3, {}, {"params": {}}, {"params": 3, "rest": {}}, {"params": {}, "rest": [1]}],
+    "data": [None, 3, [1]],
+    "memory": [
+        None,
+        3,
+        {**MEMORY, "x": 1},
+        *({**MEMORY, name: "ab"} for name in MEMORY),
+        {**MEMORY, "losses": ["a"]},
+        {**MEMORY, "losses": [10**400]},
+        {**MEMORY, "timed": [1]},
+        {**MEMORY, "timed": [-1, 2.0]},
+        {**MEMORY, "others": {"a": 3}},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in FIELDS.items() for value in values], ids=str
+)
+def test_a_field_of_a_checkpoint_that_cannot_be_used_is_named(run, capsys, name, value):
+    rewrite(run, 2, **{name: value})
+    with pytest.raises(Damaged, match=rf"is damaged: .*{name}") as refused:
+        checkpoints.restore(run, 2, LIKE)
+    assert len(str(refused.value)) < 400
+    assert int(checkpoints.restore_newest(run, LIKE)[0].step) == 1
+    assert checkpoints.best_step(run) is None and checkpoints.data_of(run) == {}
+    assert "the checkpoint of step 1 is read instead" in capsys.readouterr().err
+
+
+def test_a_record_as_training_writes_it_is_read(run):
+    rewrite(run, 2, memory=MEMORY, figures={"loss": float("nan"), "n": 3}, data={"in": {}})
+    assert checkpoints.restore(run, 2, LIKE)[1]["memory"] == MEMORY
+    rewrite(run, 2, memory={"losses": []})
+    assert checkpoints.restore(run, 2, LIKE)[1]["memory"] == {"losses": []}
+
+
+@pytest.mark.parametrize("name", ["\u00b2", "\u0662", "007", "x7", "9" * 200, "-1", "1_0"])
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_an_odd_name_among_the_checkpoints_hinders_nothing(run, name, make):
+    make(run / "checkpoints" / name)
+    assert checkpoints.steps(run)[:2] == [1, 2]
+    state, _ = checkpoints.restore_newest(run, LIKE)
+    rule = {"keep_last": 3, "keep_best": 0, "best": ("loss", "min"), "begin": 2}
+    with checkpoints.saver(run, **rule) as save:
+        save(state._replace(step=jax.numpy.int32(3)), {"data": {}}, None)
+    assert checkpoints.steps(run) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_damaged_checkpoint_replaces_an_earlier_one_of_its_step(run, kind):
+    (run / "damaged").mkdir()
+    (run / "damaged/7").mkdir() if kind == "folder" else (run / "damaged/7").write_text("x")
+    (run / "checkpoints/7").mkdir()
+    checkpoints.set_aside(run)
+    assert (run / "damaged/7").is_dir() and checkpoints.steps(run) == [1, 2]
+
+
+@pytest.mark.parametrize("value", [3, None, "x", {"a": 1}])
+def test_a_damaged_record_of_machines_is_kept_and_begun_anew(run, capsys, value):
+    (run / "env.json").write_text(json.dumps({"resumed": value}))
+    folders.reopen_run(run)
+    assert "env.damaged.json" in capsys.readouterr().out
+    assert len(json.loads((run / "env.json").read_text())["resumed"]) == 1
+    assert json.loads((run / "env.damaged.json").read_text()) == {"resumed": value}
+
+
+@pytest.mark.parametrize("data", [{}, {"in": 3}, {"in": {"a": 1}}, {"in": {"a": 1}, "position": 3}])
+def test_a_position_that_is_not_one_of_the_tasks_is_refused(data):
+    class Source:
+        def set_state(self, state):
+            self.at = state["next_index"]
+
+    task = SimpleNamespace(batches=only_for(Source(), {"a": 1}))
+    with pytest.raises(Damaged, match="checkpoints/2 is damaged: its data is not a position in"):
+        trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2")
+    with pytest.raises(Damaged, match="checkpoints/2 is damaged: it has no memory"):
+        trainer._go_to(task, {"data": data}, "checkpoints/2")
+
+
+@pytest.mark.parametrize("given", ["hello", [1], 3])
+def test_loggers_are_settings_by_name(given):
+    with pytest.raises(folders.RunError, match=r"logger=.*: expected loggers by name;\n"):
+        build.build(OmegaConf.create({"logger": given}))
+
+
+@pytest.mark.parametrize("digits", [25, 401, 4000])
+def test_a_number_that_no_float_holds_is_refused(digits):
+    for name in ("learning_rate", "vocab_size"):
+        model = {"_target_": "jaxpara.nn.decoder", name: 10**digits}
+        with pytest.raises(folders.RunError, match=f"{name}=10000.*: expected") as refused:
+            checks.check_settings(OmegaConf.create({"model": model}), "train")
+        assert len(str(refused.value)) < 400
