@@ -135,7 +135,7 @@ def saver(
     Raises:
       RunError: a checkpoint could not be written; raised at the next one or on exit.
     """
-    begun = 0
+    begun, of_frozen = 0, functools.cache(lambda: frozen_part.identity(folder))
     folder.mkdir(parents=True, exist_ok=True)
     set_aside(folder, after=begin)
 
@@ -183,6 +183,7 @@ def saver(
                 params, frozen = split(params, trainable(params))
                 if not steps(folder) or not (folder / frozen_part.FOLDER).is_dir():
                     frozen_part.write(folder, frozen)
+            record["frozen"] = of_frozen()
             record["digests"] = {
                 "params": seals.of_arrays(params),
                 "rest": seals.of_arrays(rest),
@@ -323,6 +324,8 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
     path = path_of(folder, step)
     seals.check(path)
     run = _read_run(path)
+    frozen_part.check_belongs(folder, run, str(path))
+    run.pop("frozen", None)
     read = read_items(
         path,
         params=items.StandardRestore(target(trained)),
@@ -387,9 +390,10 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
         trained, frozen = frozen_part.apart(folder, like)
         with _still_there(path):
             seals.check(path, ["run", "params"])
-            known = _read_run(path)["digests"]["params"]
+            run = _read_run(path)
+            frozen_part.check_belongs(folder, run, str(path))
             found = read_items(path, params=items.StandardRestore(target(trained)))["params"]
-        seals.check_arrays(found, known, str(path / "params"))
+        seals.check_arrays(found, run["digests"]["params"], str(path / "params"))
         return frozen_part.together(folder, found, frozen)
 
     best = best_step(folder) if which == "best" else None

@@ -290,3 +290,39 @@ def test_a_number_that_no_float_holds_is_refused(digits):
         with pytest.raises(folders.RunError, match=f"{name}=10000.*: expected") as refused:
             checks.check_settings(OmegaConf.create({"model": model}), "train")
         assert len(str(refused.value)) < 400
+
+
+def frozen_run(folder, *, step):
+    """A run whose kernel is not trained; its values depend on the step."""
+    rule = {"keep_last": 3, "keep_best": 0, "best": ("loss", "min")}
+    with checkpoints.saver(
+        folder, **rule, trainable=lambda _: {"kernel": False, "bias": True}
+    ) as save:
+        save(injection.state_after(step), {"data": {}}, None)
+    return folder
+
+
+@pytest.mark.parametrize("found", ["of another run", "missing"])
+def test_frozen_parameters_are_those_of_their_checkpoints(tmp_path, found):
+    run, other = (frozen_run(tmp_path / name, step=i) for i, name in enumerate("ab", start=1))
+    checkpoints.restore(run, 1, LIKE)
+    shutil.rmtree(run / "frozen")
+    if found != "missing":
+        shutil.copytree(other / "frozen", run / "frozen")
+    for read in (
+        lambda: checkpoints.load_params(run, LIKE.params),
+        lambda: checkpoints.restore_newest(run, LIKE),
+    ):
+        with pytest.raises(Damaged, match="frozen is not what .*checkpoints/1 was trained with"):
+            read()
+    # A checkpoint of an older version does not say what belongs to it.
+    if found != "missing":
+        rewrite(run, 1, frozen=...)
+        checkpoints.load_params(run, LIKE.params)
+
+
+def test_a_run_that_freezes_nothing_says_so(run):
+    assert "frozen" not in checkpoints.restore(run, 2, LIKE)[1]
+    shutil.copytree(frozen_run(run.parent / "a", step=1) / "frozen", run / "frozen")
+    with pytest.raises(Damaged, match="frozen is not what .*checkpoints/2 was trained with"):
+        checkpoints.restore(run, 2, LIKE)
