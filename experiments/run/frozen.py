@@ -40,7 +40,7 @@ def _known(folder: Path) -> dict[str, str]:
     """Reads the digests of the frozen parameters; the files must be checked."""
     leaves = read_items(folder / FOLDER, leaves=items.JsonRestore())["leaves"]
     digests = leaves.get("digests") if isinstance(leaves, dict) else None
-    if not saved_values.is_digests(digests):
+    if digests is None or not saved_values.is_digests(digests):
         raise seals.Damaged(f"{folder / FOLDER / 'leaves'} is damaged: it has no digests")
     return digests
 

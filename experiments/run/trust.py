@@ -107,7 +107,8 @@ def open_config(folder: Path) -> DictConfig:
         raise RunError(f"{place} asks for {key}={name}, which {_refusal(name)}")
     copy = folder / folders.TOKENIZER
     # Where data or a task is built, its caller checks the paths: arguments may replace them.
-    check_paths(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in READING]), folder)
+    others = [str(key) for key in cfg if key not in READING]
+    check_paths(OmegaConf.masked_copy(cfg, others), folder)
     for group in (cfg.get("data"), OmegaConf.select(cfg, "task.data")):
         if isinstance(group, DictConfig) and group.get("tokenizer") and copy.is_file():
             group.tokenizer = str(copy)
