@@ -93,6 +93,32 @@ def matcher(where: Where) -> Callable[[str, Any], bool]:
     )
 
 
+def by_path(tree: Any, *, is_leaf: IsLeaf = None) -> dict[str, Any]:
+    """The leaves of a tree by their paths.
+
+    Args:
+      tree: any pytree.
+      is_leaf: as for `jax.tree.map`.
+
+    Returns:
+      Leaf by path, in the order of the tree.
+
+    Raises:
+      ValueError: two leaves have the same path, as those of `{"a": {"b": x}, "a/b": y}` do.
+    """
+    found: dict[str, Any] = {}
+    places: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        path = path_of(keys)
+        if path in found:
+            both = map(jax.tree_util.keystr, (places[path], keys))
+            raise ValueError(
+                f"the leaves {' and '.join(both)} have the same path {path!r}: rename one"
+            )
+        found[path], places[path] = leaf, keys
+    return found
+
+
 def select(tree: Any, where: Where, *, is_leaf: IsLeaf = None) -> dict[str, Any]:
     """The leaves that a pattern selects.
 
@@ -105,11 +131,11 @@ def select(tree: Any, where: Where, *, is_leaf: IsLeaf = None) -> dict[str, Any]
       Leaf by path, in the order of the tree.
 
     Raises:
-      ValueError: nothing is selected; names the paths that come nearest.
+      ValueError: nothing is selected (names the paths that come nearest), or two leaves have the
+        same path.
     """
     wanted = matcher(where)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    known = {path_of(keys): leaf for keys, leaf in leaves}
+    known = by_path(tree, is_leaf=is_leaf)
     found = {path: leaf for path, leaf in known.items() if wanted(path, leaf)}
     if found:
         return found
@@ -133,7 +159,7 @@ def marked(tree: Any, where: Where) -> Any:
       Booleans in the structure of the tree.
 
     Raises:
-      ValueError: nothing is selected; names the paths that come nearest.
+      ValueError: as for `select`.
     """
     found = select(tree, where)
     return jax.tree_util.tree_map_with_path(lambda keys, _: path_of(keys) in found, tree)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxpara import compat
-from jaxpara.tree import path_of
+from jaxpara.tree import by_path, path_of
 from jaxpara.weights.lazy import array, is_lazy
 from jaxpara.weights.matrices import lazy_leaf, matrices_of
 from jaxpara.weights.pools import is_pooled, resolved
@@ -197,6 +197,9 @@ def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) 
 
     Returns:
       The report.
+
+    Raises:
+      ValueError: two leaves have the same path.
     """
     trace, consts, arrays = traced(function, state, args, kwargs)
     uses: dict[Any, Use] = {}
@@ -204,7 +207,7 @@ def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) 
     pools = [node.pools for node in jax.tree.leaves(state, is_leaf=is_pooled) if is_pooled(node)]
     leaves, bases = {}, 0
     parts = sum(pool.size for pool in jax.tree.leaves(pools))
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(resolved(state), is_leaf=is_weight):
+    for path, leaf in by_path(resolved(state), is_leaf=is_weight).items():
         if not is_weight(leaf):
             continue
         methods, inner = [], matrices_of(leaf)[0]
@@ -214,5 +217,5 @@ def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) 
             parts += sum(part.size for name, part in inner.parts.items() if name not in common)
             inner = inner.base
         bases += inner.size
-        leaves[path_of(keys)] = (tuple(reversed(methods)), shape_of(leaf).shape)
+        leaves[path] = (tuple(reversed(methods)), shape_of(leaf).shape)
     return Report(tuple(uses.values()), leaves, parts, bases)

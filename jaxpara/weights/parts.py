@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara import compat
-from jaxpara.tree import path_of
+from jaxpara.tree import by_path, path_of
 from jaxpara.weights.matrices import matrices_of, put_back
 from jaxpara.weights.pools import Pooled, is_pooled
 from jaxpara.weights.trained import trainable, trains_itself
@@ -51,8 +51,8 @@ def adapters(state: Any, trained: Any = None) -> dict[str, Any]:
       these as `params`, and `pools`.
 
     Raises:
-      ValueError: no leaf is reparameterised, or the weight of a leaf was itself trained, so that
-        its parts cannot give it back.
+      ValueError: no leaf is reparameterised; the weight of a leaf was itself trained, so that
+        its parts cannot give it back; or two arrays have the same path.
     """
     mask = trainable(state) if trained is None else trained
     if is_pooled(state):
@@ -73,13 +73,15 @@ def adapters(state: Any, trained: Any = None) -> dict[str, Any]:
             continue
         kept = owned(_parts(leaf) if is_weight(leaf) else leaf)
         *outer, last = path.split("/")
-        node = found
+        if not path and len(leaves) == 1:
+            return kept
+        node: Any = found
         for name in outer:
-            node = node.setdefault(name, {})
-        if last:
-            node[last] = kept
-        else:  # the tree is one leaf
-            found = kept
+            node = node.setdefault(name, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last in node:
+            # Such as the part "b" of a leaf "a" beside a leaf "a/b".
+            raise ValueError(f"adapters: two arrays have the path {path!r}: rename a leaf")
+        node[last] = kept
     return found
 
 
@@ -94,9 +96,10 @@ def with_adapters(state: Any, adapters: dict[str, Any]) -> Any:
       The state, with copies of the arrays.
 
     Raises:
-      ValueError: a part is missing, is not of this state, or has another shape.
+      ValueError: a part is missing, is not of this state, or has another shape, or two have the
+        same path.
     """
-    given = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(adapters)}
+    given = by_path(adapters)
 
     def taken(where: str, part: jax.Array) -> jax.Array:
         if where not in given:

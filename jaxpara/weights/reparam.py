@@ -111,9 +111,9 @@ class Reparam(NamedTuple):
 
         Raises:
           TypeError: `key` is no random key, or `layout` holds no `Layout`s.
-          ValueError: a member selects nothing (the message names near leaves), or selects a leaf
-            that is not an array of two or more axes and of floats of 16 bits or more, or that is
-            reparameterised already; a layout does not fit its leaf.
+          ValueError: a member selects nothing (the message names near leaves), or a leaf that is
+            not an array of two or more axes and of floats of 16 bits or more, or reparameterised
+            already; two leaves have the same path; a layout does not fit its leaf.
 
         Warns:
           UserWarning: parts hold more numbers than their weight; `function` does not tell what is

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxpara import compat
 from jaxpara.jaxprs import called
-from jaxpara.tree import is_matrix, path_of, select
+from jaxpara.tree import by_path, is_matrix, path_of, select
 from jaxpara.types import Params
 from jaxpara.weights.conv import kernel_of
 from jaxpara.weights.lazy import Atom, Lazy, array, is_lazy, sizes
@@ -258,6 +258,9 @@ def layout(function: Callable[..., Any], params: Params, *inputs: Any, **keyword
       The layouts: `known` by path, and `unknown` with the reason, for leaves whose products
       disagree and for leaves in no product.
 
+    Raises:
+      ValueError: two leaves have the same path.
+
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
       >>> params = {"w": jnp.ones((8, 3))}  # [out, in]
@@ -266,11 +269,7 @@ def layout(function: Callable[..., Any], params: Params, *inputs: Any, **keyword
       Layout(inputs=(1,), outputs=(0,), batch=(), pieces=())
     """
     trace, consts, arrays = traced(function, params, inputs, keywords)
-    found = {
-        path_of(keys): leaf
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if is_matrix(leaf)
-    }
+    found = {path: leaf for path, leaf in by_path(params).items() if is_matrix(leaf)}
     walk = _Probe({path: tuple(leaf.shape) for path, leaf in found.items()})
 
     def run(consts, params, arrays):

@@ -65,6 +65,35 @@ def test_a_pattern_that_selects_nothing_names_what_comes_near():
         jp.lora(where=3).attach(jax.random.key(0), params())
 
 
+def test_two_leaves_of_one_path_are_refused():
+    params = {"a": {"b": 2 * np.ones((4, 4))}, "a/b": np.ones((4, 4))}
+    state = {name: jp.lora(rank=1).attach(jax.random.key(0), each) for name, each in params.items()}
+
+    def product(params, x):
+        return x @ params["a"]["b"] @ params["a/b"]
+
+    x = np.ones((1, 4))
+    for where in (
+        lambda: jp.lora(rank=1).attach(jax.random.key(0), params),
+        lambda: jp.lora(where="a/*").attach(jax.random.key(0), params),
+        lambda: jp.mos(rank=1).attach(jax.random.key(0), params),
+        lambda: jp.weights.layout(product, params, x),
+        lambda: tree.marked(params, "a/b"),
+        lambda: jp.lora(rank=1).report(state, product, x),
+    ):
+        both = r"\['a'\]\['b'\] and \['a/b'\] have the same path 'a/b': rename one"
+        with pytest.raises(ValueError, match=both):
+            where()
+    with pytest.raises(ValueError, match="two arrays have the path 'a/b'"):
+        jp.weights.adapters(state)
+    # The part "a" of the leaf "w", and a leaf "w/a" that a mask adds.
+    state = {"w": state["a/b"], "w/a": np.ones(3, np.float32)}
+    with pytest.raises(ValueError, match="two arrays have the path 'w/a'"):
+        jp.weights.adapters(state, jax.tree.map(lambda _: True, state) | {"w": False})
+    with pytest.raises(ValueError, match="have the same path 'w/a'"):
+        jp.weights.with_adapters({"w": state["w"]}, {"w": {"a": x, "b": x}, "w/a": x})
+
+
 def test_attaching_does_not_change_the_function_and_draws_by_path():
     t = jp.lora(rank=2)
     key = jax.random.key(1)
