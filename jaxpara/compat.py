@@ -114,6 +114,13 @@ def weakly_typed(array):
     return convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
 
 
+def trace_context() -> Any:
+    """The settings of JAX on which a trace depends, as its own caches compare them."""
+    from jax._src import config
+
+    return config.trace_context()
+
+
 def source_line(eqn: Any) -> str:
     """`file:line (function)` of the user's line that an equation comes from."""
     from jax._src import source_info_util

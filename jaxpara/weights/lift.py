@@ -84,7 +84,9 @@ def _bind(function, args, kwargs) -> _Call:
         return function(params, *args, **kwargs)
 
     arrays = [leaf for i, leaf in enumerate(leaves) if i not in static]
-    return _Call(call, arrays, (structure, tuple(static.items())))
+    # By type too: 1 and True are equal and different branches.
+    typed = tuple((i, type(leaf), leaf) for i, leaf in static.items())
+    return _Call(call, arrays, (structure, typed))
 
 
 class _Traced(NamedTuple):
@@ -142,11 +144,11 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       function: `(params, *inputs, **inputs) -> outputs`, traceable. Inputs that are not arrays
         (integers, truth values, text, functions) are passed on unchanged, so they may be sizes
-        and branches. They must be hashable, and another value is another signature.
+        and branches. They must be hashable, and another value or type is another signature.
 
     Returns:
-      A function of the same type. It is traced once for each signature. An eager call is
-      compiled as a whole.
+      A function of the same type. It is traced once for each signature, and again under other
+      settings of JAX, such as `enable_x64`. An eager call is compiled as a whole.
 
     Raises:
       TypeError: `function` cannot be called; when called, for an input that is neither an array
@@ -172,7 +174,8 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
         if not any(map(is_weight, jax.tree.leaves(state, is_leaf=is_weight))):
             return function(state, *args, **kwargs)
         call = _bind(function, args, kwargs)
-        signature = call.signature, _signature((state, call.arrays))
+        arguments = call.signature, _signature((state, call.arrays))
+        signature = arguments, compat.trace_context()
         if signature not in known:
             trace = _trace(call.function, state, call.arrays)
             consts = getattr(trace.jaxpr, "consts", ())

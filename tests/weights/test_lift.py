@@ -141,6 +141,30 @@ def test_a_second_call_compiles_nothing_and_traces_nothing():
     assert len(traces) == 2
 
 
+def test_another_type_or_setting_is_another_signature():
+    state = attached(jp.lora(rank=2), {"w": W})
+    traces = []
+
+    def function(params, x, kind):
+        traces.append(1)
+        size = 7.0 if kind is True else 1 / kind
+        return size * jnp.arange(3.0).astype(float) + jnp.sum(x @ params["w"]) * 0
+
+    run = jp.lift(function)
+    kinds = (1, True, 1.0, -0.0, 0.0, np.int64(1), True, 1, -0.0)
+    found = [float(run(state, X, kind)[1]) for kind in kinds]
+    assert found == [1, 7, 1, -np.inf, np.inf, 1, 7, 1, -np.inf]
+    assert len(traces) == 4  # of int, bool, float and int64
+    # Settings that a trace depends on; the arrays are the same.
+    x = jnp.ones((2, 8), jnp.float32)
+    state = attached(jp.lora(rank=2), {"w": jnp.ones((8, 6), jnp.float32)})
+    state = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state)
+    for x64, dtype in ((True, jnp.float64), (False, jnp.float32), (True, jnp.float64)):
+        with jax.enable_x64(x64):
+            assert run(state, x, 1).dtype == dtype
+    assert len(traces) == 6
+
+
 def test_values_of_a_surrounding_transform_reach_the_function():
     t = jp.lora(rank=2)
     state = attached(t, {"w": W})
