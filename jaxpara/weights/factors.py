@@ -100,7 +100,7 @@ def contract(
       options: for `jnp.einsum`.
 
     Returns:
-      The product over the axes `out`.
+      The product over the axes `out`; in float32 with an operand of float16.
     """
     terms = list(factors.terms)
     if operand is None:
@@ -109,6 +109,9 @@ def contract(
         now, axes = first
     else:
         now, axes = operand
+        if now.dtype == jnp.float16:
+            # `x A` may be beyond float16 where `(x A) B` is not.
+            options = {**options, "preferred_element_type": jnp.float32}
     while terms:
         summed = [axis for axis in axes if axis not in out]
         # A pick whose own two axes are not there yet has nothing to pick from.
@@ -124,6 +127,8 @@ def contract(
                 now, axes = _picked(now, axes, term)
                 continue
             term = Term(term.matrix(now.dtype), term.axes)
+        if now.dtype == jnp.float32 and term.array.dtype == jnp.float16:
+            term = term._replace(array=wide(term.array))
         later = {*out, *(axis for other in terms for axis in other.axes)}
         kept = tuple(dict.fromkeys(a for a in (*axes, *term.axes) if a in later))
         now, axes = _einsum((now, axes), term, kept, **options), kept

@@ -92,6 +92,36 @@ def unit_of(size: jax.Array) -> jax.Array:
     return jnp.where((size > 0) & (size < jnp.inf), bounded, 1)
 
 
+def share_of(size: jax.Array) -> jax.Array:
+    """What numbers near the end of the range are multiplied by, so that a few of them fit.
+
+    Args:
+      size: magnitudes, float32 or float64.
+
+    Returns:
+      A small power of two near the end of the range, one elsewhere.
+    """
+    far = size > jnp.asarray(jnp.finfo(size.dtype).max / 2**16, size.dtype)
+    return jnp.where(far, jnp.asarray(2.0**-10, size.dtype), 1)
+
+
+def quotient(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x / scale` for scales up to the end of the range.
+
+    XLA multiplies by `1 / scale` in some programs, and flushes a reciprocal that is too small for a
+    normal number to zero.
+
+    Args:
+      x: float32 or float64.
+      scale: of the same dtype, not zero.
+
+    Returns:
+      The quotients.
+    """
+    share = share_of(jnp.abs(scale))
+    return (x * share) / (scale * share)
+
+
 def mean_size(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The mean magnitude along axes, which are kept.
 

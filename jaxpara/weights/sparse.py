@@ -12,6 +12,7 @@ from jaxpara.sizes import finite, needed
 from jaxpara.tree import Where
 from jaxpara.types import AnyArray
 from jaxpara.weights.method import computed
+from jaxpara.weights.precision import wide
 from jaxpara.weights.reparam import Reparam, reparam
 from jaxpara.weights.weight import dense, shape_of
 
@@ -74,7 +75,7 @@ def _effective(settings: _Settings, w, parts):
 
 def _penalty(settings: _Settings, w, parts):
     pruned = jnp.where(largest(w, settings.n, settings.m, -2), 0, w)
-    return 0.5 * settings.decay * jnp.sum(pruned.astype(jnp.float32) ** 2)
+    return 0.5 * settings.decay * jnp.sum(wide(pruned) ** 2)
 
 
 def _product(settings: _Settings, x, base, parts, cast, **options: Any):

@@ -62,9 +62,8 @@ def test_gradients_pass_straight_and_the_penalty_decays_pruned_weights(double):
         return jnp.sum(weights * t.effective(state)["w"]) + t.penalty(state)
 
     found = jax.jit(jax.grad(loss))(state)["w"].base
-    # The penalty is added up in float32.
-    np.testing.assert_allclose(found, weights + 3e-2 * (1 - mask) * w, rtol=1e-6)
-    np.testing.assert_allclose(t.penalty(state), 1.5e-2 * np.sum(w[~mask] ** 2), rtol=1e-6)
+    np.testing.assert_allclose(found, weights + 3e-2 * (1 - mask) * w, rtol=1e-13)
+    np.testing.assert_allclose(t.penalty(state), 1.5e-2 * np.sum(w[~mask] ** 2), rtol=1e-13)
     plain = jp.sparse_nm(decay=0.0)
     np.testing.assert_array_equal(jax.grad(plain.penalty)(plain.attach(KEY, {"w": w}))["w"].base, 0)
 

@@ -5,6 +5,7 @@ lifted function and the one of the effective weights have the same values and th
 gradients; and that the merged weight is the forward's bit for bit.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -334,3 +335,49 @@ def test_norms_and_means_of_any_size_are_those_of_float64():
     np.testing.assert_allclose(norm(w, (0,))[0], np.sqrt(np.sum(exact**2, 0)), rtol=1e-6)
     np.testing.assert_allclose(mean_size(w, (0,))[0], np.mean(np.abs(exact), 0), rtol=1e-6)
     assert np.isinf(np.sum(np.square(w), 0)[3]) and np.sum(np.square(w), 0)[2] == 0
+
+
+ENDS = [
+    jp.rtn(affine=True),
+    jp.rtn(affine=True, ranges="mse"),
+    jp.fake_quant(bits=2, affine=True, ranges="minmax"),
+    jp.fake_quant(bits=8, affine=True, ranges="mse"),
+    jp.lsq(bits=2),
+    jp.lsq(bits=2, full=True),
+    jp.lsq(bits=4),
+    jp.lsq(affine=True),
+    jp.nf4(),
+    jp.nf4(scale_block=256),
+    jp.ternary(),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_columns_at_the_end_of_the_range_are_those_of_the_middle(dtype):
+    with jax.enable_x64(True):
+        for t in ENDS:
+            found = []
+            for power in (0, jnp.finfo(dtype).maxexp - 1):
+                entries = jnp.asarray([[1.75], [-1.75], [0.875], [0.5]], dtype)
+                w = entries * jnp.asarray(2.0**power, dtype)
+                state = t.attach(jax.random.key(0), {"w": w})
+                value = np.float64(jax.jit(t.effective)(state)["w"])
+                merged = jax.jit(t.effective)(jax.jit(t.merge)(state))["w"]
+                np.testing.assert_array_equal(value, np.float64(merged))
+                found.append(value / 2.0**power)
+            if t.members[0].method.name.startswith("lsq"):
+                # Levels that would be beyond the range are numbers within.
+                assert np.all(np.isfinite(found[1])) and found[1][0] > 0 > found[1][1]
+            else:
+                np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
+def test_the_low_rank_middle_of_a_float16_product_does_not_overflow():
+    state = jp.lora(rank=1).attach(jax.random.key(0), {"w": jnp.zeros((4096, 1), jnp.float16)})
+    parts = {"a": jnp.ones((4096, 1), jnp.float16), "b": jnp.full((1, 1), 1e-4, jnp.float16)}
+    state = {"w": dataclasses.replace(state["w"], parts=parts)}
+    x = jnp.full((1, 4096), 100.0, jnp.float16)
+    assert not np.isfinite(x @ parts["a"])
+    found = jp.lift(lambda p, x: x @ p["w"])(state, x)
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(np.float32(found), 81.94, rtol=1e-3)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxpara.sizes import needed, whole
 from jaxpara.types import AnyArray
-from jaxpara.weights.precision import narrowed, wide
+from jaxpara.weights.precision import narrowed, quotient, wide
 from jaxpara.weights.quant.grid import never_zero
 
 NOT_QUANTISED = "its activations are not quantised"
@@ -53,7 +53,7 @@ def activation_integers(x: jax.Array, bits: int, groups: int) -> tuple[jax.Array
     # Sizes in full: of an array without rows no size can be told from the others.
     parts = wide(x).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     scale = never_zero(jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / q)
-    values = jnp.clip(jnp.round(parts / scale), -q, q).astype(jnp.int8)
+    values = jnp.clip(jnp.round(quotient(parts, scale)), -q, q).astype(jnp.int8)
     return values.reshape(x.shape), scale[..., 0]
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from jaxpara.sizes import flag, needed, whole
-from jaxpara.weights.precision import unfused, wide
+from jaxpara.weights.precision import quotient, share_of, unfused, wide
 
 Parts = dict[str, jax.Array]
 
@@ -160,7 +160,7 @@ def integers(
     centred = blocks(grid, wide(w))
     if grid.affine:
         centred = centred - wide(parts["offset"])
-    steps = centred / never_zero(wide(parts["scale"]))
+    steps = quotient(centred, never_zero(wide(parts["scale"])))
     if uniform is None:
         whole_steps = jnp.round(steps)
     else:
@@ -182,8 +182,11 @@ def dequantised(grid: Grid, values: jax.Array, parts: Parts) -> jax.Array:
       `[.., rows, columns]`.
     """
     scale = never_zero(wide(parts["scale"]))
-    scaled = blocks(grid, values.astype(scale.dtype)) * scale
-    if grid.affine:
-        # Rounded before the sum in every program, as in `weight.dense`.
-        scaled = unfused(scaled) + wide(parts["offset"])
-    return scaled.reshape(values.shape)
+    whole = blocks(grid, values.astype(scale.dtype))
+    if not grid.affine:
+        return unfused(whole * scale).reshape(values.shape)
+    # Rounded before the sum in every program, as in `weight.dense`. Near the end of the range the
+    # products do not fit where their sums with the offset do.
+    share = share_of(jnp.abs(scale))
+    scaled = unfused(whole * (scale * share)) + wide(parts["offset"]) * share
+    return unfused(scaled / share).reshape(values.shape)

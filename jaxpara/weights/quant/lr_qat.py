@@ -20,7 +20,7 @@ from jax import lax
 from jaxpara.sizes import finite, needed
 from jaxpara.tree import Where
 from jaxpara.weights.method import Method, computed
-from jaxpara.weights.precision import narrowed, unfused, wide, wide_dtype
+from jaxpara.weights.precision import narrowed, quotient, unfused, wide, wide_dtype
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import (
     Grid,
@@ -50,7 +50,7 @@ def _init(settings: _Settings, key, base):
     w = wide(own)
     most = absmax_scale(grid, w) * limits(grid)[1]
     scale = searched(grid, w, (-most, most), power=4)["scale"]
-    phi = jnp.clip(blocks(grid, w) / scale, *limits(grid)).reshape(w.shape)
+    phi = jnp.clip(quotient(blocks(grid, w), scale), *limits(grid)).reshape(w.shape)
     if settings.downcast == "fixed8":
         # bits before the point, 8 - bits behind it: the largest magnitude is 2^7 - 2^(8 - bits).
         kept = jnp.round(phi * 2 ** (8 - grid.bits)).astype(jnp.int8)

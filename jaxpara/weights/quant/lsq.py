@@ -17,7 +17,7 @@ from jax import lax
 from jaxpara.tree import Where
 from jaxpara.weights.lora import lora
 from jaxpara.weights.method import computed
-from jaxpara.weights.precision import mean_size, narrowed, wide
+from jaxpara.weights.precision import mean_size, narrowed, quotient, wide
 from jaxpara.weights.quant.array import part_axes, separable, store
 from jaxpara.weights.quant.grid import (
     Grid,
@@ -30,15 +30,17 @@ from jaxpara.weights.quant.grid import (
     shared_axes,
 )
 from jaxpara.weights.reparam import Reparam, chain, reparam
-from jaxpara.weights.weight import dense
+from jaxpara.weights.weight import dense, shape_of
 
 
 def _init(grid: Grid, key, base):
     w = blocks(grid, wide(jnp.asarray(dense(base))))
     axes, (low, high) = shared_axes(grid), limits(grid)
     if not grid.affine:
-        # The paper's start, 2 <|W|> / sqrt(q): it clips the tails.
-        return base, {"scale": never_zero(mean_size(w, axes) / (math.sqrt(high) / 2))}
+        # The paper's start, 2 <|W|> / sqrt(q): it clips the tails. All levels are finite numbers.
+        scale = mean_size(w, axes) / (math.sqrt(high) / 2)
+        most = float(jnp.finfo(shape_of(base).dtype).max) / max(-low, high)
+        return base, {"scale": never_zero(jnp.minimum(scale, jnp.asarray(most, scale.dtype)))}
     # Nothing is clipped at the start: low s + b <= W <= high s + b with b = 0.
     least, most = (f(w, axis=axes, keepdims=True) for f in (jnp.min, jnp.max))
     scale = jnp.maximum(jnp.abs(least / low), jnp.abs(most / high))
@@ -50,7 +52,8 @@ def _effective(grid: Grid, w, parts):
     still, still_parts = lax.stop_gradient((w, parts))
     whole, scale = blocks(grid, wide(w)), never_zero(wide(parts["scale"]))
     v = lax.stop_gradient(whole)
-    v = (v - wide(still_parts["offset"]) if grid.affine else v) / lax.stop_gradient(scale)
+    v = v - wide(still_parts["offset"]) if grid.affine else v
+    v = quotient(v, lax.stop_gradient(scale))
     # A weight on the bound is inside, with the whole gradient.
     inside = (v >= low) & (v <= high)
     slope = jnp.where(inside, jnp.round(v) - v, jnp.where(v < low, low, high))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxpara.sizes import needed, whole
 from jaxpara.tree import Where
 from jaxpara.weights.method import Method, computed
-from jaxpara.weights.precision import narrowed, unfused, unit_of, wide
+from jaxpara.weights.precision import narrowed, quotient, unfused, unit_of, wide
 from jaxpara.weights.quant.array import packed_values, stored_values
 from jaxpara.weights.quant.grid import Grid, never_zero
 from jaxpara.weights.reparam import Reparam, reparam
@@ -65,7 +65,7 @@ def _in_bytes(scale: jax.Array, size: int) -> dict[str, jax.Array]:
     fill = [(0, 0)] * len(lead) + [(0, -flat.shape[-1] % size)]
     groups = jnp.pad(flat - mean, fill).reshape(*lead, -1, size)
     step = never_zero(jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / 127)
-    q = jnp.clip(jnp.round(groups / step), -127, 127).astype(jnp.int8)
+    q = jnp.clip(jnp.round(quotient(groups, step)), -127, 127).astype(jnp.int8)
     q = q.reshape(*lead, -1)[..., : flat.shape[-1]].reshape(scale.shape)
     return {"scale": q, "step": step[..., 0], "mean": mean[..., 0]}
 
@@ -91,7 +91,7 @@ def _init(settings: _Settings, key, base):
     scale = never_zero(jnp.max(jnp.abs(blocks), axis=-2, keepdims=True))
     levels = jnp.asarray(NF4, w.dtype)
     # The nearest level: how many midpoints lie below.
-    codes = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, blocks / scale)
+    codes = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, quotient(blocks, scale))
     *lead, rows, columns = w.shape
     codes = codes.reshape(*lead, -1, columns)[..., :rows, :]
     size = settings.scale_block

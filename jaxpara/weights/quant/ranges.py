@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpara.weights.precision import mean_size, unfused, unit_of, wide
+from jaxpara.weights.precision import mean_size, share_of, unfused, unit_of, wide
 from jaxpara.weights.quant.grid import (
     Grid,
     Parts,
@@ -76,9 +76,11 @@ def between(grid: Grid, least: jax.Array, most: jax.Array) -> Parts:
     low, high = limits(grid)
     if not grid.affine:
         return {"scale": never_zero(jnp.maximum(jnp.abs(least), jnp.abs(most)) / high)}
+    share = share_of(jnp.maximum(jnp.abs(least), jnp.abs(most)))
+    least, most = least * share, most * share
     scale = never_zero((most - least) / (high - low))
     # Rounded before the difference in every program, as in `weight.dense`.
-    return {"scale": scale, "offset": least - unfused(low * scale)}
+    return {"scale": scale / share, "offset": (least - unfused(low * scale)) / share}
 
 
 def searched(grid: Grid, w: jax.Array, ends: tuple[jax.Array, jax.Array], *, power: int) -> Parts:
@@ -94,7 +96,7 @@ def searched(grid: Grid, w: jax.Array, ends: tuple[jax.Array, jax.Array], *, pow
       As for `fit`; the widest interval where none is better.
     """
     w = wide(w)
-    middle, half = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
+    middle, half = ends[0] / 2 + ends[1] / 2, ends[1] / 2 - ends[0] / 2
     # Powers of errors in units of the interval neither overflow nor vanish.
     unit = unit_of(half)
 
