@@ -237,6 +237,18 @@ def test_merged_integers_reproduce_the_training_forward_bit_for_bit(inside):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("ranges", ["absmax", "minmax", "mse"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_one_column_is_merged_op_by_op_to_the_compiled_forward(ranges, affine):
+    draws = np.random.default_rng(0).standard_normal((40, 4, 1)).astype(np.float32)
+    t = jp.fake_quant(ranges=ranges, affine=affine)
+    forward = jax.jit(t.effective)
+    for w in draws:
+        state = t.attach(jax.random.key(0), {"w": w})
+        merged = t.effective(t.merge(state))["w"]
+        np.testing.assert_array_equal(forward(state)["w"], merged)
+
+
 def test_plain_lora_merged_and_requantised_is_not_what_was_trained():
     w = with_ties((256, 256), 4)
     t = jp.chain(jp.fake_quant(bits=4), jp.lora(rank=2))

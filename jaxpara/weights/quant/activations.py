@@ -52,7 +52,7 @@ def activation_integers(x: jax.Array, bits: int, groups: int) -> tuple[jax.Array
     q = 2 ** (bits - 1) - 1
     # Sizes in full: of an array without rows no size can be told from the others.
     parts = wide(x).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    scale = never_zero(jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / q)
+    scale = never_zero(jnp.max(jnp.abs(parts), axis=-1, keepdims=True) * (1 / q))
     values = jnp.clip(jnp.round(quotient(parts, scale)), -q, q).astype(jnp.int8)
     return values.reshape(x.shape), scale[..., 0]
 

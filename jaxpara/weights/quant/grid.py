@@ -7,7 +7,10 @@ A symmetric grid has no offset and runs from `-q` to `q = 2^(bits-1) - 1`, a ful
 `-q - 1`; an affine grid is full and has an offset.
 Scales and offsets are float32, or float64 for float64 weights, and so is all arithmetic with them.
 Training multiplies the integers by the scale, deployment keeps both: they are equal bit for bit
-because both call `integers` on equal input.
+because both call `integers` on equal input. It is not always equal: sums over a stack and
+over one layer of it are rounded differently. Where a scan slices a stack before the weight is
+computed, the scale of `ternary` and the norms of `dora` may differ from those of `merge` in the
+last bit, and a number next to the middle of two levels may go to the other one.
 """
 
 from typing import NamedTuple
@@ -136,7 +139,9 @@ def absmax_scale(grid: Grid, w: Float[Array, "*lead rows columns"]) -> Float[Arr
       `[.., groups, 1, columns]`, or `[.., 1, 1, 1]` per tensor; never zero.
     """
     size = jnp.max(jnp.abs(blocks(grid, wide(w))), axis=shared_axes(grid), keepdims=True)
-    return never_zero(size / limits(grid)[1])
+    # XLA divides a single number by a constant as a product with its reciprocal, but not when the
+    # division is a program of its own: this is the product everywhere.
+    return never_zero(size * (1 / limits(grid)[1]))
 
 
 def integers(

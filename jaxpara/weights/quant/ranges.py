@@ -74,11 +74,12 @@ def between(grid: Grid, least: jax.Array, most: jax.Array) -> Parts:
       As for `fit`.
     """
     low, high = limits(grid)
+    # Products with reciprocals, as in `absmax_scale`.
     if not grid.affine:
-        return {"scale": never_zero(jnp.maximum(jnp.abs(least), jnp.abs(most)) / high)}
+        return {"scale": never_zero(jnp.maximum(jnp.abs(least), jnp.abs(most)) * (1 / high))}
     share = share_of(jnp.maximum(jnp.abs(least), jnp.abs(most)))
     least, most = least * share, most * share
-    scale = never_zero((most - least) / (high - low))
+    scale = never_zero((most - least) * (1 / (high - low)))
     # Rounded before the difference in every program, as in `weight.dense`.
     return {"scale": scale / share, "offset": (least - unfused(low * scale)) / share}
 
