@@ -84,17 +84,17 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-@pytest.fixture(autouse=True)
-def quickly_compiled(request):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
     """Fast tests compile without LLVM's optimisations, slow ones and a GPU's with them.
 
-    What an earlier test of the process has compiled is used again as it is. The processes that a
-    test starts do as it does.
+    A hook, since what a module's fixtures compile counts as the first test's. What an earlier test
+    of the process has compiled is used again as it is. The processes that a test starts do as it
+    does.
     """
     import jax
 
-    marks = ("slow", "gpu")
-    quick = not any(request.node.get_closest_marker(mark) for mark in marks)
+    quick = not any(item.get_closest_marker(mark) for mark in ("slow", "gpu"))
     jax.config.update("jax_disable_most_optimizations", quick)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
 
