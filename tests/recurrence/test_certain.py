@@ -179,7 +179,7 @@ WITH_KINKS |= {"relu of lanes"}
 MADE_OF_KINKS = {"a Bessel function", "its own derivative"}
 
 
-@pytest.mark.parametrize("name", PROVED.keys() - MADE_OF_KINKS)
+@pytest.mark.parametrize("name", [name for name in PROVED if name not in MADE_OF_KINKS])
 def test_kinks_are_found(name):
     jaxpr = jax.make_jaxpr(PROVED[name])(X)
     assert kinked(jaxpr, (0,), (0,)) == (name in WITH_KINKS)

@@ -3,8 +3,9 @@
 A gap counts by the recent magnitude of its element, since a sum keeps the rounding of its largest
 part. A state may fall by much more than rounding, though, into steps that are flat on both sides of
 the gap, and these hide it. A gap beyond `SLACK` limits of the state itself therefore counts only
-beside what the Jacobians make of earlier magnitudes: `s_t = max(|h_t|, |J_t| s_{t-1})`. Elements
-that cross 0 have such gaps as well, here and there: those few rows are looked at by themselves.
+within the limit of what the Jacobians make of earlier magnitudes: `s_t = max(|h_t|, |J_t|
+s_{t-1})`. Elements that cross 0 have such gaps as well, here and there: those few rows are looked
+at by themselves.
 """
 
 import functools

@@ -236,7 +236,6 @@ def _solve(
             left = earlier_sizes.travelled(
                 system, before, states, rows, _LOOK_BACK, settings.tol, axis
             )
-            left = [certificate.SLACK * size for size in left]
             return passing([a[rows] for a in after], [s[rows] for s in states], left)
 
         plain = passing(after, states, earlier_sizes.own(after, states))
@@ -275,7 +274,8 @@ def _solve(
     opening, done = jnp.where(near | (not certain), found.opening, 0), near & found.done
     if certain:
         # Corrections that counted may have hidden where the next one would have led.
-        holds = ~hidden(list(after), values, before, done & ~agreed)
+        counted = jnp.arange(steps) < jnp.where(done, steps, opening)
+        holds = ~hidden(list(after), values, before, counted & ~agreed)
         opening = jnp.minimum(opening, leading(holds))
         done &= everywhere(jnp.any(~holds).astype(jnp.float32)) == 0
     opening = jnp.maximum(opening, leading(agreed))

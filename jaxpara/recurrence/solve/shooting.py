@@ -195,7 +195,7 @@ def shooting(
             at = (chunks * length - 1, 2 * length, settings.tol, axis)
             left = earlier_sizes.travelled(system, entered, states, *at)
             arrived, begin, recent = ([v[chunks] for v in part] for part in (met, starts, scale))
-            limits = map(jnp.minimum, recent, [certificate.SLACK * size for size in left])
+            limits = map(jnp.minimum, recent, left)
             near = [[d[chunks] for d in side] for side in sides]
             return _passing(arrived, begin, near, list(limits), settings.tol, carried)
 
@@ -219,9 +219,10 @@ def shooting(
     holds = sound & jnp.concatenate([meets[1:], jnp.ones(1, bool)])
     fails = ~(jnp.all(holds) & meets[0])
     done = end.done & (everywhere(fails.astype(jnp.float32)) == 0)
-    # An open start is the end of the chunk before it, which is redone.
+    # An open start is the end of the chunk before it, which is redone. So is the one before where
+    # something is open: its own start may have counted beside what was large then.
     opening = jnp.where(end.done, count, jnp.maximum(end.opening - 1, 0))
-    opening = jnp.minimum(opening, leading(holds))
+    opening = jnp.maximum(jnp.minimum(opening, leading(holds)) - 1, 0)
     rows, fallback = finish(system, rows, xs, valid, starts, done, opening, axis, (count, length))
     states, ys = _joined(rows, system.length)
     return Solution(states, ys, done, end.used, everywhere(worst), fallback, starts)
