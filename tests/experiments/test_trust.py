@@ -79,6 +79,7 @@ def loaded(tmp_path, monkeypatch):
     return mark
 
 
+@pytest.mark.untyped  # its weights are numbers, which annotations refuse before
 @pytest.mark.parametrize("how", hostile.MADE)
 def test_what_a_constructor_has_made_is_never_built(tmp_path, run, loaded, how):
     values = json.loads(json.dumps(hostile.MADE[how]))  # without aliases
