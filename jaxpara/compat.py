@@ -55,6 +55,11 @@ def is_tracer(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def without_jit() -> bool:
+    """Whether `jax.disable_jit` is on."""
+    return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def jax_sources(eqn: Any) -> tuple[str, str]:
     """Names of function and rule of a `custom_jvp_call`, "" for what is not JAX's own.
 

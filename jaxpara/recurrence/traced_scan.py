@@ -123,7 +123,7 @@ def _literal(atom: Any) -> bool:
 
 def _unknown(scans: int, out_tree: Any, out_weak: list[bool], carry_tree: Any) -> Traced:
     """A call that is not one scan with its results; there is nothing to solve in parallel then."""
-    if jax.config.jax_disable_jit:
+    if compat.without_jit():
         why = "jax.disable_jit unrolls lax.scan"
     else:
         why = f"JAX traced lax.scan as {scans} scans whose results are not those of lax.scan"
