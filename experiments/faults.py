@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,8 @@ from experiments.inject.injection import (
     state_after,
 )
 from experiments.run import checkpoints, claim, folders, seals, trust
+from experiments.shell import build
+from experiments.shell.explanations import explain
 
 LIMITS = (0, 1, 100, 500, 1000, 2000, 4000, 8000)  # bytes that a file may have on a "full disk"
 PATIENCE = 120  # seconds for a child on a busy machine
@@ -224,6 +227,19 @@ def _opened(run: Path, values: dict[str, Any], *, read: bool = False) -> DictCon
     return cfg
 
 
+def _built(run: Path, values: dict[str, Any], loaded: Path) -> None:
+    """Builds a config's model, where a call of `numpy.load` leaves a file."""
+    cfg = _opened(run, values)
+    with mock.patch.object(np, "load", lambda *args, **options: loaded.touch()):
+        try:
+            build.build_model(cfg).init(jax.random.key(0))
+        except Exception as error:
+            said = explain(error, cfg)  # as the commands do
+            if said is None:
+                raise
+            raise folders.RunError(said) from error
+
+
 def hostile_folders(place: Path, rng: np.random.Generator, share: float) -> Iterator[Event]:
     """Opens configs that would run code or read foreign files, and links that lead outside."""
     del rng
@@ -254,6 +270,11 @@ def hostile_folders(place: Path, rng: np.random.Generator, share: float) -> Iter
             lambda found: False,
         )
         yield event if not canary.exists() else Event(what, "wrong", "it was run")
+    for values in list(hostile.MADE.values())[:: max(1, round(1 / share))]:
+        made = {"model": MODEL, **values}
+        what = "what a constructor has made"
+        event = judge(what, lambda made=made: _built(run, made, canary), lambda found: False)
+        yield event if not canary.exists() else Event(what, "wrong", "it was built")
     for target in ("/etc/passwd", "..", str(place)):
         link = run / "metrics.csv"
         link.symlink_to(target)

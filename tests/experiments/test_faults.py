@@ -10,6 +10,7 @@ from experiments import faults
 from experiments.inject import fault_children, injection
 from experiments.run import claim, folders, seals, trust
 from experiments.run.folders import RunError
+from experiments.shell import build
 from tests.experiments.programs import ending
 
 PAGE = (folders.REPOSITORY / "docs/measured/faults.md").read_text()
@@ -47,6 +48,9 @@ def test_without_the_checks_the_command_says_that_faults_were_accepted(monkeypat
     assert {event.end for event in inject("flips", 0.05)} >= {"wrong"}
     monkeypatch.setattr(trust, "_is_allowed", lambda name: True)
     assert {event.end for event in inject("hostile", 0.1)} == {"refused", "wrong", "survived"}
+    monkeypatch.setattr(build, "_make_within", build.instantiate)
+    made = [event for event in inject("hostile", 1) if event.what == "what a constructor has made"]
+    assert "it was built" in {event.said for event in made}
     said = ending(faults, tmp_path, "only=hostile", "share=0.05")
     assert re.search(r"error: \d+ faults were neither refused nor survived", said)
 

@@ -82,14 +82,13 @@ def loaded(tmp_path, monkeypatch):
 @pytest.mark.untyped  # its weights are numbers, which annotations refuse before
 @pytest.mark.parametrize("how", hostile.MADE)
 def test_what_a_constructor_has_made_is_never_built(tmp_path, run, loaded, how):
-    values = json.loads(json.dumps(hostile.MADE[how]))  # without aliases
+    values = hostile.MADE[how]
     edited(run, **values)
     said = call(generate, tmp_path, f"run={run}")
     assert said and "Traceback" not in said and len(said.splitlines()) <= 3
-    with pytest.raises((folders.RunError, InstantiationException, TypeError)) as refused:
-        build.build_model(OmegaConf.create({"model": MODEL, **values})).init(0)
-    told = explain(refused.value) or ""
-    assert ("a constructor is asked to build " in told) == ("itself" in how), told
+    with pytest.raises((folders.RunError, InstantiationException)) as refused:
+        build.build_model(OmegaConf.create({"model": MODEL, **values}))
+    assert "a constructor is asked to build " in (explain(refused.value) or "")
     assert not loaded.exists()
 
 
