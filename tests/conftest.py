@@ -88,13 +88,15 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     """Fast tests compile without LLVM's optimisations, slow ones and a GPU's with them.
 
-    A hook, since what a module's fixtures compile counts as the first test's. What an earlier test
+    Those of `nn` never do: they compile for longer than they run, and none of them is about the
+    rounding of a compiled program. A hook, since what a module's fixtures compile counts as the first test's. What an earlier test
     of the process has compiled is used again as it is. The processes that a test starts do as it
     does.
     """
     import jax
 
     quick = not any(item.get_closest_marker(mark) for mark in ("slow", "gpu"))
+    quick |= durations.wing_of(item.nodeid) == "nn"
     jax.config.update("jax_disable_most_optimizations", quick)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
 
