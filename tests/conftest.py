@@ -89,9 +89,9 @@ def pytest_runtest_setup(item):
     """Fast tests compile without LLVM's optimisations, slow ones and a GPU's with them.
 
     Those of `nn` never do: they compile for longer than they run, and none of them is about the
-    rounding of a compiled program. A hook, since what a module's fixtures compile counts as the first test's. What an earlier test
-    of the process has compiled is used again as it is. The processes that a test starts do as it
-    does.
+    rounding of a compiled program. A hook, since what a module's fixtures compile counts as the
+    first test's. What an earlier test of the process has compiled is used again as it is. The
+    processes that a test starts do as it does.
     """
     import jax
 

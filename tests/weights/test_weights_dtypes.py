@@ -372,6 +372,20 @@ def test_columns_at_the_end_of_the_range_are_those_of_the_middle(dtype):
                 np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_scales_that_descent_finds_leave_the_largest_numbers_finite(dtype):
+    rng = np.random.default_rng(1)
+    size = np.where(rng.random((16, 4)) < 0.5, 1, rng.random((16, 4)))
+    w = jnp.asarray(
+        np.sign(rng.normal(size=size.shape)) * size * float(jnp.finfo(dtype).max), dtype
+    )
+    for t in (jp.easy_quant(bits=3), jp.easy_quant(bits=8), jp.easy_quant(bits=4, by="layer")):
+        value = np.float64(t.effective(t.attach(jax.random.key(0), {"w": w}))["w"])
+        assert np.all(np.isfinite(value))
+        largest = np.float64(w) == np.max(np.float64(w))
+        np.testing.assert_allclose(value[largest], np.float64(w)[largest], rtol=0.2)
+
+
 def test_the_low_rank_middle_of_a_float16_product_does_not_overflow():
     state = jp.lora(rank=1).attach(jax.random.key(0), {"w": jnp.zeros((4096, 1), jnp.float16)})
     parts = {"a": jnp.ones((4096, 1), jnp.float16), "b": jnp.full((1, 1), 1e-4, jnp.float16)}

@@ -28,6 +28,7 @@ from jaxpara.weights.quant.grid import (
     absmax_scale,
     blocks,
     integers,
+    limits,
     make_grid,
     never_zero,
     shared_axes,
@@ -109,7 +110,10 @@ def _init(settings: _Settings, key, base):
     start = absmax_scale(grid, rest), best, descent(grid, rest, best)[0]
     best = lax.fori_loop(0, settings.steps + 1, again, start)[1]
     kept = packed_values(grid, integers(grid, rest, {"scale": best}))
-    parts = {"scale": best * unit, "outliers": values.astype(own.dtype), "rows": index}
+    # A scale that descent has made larger than the largest entry asks for: all levels are finite.
+    most = float(jnp.finfo(own.dtype).max) / limits(grid)[1]
+    scale = jnp.minimum(best * unit, jnp.asarray(most, w.dtype))
+    parts = {"scale": scale, "outliers": values.astype(own.dtype), "rows": index}
     return kept, parts, _method(settings._replace(dtype=own.dtype.name))
 
 
