@@ -15,9 +15,9 @@ from jaxpara.recurrence.solve import cost, explicit_meshes, fused
 from jaxpara.recurrence.solve.body import SOLVE_NAME, Body
 from jaxpara.recurrence.solve.claimed_structure import require
 from jaxpara.recurrence.solve.records import SEQUENTIAL
+from jaxpara.recurrence.structure import linear_rules
 from jaxpara.recurrence.structure.jacobian_blocks import block_size, elements, is_number
 from jaxpara.recurrence.structure.kinds import Dense
-from jaxpara.recurrence.structure.linear_cotangents import all_linear
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
 from jaxpara.recurrence.structure.true_derivative import certain, kinked
 from jaxpara.recurrence.system import Choice, Solver
@@ -84,7 +84,8 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         )
     axis = None if isinstance(solver, Auto) else solver.settings.axis
     if traced.obstacle is not None:
-        return _step_by_step(traced, axis, traced.obstacle)
+        choice = _step_by_step(traced, axis, traced.obstacle)
+        return choice._replace(refused=traced.body.jaxpr is None)
     if axis is not None and traced.body.others:
         raise ValueError(
             f"time is sharded over {axis!r}, but the carry has leaves that are not floating; "
@@ -92,8 +93,8 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         )
     body = traced.body
     positions = tuple(body.consts + i for i in body.floats)
-    if not all_linear(body.jaxpr, positions, (SOLVE_NAME,)):
-        why = "the step holds a custom_jvp or custom_vjp whose rule is not proved to be linear"
+    why = linear_rules.obstacle(body.jaxpr, positions, (SOLVE_NAME,))
+    if why is not None:
         return _step_by_step(traced, axis, why)
     vjp_only = jaxprs.contains(body.jaxpr, "custom_vjp_call")
     if vjp_only and not _pulls_back(body):

@@ -130,7 +130,8 @@ class Choice(NamedTuple):
       vjp_only: the step holds a `custom_vjp`.
       length: number of (local) steps.
       reason: one sentence for `explain_choice`.
-      refused: whether another solver was asked for, and would take too much.
+      refused: whether the log says so: a solver that was asked for would take too much, or JAX
+        traced no scan.
     """
 
     solver: Solver | None

@@ -4,8 +4,6 @@
 `None` outputs and hoisted constants (outer tracers too) are the user's own.
 """
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -126,16 +124,9 @@ def _unknown(scans: int, out_tree: Any, out_weak: list[bool], carry_tree: Any) -
     if compat.without_jit():
         why = "jax.disable_jit unrolls lax.scan"
     else:
-        why = f"JAX traced lax.scan as {scans} scans whose results are not those of lax.scan"
-    _say(why)
+        why = f"JAX traced lax.scan to {scans} scan equations whose outputs are not its results"
     nothing = Body(None, 0, 0, (), ())
     return Traced(nothing, [], [], [], 0, why, out_tree, out_weak, carry_tree, [])
-
-
-@functools.cache
-def _say(why: str) -> None:
-    """Logs once that no solver runs, whatever was asked for."""
-    logging.getLogger("jaxpara").warning("lax.scan with its own derivative: %s", why)
 
 
 def _promoted(value, aval):

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
-from jaxpara.recurrence import traced_scan
+from jaxpara.recurrence import choice
 from tests.recurrence.scan_checks import (
     H0,
     SHOOTING,
@@ -131,9 +131,9 @@ def test_what_a_step_hands_through_may_be_of_any_type():
 def test_a_scan_that_is_not_recognised_is_reported(monkeypatch, caplog):
     scan = lax.scan
     monkeypatch.setattr(lax, "scan", lambda *args: jax.tree.map(lambda v: 1 * v, scan(*args)))
-    traced_scan._say.cache_clear()
+    choice.say.cache_clear()
     assert_same(ours(step, H0, XS), scan(step, H0, XS))
-    assert "results are not those of lax.scan" in caplog.text
+    assert "scan equations whose outputs are not its results" in caplog.text
 
 
 # Carries that are not just floats -----------------------------------------------------

@@ -122,7 +122,7 @@ def test_a_correction_dropped_on_its_way_to_the_next_device_bounds_nothing(last,
     def device(ends):
         axis = sharded_time.along("time", False)
         cap, chain = [4.0], functools.partial(chunk_links.chain, carried=jnp.float32(1))
-        left = chunk_links.leaving(chain, groups, [ends], [matrices], [one], cap, jnp.float32(1))
+        left = chunk_links.leaving(groups, [ends], [matrices], [one], cap, jnp.float32(1))
         return sharded_time.first(axis, groups, [one[0]], cap, chain, *left, [one])[1]
 
     ends = jnp.stack([one.at[0].add(1e-7), one])

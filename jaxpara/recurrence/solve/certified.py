@@ -82,7 +82,7 @@ def _looked_back(rows: jax.Array, window: int) -> jax.Array:
 
 
 def carrying(states: Leaves, everywhere: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """What corrections of these states are carried times, see `gaps`.
+    """The factor that corrections of these states are multiplied by, see `gaps`.
 
     `everywhere` is the largest of a number on all devices that share the solve.
     """

@@ -11,7 +11,6 @@ from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.solve import jacobian_products
 from jaxpara.recurrence.solve.certified import gaps, lowered, moved_by
 from jaxpara.recurrence.system import Leaves
-from pallas_kernels import certificate
 
 
 def chain(groups, ends, matrices, starts, first, cap, carried) -> tuple[Leaves, Leaves]:
@@ -43,8 +42,7 @@ def move(groups, matrix, delta, ends, cap, carried) -> tuple[Leaves, Leaves, Lea
 
     Returns the update, where nothing was dropped, and the ends that it moves.
     """
-    lanes, rows = (jacobian_products.to_lanes(groups, list(leaves)) for leaves in (delta, ends))
-    matrix = [certificate.product(m, r[:, None]) for m, r in zip(matrix, rows, strict=True)]
+    lanes = jacobian_products.to_lanes(groups, list(delta))
     moved = jacobian_products.from_lanes(groups, jacobian_products.apply(matrix, lanes), ends)
     still = quiet(groups, delta)
     fits = [
@@ -63,13 +61,14 @@ def quiet(groups, delta: Leaves) -> list[jax.Array]:
     return jacobian_products.from_lanes(groups, still, like)
 
 
-def leaving(chain, groups, ends, matrices, starts, cap, carried):
+def leaving(groups, ends, matrices, starts, cap, carried) -> tuple[Leaves, Leaves, jax.Array]:
     """The last end as if the first start were exact, and the Jacobian of all chunks.
 
     They make the whole device one chunk for the devices that follow. Third, whether the correction
     of that end was dropped.
     """
-    _, corrected = chain(groups, ends, matrices, starts, [s[0] for s in starts], cap)
+    first = [s[0] for s in starts]
+    _, corrected = chain(groups, ends, matrices, starts, first, cap, carried)
     delta = gaps([c[-1] for c in corrected], [s[-1] for s in starts], carried)
     last, matrix = [e[-1] for e in ends], [m[-1] for m in matrices]
     _, fits, end = move(groups, matrix, delta, last, cap, carried)

@@ -1,6 +1,6 @@
 """Exact completion: steps that a solver's budget left open are done one by one.
 
-One loop over chunks from the first open one of any lane, each run step by step from
+One loop over chunks, from the first that any lane redoes, each run step by step from
 the exact state before it. With everything converged the loop makes no trip. Lanes
 that are already exact keep their rows by a select, and under `vmap` the loop has one
 predicate for all lanes (see `lanes`); differentiation never enters it.

@@ -27,7 +27,10 @@ _ROWS = 4
 
 
 def own(ends: Leaves, starts: Leaves) -> list[jax.Array]:
-    """A gap between these, `[n, *leaf]`, needs no explanation beside their own magnitude."""
+    """`SLACK` times the larger magnitude, `[n, *leaf]`.
+
+    A gap within the limit of it needs no look at earlier steps.
+    """
     pairs = zip(ends, starts, strict=True)
     return [certificate.SLACK * jnp.maximum(jnp.abs(e), jnp.abs(s)) for e, s in pairs]
 
@@ -68,9 +71,9 @@ def travelled(
     tol: float | None,
     axis: Along | None,
 ) -> list[jax.Array]:
-    """What recent magnitudes have become after some steps, `[len(rows), *leaf]`.
+    """What the magnitudes of the last `steps` states have become at `rows`, `[len(rows), *leaf]`.
 
-    With the whole Jacobian of each step: the larger one of both sides of a kink.
+    At a kink the larger of both sides' Jacobians counts.
 
     Args:
       system: the recurrence.
@@ -86,8 +89,7 @@ def travelled(
     if axis is not None:
         tail = jax.tree.map(lambda leaf: leaf[-steps:], trajectory)
         tail = axis.previous(tail, tail)
-        join = lambda *parts: jnp.concatenate(parts)  # noqa: E731
-        trajectory = jax.tree.map(join, tail, trajectory)
+        trajectory = jax.tree.map(lambda *parts: jnp.concatenate(parts), tail, trajectory)
         rows, first = rows + steps, jnp.where(axis.rank() == 0, steps, 0)
 
     def matrices(state, x):

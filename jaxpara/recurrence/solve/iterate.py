@@ -26,13 +26,13 @@ class Attempt(NamedTuple):
       passing: `[n]`, which have a next correction within what is allowed. None where corrections
         bound nothing.
       corrected: the values to try next.
-      deltas: what else is wanted of the last attempt, such as the next corrections.
+      kept: what else is wanted of the last attempt, such as the next corrections: any pytree.
     """
 
     exact: jax.Array
     passing: jax.Array | None
     corrected: Leaves
-    deltas: Leaves = ()
+    kept: Any = ()
 
 
 class Outcome(NamedTuple):
@@ -44,14 +44,14 @@ class Outcome(NamedTuple):
       done: whether they counted.
       used: attempts until then.
       opening: how many of the tested values hold before the first that does not.
-      deltas: of the last attempt.
+      kept: of the last attempt.
     """
 
     values: Leaves
     done: jax.Array
     used: jax.Array
     opening: jax.Array
-    deltas: Leaves
+    kept: Any
 
 
 def iterate(
@@ -83,7 +83,7 @@ def iterate(
 
     def body(carry):
         number, before, now = carry  # before: which rows held in the last attempt
-        exact, passing, corrected, deltas = attempt(now.values, number)
+        exact, passing, corrected, kept = attempt(now.values, number)
         holds = held = exact
         if passing is not None:
             held = exact | passing
@@ -100,15 +100,15 @@ def iterate(
                 now.done | done,
                 jnp.where(now.done, now.used, now.used + 1),
                 jnp.where(now.done, now.opening, leading(holds)),
-                select(now.done, now.deltas, deltas),
+                jax.tree.map(lambda old, new: jnp.where(now.done, old, new), now.kept, kept),
             ),
         )
 
     zero = jnp.zeros((), jnp.int32)
     values = list(values)
     shapes = jax.eval_shape(attempt, values, zero)
-    deltas = [jnp.zeros_like(v) for v in shapes.deltas]
-    fresh = Outcome(values, jnp.zeros((), bool), zero, zero, deltas)
+    kept = jax.tree.map(jnp.zeros_like, shapes.kept)
+    fresh = Outcome(values, jnp.zeros((), bool), zero, zero, kept)
     none = vary_like(jnp.zeros(shapes.exact.shape, bool), like)
     _, _, end = lax.while_loop(
         lambda carry: any_lane(~carry[2].done) & (carry[0] < budget),

@@ -11,15 +11,15 @@ a scan over C summaries, until the next corrections are within rounding or every
 An exact start with an exact predecessor stays as it is, so each iteration makes at
 least one more chunk exact and C iterations always suffice. Oversized or non-finite
 corrections are dropped. Starts that pass are corrected once more; the trajectory from
-them is returned and certified in turn, and open chunks are completed sequentially.
+them is returned and certified in turn. What is open is completed sequentially, from the
+chunk before the first open one.
 [shooting], [pararnn]
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,22 @@ def valid_steps(steps: int, count: int, length: int) -> jax.Array | None:
     return jnp.arange(count * length).reshape(count, length).T < steps
 
 
+class Kept(NamedTuple):
+    """What the last attempt leaves to the check of what is returned.
+
+    Attributes:
+      carried: what corrections are multiplied by.
+      errors: the corrections of the starts, infinite where one was dropped.
+      scale: the magnitudes that they are relative to.
+      products: of the Jacobians, on all sides of the states; none where corrections bound nothing.
+    """
+
+    carried: jax.Array
+    errors: Leaves
+    scale: Leaves
+    products: Sequence[Leaves]
+
+
 def shooting(
     system: System,
     settings: Settings,
@@ -126,7 +142,7 @@ def shooting(
         chain = functools.partial(chunk_links.chain, carried=carried)
         first, lost = init, jnp.zeros((), bool)
         if axis is not None:
-            device = chunk_links.leaving(chain, system.groups, ends, matrices, starts, cap, carried)
+            device = chunk_links.leaving(system.groups, ends, matrices, starts, cap, carried)
             first, lost = sharded_time.first(axis, system.groups, init, cap, chain, *device, starts)
         deltas, corrected = chain(system.groups, ends, matrices, starts, first, cap)
         return [d.at[0].set(jnp.where(lost, jnp.inf, d[0])) for d in deltas], corrected
@@ -146,9 +162,7 @@ def shooting(
         if system.certain:
             sides = [deltas, *(correct(ends, p, starts, carried)[0] for p in products[1:])]
             within = proved(ends, starts, sides, allowed, carried)
-        kept = [carried, *deltas, *scale]
-        if system.certain:
-            kept += itertools.chain(*products)
+        kept = Kept(carried, deltas, scale, products if system.certain else [])
         return Attempt(agreed, within, [*corrected, *(scale if lately else [])], kept)
 
     def proved(
@@ -172,18 +186,17 @@ def shooting(
         ends: Leaves,
         peaks: Leaves,
         starts: Leaves,
-        products: Leaves,
+        products: Sequence[Leaves],
         carried: jax.Array,
         meets: jax.Array,
     ) -> jax.Array:
         """`[chunks]`, which corrections are still within the limit, of what is returned.
 
         What a correction leaves where it crossed a kink is not of second order: gaps that are small
-        one by one add up over the chunks.
+        one by one add up over the chunks. A gap that is large beside its own state must also be
+        within what `earlier_sizes` leaves.
         """
-        groups = len(system.groups)
-        parts = [products[i : i + groups] for i in range(0, len(products), groups)]
-        sides = [correct(ends, part, starts, carried)[0] for part in parts]
+        sides = [correct(ends, p, starts, carried)[0] for p in products]
         scale = scales(before(peaks), before(ends), init)
         counts, met = proved(ends, starts, sides, scale, carried), before(ends)
         own = map(jnp.minimum, scale, earlier_sizes.own(met, starts))
@@ -207,10 +220,9 @@ def shooting(
         values += [jnp.maximum(jnp.abs(s), jnp.roll(jnp.abs(s), 1, axis=0)) for s in starts]
     end = iterate(attempt, values, settings.max_iters, init, everywhere=everywhere)
     starts = end.values[:leaves]
-    carried, *kept = end.deltas
-    errors, peaks, products = kept[:leaves], kept[leaves : 2 * leaves], kept[2 * leaves :]
+    carried, errors, scale, products = end.kept
     rows, last, peaks, sound = _rollout(
-        system, starts, errors, peaks, xs, valid, settings.tol, carried
+        system, starts, errors, scale, xs, valid, settings.tol, carried
     )
     # The program that returns the states may round in another way than the one that was tested.
     meets, worst = agreeing(last, starts), residual(before(last), starts)
@@ -221,7 +233,7 @@ def shooting(
     done = end.done & (everywhere(fails.astype(jnp.float32)) == 0)
     # An open start is the end of the chunk before it, which is redone. So is the one before where
     # something is open: its own start may have counted beside what was large then.
-    opening = jnp.where(end.done, count, jnp.maximum(end.opening - 1, 0))
+    opening = jnp.where(end.done, count, end.opening - 1)
     opening = jnp.maximum(jnp.minimum(opening, leading(holds)) - 1, 0)
     rows, fallback = finish(system, rows, xs, valid, starts, done, opening, axis, (count, length))
     states, ys = _joined(rows, system.length)
@@ -273,7 +285,8 @@ def _rollout_with_product(system: System, starts: Leaves, near: Sequence[Leaves]
     """Ends and peaks `[count, *leaf]` of all chunks, and products of their Jacobians.
 
     The latter, `[count, K, K, N]` for each group, are of the chunks that start `near`: at the
-    starts themselves, or on each side of them, see `beside`.
+    starts themselves, or on each side of them, see `beside`. No entry vanishes where the Jacobian
+    is proved, but for those of a reset at the end of a chunk.
     """
     count = starts[0].shape[0]
     unit = jacobian_products.basis(system.groups, [s[0] for s in starts])
@@ -294,15 +307,19 @@ def _rollout_with_product(system: System, starts: Leaves, near: Sequence[Leaves]
     sides = [(list(at) if system.kinks else [], unit) for at in near]
     carry = (list(starts), [jnp.abs(s) for s in starts], sides)
     (ends, peaks, sides), _ = lax.scan(step, carry, (xs, valid))
-    matrices = [
-        jax.vmap(lambda *p: jacobian_products.gather_columns(system.groups, p))(*products)
-        for _, products in sides
-    ]
-    return ends, peaks, matrices
+
+    def gathered(end, columns):
+        matrices = jacobian_products.gather_columns(system.groups, columns)
+        if not system.certain:
+            return matrices
+        rows = jacobian_products.to_lanes(system.groups, end)
+        return [certificate.product(m, r[:, None]) for m, r in zip(matrices, rows, strict=True)]
+
+    return ends, peaks, [jax.vmap(gathered)(ends, products) for _, products in sides]
 
 
 def _push(system: System, states: Leaves, x: Any, products: Leaves) -> tuple[Leaves, Leaves]:
-    """The next states of all chunks, and the columns of their products, which never vanish."""
+    """The next states of all chunks, and the columns of their products."""
     new, columns = jax.vmap(system.push)(states, x, products)
     if system.certain:
         columns = [certificate.kept(c) for c in columns]

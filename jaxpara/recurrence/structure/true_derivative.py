@@ -1,13 +1,14 @@
 """Whether the derivative of a step tells how its value moves.
 
 A Newton correction bounds the error of a solve only where the step's Jacobian is the derivative
-of what the step computes. A `stop_gradient`, a custom rule that is not JAX's own, a rounding, a
-cast to fewer bits, an integer or a comparison on the way from the carry to the carry breaks that
-link; inputs and outputs may hold any of them. So does a branch cut, where a value jumps and its
-derivative does not (`atan2`, a complex logarithm). Kinks (`max`, `abs`, `relu`) keep it: both sides
-have their own true derivative. But at a state that rests on one, the derivative is that of one side
-and the next move may go to the other, so steps with kinks are told apart. No proof sees how sharp
-a smooth function is: the square root of a square has a kink that is not seen here.
+of what the step computes. A `stop_gradient`, a custom rule (except the few listed in
+`custom_jvps`), a rounding, a cast to fewer bits, an integer or a comparison on the way from the
+carry to the carry breaks that link; inputs and outputs may hold any of them. So does a branch cut,
+where a value jumps and its derivative does not (`atan2`, a complex logarithm). Kinks (`max`, `abs`,
+`relu`) keep it: both sides have their own true derivative. But at a state that rests on one, the
+derivative is that of one side and the next move may go to the other, so steps with kinks are told
+apart. No proof sees how sharp a smooth function is: the square root of a square has a kink that is
+not seen here.
 """
 
 import functools
@@ -21,7 +22,7 @@ from jax.extend import core
 
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence.structure import custom_jvps
-from jaxpara.recurrence.structure.linear_cotangents import linear_in
+from jaxpara.recurrence.structure.linear_rules import linear_in
 
 # Ways to multiply matrices that round nothing before they multiply.
 _WIDE = frozenset({"DEFAULT", "F32_F32_F32", "F64_F64_F64"})
@@ -224,7 +225,8 @@ def _flow(jaxpr: Any, ins: Sequence[Link]) -> list[Link]:
         elif eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
             outs = [Link.BROKEN] * len(eqn.outvars)
             if eqn.primitive.name == "custom_jvp_call" and custom_jvps.is_true(eqn):
-                # What its value is made of need not be continuous (a select, say); it is.
+                # The function is continuous even where the primitives it is made of are not
+                # (a select).
                 inside = _flow(eqn.params["call_jaxpr"], operands)
                 outs = [min(link, Link.KINKED) for link in inside]
         elif (inner := jaxprs.called(eqn)) is not None:

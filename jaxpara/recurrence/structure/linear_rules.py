@@ -22,7 +22,7 @@ from jaxpara.recurrence.structure.propagate import floating
 
 
 class Kind(IntEnum):
-    """What a value is to the cotangents; the larger wins where two meet."""
+    """What a value is to the tangents or cotangents; the larger wins where two meet."""
 
     ZERO = 0
     FIXED = 1
@@ -52,9 +52,13 @@ _CHOOSING = {
 }
 
 
+_OTHER = "the step holds a custom_jvp or custom_vjp whose rule is not proved to be linear"
+_CLOSING = "the step holds a custom_vjp that closes over the carry: pass it as an argument"
+
+
 @functools.lru_cache(maxsize=256)
-def all_linear(jaxpr: Any, carry: tuple[int, ...] = (), skip: Collection[str] = ()) -> bool:
-    """Whether every custom rule in the jaxpr of a step is proved to be linear.
+def obstacle(jaxpr: Any, carry: tuple[int, ...], skip: Collection[str]) -> str | None:
+    """Why the custom rules in the jaxpr of a step may be no derivatives; None if they are linear.
 
     Args:
       jaxpr: closed.
@@ -62,24 +66,24 @@ def all_linear(jaxpr: Any, carry: tuple[int, ...] = (), skip: Collection[str] = 
       skip: names of jitted functions whose `custom_jvp` are linear.
 
     Returns:
-      False where one is not, where its rule cannot be looked into, or where a `custom_vjp` closes
-      over the carry.
+      A reason where a rule is not linear, where it cannot be looked into, or where a `custom_vjp`
+      closes over the carry.
     """
     try:
         found = jaxprs.equations(jaxpr, skip=skip)
         own = [e for e in found if e.primitive.name == "custom_jvp_call"]
         if not all(map(_linear_push, own)):
-            return False
+            return _OTHER
         if not jaxprs.contains(jaxpr, "custom_vjp_call"):
-            return True
+            return None
         moving = pushable(jaxpr)
         if not all(moving[i] for i in carry):
-            return False
+            return _CLOSING
         pushed, _ = compat.jvp_jaxpr(jaxpr, moving)
         rules = [e for e in jaxprs.equations(pushed) if e.primitive.name == "custom_lin"]
-        return all(map(_linear, rules))
+        return None if all(map(_linear, rules)) else _OTHER
     except (NotImplementedError, TypeError, ValueError):
-        return False
+        return _OTHER
 
 
 def linear_in(jaxpr: Any, fixed: int, *, rounding: bool = False) -> bool:

@@ -148,6 +148,8 @@ def test_what_a_rule_closes_over_has_no_tangent():
     step = lambda h, x: (closing(h)(x) + h,) * 2  # noqa: E731
     found = jp.newton_scan(step, jnp.ones(2), XS, solver=jp.shooting())
     np.testing.assert_allclose(found[1], lax.scan(step, jnp.ones(2), XS)[1], rtol=1e-6)
+    reason = jp.explain_choice(step, jnp.ones(2), XS, solver=jp.shooting()).reason
+    assert reason.endswith("custom_vjp that closes over the carry: pass it as an argument")
 
 
 def halved(v):
