@@ -27,7 +27,7 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      `d`. Elsewhere all of `d` is scaled (`RAISE`). What is below `FLOOR` counts as nothing by this
      rule.
    - Where a window of a kernel ends no `FLOOR` holds: the next one starts there, and nothing can
-     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself (`leaves`).
+     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself (`may_leave`).
    - No product vanishes: `TINY` is added to each entry at every step of a chunk. Beside a product
      that counts it is nothing. Where the product falls below it and grows again, `TINY` grows
      along, and what it makes of `d` is too large to count. At the end of a chunk a small entry is
@@ -46,18 +46,21 @@ boundary adds up, and a guess that is constant in time has the residual of one s
    - Equal bits count only up to the first gap. Behind it `d` decides.
 2. Elsewhere the solve counts when every `r_c` is 0, bit for bit, including the sign of zeros. Their
    reciprocals differ (see `meets`; rule 1 needs this as well). Narrower states round by as much as
-   they move, and behind a rounding, a cast or a rule of the user's own `d` means nothing.
+   they move, and behind a rounding, a cast or a custom rule, except the few listed in jaxpara's
+   `custom_jvps`, `d` means nothing.
 3. A pass whose starts hold no correction by exact Jacobians (all starts the carry, or a guess)
    counts only by 2.
 4. Steps that do not count within the budget are completed one by one.
 
 The scale of an element is its largest magnitude over the last `WINDOW` ends, and at most `SLACK`
 times that over the last two. A fixed absolute limit would accept anything for a small state. One
-relative to the instant would refuse rounding at a zero crossing. It is also at most `SLACK` times
-what the Jacobians make of the magnitudes before, `s_t = max(|h_t|, |J_t| s_{t-1})`. A state may
-fall by much more than rounding, and steps that are flat on both sides of a gap would hide it behind
-them. In kernels `s` travels along. Outside of them it is made for the rows of the result whose gap
-is beyond `SLACK` limits of the state itself.
+relative to the instant would refuse rounding at a zero crossing.
+
+A state may fall by much more than rounding, into steps that are flat on both sides of a gap and so
+hide it. `s_t = max(|h_t|, |J_t| s_{t-1})` is what the Jacobians leave of the magnitudes before. In
+kernels `s` travels along, for a step that is not affine, and the scale is at most `SLACK` times
+`s`. Elsewhere a gap beyond `SLACK` limits of the state itself must be within the limit of `s`,
+which is computed for those rows only.
 """
 
 from typing import Any
@@ -73,9 +76,9 @@ LINEAR = 100
 # A correction beyond this multiple of the largest state is dropped.
 CAP = 4.0
 # The least normal float32. A device may flush what is smaller.
-LEAST = 1.2e-38
+LEAST = 2.0**-126
 # Scales what may be flushed to doubts, exactly.
-PER_LEAST = 2.0**126
+PER_LEAST = 1 / LEAST
 # A correction below this is within any limit: a few gaps that were flushed.
 FLOOR = 4 * LEAST
 # Solvers outside of kernels carry corrections times `RAISE`, so that those of a state that is a
@@ -110,7 +113,7 @@ def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
     return accept, max(accept, COARSE * eps) if accept >= FINE * eps else accept
 
 
-def kept(entry: jax.Array) -> jax.Array:
+def unvanishing(entry: jax.Array) -> jax.Array:
     """An entry of P with `TINY` added to its magnitude: opposite signs might cancel."""
     return entry + jnp.where(entry < 0.0, -TINY, TINY)
 
@@ -119,7 +122,7 @@ def product(entry: jax.Array, end: jax.Array) -> jax.Array:
     """An entry of a chunk's P as corrections use it, in operations that every kernel has.
 
     Args:
-      entry: to which `TINY` was added at each step, float32.
+      entry: to which `TINY` was added at each step.
       end: the element of the state that it leads to, where the chunk ends.
 
     Returns:
@@ -129,17 +132,17 @@ def product(entry: jax.Array, end: jax.Array) -> jax.Array:
     return jnp.where((end == 0.0) & (jnp.abs(entry) < RESET), 0.0 * end, entry)
 
 
-def gap(end: jax.Array, start: jax.Array) -> jax.Array:
+def doubt_of_gap(end: jax.Array, start: jax.Array) -> jax.Array:
     """The doubt, in `LEAST`, of a gap or of a correction across it that was flushed: at most 1."""
     return jnp.minimum(jnp.abs(end * PER_LEAST - start * PER_LEAST), 1.0)
 
 
-def lost(entry: jax.Array, delta: jax.Array) -> jax.Array:
+def doubt_of_part(entry: jax.Array, delta: jax.Array) -> jax.Array:
     """The doubt, in `LEAST`, of an entry of P times a correction, where it was flushed."""
     return jnp.minimum(jnp.abs(entry) * jnp.abs(delta * PER_LEAST), 1.0)
 
 
-def leaves(end: jax.Array, doubt: jax.Array, limit: float) -> jax.Array:
+def may_leave(end: jax.Array, doubt: jax.Array, limit: float) -> jax.Array:
     """Whether a window may end in a state with this doubt, in operations that every kernel has.
 
     Args:

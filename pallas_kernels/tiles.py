@@ -18,8 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import certificate
-
 # Most VMEM that is asked of the compiler: v5e and v6e have 128 MiB, of which 16 and 32 are given
 # without asking. Double-buffered blocks take five parts of twelve: 20 MiB.
 VMEM_BYTES = 48 * 2**20
@@ -271,34 +269,6 @@ def moved(
     """`P delta` of one chunk; `products` is row-major."""
     rows = ([product[chunk] for product in products[size * i :][:size]] for i in range(size))
     return [functools.reduce(operator.add, map(operator.mul, row, delta)) for row in rows]
-
-
-def grown(
-    size: int, products: Sequence[Any], chunk: Any, sizes: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """`|P| sizes` of one chunk: at least what corrections of these sizes become; row-major."""
-    found = []
-    for i in range(size):
-        row = [jnp.abs(product[chunk]) for product in products[size * i :][:size]]
-        # Nothing grows from zero, through an infinite product neither.
-        parts = [jnp.where(s == 0.0, s, p * s) for p, s in zip(row, sizes, strict=True)]
-        found.append(functools.reduce(operator.add, parts))
-    return found
-
-
-def lost(
-    size: int, products: Sequence[Any], chunk: Any, delta: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """The doubt of the parts of `P delta` of one chunk that are flushed; row-major."""
-    found = []
-    for i in range(size):
-        total = jnp.zeros_like(delta[0])
-        for product, d in zip(products[size * i :][:size], delta, strict=True):
-            p = product[chunk]
-            small = (jnp.abs(p * d) < certificate.LEAST) & (jnp.abs(d) >= certificate.LEAST)
-            total = total + jnp.where(small, certificate.lost(p, d), 0.0)
-        found.append(total)
-    return found
 
 
 def start_affine(plan: Plan, starts: Sequence[Any], carry: Sequence[Any]) -> None:

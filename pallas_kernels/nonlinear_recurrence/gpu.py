@@ -115,7 +115,7 @@ def forward(
         "ends": gpu.SMEM((cell.states, *tile), jnp.float32),
         "products": gpu.SMEM((cell.states**2, *tile), jnp.float32),
         "starts": gpu.SMEM((2, cell.states, *tile), jnp.float32),
-        "flags": gpu.SMEM((FLAGS + 3 * cell.states, plan.block), jnp.float32),
+        "rows": gpu.SMEM((FLAGS + 3 * cell.states, plan.block), jnp.float32),
         "arrived": gpu.Barrier(num_arrivals=plan.warpgroups),
         "copied": gpu.Barrier(num_arrivals=len(xs), num_barriers=plan.slots),
     }
@@ -201,7 +201,7 @@ def _solve(block: Block, affine: bool) -> None:
         def _():
             first = FLAGS + outcome.starts * len(states)
             for k in states:
-                mosaic.store(carried(block, k), load_row(block, block.flags.at[first + k]))
+                mosaic.store(carried(block, k), load_row(block, block.rows.at[first + k]))
 
         # The copy engine is about to write where all have read inputs: their reads come first.
         if plan.slots < plan.windows:

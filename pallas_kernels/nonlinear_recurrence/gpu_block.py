@@ -27,7 +27,8 @@ class Block(NamedTuple):
       staged: inputs of windows, `[slots, C, L, block]` each.
       ends, products, starts: summaries of the chunks. Where they end, `[K, C, block]`; the product
         of their Jacobians, `[K * K, C, block]`; and two sets of starts, of `[K, C, block]`.
-      flags: what `gpu_link` finds, and the exact state before the window, `[3 + 3 K, block]`.
+      rows: the flags, where the last chunk should end, and the exact state before the window,
+        `[3 + 3 K, block]`; see `gpu_link`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
       heights, peaks: the largest magnitudes on the way through a chunk: of the states, for an
         affine step; of the product's entries, in bfloat16, if corrections bound the error. None
@@ -54,7 +55,7 @@ class Block(NamedTuple):
     ends: Any
     products: Any
     starts: Any
-    flags: Any
+    rows: Any
     arrived: Any
     copied: Any
     heights: Any = None
@@ -63,8 +64,8 @@ class Block(NamedTuple):
 
 
 def carried(block: Block, state: int) -> Any:
-    """The row of the flags that holds a state as it is before the window."""
-    return block.flags.at[block.flags.shape[0] - block.cell.states + state]
+    """The row that holds a state as it is before the window."""
+    return block.rows.at[block.rows.shape[0] - block.cell.states + state]
 
 
 def bounded(block: Block) -> bool:

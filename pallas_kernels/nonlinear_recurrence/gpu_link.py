@@ -33,9 +33,10 @@ _FINITE = float(_FINFO.max)
 # The states of a window: it is solved; it is as nearly solved as rounding allows; its starts move
 # by so little that the products of this pass hold for the next one; or not.
 CLOSED, ROUNDED, NEAR, FAR = 0.0, 1.0, 2.0, 3.0
-# The rows of the block's flags: what `link` finds, then, in two sets as the starts are, where each
-# state of the last chunk should end in the next pass. The next window starts there: an error within
-# the limit of a window's own states would otherwise remain where they are no longer large.
+# The block's `rows`: first the flags, what `link` finds; then, in two sets as the starts are, where
+# each state of the last chunk should end in the next pass; and, last, the state before the window
+# (`carried`). The next window starts where the last chunk should end. Otherwise an error within the
+# limit of a window's own states would remain where they are no longer large.
 VERDICT, OPEN, RESIDUAL = range(3)
 FLAGS = 3
 
@@ -93,7 +94,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 least = jnp.minimum(jnp.abs(end - start), jnp.abs(deltas[k]))
                 small = least < certificate.LEAST
                 flushed = small & ~certificate.meets(end, start)
-                missed = certificate.gap(end, start) if crossed else zero + 1.0
+                missed = certificate.doubt_of_gap(end, start) if crossed else zero + 1.0
                 missed = jnp.where(flushed, missed, zero)
                 doubts.append(inside.doubt + missed)
                 inside = inside._replace(doubt=doubts[k])
@@ -133,7 +134,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         parts = []
         for p, d in zip(row, deltas, strict=True):
             small = (jnp.abs(p * d) < certificate.LEAST) & (jnp.abs(d) >= certificate.LEAST)
-            parts.append(jnp.where(small, certificate.lost(p, d), zero))
+            parts.append(jnp.where(small, certificate.doubt_of_part(p, d), zero))
         return functools.reduce(operator.add, parts)
 
     def rated(size, inside, sound, recent, came, floor=certificate.FLOOR):
@@ -180,25 +181,25 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
     leaving, _, recent, (verdict, unequal, worst), came = _over_chunks(block, rows, visit, begin)
     for k, (end, moved, inside, kept) in enumerate(leaving):
         value = jnp.where(moved == 0.0, end, end + moved)
-        mosaic.store(block.flags.at[FLAGS + new * count + k], value)
+        mosaic.store(block.rows.at[FLAGS + new * count + k], value)
         if not test:
             continue
         size, sound = jnp.abs(moved), kept > 0.0
         if not affine:
-            ahead = load_row(block, block.flags.at[FLAGS + old * count + k])
+            ahead = load_row(block, block.rows.at[FLAGS + old * count + k])
             gap = jnp.abs(moved + (end - ahead))
             flushed = (gap < certificate.LEAST) & ~certificate.meets(value, ahead)
-            missed = jnp.where(flushed, certificate.gap(value, ahead), zero)
+            missed = jnp.where(flushed, certificate.doubt_of_gap(value, ahead), zero)
             inside = inside._replace(doubt=inside.doubt + missed)
             size = jnp.maximum(size, gap)
         if crossed:
-            sound = sound & certificate.leaves(value, inside.doubt, stalled)
+            sound = sound & certificate.may_leave(value, inside.doubt, stalled)
         verdict = jnp.maximum(verdict, rated(size, inside, sound, recent[k], came[k], floor=0.0))
     if not test:
         return
     verdict = jnp.where(unequal > 0.0, verdict, zero + CLOSED)
     for row, value in ((VERDICT, verdict), (OPEN, unequal), (RESIDUAL, worst)):
-        mosaic.store(block.flags.at[row], value)
+        mosaic.store(block.rows.at[row], value)
 
 
 def link_affine(block: Block, old: Any, new: Any) -> None:
@@ -225,12 +226,12 @@ def link_affine(block: Block, old: Any, new: Any) -> None:
 
     carry = [load_row(block, carried(block, k)) for k in range(count)]
     _, bad = _over_chunks(block, _summaries(block, old), visit, (carry, zero))
-    mosaic.store(block.flags.at[OPEN], bad)
+    mosaic.store(block.rows.at[OPEN], bad)
 
 
 def flag(block: Block, row: int) -> Any:
-    """The largest entry of a row of the flags: a scalar that every thread agrees on."""
-    return jnp.max(load_row(block, block.flags.at[row]))
+    """The largest entry of a flag: a scalar that every thread agrees on."""
+    return jnp.max(load_row(block, block.rows.at[row]))
 
 
 def _summaries(

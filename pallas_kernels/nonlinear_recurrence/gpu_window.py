@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 def _roll(
-    block, cell, w, slot, params, first, *, columns: bool, peaks: bool, keep: bool, heights=False
+    block, cell, w, slot, params, first, *, columns, peaks, keep, heights=False, sizes=False
 ) -> tuple[list, list, list, list, list]:
     """Rolls this warpgroup's chunks out.
 
@@ -68,13 +68,12 @@ def _roll(
       peaks: and the largest magnitudes that its entries have on their way.
       keep: write the states to device memory.
       heights: carry the largest magnitudes of the states along.
+      sizes: carry along what their magnitudes become. No entry of the product vanishes then.
 
     Returns:
       Ends, columns of the product, heights, columns of peaks, sizes; empty where not asked for.
     """
     plan, own = block.plan, own_rows(block)
-    # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
-    unvanishing = peaks and keep
     layout = mosaic.tile_layout(plan.block)
     shape = (plan.chunks // plan.warpgroups, plan.block)
     params = [mosaic.spread(p, shape[0], layout) for p in params]
@@ -90,17 +89,16 @@ def _roll(
 
     def advance(step, inputs, states, products, tallest, most, came):
         arriving = came
-        if unvanishing:  # the Jacobian itself moves the product and the sizes
+        if sizes:  # the Jacobian itself moves the product and the sizes
             new, jacobian = cell.push(states, inputs, params, identity)
             pushed = [moved(jacobian, column) for column in products]
+            pushed = jax.tree.map(certificate.unvanishing, pushed)
             arriving = became(jacobian, came, new)
         elif columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
             new, pushed = cell.step(states, inputs, params), products
         new = mosaic.settle(new, shape, layout)
-        if unvanishing:
-            pushed = jax.tree.map(certificate.kept, pushed)
         pushed = [mosaic.settle(column, shape, layout) for column in pushed]
         arriving = mosaic.settle(arriving, shape, layout)
         if valid is not None:  # steps that do not exist leave the state, and the product, alone
@@ -133,10 +131,10 @@ def _roll(
     ]
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
     tallest = [jnp.abs(f) for f in first] if heights else []
-    came = [jnp.abs(f) for f in first] if unvanishing else []
+    came = [jnp.abs(f) for f in first] if sizes else []
     carry = (list(first), identity, tallest, identity if peaks else [], came)
     ends, products, *rest = lax.fori_loop(0, plan.length // together, group, carry)
-    if unvanishing:
+    if sizes:
         products = [jax.tree.map(certificate.product, column, ends) for column in products]
     return ends, products, *rest
 
@@ -202,6 +200,7 @@ def _attempt(block: Block, w: Any, slot: Any, params: Arrays, passes: Any, verdi
     def roll(columns: bool) -> None:
         first = _load_starts(block, passes % 2)
         how = {"columns": columns, "peaks": columns and bounded(block), "keep": True}
+        how["sizes"] = columns and block.sizes is not None
         _write_summaries(block, *_roll(block, block.cell, w, slot, params, first, **how))
 
     pl.when(verdict > NEAR)(functools.partial(roll, True))

@@ -113,7 +113,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
     size, shooting = cell.states, plan.chunks > 1
     bounded = limits[1] > 0  # else only bits decide, and nobody asks what a correction does
     # Starts of an affine step have gone through its product: where that vanishes, gaps show it.
-    unvanishing = bounded and not affine
+    sized = bounded and not affine
     init, xs, params, states, counts, carry, flags, *summaries = tiles.split(
         refs,
         size,
@@ -129,7 +129,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         size * size * shooting,
         size * size * shooting,
         size * affine * shooting,
-        size * unvanishing * shooting,
+        size * sized * shooting,
     )
     chunks = Chunks(*summaries)
     starts, ends = chunks.starts, chunks.ends
@@ -172,15 +172,14 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             h, columns, most, came = loop
             place = plan.step(index)
             inputs = tiles.load(xs, place, plan.chunks)
-            if unvanishing:  # the Jacobian itself moves the product and the sizes
+            if sized:  # the Jacobian itself moves the product and the sizes
                 new, jacobian = cell.push(h, inputs, p, unit)
                 pushed = [moved(jacobian, column) for column in columns]
+                pushed = jax.tree.map(certificate.unvanishing, pushed)
                 arriving = became(jacobian, came, new)
             else:
                 new, pushed = cell.push(h, inputs, p, columns)
                 arriving = came
-            if unvanishing:
-                pushed = jax.tree.map(certificate.kept, pushed)
             present = plan.exists(begin, index)
             h = tiles.choose(present, new, h)
             if keep:
@@ -189,11 +188,11 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             return h, columns, higher(most, columns), tiles.choose(present, arriving, came)
 
         first = [s[...] for s in starts]
-        loop = (first, unit, unit, [jnp.abs(f) for f in first] if unvanishing else [])
+        loop = (first, unit, unit, [jnp.abs(f) for f in first] if sized else [])
         h, columns, most, came = lax.fori_loop(0, plan.length, advance, loop)
         for ref, value in zip((*ends, *chunks.sizes), (*h, *came), strict=True):
             ref[...] = value
-        if unvanishing:
+        if sized:
             columns = [jax.tree.map(certificate.product, column, h) for column in columns]
         for refs, matrix in ((chunks.products, columns), (chunks.peaks, most)):
             for j, column in enumerate(matrix):

@@ -1,9 +1,11 @@
 """From chunk to chunk of a window on Mosaic TPU: the starts corrected, and each lane judged."""
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -48,7 +50,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
     starts, ends = chunks.starts, chunks.ends
     size, rows = len(starts), range(len(starts))
     bounded = limits[1] > 0  # else only bits decide
-    least = certificate.FLOOR if bounded else 0.0
+    nothing = certificate.FLOOR if bounded else 0.0
     caps = []
     for end in ends:
         value = jnp.abs(end[...])
@@ -61,17 +63,17 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             return [jnp.zeros(plan.row, jnp.float32)] * size, doubt
         units = [certificate.LEAST * jnp.where(u > 0.0, jnp.maximum(u, 1.0), 0.0) for u in doubt]
         sizes = [jnp.abs(d) + u for d, u in zip(delta, units, strict=True)]
-        most = tiles.grown(size, chunks.peaks, place, sizes)
-        doubt = tiles.grown(size, chunks.products, place, doubt)
-        lost = tiles.lost(size, chunks.products, place, delta)
+        most = _grown(chunks.peaks, place, sizes)
+        doubt = _grown(chunks.products, place, doubt)
+        lost = _lost(chunks.products, place, delta)
         return most, [u + v for u, v in zip(doubt, lost, strict=True)]
 
     def arrived(place, came):
         """What the magnitudes of all states before the end of a chunk have become there."""
-        own = zip(chunks.sizes, tiles.grown(size, chunks.products, place, came), strict=True)
+        own = zip(chunks.sizes, _grown(chunks.products, place, came), strict=True)
         return [jnp.maximum(ref[place], moved) for ref, moved in own]
 
-    def small(within, sound, off, most, height, end, recent, came, floor=least):
+    def small(within, sound, off, most, height, end, recent, came, floor=nothing):
         """`within`, where corrections of this size are within the limits of an end, or a floor.
 
         On its way through the chunk the correction is held to the second limit, relative to the
@@ -80,10 +82,10 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         now = jnp.abs(end)
         scale = functools.reduce(jnp.maximum, recent, now)
         scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
-        scale = scale if affine or not bounded else jnp.minimum(scale, certificate.SLACK * came)
+        scale = jnp.minimum(scale, certificate.SLACK * came) if chunks.sizes else scale
         sound = sound & tiles.finite(end)
         allowed = limits[1] * jnp.maximum(scale, height)
-        sound = sound & (most <= jnp.maximum(allowed, least))
+        sound = sound & (most <= jnp.maximum(allowed, nothing))
         return [
             jnp.where(sound & (off <= jnp.maximum(limit * scale, floor)), w, 0.0)
             for w, limit in zip(within, limits, strict=True)
@@ -105,7 +107,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             residual = jnp.abs(end[i] - start[i])
             sound = kept[i] & (met | ~equal)  # no correction turns a zero
             flushed = ~met & (jnp.minimum(residual, jnp.abs(delta[i])) < certificate.LEAST)
-            missed = certificate.gap(end[i], start[i]) if bounded else 1.0
+            missed = certificate.doubt_of_gap(end[i], start[i]) if bounded else 1.0
             doubt[i] = doubt[i] + jnp.where(flushed, missed, 0.0)
             # Of this chunk's end, and of the next one's start.
             off = jnp.maximum(jnp.abs(moved[i]), jnp.abs(delta[i])) + certificate.LEAST * doubt[i]
@@ -144,16 +146,40 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             ahead = chunks.ahead[i][...]
             gap = jnp.abs(moved[i] + (end - ahead))
             flushed = ~certificate.meets(new, ahead) & (gap < certificate.LEAST)
-            doubt[i] = doubt[i] + jnp.where(flushed, certificate.gap(new, ahead), 0.0)
+            doubt[i] = doubt[i] + jnp.where(flushed, certificate.doubt_of_gap(new, ahead), 0.0)
             off = jnp.maximum(off, gap)
         off = off + certificate.LEAST * doubt[i]
         if bounded:
-            sound = sound & certificate.leaves(new, doubt[i], limits[1])
+            sound = sound & certificate.may_leave(new, doubt[i], limits[1])
         height = chunks.heights[i][last] if affine else 0.0
         within, marks = (fine, coarse), (most[i], height, end, recent[i], came[i])
         fine, coarse = small(within, sound, off, *marks, floor=0.0)
         ends[i][last] = new
     return exact, fine, coarse, largest
+
+
+def _grown(products: Sequence[Any], chunk: Any, sizes: Sequence[jax.Array]) -> list[jax.Array]:
+    """`|P| sizes` of one chunk: at least what corrections of these sizes become; row-major."""
+    found = []
+    for i in range(len(sizes)):
+        row = [jnp.abs(product[chunk]) for product in products[len(sizes) * i :][: len(sizes)]]
+        # Nothing grows from zero, through an infinite product neither.
+        parts = [jnp.where(s == 0.0, s, p * s) for p, s in zip(row, sizes, strict=True)]
+        found.append(functools.reduce(operator.add, parts))
+    return found
+
+
+def _lost(products: Sequence[Any], chunk: Any, delta: Sequence[jax.Array]) -> list[jax.Array]:
+    """The doubt of the parts of `P delta` of one chunk that are flushed; row-major."""
+    found = []
+    for i in range(len(delta)):
+        total = jnp.zeros_like(delta[0])
+        for product, d in zip(products[len(delta) * i :][: len(delta)], delta, strict=True):
+            p = product[chunk]
+            small = (jnp.abs(p * d) < certificate.LEAST) & (jnp.abs(d) >= certificate.LEAST)
+            total = total + jnp.where(small, certificate.doubt_of_part(p, d), 0.0)
+        found.append(total)
+    return found
 
 
 def correct(plan, chunks, done, dtypes):

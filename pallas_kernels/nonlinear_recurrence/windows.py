@@ -89,7 +89,7 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     tile, k = 4 * block * chunks, problem.states
     inputs = [slots * chunks * length * block * size for size in problem.itemsizes]
     heights, peaks = k * tile * problem.affine, k * k * tile // 2 * problem.bounded
-    # Ends, products, two sets of starts; flags.
+    # Ends, products, two sets of starts; rows.
     summaries = [k * tile, k * k * tile, 2 * k * tile, (12 + 12 * k) * block]
     summaries += [heights, peaks, k * tile // 2 * sized(problem)]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])

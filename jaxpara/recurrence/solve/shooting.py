@@ -322,7 +322,7 @@ def _push(system: System, states: Leaves, x: Any, products: Leaves) -> tuple[Lea
     """The next states of all chunks, and the columns of their products."""
     new, columns = jax.vmap(system.push)(states, x, products)
     if system.certain:
-        columns = [certificate.kept(c) for c in columns]
+        columns = [certificate.unvanishing(c) for c in columns]
     return new, columns
 
 
