@@ -12,9 +12,17 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.run.folders import RunError
-from experiments.run.limits import FINITE, LARGEST, RULES, TEXT, Rule, rule_for
+from experiments.run.limits import (
+    BIGGEST,
+    FINITE,
+    LARGEST,
+    RULES,
+    TEXT,
+    Rule,
+    rule_for,
+    shortened,
+)
 
-BIGGEST = 2**63  # of whole numbers: much larger ones are no float either
 # The table holds for objects of these packages; a user's own objects may use the names otherwise.
 OURS = ("jaxpara.", "experiments.", "builtins.tuple", "hydra.utils.get_")
 
@@ -48,7 +56,7 @@ def fits(value: Any, rule: Rule) -> bool:
         return text and (not rule.choices or value in rule.choices)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    if math.isnan(value) if isinstance(value, float) else abs(value) > BIGGEST:
+    if value != value or (isinstance(value, int) and abs(value) > BIGGEST):
         return False
     if rule.kind == "whole" and not isinstance(value, int):
         return False
@@ -198,8 +206,7 @@ def check_settings(cfg: DictConfig, command: str = "") -> None:
                 _as_text(cfg, key, value)
             continue
         shown = {True: "true", False: "false", None: "null"}.get(value) if _plain(value) else None
-        shown = shown or (f"{value!r}" if isinstance(value, str) else str(value))
-        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+        shown = shortened(shown or (f"{value!r}" if isinstance(value, str) else str(value)))
         near = f"{key}={instead(value, rule)}"
         if rule.kind == "section":
             near = f"{key}.KEY=VALUE, as --cfg job shows them"

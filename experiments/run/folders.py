@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import records
 from experiments.run.folder_arguments import TRUST
-from experiments.run.plain_files import regular
+from experiments.run.plain_files import aside, regular
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
@@ -103,9 +103,7 @@ def _read_environment(folder: Path) -> dict[str, Any]:
             raise RunError(f"{path} is damaged (resumed is not a list)")
         return known
     except RunError as error:
-        aside = path.with_suffix(".damaged.json")
-        os.replace(path, aside)
-        print(f"{error}; it is kept as {aside.name}", flush=True)
+        print(f"{error}; it is kept as {aside(path).name}", flush=True)
         return {}
 
 

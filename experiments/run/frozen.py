@@ -69,7 +69,10 @@ def check_belongs(folder: Path, run: Mapping[str, Any], where: str) -> None:
       Damaged: they are of another run, or missing.
     """
     if "frozen" in run and run["frozen"] != identity(folder):
-        raise seals.Damaged(f"{folder / FOLDER} is not what {where} was trained with")
+        raise seals.Damaged(
+            f"{folder / FOLDER} is not what {where} was trained with: "
+            f"put the {FOLDER}/ of that run back"
+        )
 
 
 def apart(folder: Path, like: Params) -> tuple[Params, Params | None]:

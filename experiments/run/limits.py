@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1  # of whole numbers: XLA's sizes and a run's steps have 32 bits
+BIGGEST = 2**63  # of whole numbers anywhere: much larger ones are no float either
 
 
 class Rule(NamedTuple):
@@ -32,6 +33,11 @@ class Rule(NamedTuple):
     null: bool = False
     many: bool = False
     choices: tuple[str, ...] = ()
+
+
+def shortened(text: str) -> str:
+    """A value as a message shows it: at most its first 60 characters."""
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def whole(low: int, unit: str, **more: Any) -> Rule:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.run import metrics, seals
 from experiments.run.folder_arguments import TRUST, quote_value
 from experiments.run.folders import RunError, find_run, read_yaml
+from experiments.run.plain_files import aside
 
 # What may differ: whether to continue, where, and with which trust.
 FREE = ("resume", "hydra", TRUST)
@@ -96,8 +97,8 @@ def _choices(folder: Path) -> dict[str, Any]:
 def cut_table(path: Path, *, last: int) -> None:
     """Removes the rows after a step, and a row that a killed process left unfinished.
 
-    A table with rows that cannot be read is kept as `NAME.damaged`, and one line says so; the run
-    continues with the others.
+    A table with rows that cannot be read is kept as `NAME.damaged.csv`, and one line says so. The
+    run continues with the others.
 
     Args:
       path: a CSV file of numbers with a column `step`; nothing happens if it is missing.
@@ -107,9 +108,8 @@ def cut_table(path: Path, *, last: int) -> None:
         return
     header, rows, lost = metrics.readable(path, key="step")
     if lost:
-        aside = path.with_name(f"{path.name}.damaged")
-        os.replace(path, aside)
-        seals.say(f"{path} is damaged ({lost}); it is kept as {aside.name}, without such rows here")
+        kept = aside(path).name
+        seals.say(f"{path} is damaged ({lost}); it is kept as {kept}, without such rows here")
     if not header:
         path.unlink(missing_ok=True)
         return

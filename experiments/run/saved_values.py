@@ -7,9 +7,9 @@ anything uses it.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from experiments.run.limits import BIGGEST, shortened
 from experiments.run.seals import Damaged
 
-LARGEST = 2**63
 Fits = Callable[[Any], bool]
 
 
@@ -18,12 +18,12 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < BIGGEST
     return whole or isinstance(value, float)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < BIGGEST
 
 
 def _is_flag(value: Any) -> bool:
@@ -39,7 +39,7 @@ def _mapping_of(fits: Fits) -> Fits:
 
 
 def _either(*choices: Any) -> Fits:
-    return lambda value: isinstance(value, str | None) and value in choices
+    return lambda value: value in choices
 
 
 def _pair(first: Fits, second: Fits) -> Fits:
@@ -101,6 +101,5 @@ def check(run: Mapping[str, Any], where: str, *, need: tuple[str, ...] = SAVED) 
             raise Damaged(f"{where} is damaged: it has no {name}")
     for name, (fits, expected) in FIELDS.items():
         if name in run and not fits(run[name]):
-            shown = repr(run[name])
-            shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-            raise Damaged(f"{where} is damaged: {name} is {shown}, where {expected} was")
+            shown = shortened(repr(run[name]))
+            raise Damaged(f"{where} is damaged: {name} is {shown}; expected {expected}")

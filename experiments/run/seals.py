@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.run.folders import RunError
-from experiments.run.plain_files import regular
+from experiments.run.plain_files import OTHER, is_plain, regular
 
 SEAL = "digests.json"
 # Files that Orbax writes after its last callback; sealed a moment later.
@@ -138,8 +138,8 @@ def check(folder: Path, parts: Sequence[str] | None = None) -> None:
     """
     known = _read(folder)
     for path in folder.rglob("*"):
-        if not (path.is_file() or path.is_dir()):
-            raise Damaged(f"{path} is neither a file nor a folder")
+        if not is_plain(path):
+            raise Damaged(f"{path} is {OTHER}")
     for name, digest in known.items():
         if parts is not None and "/" in name and name.partition("/")[0] not in parts:
             continue
@@ -171,11 +171,12 @@ def _is_below(folder: Path, name: str) -> bool:
 
 
 def _text(digests: Mapping[str, str]) -> str:
-    """Reads a seal."""
+    """The text of a seal."""
     return json.dumps({"files": digests, "digest": of_text(digests)}, indent=1) + "\n"
 
 
 def _read(folder: Path) -> dict[str, str]:
+    """Reads a seal; refuses one that is damaged."""
     path = folder / SEAL
     try:
         content = regular(path).read_bytes()

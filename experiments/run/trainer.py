@@ -227,7 +227,7 @@ def _go_to(task: Task, run: Mapping[str, Any], where: str) -> None:
         raise
     except Exception as error:  # of any source of data, on values that are none of its own
         raise seals.Damaged(
-            f"{where} is damaged: its data is not a position in this task's "
+            f"{where} is damaged: its `data` is no position in this task's data "
             f"({type(error).__name__}: {error}); start a new run"
         ) from error
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.run import folders, names
 from experiments.run.folder_arguments import TRUST, quote_value
 from experiments.run.folders import RunError
+from experiments.run.plain_files import OTHER, is_plain
 
 # Arguments of constructors that are files, folders, globs or names of data sets.
 FILES = ("path", "root", "data_files", "tokenizer", "base")
@@ -205,8 +206,8 @@ def check_place(folder: Path) -> None:
             )
     for place, inner, files in os.walk(folder):
         for path in (Path(place) / name for name in (*inner, *files)):
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise RunError(f"{path} is a pipe, a socket or a device: take it out of the folder")
+            if path.exists() and not is_plain(path):
+                raise RunError(f"{path} is {OTHER}: take it out of the run's folder")
             if path.is_symlink() and not _is_ours(str(path), folder):
                 there = os.path.realpath(path)  # a link to itself gives its own name
                 raise RunError(

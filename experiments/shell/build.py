@@ -1,26 +1,23 @@
 """Builds objects from configs, once, in `main`; everything below takes plain Python values.
 
-Some constructors build other objects themselves, from nodes that they are given. They call only
-what the config being built spells out, so a config that was checked stays checked: a node that
-another constructor has put together is refused.
+Some constructors build other objects themselves, from nodes that they are given; `spelled` guards
+them.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import optax
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from experiments.data.corpus import Data
-from experiments.run import names, trust
 from experiments.run.folders import RunError
 from experiments.run.loggers import Open
 from experiments.run.task import Task
+from experiments.shell.spelled import building, spelled_out
 from jaxpara import Reparam, chain, sequential
 from jaxpara.nn.mixers import recurrent
 from jaxpara.types import Model, Params
@@ -34,9 +31,6 @@ RECURRENT, SEQUENTIAL = _target(recurrent), {"_target_": _target(sequential)}
 OBSERVED = (
     "experiments.text.solver_check.observed"  # by name: the module is in a layer above this one
 )
-
-# What the config being built names: constructors, and files that they read.
-_SPELLED: ContextVar[frozenset[str]] = ContextVar("spelled", default=frozenset())
 
 
 class Parts(NamedTuple):
@@ -74,32 +68,6 @@ class Solved(NamedTuple):
     parallel_name: str
 
 
-def _named(cfg: Any, *, resolve: bool) -> frozenset[str]:
-    """Collects what a config names: constructors, files that they would read, interpolations."""
-    values = OmegaConf.to_container(cfg, resolve=resolve) if OmegaConf.is_config(cfg) else cfg
-    called = {repr(name) for _, name in names.targets(values, "")}
-    read = {f"file {path}" for _, path in trust.paths(values, "")}
-    return frozenset(called | read | set(_interpolations(values)))
-
-
-def _interpolations(node: Any) -> Iterator[str]:
-    if isinstance(node, dict | list):
-        for child in node.values() if isinstance(node, dict) else node:
-            yield from _interpolations(child)
-    elif isinstance(node, str) and "${" in node:
-        yield node
-
-
-@contextmanager
-def _building(cfg: Any) -> Iterator[None]:
-    """Lets `each_of`, `chain_of` and `solve_in_ways` call what a config spells out."""
-    token = _SPELLED.set(_named(cfg, resolve=True) | _named(cfg, resolve=False))
-    try:
-        yield
-    finally:
-        _SPELLED.reset(token)
-
-
 def make(cfg: Any) -> Any:
     """Builds an object from a config that is the user's own, or was checked.
 
@@ -109,21 +77,13 @@ def make(cfg: Any) -> Any:
     Returns:
       The object.
     """
-    with _building(cfg):
+    with building(cfg, OBSERVED, SEQUENTIAL["_target_"]):
         return instantiate(cfg)
 
 
 def _make_within(node: Any, **arguments: Any) -> Any:
     """Builds an object inside a constructor, from a node of the config being built."""
-    if not OmegaConf.is_config(node):
-        node = OmegaConf.create(node, flags={"allow_objects": True})
-    ours = {repr(OBSERVED), repr(SEQUENTIAL["_target_"])}
-    if foreign := _named(node, resolve=False) - _SPELLED.get() - ours:
-        raise RunError(
-            f"a constructor is asked to build {min(foreign)}, which the config does not spell "
-            "out where it is built:\nwrite that node itself into the config"
-        )
-    return instantiate(node, **arguments)
+    return instantiate(spelled_out(node), **arguments)
 
 
 def _recurrent(node: Any):
@@ -217,7 +177,7 @@ def build_transform(cfg: DictConfig) -> Reparam | None:
     Returns:
       The chain of `transform`; None if there are none.
     """
-    with _building(cfg.get("transform")):
+    with building(cfg.get("transform")):
         return chain_of(cfg.get("transform"), cfg.get("where"))
 
 

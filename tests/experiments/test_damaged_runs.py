@@ -44,7 +44,7 @@ def test_a_damaged_table_is_kept_beside_its_readable_rows(tmp_path, capsys, name
     cut_table(table, last=last)
     said = capsys.readouterr().err
     assert f"{table} is damaged (line " in said and said.count("\n") == 1
-    assert (tmp_path / "metrics.csv.damaged").read_bytes() == content
+    assert (tmp_path / "metrics.damaged.csv").read_bytes() == content
     if kept is None:
         assert not table.exists(), "its next row begins a new one"
     else:
@@ -130,7 +130,7 @@ def test_a_pipe_in_a_checkpoint_is_damage(run, name):
 @pytest.mark.parametrize("name", [claim.LOCK, claim.HOLDER])
 def test_a_pipe_in_place_of_a_lock_is_refused(run, name):
     os.mkfifo(run / name)
-    with pytest.raises(folders.RunError, match="a pipe, a socket or a device"), claim.claimed(run):
+    with pytest.raises(folders.RunError, match="neither a file nor a folder"), claim.claimed(run):
         pass
 
 
@@ -141,7 +141,7 @@ def test_a_pipe_anywhere_in_a_run_is_refused_before_anything_is_built(run, name)
     path.unlink(missing_ok=True)
     path.parent.mkdir(exist_ok=True)
     os.mkfifo(path)
-    with pytest.raises(folders.RunError, match="is a pipe, a socket or a device"):
+    with pytest.raises(folders.RunError, match="is neither a file nor a folder"):
         trust.open_config(run)
 
 
@@ -271,7 +271,7 @@ def test_a_position_that_is_not_one_of_the_tasks_is_refused(data):
             self.at = state["next_index"]
 
     task = SimpleNamespace(batches=only_for(Source(), {"a": 1}))
-    with pytest.raises(Damaged, match="checkpoints/2 is damaged: its data is not a position in"):
+    with pytest.raises(Damaged, match="checkpoints/2 is damaged: its `data` is no position in"):
         trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2")
     with pytest.raises(Damaged, match="checkpoints/2 is damaged: it has no memory"):
         trainer._go_to(task, {"data": data}, "checkpoints/2")
