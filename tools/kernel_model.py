@@ -74,8 +74,7 @@ COUNTS = {
     ("linear", "bf16"): Counts(Leaves(1, 2), Roll(8.3, 0, 8), Roll(0, 0, 0), Roll(10.3, 0, 8), 10),
 }
 # Mean passes over a window of 32 chunks of 16 and of 32 steps, at the default tolerance and weights
-# within 1: guesses, full ones, last ones. Later sources make Jacobians in most of the last ones,
-# too: with all of them full, a GRU takes up to 3 % more than this and an LSTM up to 13 %.
+# within 1: guesses, full ones, last ones. Underestimates full passes, see docs/measured/kernels.md.
 PASSES = {"gru": (1.0, 2.34, 0.95), "lstm": (1.0, 2.41, 1.77), "linear": (1.0, 0.0, 1.0)}
 
 

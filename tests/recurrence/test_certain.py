@@ -1,6 +1,8 @@
 """Which steps' derivatives are proved to tell how their values move."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
+from jaxpara.recurrence.structure import custom_jvps
 from jaxpara.recurrence.structure.true_derivative import certain, kinked
 
 X = np.float32([0.3, -0.2, 0.5])
@@ -242,3 +245,11 @@ def test_a_function_of_jax_is_known_on_every_mesh():
             jax.shard_map(local, in_specs=(jax.P("lanes"), jax.P(None, "lanes")),
                           out_specs=jax.P("lanes"))(h, x)  # fmt: skip
     assert found == [True] * 4
+
+
+def test_the_page_lists_the_custom_rules_that_count():
+    page = (pathlib.Path(__file__).parents[2] / "docs/methods/recurrence.md").read_text()
+    (listed,) = re.findall(r"- a custom rule, except JAX's own of (.*?)\.\n", page, re.S)
+    known = {name for name, _ in custom_jvps._TRUE} | set(custom_jvps._BY_DEFJVPS)
+    known = {name.removeprefix("_").removesuffix("_impl") for name in known}
+    assert set(re.findall("`(.*?)`", re.sub(r"\(.*?\)", "", listed))) == known

@@ -6,11 +6,8 @@
 A symmetric grid has no offset and runs from `-q` to `q = 2^(bits-1) - 1`, a full one from
 `-q - 1`; an affine grid is full and has an offset.
 Scales and offsets are float32, or float64 for float64 weights, and so is all arithmetic with them.
-Training multiplies the integers by the scale, deployment keeps both: they are equal bit for bit
-because both call `integers` on equal input. It is not always equal: sums over a stack and
-over one layer of it are rounded differently. Where a scan slices a stack before the weight is
-computed, the scale of `ternary` and the norms of `dora` may differ from those of `merge` in the
-last bit, and a number next to the middle of two levels may go to the other one.
+Training multiplies the integers by the scale, deployment keeps both. Both call `integers`, so they
+are equal bit for bit on equal input; docs/methods/weights.md says when inputs differ.
 """
 
 from typing import NamedTuple
