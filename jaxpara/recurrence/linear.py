@@ -2,10 +2,11 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Inexact
 
 from jaxpara.recurrence.lanes import vary_over
 from jaxpara.recurrence.solve import explicit_meshes, sharded_time
@@ -17,14 +18,14 @@ from pallas_kernels.dispatch import choose
 
 
 def linear_recurrence(
-    a: Float[ArrayLike, " time *blocks"],
-    b: Float[ArrayLike, " time *state"],
-    init: Float[ArrayLike, " *state"] | None = None,
+    a: Inexact[ArrayLike, " time *blocks"],
+    b: Inexact[ArrayLike, " time *state"],
+    init: Inexact[ArrayLike, " *state"] | None = None,
     *,
     reverse: bool = False,
     implementation: str | None = None,
     axis: str | None = None,
-) -> Float[Array, " time *state"]:
+) -> Inexact[Array, " time *state"]:
     """Solves `s_t = A_t s_{t-1} + b_t` and returns all states.
 
     Args:
@@ -38,13 +39,14 @@ def linear_recurrence(
         (`lax.associative_scan`), "chunked" (reduce, scan the chunk summaries, roll
         out, verify), "kernel" (one kernel on GPU and TPU, diagonal or blocks up to 4 x 4;
         "chunked" elsewhere; no kernel has run on a GPU or a TPU yet), or None for the best
-        of the platform.
+        of the platform. Complex numbers are solved by the first two only.
       axis: mesh axis over which time is sharded, inside `shard_map`; chunked only.
 
     Returns:
-      `[time, *state]`, the states after each step.
+      `[time, *state]`, the states after each step, in the dtype that holds `a`, `b` and `init`.
 
     Raises:
+      TypeError: integers.
       ValueError: shapes that do not fit; an unknown implementation, or one that
         cannot run with time sharded; `axis` outside of a `shard_map` over it.
 
@@ -60,16 +62,20 @@ def linear_recurrence(
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
     groups = _groups(a, b)
-    dtype = jnp.result_type(a, b)
-    start = jnp.zeros(b.shape[1:], dtype) if init is None else jnp.asarray(init)
+    dtype = jnp.result_type(*(v for v in (a, b, init) if v is not None))
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"a, b and init have dtype {dtype}; convert one of them: a.astype(float)")
+    start = jnp.asarray(0 if init is None else init, dtype)
+    if init is None:
+        start = jnp.broadcast_to(start, b.shape[1:])
     if start.shape != b.shape[1:]:
         raise ValueError(
             f"init has shape {start.shape}; b has shape {b.shape} and expects {b.shape[1:]}"
         )
-    method = _method(implementation, axis)
+    method = _method(implementation, axis, dtype)
     if b.shape[0] == 0:
         return b.astype(dtype)
-    a, b, start = a.astype(dtype), b.astype(dtype), start.astype(dtype)
+    a, b = a.astype(dtype), b.astype(dtype)
     if axis is not None:
         sharded_time.require_axis(axis)
         start = vary_over(start, axis)
@@ -115,7 +121,13 @@ def _groups(a, b):
     )
 
 
-def _method(implementation: str | None, axis: str | None) -> str:
+def _method(implementation: str | None, axis: str | None, dtype: Any) -> str:
+    names = METHODS[:2] if jnp.issubdtype(dtype, jnp.complexfloating) else METHODS
+    if names != METHODS and (axis is not None or implementation in METHODS[2:]):
+        raise ValueError(
+            f"{dtype} cannot be solved with time sharded, nor by implementation={implementation!r};"
+            f" use one of {names} on one device, or blocks of real and imaginary parts"
+        )
     if axis is not None:
         if implementation not in (None, "chunked"):
             raise ValueError(
@@ -126,5 +138,5 @@ def _method(implementation: str | None, axis: str | None) -> str:
     # Measured on CPUs: the plain scan beats every parallel form. On accelerators a step
     # of lax.scan costs a kernel launch.
     platform = jax.default_backend()
-    order = METHODS if platform == "cpu" else METHODS[::-1]
+    order = names if platform == "cpu" else names[::-1]
     return choose({name: block_operator for name in order}, implementation, platform=platform)[0]

@@ -6,6 +6,7 @@ theirs: such a function gets dense arrays.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -213,12 +214,13 @@ def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) 
     for path, leaf in by_path(resolved(state), is_leaf=is_weight).items():
         if not is_weight(leaf):
             continue
-        methods, inner = [], matrices_of(leaf)[0]
+        methods, inner, held = [], matrices_of(leaf)[0], 0
         while is_weight(inner):
             methods.append(inner.method.name)
             common = dict(inner.shared)
             parts += sum(part.size for name, part in inner.parts.items() if name not in common)
+            held = math.prod(shape_of(inner).shape)  # not the bytes of what is packed
             inner = inner.base
-        bases += inner.size
+        bases += held
         leaves[path] = (tuple(reversed(methods)), shape_of(leaf).shape)
     return Report(tuple(uses.values()), leaves, parts, bases)

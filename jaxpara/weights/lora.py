@@ -60,6 +60,11 @@ def lead_and_window(settings: LowRank, ndim: int) -> tuple[tuple[int, ...], tupl
     return tuple(range(-ndim, -2 - settings.window)), tuple(range(-2 - settings.window, -2))
 
 
+def _separable(settings: LowRank, ndim: int):
+    # Not along the window: `settings.window` counts its axes.
+    return frozenset({*lead_and_window(settings, ndim)[0], -2, -1})
+
+
 def init(settings: LowRank, key, base):
     """A as PyTorch's kaiming with a = sqrt(5), which Hugging Face PEFT starts from too; B zero."""
     like = shape_of(base)
@@ -152,6 +157,7 @@ def lora(
         init=init,
         factors=factors,
         axes=axes,
+        separable=_separable,
         sample=dropped if dropout else None,
     )
     return reparam(method, where)

@@ -55,7 +55,8 @@ def sampled(state: Any, key: Key) -> Any:
 
 def keys_of_layers(key: Key, shape: tuple[int, ...]) -> jax.Array:
     """One key for each matrix of a stack `[.., rows, columns]`."""
-    return jax.random.split(key, math.prod(shape[:-2])).reshape(shape[:-2])
+    keys = jax.random.split(key, math.prod(shape[:-2]))
+    return keys.reshape(*shape[:-2], *keys.shape[1:])  # keys of the older kind are arrays of two
 
 
 def by_layer(function: Callable[..., Any], keys: jax.Array, w: jax.Array) -> Any:

@@ -148,8 +148,45 @@ def test_time_sharded_over_a_mesh_axis(kind, reverse):
     assert_close(grads, loop_gradient(a, b, init, weights, reverse))
 
 
+def test_the_states_have_the_dtype_that_holds_the_initial_state():
+    a, b = np.array([0.5, 1.0, 0.25], np.float32), np.ones(3, np.float32)
+
+    def held(start, narrow=jnp.float32):
+        found = jp.linear_recurrence(jnp.asarray(a, narrow), jnp.asarray(b, narrow), start)
+        exact = [s := start] and [
+            s := x * s + y for x, y in zip(a.tolist(), b.tolist(), strict=True)
+        ]
+        np.testing.assert_allclose(found, exact, rtol=1e-7 if narrow == jnp.float32 else 1e-6)
+        return found.dtype
+
+    assert held(np.float32(1.0010000467300415), jnp.bfloat16) == jnp.float32
+    assert held(1 + 1j) == jnp.complex64
+    with jax.enable_x64(True):
+        assert held(np.float64(1 + 1e-9)) == jnp.float64
+    # A Python number has the dtype of the others.
+    assert jp.linear_recurrence(jnp.bfloat16([1.0]), jnp.bfloat16([1.0]), 0.5).dtype == jnp.bfloat16
+
+
+def test_complex_numbers_are_solved_on_every_platform(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(2, 40, 3)) * 0.5 for _ in range(2))
+    a, b = (jnp.asarray(v[0] + 1j * v[1], jnp.complex64) for v in (a, b))
+    pair = lambda v: np.stack([v.real, v.imag], -1)  # noqa: E731
+    blocks = np.stack([pair(np.asarray(a)), pair(np.asarray(1j * a))], -1)
+    exact = loop(blocks, pair(np.asarray(b)), np.zeros((3, 2)), False)
+    for platform in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        np.testing.assert_allclose(pair(jp.linear_recurrence(a, b)), exact, atol=2e-6)
+    with pytest.raises(ValueError, match="complex64 cannot be solved .* implementation='chunked'"):
+        jp.linear_recurrence(a, b, implementation="chunked")
+
+
 @pytest.mark.untyped
 def test_what_does_not_fit_is_named():
+    with pytest.raises(
+        TypeError, match=r"have dtype int32; convert one of them: a.astype\(float\)"
+    ):
+        jp.linear_recurrence(jnp.ones(3, int), jnp.ones(3, int))
     ones = jnp.ones
     with pytest.raises(ValueError, match=r"a has shape \(3, 2\) and b \(4, 2\).*equal length"):
         jp.linear_recurrence(ones((3, 2)), ones((4, 2)))

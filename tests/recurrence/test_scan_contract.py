@@ -110,6 +110,25 @@ def test_carries_may_do_anything(f):
     assert_same(quick(loss(ours))((H0, 2 * H0), XS), quick(loss(lax.scan))((H0, 2 * H0), XS))
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda h: lax.betainc(jnp.abs(h) + 1, jnp.ones_like(h), jnp.full_like(h, 0.3)),
+        lambda h: lax.polygamma(jnp.abs(h) + 1, jnp.full_like(h, 0.7)),
+    ],
+    ids=["betainc", "polygamma"],
+)
+def test_a_step_without_a_derivative_runs_as_in_lax_scan(part):
+    step = lambda h, x: (0.5 * part(h) + x, h)  # noqa: E731
+    h, xs = jnp.linspace(0.1, 1, 3), jnp.ones((5, 3))
+    with pytest.raises(ValueError, match="respect to|not supported"):
+        jax.jvp(part, (h,), (h,))
+    for solver in (None, SHOOTING, jp.sequential()):
+        assert_is_lax_scan(step, h, xs, solver=solver)
+        choice = jp.explain_choice(step, h, xs, solver=solver)
+        assert choice.solver is None and "the step has no derivative: " in choice.reason
+
+
 def test_what_a_step_hands_through_may_be_of_any_type():
     def f(carry, x):
         gain, count, h, key = carry

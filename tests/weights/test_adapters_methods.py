@@ -191,6 +191,27 @@ def test_a_convolution_with_an_adapted_kernel(name, double):
     assert each.report(each.attach(KEY, kernel), function, x).uses[0].how == "densified"
 
 
+@pytest.mark.parametrize("make", [jp.lora, jp.dora])
+def test_a_kernel_may_lose_the_axes_of_its_window(make):
+    kernel, x = normal(0, 3, 8, 4), normal(1, 5, 8)
+    t = make(rank=2, window=1)
+    state = t.attach(KEY, kernel)
+    state = replaced(state, b=normal(2, 2, 4))
+    uses = {
+        "a place": lambda k, x: x @ k[1],
+        "a place that is traced": lambda k, x: (
+            x @ lax.dynamic_index_in_dim(k, x.shape[0] % 3, 0)[0]
+        ),
+        "all in turn": lambda k, x: lax.scan(lambda h, w: (h, h @ w), x, k)[1],
+        "a cut": lambda k, x: x @ k.reshape(3, 2, 4, 4)[2].reshape(8, 4),
+    }
+    for name, function in uses.items():
+        wanted = function(t.effective(state), x)
+        np.testing.assert_allclose(
+            jp.lift(function)(state, x), wanted, rtol=1e-5, atol=1e-5, err_msg=name
+        )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -212,6 +212,10 @@ def test_the_report_names_leaves_methods_and_uses():
     assert "w [8, 8] fake_quant(bits=4) > lora(rank=2): dot_general: rule" in shown
     assert "1 leaves; 32 numbers in parts, 64 in bases" in shown
     assert "not used" in str(report(lambda p: p["bias"], state))
+    # Numbers, not the bytes that they are packed into.
+    for t in (jp.nf4(block=8), jp.rtn(bits=2)):
+        state = t.merge(t.attach(jax.random.key(0), {"w": W}))
+        assert "64 in bases" in str(t.report(jp.weights.pack(state), lambda p: p["w"]))
 
 
 def layered_memory(run, *arguments):

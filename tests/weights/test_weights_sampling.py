@@ -91,6 +91,9 @@ def test_stochastic_rounding_takes_a_neighbour_and_its_mean_is_the_weight(name):
     np.testing.assert_array_equal(nearest, plain.effective(plain.attach(KEY, {"w": w}))["w"])
     merged = t.effective(t.merge(state))["w"]
     np.testing.assert_array_equal(merged, nearest)
+    # Keys of the older kind do as well.
+    found = t.effective(t.sample(state, jax.random.PRNGKey(1)))["w"]
+    np.testing.assert_array_equal(found, t.effective(t.sample(state, jax.random.key(1)))["w"])
     # Straight through, whatever was drawn.
     step = lambda s: jnp.sum(t.effective(t.sample(s, KEY))["w"] * w)  # noqa: E731
     np.testing.assert_array_equal(jax.grad(step)(state)["w"].base, w)

@@ -12,7 +12,7 @@ import jax
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence.structure.axis_moves import Sources
 from jaxpara.recurrence.structure.axis_patterns import axis_patterns, whole_axes
-from jaxpara.recurrence.structure.propagate import NotAnalysable, floating, propagate
+from jaxpara.recurrence.structure.propagate import UNKNOWN, floating, propagate
 
 
 def backward(eqn: Any) -> Any:
@@ -57,7 +57,7 @@ def custom_lin(eqn: Any, operands: list, domain: Any) -> list:
     """A rule for `propagate`: axes that the backward rule keeps, all others mixed."""
     try:
         return domain.move(eqn, operands, _table(eqn))
-    except (NotAnalysable, NotImplementedError, TypeError, ValueError):
+    except UNKNOWN:
         return domain.apply(eqn, operands)
 
 

@@ -18,7 +18,7 @@ from jax.extend import core
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence.structure import custom_jvps
 from jaxpara.recurrence.structure.custom_vjps import backward, pushable
-from jaxpara.recurrence.structure.propagate import floating
+from jaxpara.recurrence.structure.propagate import UNKNOWN, floating
 
 
 class Kind(IntEnum):
@@ -58,7 +58,7 @@ _CLOSING = "the step holds a custom_vjp that closes over the carry: pass it as a
 
 @functools.lru_cache(maxsize=256)
 def obstacle(jaxpr: Any, carry: tuple[int, ...], skip: Collection[str]) -> str | None:
-    """Why the custom rules in the jaxpr of a step may be no derivatives; None if they are linear.
+    """Why a step has no derivative, or custom rules that may be none; None if all are linear.
 
     Args:
       jaxpr: closed.
@@ -66,23 +66,26 @@ def obstacle(jaxpr: Any, carry: tuple[int, ...], skip: Collection[str]) -> str |
       skip: names of jitted functions whose `custom_jvp` are linear.
 
     Returns:
-      A reason where a rule is not linear, where it cannot be looked into, or where a `custom_vjp`
-      closes over the carry.
+      A reason where a primitive has no rule, where a custom rule is not linear or cannot be looked
+      into, or where a `custom_vjp` closes over the carry.
     """
     try:
         found = jaxprs.equations(jaxpr, skip=skip)
         own = [e for e in found if e.primitive.name == "custom_jvp_call"]
         if not all(map(_linear_push, own)):
             return _OTHER
-        if not jaxprs.contains(jaxpr, "custom_vjp_call"):
-            return None
-        moving = pushable(jaxpr)
-        if not all(moving[i] for i in carry):
-            return _CLOSING
-        pushed, _ = compat.jvp_jaxpr(jaxpr, moving)
+        moving = [i in carry for i in range(len(compat.open_jaxpr(jaxpr).invars))]
+        if jaxprs.contains(jaxpr, "custom_vjp_call"):
+            moving = pushable(jaxpr)
+            if not all(moving[i] for i in carry):
+                return _CLOSING
+        try:
+            pushed, _ = compat.jvp_jaxpr(jaxpr, moving)
+        except UNKNOWN as error:  # as lax.scan, it runs until somebody differentiates it
+            return f"the step has no derivative: {str(error).partition(chr(10))[0]}"
         rules = [e for e in jaxprs.equations(pushed) if e.primitive.name == "custom_lin"]
         return None if all(map(_linear, rules)) else _OTHER
-    except (NotImplementedError, TypeError, ValueError):
+    except UNKNOWN:
         return _OTHER
 
 

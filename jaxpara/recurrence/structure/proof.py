@@ -43,7 +43,7 @@ from jaxpara.recurrence.structure.kinds import (
     largest,
     unchecked,
 )
-from jaxpara.recurrence.structure.propagate import NotAnalysable, Rules, propagate
+from jaxpara.recurrence.structure.propagate import UNKNOWN, Rules, propagate
 
 # Made in kinds.py, found here.
 __all__ = ["Block", "Dense", "Diagonal", "Structure", "Unchecked", "unchecked"]
@@ -119,7 +119,7 @@ def structure_of(
             seen, finer_heads = finer
             if largest(seen, shapes) < largest(groups, shapes):
                 groups, heads = seen, finer_heads
-    except (NotAnalysable, NotImplementedError):  # no rule, or no jvp: nothing is known
+    except UNKNOWN:
         return Dense()
     return _classify(groups, shapes, heads)
 
@@ -316,7 +316,7 @@ def edges_of(closed: Any, carry_in: Sequence[int], carry_out: Sequence[int]) -> 
         flows = _tangents(closed, carry_in, carry_out)
         edges = _axis_edges(flows, [[(n,) for n in s] for s in shapes], set(), None)[0]
         return _sharper(edges, flows, shapes, None)
-    except (NotAnalysable, NotImplementedError):
+    except UNKNOWN:
         return None
 
 

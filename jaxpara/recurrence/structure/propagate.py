@@ -20,6 +20,11 @@ class NotAnalysable(Exception):
     """The jaxpr does something whose reach cannot be bounded (mutable references)."""
 
 
+# Nothing is known then: no rule here, or no derivative, of which JAX's rules and users' tell by
+# errors of all these types.
+UNKNOWN = (NotAnalysable, NotImplementedError, TypeError, ValueError)
+
+
 class Domain(NamedTuple):
     """What is remembered of a value; `None` always means that nothing reaches it.
 

@@ -14,8 +14,8 @@ from jaxpara import compat, jaxprs
 from jaxpara.recurrence.structure.custom_vjps import pushable
 from jaxpara.recurrence.structure.propagate import (
     CONTROL,
+    UNKNOWN,
     Domain,
-    NotAnalysable,
     floating,
     propagate,
 )
@@ -133,7 +133,7 @@ def reach(jaxpr: Any) -> tuple[list[frozenset[int]], frozenset[int]]:
         starts = [frozenset({i}) for i, moves in enumerate(moving) if moves]
         outs = propagate(linear, [None] * len(moving) + starts, _SETS, known)
         tangents = iter(outs[len(reached) :])
-    except (NotAnalysable, NotImplementedError):  # no rule, or no jvp: nothing is known
+    except UNKNOWN:
         return [every] * len(opened.outvars), every
     sets = [(next(tangents) or frozenset()) if yes else frozenset() for yes in reached]
     return sets, frozenset(circling)

@@ -1,5 +1,6 @@
 """Integers with their scales, in a parameter tree in place of a float weight."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -322,6 +323,6 @@ def pack(tree: Any) -> Any:
         base, stored = one(leaf.base), leaf.method.settings
         if isinstance(stored, Stored) and base.dtype == jnp.int8:
             base = packed_values(stored.grid, base)
-        return Weight(base, leaf.parts, leaf.method)
+        return dataclasses.replace(leaf, base=base)
 
     return jax.tree.map(one, tree, is_leaf=is_weight)
