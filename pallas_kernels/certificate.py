@@ -27,7 +27,8 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      `d`. Elsewhere all of `d` is scaled (`RAISE`). What is below `FLOOR` counts as nothing by this
      rule.
    - Where a window of a kernel ends no `FLOOR` holds: the next one starts there, and nothing can
-     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself (`may_leave`).
+     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself, and no correction
+     turns a 0 into anything: it may be what has become of `TINY` behind a reset (`may_leave`).
    - No product vanishes: `TINY` is added to each entry at every step of a chunk. Beside a product
      that counts it is nothing. Where the product falls below it and grows again, `TINY` grows
      along, and what it makes of `d` is too large to count. At the end of a chunk a small entry is
@@ -142,19 +143,21 @@ def doubt_of_part(entry: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.abs(entry) * jnp.abs(delta * PER_LEAST), 1.0)
 
 
-def may_leave(end: jax.Array, doubt: jax.Array, limit: float) -> jax.Array:
+def may_leave(end: jax.Array, new: jax.Array, doubt: jax.Array, limit: float) -> jax.Array:
     """Whether a window may end in a state with this doubt, in operations that every kernel has.
 
     Args:
       end: its last state, float32.
+      new: the same, corrected.
       doubt: in `LEAST`.
       limit: the second of `limits`.
 
     Returns:
-      Booleans. A state that may itself be flushed is held to `FLOOR`.
+      Booleans. A state that may itself be flushed is held to `FLOOR`. A 0 leaves as one.
     """
-    size = jnp.abs(end)
-    return doubt <= jnp.where(size < LEAST, FLOOR / LEAST, limit / LEAST * size)
+    size = jnp.abs(new)
+    stays = (end != 0.0) | (new == 0.0)
+    return stays & (doubt <= jnp.where(size < LEAST, FLOOR / LEAST, limit / LEAST * size))
 
 
 def meets(end: jax.Array, start: jax.Array) -> jax.Array:

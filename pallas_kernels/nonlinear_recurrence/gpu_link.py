@@ -193,7 +193,8 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             inside = inside._replace(doubt=inside.doubt + missed)
             size = jnp.maximum(size, gap)
         if crossed:
-            sound = sound & certificate.may_leave(value, inside.doubt, stalled)
+            was = value if affine else end
+            sound = sound & certificate.may_leave(was, value, inside.doubt, stalled)
         verdict = jnp.maximum(verdict, rated(size, inside, sound, recent[k], came[k], floor=0.0))
     if not test:
         return

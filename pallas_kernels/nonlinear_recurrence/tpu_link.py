@@ -150,7 +150,8 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             off = jnp.maximum(off, gap)
         off = off + certificate.LEAST * doubt[i]
         if bounded:
-            sound = sound & certificate.may_leave(new, doubt[i], limits[1])
+            old = new if affine else end
+            sound = sound & certificate.may_leave(old, new, doubt[i], limits[1])
         height = chunks.heights[i][last] if affine else 0.0
         within, marks = (fine, coarse), (most[i], height, end, recent[i], came[i])
         fine, coarse = small(within, sound, off, *marks, floor=0.0)

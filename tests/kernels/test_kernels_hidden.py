@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import jaxpara as jp
 from jaxpara.recurrence.kernel.elementwise import prepare
 from pallas_kernels import nonlinear_recurrence
 from pallas_kernels.linear_recurrence import affine_cell
@@ -195,3 +196,28 @@ def test_a_gap_counts_by_what_is_left_of_the_states_before(implementation, falls
     found = jax.jit(run, compiler_options=QUICK)(first, rows)
     np.testing.assert_allclose(found.states[0], scanned(step, first, rows), rtol=1e-5)
     assert np.allclose(found.states[0][-1], -4000) and np.all(found.fallback_steps == 0)
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_a_state_that_is_zero_where_a_window_ends_is_not_revived(implementation):
+    # `b` is 0 from a step of the last chunk on, and would grow from anything else.
+    steps, reset, lanes = 64, 28, 256 if implementation == PATHS[0] else 4 * BLOCK
+    rng = np.random.default_rng(0)
+    gain, mix = np.full((steps, 1, lanes), 0.5), np.ones((steps, 1, lanes))
+    drive = np.broadcast_to(10 ** rng.uniform(-1, 0, lanes), gain.shape)
+    gain[reset], gain[reset + 1 : 44], gain[44:], mix[reset:] = 0, 1e10, 1, 0
+    xs = [jnp.asarray(v, jnp.float32) for v in (gain, drive, rng.normal(size=gain.shape), mix)]
+
+    def step(h, x):
+        (a, b), (gain, drive, add, mix) = h, x
+        a = drive * (a + 0.3 * jnp.sin(a)) + add
+        new = a, gain * b + mix * a
+        return new, new
+
+    init = (jnp.full((1, lanes), 0.5), jnp.zeros((1, lanes)))
+    solver = jp.fused(implementation=implementation, window=32, chunks=8)
+    (_, states), info = jax.jit(
+        lambda init, xs: jp.solve_scan(step, init, xs, solver=solver), compiler_options=QUICK
+    )(init, xs)
+    assert info.converged and info.fallback_steps == 0
+    assert np.all(np.asarray(states[1])[reset:] == 0)
