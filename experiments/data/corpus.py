@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from experiments.data.batches import by_step, only_for
 from experiments.data.splits import Split
-from experiments.data.tokens import Tokenizer, Tokens, open_tokenizer, tokenize
+from experiments.data.tokens import Tokenizer, Tokens, check_lossless, open_tokenizer, tokenize
 from experiments.run.task import Batches
 
 Batch = dict[str, np.ndarray]
@@ -174,8 +174,12 @@ def judged_by(
     Returns:
       The bytes, a newline between two documents; the function that cuts windows; and
       bytes for each token.
+
+    Raises:
+      ValueError: the tokenizer does not give the text back.
     """
     tokens: Tokens = tokenize(documents, tokenizer)
+    check_lossless(documents, tokens, tokenizer)
     text = np.frombuffer(b"\n".join(documents), np.uint8)
 
     def held_out(*, count: int, length: int) -> Batch:

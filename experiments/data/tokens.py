@@ -1,9 +1,12 @@
 """Text as numbers: bytes, or the tokens of a file of the `tokenizers` library."""
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ class Tokenizer(NamedTuple):
       separator: the numbers that end a document.
       encode_all: as `encode`, for many texts on all cores; None encodes one after the other.
       digest: of the file that it was read from.
+      name: of that file, for errors.
     """
 
     vocab_size: int
@@ -29,6 +33,7 @@ class Tokenizer(NamedTuple):
     separator: tuple[int, ...]
     encode_all: Callable[[Iterable[bytes]], Iterable[Integer[np.ndarray, " tokens"]]] | None = None
     digest: str = "bytes"
+    name: str = "bytes"
 
 
 class Tokens(NamedTuple):
@@ -53,6 +58,11 @@ BYTES = Tokenizer(
 )
 
 END_OF_TEXT = "<|endoftext|>"
+INSTEAD = (
+    "give data.tokenizer=FILE.json as `python -m experiments.train_tokenizer` writes it, "
+    "or null for bytes"
+)
+GROWTH = 2**16  # the most times that a tokenizer may lengthen a text
 # Documents that the library encodes at a time, shared by all cores.
 TOGETHER = 1000
 
@@ -66,11 +76,13 @@ def open_tokenizer(path: str | None) -> Tokenizer:
 
     Returns:
       The tokenizer. Documents end with its token `<|endoftext|>` or, if it has none, with its
-      encoding of a newline. Text that is not UTF-8 is read with U+FFFD in it.
+      encoding of a newline. Text that is not UTF-8 is read with U+FFFD in it. All of a text is
+      encoded, always alike: truncation, padding and dropout of the file are left out.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: the file is not a tokenizer, or the library `tokenizers` is missing.
+      ValueError: the file is not a tokenizer, it has no token that ends a document, or the library
+        `tokenizers` is missing. Its functions raise it for text that the tokenizer cannot encode.
     """
     if path is None:
         return BYTES
@@ -86,39 +98,77 @@ def open_tokenizer(path: str | None) -> Tokenizer:
             f"data.tokenizer={path!r} needs the library tokenizers: "
             "pip install '.[tokenizers]', or leave data.tokenizer null for bytes"
         ) from error
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(
-            f"{path} is not a file of the library tokenizers ({error}): "
-            "give data.tokenizer=FILE.json as `python -m experiments.train_tokenizer` writes it"
-        ) from error
+    raw = Path(path).read_bytes()
+    with _naming(f"{path} is not a file of the library tokenizers"):
+        model = tokenizers.Tokenizer.from_str(_whole(raw))
+        # A document that contains the text <|endoftext|> does not end there.
+        model.encode_special_tokens = True
+        end = model.token_to_id(END_OF_TEXT)
+        # Not the number of tokens: their numbers may have gaps.
+        size = 1 + max(model.get_vocab().values(), default=-1)
+        exact = _byte_level(model) if type(model.decoder).__name__ == "ByteLevel" else None
 
-    if type(model.decoder).__name__ == "ByteLevel":
-        decode = _byte_level(model)
-    else:
-
-        def decode(ids: Sequence[int]) -> bytes:
+    def decode(ids: Sequence[int]) -> bytes:
+        with _naming(f"{path} cannot decode its own tokens"):
             return model.decode([int(i) for i in ids], skip_special_tokens=False).encode()
-
-    # A document that contains the text <|endoftext|> does not end there.
-    model.encode_special_tokens = True
 
     def encode_all(texts: Iterable[bytes]) -> Iterator[np.ndarray]:
         rest = (text.decode(errors="replace") for text in texts)
         while some := list(islice(rest, TOGETHER)):
-            for encoded in model.encode_batch(some, add_special_tokens=False):
+            with _naming(f"{path} cannot encode the text"):
+                found = model.encode_batch(some, add_special_tokens=False)
+            for encoded in found:
                 yield np.asarray(encoded.ids, np.int32)
 
     def encode(text: bytes) -> np.ndarray:
         return next(encode_all([text]))
 
-    end = model.token_to_id(END_OF_TEXT)
     separator = (end,) if end is not None else tuple(encode(b"\n").tolist())
-    # Not the number of tokens: their numbers may have gaps.
-    size = 1 + max(model.get_vocab().values(), default=-1)
-    digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
-    return Tokenizer(size, encode, decode, separator, encode_all, digest)
+    if not separator:
+        raise ValueError(
+            f"{path} has no token {END_OF_TEXT} and none for a newline, so documents would not "
+            f"end: add the token {END_OF_TEXT}, or {INSTEAD}"
+        )
+    digest = hashlib.blake2b(raw, digest_size=8).hexdigest()
+    return Tokenizer(size, encode, exact or decode, separator, encode_all, digest, str(path))
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Makes one line of any error of the library, which raises bare Exception and panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic is not an Exception
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{what} ({told[:200]}): {INSTEAD}") from error
+
+
+def _whole(raw: bytes) -> str:
+    """Takes out of a tokenizer's file what would cut, lengthen or vary the tokens of a text."""
+    values = json.loads(raw.decode())
+    growth = prod(_growth(values.get(kind)) for kind in ("normalizer", "pre_tokenizer", "decoder"))
+    if growth > GROWTH:
+        raise ValueError(f"it makes text up to {growth} times as long")
+    model = values["model"]
+    if "dropout" in model:
+        model = {**model, "dropout": None}
+    return json.dumps({**values, "model": model, "truncation": None, "padding": None})
+
+
+def _growth(node: Any) -> int:
+    """Bounds by how much the replacements of a part of the file lengthen a text."""
+    if isinstance(node, list):
+        return prod(map(_growth, node))
+    if not isinstance(node, dict):
+        return 1
+    own = 1
+    if node.get("type") == "Replace" and node["content"]:
+        # A regular expression, or no text, may also match between two characters.
+        between = not node["pattern"].get("String")
+        own = len(node["content"]) + between
+    return own * prod(map(_growth, node.values()))
 
 
 def _byte_level(model: Any) -> Callable[[Sequence[int]], bytes]:
@@ -127,14 +177,17 @@ def _byte_level(model: Any) -> Callable[[Sequence[int]], bytes]:
     # The library writes bytes as characters: themselves if printable, others from 256 on.
     others = [b for b in range(256) if b not in plain]
     byte_of = {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
-    special = {number: str(token) for number, token in model.get_added_tokens_decoder().items()}
+    added = model.get_added_tokens_decoder()
+    # As the library does: a token with other characters stands for itself.
     table = {
-        number: bytes(byte_of[c] for c in token) if number not in special else token.encode()
+        number: bytes(byte_of[c] for c in token)
+        if number not in added and byte_of.keys() >= set(token)
+        else token.encode()
         for token, number in model.get_vocab().items()
     }
 
     def decode(ids: Sequence[int]) -> bytes:
-        return b"".join(table[int(i)] for i in ids)
+        return b"".join(table.get(int(i), b"") for i in ids)  # numbers may have gaps
 
     return decode
 
@@ -186,3 +239,31 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer) -> Tokens:
     ids = np.concatenate(parts) if parts else end[:0]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Tokens(ids, starts, max(len(ids) - len(end), 0))
+
+
+def check_lossless(documents: Sequence[bytes], tokens: Tokens, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that does not give a text back, whose bits per byte mean nothing.
+
+    Args:
+      documents: their contents.
+      tokens: of `tokenize`.
+      tokenizer: made them.
+
+    Raises:
+      ValueError: shows what a part of the text becomes.
+    """
+    gap = len(tokenizer.separator)
+    for document, first, after in zip(documents, tokens.starts, tokens.starts[1:], strict=False):
+        found = tokenizer.decode(tokens.ids[first : after - gap].tolist())
+        if found != document:
+            pairs = enumerate(zip(document, found, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(document), len(found)))
+            lost, made = (
+                repr(text[max(at - 10, 0) : at + 20].decode(errors="replace"))
+                for text in (document, found)
+            )
+            raise ValueError(
+                f"{tokenizer.name} does not give the held-out text back: {lost} becomes {made}, "
+                f"so its bits per byte would leave out what is lost.\nMake the text UTF-8, or "
+                f"{INSTEAD}"
+            )

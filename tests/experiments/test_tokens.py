@@ -8,6 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.data import text, tokens
+from experiments.data.corpus import judged_by
+from experiments.data.packing import PACKED
 from experiments.data.streaming import StreamBatches
 from experiments.inject import injection
 from experiments.run import checkpoints, folders, trust
@@ -164,3 +166,135 @@ def test_a_run_keeps_its_tokenizer_and_refuses_another(tokenizer, tmp_path):
         tokenizer_of(folder, trust.open_config(folder))
     with trust.granted([tokenizer]):
         assert tokenizer_of(folder, trust.open_config(folder)).vocab_size == 300
+
+
+def edited(tokenizer, folder, **change):
+    path = folder / "edited.json"
+    path.write_text(json.dumps({**json.loads(Path(tokenizer).read_text()), **change}))
+    return str(path)
+
+
+FIXED = {
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "!",
+}
+CUT = {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+LONG = "a long text of many words, all of which count\n" * 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"truncation": CUT},
+        {"truncation": {**CUT, "stride": 5}},
+        {"padding": {**FIXED, "strategy": {"Fixed": 10**12}}},
+        {"padding": {**FIXED, "strategy": "BatchLongest", "pad_to_multiple_of": 2**40}},
+    ],
+    ids=["cut", "overlap", "fixed", "multiple"],
+)
+def test_text_is_neither_cut_nor_padded(change, tokenizer, tmp_path):
+    plain = tokens.open_tokenizer(tokenizer)
+    t = tokens.open_tokenizer(edited(tokenizer, tmp_path, **change))
+    assert t.encode(LONG.encode()).tolist() == plain.encode(LONG.encode()).tolist()
+    assert t.digest != plain.digest  # it is another file
+
+
+def test_a_text_has_always_the_same_tokens(tokenizer, tmp_path):
+    model = {**json.loads(Path(tokenizer).read_text())["model"], "dropout": 0.5}
+    t = tokens.open_tokenizer(edited(tokenizer, tmp_path, model=model))
+    assert len({tuple(t.encode(LONG.encode())) for _ in range(3)}) == 1
+
+
+LOSSY = {
+    "lowercase": ({"normalizer": {"type": "Lowercase"}}, "A text", "'A text.*becomes 'a text"),
+    "accents": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}},
+        "nai\u0308ve",
+        "naïve",
+    ),
+    "unknown words": (
+        {
+            "model": {
+                "type": "WordLevel",
+                "vocab": {"[UNK]": 1, "text": 2, "\n": 3},
+                "unk_token": "[UNK]",
+            },
+            "decoder": None,
+            "pre_tokenizer": {"type": "Whitespace"},
+        },
+        "a text",
+        r"becomes '\[UNK\]",
+    ),
+    "not UTF-8": ({}, b"na\xefve", "Make the text UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_text_that_does_not_come_back_has_no_bits_per_byte(kind, tokenizer, tmp_path):
+    change, content, message = LOSSY[kind]
+    raw = content if isinstance(content, bytes) else content.encode()
+    t = tokens.open_tokenizer(edited(tokenizer, tmp_path, **change))
+    with pytest.raises(ValueError, match=f"(?s)edited.json does not give the .*{message}") as told:
+        judged_by([b"x\n" if kind == "not UTF-8" else b"", raw], t, PACKED)
+    assert len(str(told.value).splitlines()) <= 3
+    exact = tokens.open_tokenizer(tokenizer)
+    documents = [b"", "nai\u0308ve A\n".encode()]
+    assert judged_by(documents, exact, PACKED)[2] > 0
+
+
+def test_a_lossy_tokenizer_makes_no_run(tokenizer, tmp_path):
+    write_texts(tmp_path, [f"Text {i}, of Some words\n" for i in range(40)])
+    lossy = edited(tokenizer, tmp_path, normalizer={"type": "Lowercase"})
+    with pytest.raises(ValueError, match="does not give the held-out text back"):
+        text.load(path=str(tmp_path), tokenizer=lossy)
+
+
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+BLOWN = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 1000}
+BETWEEN = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "e"}
+BROKEN = {
+    "panic": {"normalizer": CHARSMAP},
+    "no unknown word": {
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "zz"},
+        "decoder": None,
+    },
+    "no unknown piece": {
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {"a": 0},
+        },
+        "decoder": None,
+    },
+    "no tokens": {
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "decoder": None,
+        "added_tokens": [],
+    },
+    "growth": {"normalizer": {"type": "Sequence", "normalizers": [BLOWN] * 3}},
+    "growth between": {"normalizer": {"type": "Sequence", "normalizers": [BETWEEN] * 40}},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_whatever_the_library_raises_is_an_error_that_names_the_file(kind, tokenizer, tmp_path):
+    path = edited(tokenizer, tmp_path, **BROKEN[kind])
+    with pytest.raises(ValueError, match=r"edited\.json .*(give|or null for bytes)") as told:
+        tokens.open_tokenizer(path).encode(b"some text, some more")
+    assert len(str(told.value).splitlines()) <= 3
+
+
+def test_decoders_have_bytes_for_every_number(tokenizer, tmp_path):
+    model = json.loads(Path(tokenizer).read_text())["model"]
+    odd = {**model, "vocab": {**model["vocab"], "a b": 5000}}
+    t = tokens.open_tokenizer(edited(tokenizer, tmp_path, model=odd))
+    assert t.decode([5000]) == b"a b" and t.decode([4000]) == b""
+    strip = {"type": "Strip", "content": "a", "start": 10, "stop": 10}
+    t = tokens.open_tokenizer(edited(tokenizer, tmp_path, decoder=strip))
+    with pytest.raises(ValueError, match=r"edited\.json cannot decode its own tokens"):
+        t.decode(t.encode(b"a").tolist())
