@@ -3,6 +3,7 @@
 import glob
 from pathlib import Path
 
+from experiments.run import litter
 from experiments.run.memory import machine_bytes, readable
 
 # How much of a file an error message quotes.
@@ -44,7 +45,8 @@ def find_files(path: str, *, endings: tuple[str, ...]) -> list[Path]:
                 f"such as data.path='{place}/**/*.md'"
             )
         return sorted(found)
-    found = [file for file in map(Path, glob.glob(str(place), recursive=True)) if file.is_file()]
+    matches = litter.without(map(Path, glob.glob(str(place), recursive=True)))
+    found = [file for file in matches if file.is_file()]
     if not found:
         raise FileNotFoundError(
             f"data.path={path!r} is neither a file nor a folder, and no file matches it as a "

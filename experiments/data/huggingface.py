@@ -20,6 +20,7 @@ from experiments.data.packing import PACKED
 from experiments.data.splits import check_fraction, share
 from experiments.data.streaming import StreamBatches
 from experiments.data.tokens import open_tokenizer
+from experiments.run import litter
 
 MIB = 2**20
 WHOLE, PIECES = 2**30, 256
@@ -221,7 +222,7 @@ def local_files(path: str, data_files: Any) -> list[Path]:
         elif "://" not in str(name):
             place = str(root / str(name)) if root.is_dir() else str(Path(name).expanduser())
             found |= {Path(place), *map(Path, glob.glob(place, recursive=True))}
-    return sorted(file for file in found if file.is_file())
+    return sorted(file for file in litter.without(found) if file.is_file())
 
 
 def digest_of_files(files: Sequence[Path]) -> str | None:

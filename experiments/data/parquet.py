@@ -1,9 +1,11 @@
 """Parquet: each row is a record, and one of its columns is a document."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments.data.corpus import Data, Sampler, from_documents
+from experiments.data import files
 from experiments.data.files import check_size, check_string, find_files
 from experiments.data.packing import PACKED
 from experiments.data.splits import by_content
@@ -41,15 +43,16 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
                     f"{file}: no column {field!r}; the columns are: {', '.join(names)}. "
                     "Give data.field=NAME"
                 )
-            check_size(file, _claimed(table.metadata, field))
+            claimed = _claimed(table.metadata, field)
+            check_size(file, sum(claimed))
             documents, have = {}, 0
-            for batch in table.iter_batches(batch_size=ROWS, columns=[field]):
+            for batch in _batches(table, field, claimed):
+                check_size(file, have + batch.nbytes)
                 for value in batch.column(0).to_pylist():
                     row = len(documents) + 1
                     text = check_string(value, field=field, where=f"{file}, row {row}")
                     documents[f"{file}:{row:09d}"] = text
                     have += len(text)
-                check_size(file, have)
             return documents
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
@@ -58,14 +61,22 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
         ) from error
 
 
-def _claimed(metadata: Any, field: str) -> int:
-    """Reads from the file how many bytes a column unpacks to."""
-    size = 0
+def _claimed(metadata: Any, field: str) -> list[int]:
+    """Reads from the file how many bytes a column unpacks to in each group of rows."""
+    sizes = []
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema.split(".")[0] == field:
-                size += column.total_uncompressed_size
-    return size
+        columns = map(group.column, range(group.num_columns))
+        mine = (one for one in columns if one.path_in_schema.split(".")[0] == field)
+        sizes.append(sum(one.total_uncompressed_size for one in mine))
+    return sizes
+
+
+def _batches(table: Any, field: str, claimed: list[int]) -> Iterator[Any]:
+    """Yields rows, few at a time where each may be large: a value that the file holds once, as in
+    a dictionary, may stand in all of them, and each of them gets a copy."""
+    for group, size in enumerate(claimed):
+        rows = max(1, min(ROWS, files.SURELY_FITS // max(size, 1)))
+        yield from table.iter_batches(batch_size=rows, row_groups=[group], columns=[field])
 
 
 def load(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.run import litter
 from experiments.run.folders import RunError
 from experiments.run.plain_files import OTHER, is_plain, regular
 
@@ -103,7 +104,8 @@ def seal(folder: Path, *, late: bool = True) -> None:
       folder: complete, and not being written to.
       late: whether `LATE` is already written.
     """
-    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    found = litter.without(sorted(folder.rglob("*")))
+    files = {str(p.relative_to(folder)): p for p in found if p.is_file()}
     left_out = {SEAL} if late else {SEAL, *LATE}
     digests = {name: of_file(path) for name, path in files.items() if name not in left_out}
     part = folder / f"{SEAL}.part"
@@ -141,6 +143,8 @@ def check(folder: Path, parts: Sequence[str] | None = None) -> None:
         if not is_plain(path):
             raise Damaged(f"{path} is {OTHER}")
     for name, digest in known.items():
+        if litter.is_litter(PurePath(name)):  # of an older seal
+            continue
         if parts is not None and "/" in name and name.partition("/")[0] not in parts:
             continue
         if not _is_below(folder, name):
@@ -153,7 +157,7 @@ def check(folder: Path, parts: Sequence[str] | None = None) -> None:
             raise Damaged(f"{folder / name} cannot be read: {error.strerror}") from error
         if found != digest:
             raise Damaged(f"{folder / name} is damaged: it is not what was written")
-    for path in folder.rglob("*"):
+    for path in litter.without(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and name not in (*known, SEAL, f"{SEAL}.part", *LATE):
             raise Damaged(f"{path} was not written with the rest of {folder}")

@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from experiments.run import folders, records
+from experiments.run import folders, litter, records
 from experiments.run.tables import show
 from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
@@ -141,7 +141,8 @@ def jobs_since(sweep: Path, began: float) -> list[Job]:
       The jobs, in order.
     """
     launched = [path for path in sweep.rglob(str(OVERRIDES)) if path.stat().st_mtime >= began]
-    refused = [p for p in (sweep / REFUSED).glob("*.json") if p.stat().st_mtime >= began]
+    records = litter.without((sweep / REFUSED).glob("*.json"))
+    refused = [path for path in records if path.stat().st_mtime >= began]
     jobs = [_read_job(path, began) for path in launched] + [_read_refused(p) for p in refused]
     return sorted(jobs, key=lambda job: job.number)
 

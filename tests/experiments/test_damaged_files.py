@@ -243,24 +243,6 @@ def test_json_beyond_measure_is_an_error_with_its_line(tmp_path, line):
         stop_strings(DEEP)
 
 
-def test_parquet_that_unpacks_beyond_all_measure_is_refused(tmp_path, monkeypatch):
-    arrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    path = tmp_path / "bomb.parquet"
-    table = arrow.table({"text": ["x" * 1_000_000] * 40})
-    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=True)
-    assert path.stat().st_size < 20_000
-    assert sum(map(len, parquet.read(path, field="text").values())) == 40_000_000
-    monkeypatch.setattr(files, "SURELY_FITS", 10_000_000)
-    with pytest.raises(ValueError, match="unpacks to .* MiB or more: leave it out"):
-        parquet.read(path, field="text")
-    monkeypatch.setattr(files, "machine_bytes", lambda: 20_000_000)
-    monkeypatch.setattr(files, "SURELY_FITS", 2**40)
-    with pytest.raises(ValueError, match="unpacks to"):
-        parquet.read(path, field="text")
-
-
 @pytest.mark.parametrize("cut", [0, 3, 100, -8, -1])
 def test_cut_parquet_is_refused_by_name(tmp_path, cut):
     arrow = pytest.importorskip("pyarrow")

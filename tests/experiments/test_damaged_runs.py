@@ -11,13 +11,14 @@ import jax
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.data import huggingface
+from experiments.data import files, huggingface
 from experiments.data.batches import only_for
 from experiments.inject import injection
 from experiments.run import checkpoints, checks, claim, folders, seals, trainer, trust
 from experiments.run.resuming import cut_table
 from experiments.run.seals import Damaged
 from experiments.shell import build
+from experiments.sweep import sweeps
 
 ROWS = b"step,x\r\n1,0.5\r\n2,0.25\r\n3,0.125\r\n"
 TABLES = {
@@ -244,6 +245,45 @@ def test_an_odd_name_among_the_checkpoints_hinders_nothing(run, name, make):
     with checkpoints.saver(run, **rule) as save:
         save(state._replace(step=jax.numpy.int32(3)), {"data": {}}, None)
     assert checkpoints.steps(run) == [1, 2, 3]
+
+
+LITTER = (".DS_Store", "._3", "._manifest.ocdbt", "Thumbs.db", "Desktop.ini", ".directory")
+
+
+@pytest.mark.parametrize("name", LITTER)
+def test_what_file_managers_leave_is_no_damage(run, capsys, name):
+    for folder in [run, *(path for path in run.rglob("*") if path.is_dir())]:
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    for step in (1, 2):
+        seals.check(run / "checkpoints" / str(step))
+    checkpoints.set_aside(run)
+    assert checkpoints.steps(run) == [1, 2] and capsys.readouterr().err == ""
+    state, _ = checkpoints.restore_newest(run, LIKE)
+    assert int(state.step) == 2
+    rule = {"keep_last": 3, "keep_best": 0, "best": ("loss", "min"), "begin": 2}
+    with checkpoints.saver(run, **rule) as save:
+        save(state._replace(step=jax.numpy.int32(3)), {"data": {}}, None)
+    assert checkpoints.steps(run) == [1, 2, 3]
+    # Nor is it sealed: it may be gone tomorrow.
+    (run / "checkpoints/3" / name).write_text("x")
+    seals.seal(run / "checkpoints/3")
+    (run / "checkpoints/3" / name).unlink()
+    seals.check(run / "checkpoints/3")
+    # What an older version has sealed may be gone too.
+    reseal(run / "checkpoints/3", **{f"params/{name}": "0" * 32})
+    seals.check(run / "checkpoints/3")
+
+
+@pytest.mark.parametrize("name", LITTER)
+def test_what_file_managers_leave_is_no_text(tmp_path, name):
+    (tmp_path / "a.txt").write_text("x")
+    before = huggingface.digest_of_files(huggingface.local_files(str(tmp_path), None))
+    (tmp_path / name).write_bytes(b"\0")
+    assert huggingface.digest_of_files(huggingface.local_files(str(tmp_path), None)) == before
+    assert files.find_files(f"{tmp_path}/*", endings=()) == [tmp_path / "a.txt"]
+    (tmp_path / sweeps.REFUSED).mkdir()
+    (tmp_path / sweeps.REFUSED / "._0.json").write_bytes(b"\0")
+    assert sweeps.jobs_since(tmp_path, 0) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
