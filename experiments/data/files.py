@@ -9,6 +9,10 @@ from experiments.run.memory import machine_bytes, readable
 # How much of a file an error message quotes.
 QUOTED = 40
 SURELY_FITS = 2**28  # bytes
+PACKED = frozenset(".gz .bz2 .xz .zst .zstd .lz4 .zip .eval .tar .tgz .7z .rar".split())
+# How compressed files begin, whatever they are called.
+MARKS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"(\xb5/\xfd", b"\x04\"M\x18", b"PK\3\4", b"PK\5\6")
+PLAIN = frozenset(".txt .csv .tsv .json .jsonl".split())  # never unpacked
 
 
 def find_files(path: str, *, endings: tuple[str, ...]) -> list[Path]:
@@ -111,6 +115,26 @@ def check_size(file: Path, size: int) -> None:
         raise ValueError(
             f"{file} of {readable(packed)} unpacks to {readable(size)} or more: leave it out with "
             "a glob, or split it"
+        )
+
+
+def check_unpacked(file: Path) -> None:
+    """Refuses a compressed file: nothing bounds what it unpacks to.
+
+    Args:
+      file: that a library would unpack.
+
+    Raises:
+      ValueError: says what to do instead.
+    """
+    packed = file.suffix.lower() in PACKED
+    if not packed and file.suffix.lower() not in PLAIN and file.is_file():
+        with file.open("rb") as raw:
+            packed = raw.read(max(map(len, MARKS))).startswith(MARKS)
+    if packed:
+        raise ValueError(
+            f"{file} is compressed, and what it unpacks to has no bound: unpack it (gunzip, unzstd, "
+            "unzip) and give the file that it holds, or leave it out of data.data_files"
         )
 
 

@@ -5,6 +5,7 @@ reading to the end. The library saves the exact position in a stream, but not th
 buffer, which is therefore not used.
 """
 
+import contextlib
 import glob
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from experiments.data.batches import ahead, only_for
 from experiments.data.corpus import Data, digest, judged_by, shard_rows
-from experiments.data.files import check_string
+from experiments.data.files import check_string, check_unpacked
 from experiments.data.packing import PACKED
 from experiments.data.splits import check_fraction, share
 from experiments.data.streaming import StreamBatches
@@ -255,15 +256,26 @@ def _open(path: str, name: str | None, data_files: Any, split: str, where: str) 
         raise ValueError(
             "data=huggingface needs the library datasets: pip install '.[datasets]'"
         ) from error
-    try:
-        if Path(path).expanduser().is_dir():
+    folder = Path(path).expanduser().is_dir()
+    if folder or local_files(path, data_files):
+        with _opening(where, split, datasets):
             described = datasets.load_dataset_builder(path, name=name, data_files=data_files)
+        if folder:
             _check_inside(described, path, data_files, where)
+        for file in _files_of(described):
+            if "://" not in file:
+                check_unpacked(Path(file))
+    with _opening(where, split, datasets):
         return datasets.load_dataset(
             path, name=name, data_files=data_files, split=split, streaming=True
         )
-    except OutsideFolder:
-        raise
+
+
+@contextlib.contextmanager
+def _opening(where: str, split: str, datasets: Any) -> Iterator[None]:
+    """Makes one line of an error of the library."""
+    try:
+        yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{where}, split {split!r}, cannot be opened ({str(error).strip().splitlines()[0]}): "
@@ -272,25 +284,24 @@ def _open(path: str, name: str | None, data_files: Any, split: str, where: str) 
         ) from error
 
 
-class OutsideFolder(ValueError):
-    """A folder of data asks for files that are not in it."""
+def _files_of(described: Any) -> list[str]:
+    return [str(one) for some in (described.config.data_files or {}).values() for one in some]
 
 
 def _check_inside(described: Any, path: str, data_files: Any, where: str) -> None:
     """Refuses a folder whose card, or whose kind of file, leads to other files than its own."""
     root = Path(path).expanduser().resolve()
     given = {str(one) for one in local_files(path, data_files)} if data_files else set()
-    files = [one for some in (described.config.data_files or {}).values() for one in some]
-    for file in map(str, files):
+    for file in _files_of(described):
         inside = "://" not in file and Path(file).resolve().is_relative_to(root)
         if not (inside or data_files and ("://" in file or file in given)):
-            raise OutsideFolder(
+            raise ValueError(
                 f"{where}: its card names {file}, which is not in that folder: "
                 "take it out of README.md, or name the files with data.data_files"
             )
     kind = type(described).__module__.rpartition(".")[2]
     if kind not in SELF_CONTAINED:
-        raise OutsideFolder(
+        raise ValueError(
             f"{where}: its files are of the kind {kind}, which may refer to other files: "
             f"give a folder of {', '.join(SELF_CONTAINED)}"
         )

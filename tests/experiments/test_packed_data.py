@@ -1,8 +1,10 @@
 """Compressed data: what unpacks beyond all measure is refused before it fills the memory."""
 
+import gzip
+
 import pytest
 
-from experiments.data import files, parquet
+from experiments.data import files, huggingface, parquet
 
 
 def test_parquet_that_unpacks_beyond_all_measure_is_refused(tmp_path, monkeypatch):
@@ -50,3 +52,28 @@ def test_parquet_that_repeats_a_large_value_is_refused_before_it_is_copied(
     with pytest.raises(ValueError, match="bomb.parquet of .* unpacks to .* MiB or more: leave"):
         parquet.read(path, field="text")
     assert 0 < len(allocated) < 12 and max(allocated) < 40_000_000
+
+
+@pytest.mark.parametrize(
+    "name, path, data_files",
+    [
+        ("x.jsonl.gz", "{folder}", None),
+        ("x.jsonl.gz", "json", "{folder}/*"),
+        ("x.dat", "json", "{folder}/x.dat"),  # whatever it is called
+    ],
+)
+def test_compressed_files_of_ones_own_are_refused(tmp_path, monkeypatch, name, path, data_files):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines = b"".join(b'{"text": "document %d"}\n' % i for i in range(99))
+    (tmp_path / name).write_bytes(gzip.compress(lines))
+    given = {
+        "path": path.format(folder=tmp_path),
+        "data_files": data_files and data_files.format(folder=tmp_path),
+    }
+    with pytest.raises(ValueError, match=rf"{name} is compressed, .*: unpack it \(gunzip"):
+        huggingface.load(**given)
+    (tmp_path / name).rename(tmp_path / "packed")
+    (tmp_path / "x.jsonl").write_bytes(lines)  # what is not read may be there
+    if data_files is None:
+        assert huggingface.load(**given, validation_fraction=0.5).validation.size
