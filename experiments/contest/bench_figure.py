@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from experiments.contest.bench_rows import read
 from experiments.contest.contest import REFERENCE, Row
+from experiments.run.drawing import Figure
 from experiments.studies.curves import styles
 
 

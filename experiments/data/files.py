@@ -11,7 +11,7 @@ QUOTED = 40
 SURELY_FITS = 2**28  # bytes
 PACKED = frozenset(".gz .bz2 .xz .zst .zstd .lz4 .zip .eval .tar .tgz .7z .rar".split())
 # How compressed files begin, whatever they are called.
-MARKS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"(\xb5/\xfd", b"\x04\"M\x18", b"PK\3\4", b"PK\5\6")
+MARKS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"(\xb5/\xfd", b'\x04"M\x18', b"PK\3\4", b"PK\5\6")
 PLAIN = frozenset(".txt .csv .tsv .json .jsonl".split())  # never unpacked
 
 
@@ -133,8 +133,8 @@ def check_unpacked(file: Path) -> None:
             packed = raw.read(max(map(len, MARKS))).startswith(MARKS)
     if packed:
         raise ValueError(
-            f"{file} is compressed, and what it unpacks to has no bound: unpack it (gunzip, unzstd, "
-            "unzip) and give the file that it holds, or leave it out of data.data_files"
+            f"{file} is compressed, and what it unpacks to has no bound: unpack it "
+            "(gunzip, unzstd, unzip), or name other files with data.data_files"
         )
 
 

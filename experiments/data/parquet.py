@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.data.corpus import Data, Sampler, from_documents
 from experiments.data import files
+from experiments.data.corpus import Data, Sampler, from_documents
 from experiments.data.files import check_size, check_string, find_files
 from experiments.data.packing import PACKED
 from experiments.data.splits import by_content

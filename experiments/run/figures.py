@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from experiments.run import metrics
+from experiments.run.drawing import Figure
 
 
 def _pairs(columns: Mapping[str, list[float | None]], x: str, y: str) -> tuple[list, list]:

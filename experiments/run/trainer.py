@@ -246,14 +246,19 @@ def _cut_tables(task: Task, folder: Path, begin: int) -> None:
 
 
 def _close(folder: Path, summary: dict[str, Any]) -> None:
-    """Writes the result and the figures; a full disk must not hide an earlier error."""
+    """Writes the result and the figures; neither may hide an earlier error, nor the result."""
     if jax.process_index() != 0:
         return
     try:
         folders.close_run(folder, summary)
-        figures.draw_run(folder)
     except OSError as error:
         print(f"the summary and the figures of {folder} could not be written: {error}")
+        return
+    try:
+        figures.draw_run(folder)
+    except Exception as error:  # the numbers are there, and can be drawn again
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"the figures of {folder} could not be drawn ({told[:200]})")
 
 
 def _profiled(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from experiments.run.drawing import Figure
 from experiments.run.folders import RunError
 from experiments.sweep.run_sets import Run
 

@@ -16,10 +16,10 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import hydra
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from experiments.adapt.shared_numbers import NUMBERS, unused
+from experiments.run.drawing import Figure
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError, load_config
 from experiments.run.tables import show

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import hydra
 import numpy as np
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.run.drawing import Figure
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError
 from experiments.shell.commandline import command, guarded

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from experiments.run.drawing import Figure
 
 LINES = {
     ("stopped", "exact"): ("trained stopping early, tested exactly", "-", "o"),

@@ -1,0 +1,81 @@
+"""Figures: words are shown as they are, and a figure that fails costs nothing else."""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from matplotlib.text import Text
+
+import experiments
+from experiments import plot
+from experiments.run import drawing, figures, trainer
+from tests.experiments.programs import ending
+from tests.experiments.run_folders import config, make_run
+
+NAMES = ["a$x^$", "$\\frac{$", "\ud800 lone", "\x1b[31m red", "a\tb", "$5 and $6"]
+ROW = {"step": 1, "tokens": 10, "train_bits_per_byte": 2.0, "validation_bits_per_byte": 8.0}
+
+
+def run_named(folder, name):
+    return make_run(
+        folder, config(name=name), [ROW], summary={"name": name, "baselines": {name: 1.0}}
+    )
+
+
+@pytest.mark.parametrize("suffix", plot.SUFFIXES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_no_formula(name, suffix, tmp_path):
+    figure = drawing.Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.plot([1, 2], [1e-9, 1], label=name)
+    axes.set_yscale("log")
+    axes.set_title(name)
+    axes.set_xlabel(name)
+    axes.set_xticks([1, 2], [name, "b"])
+    axes.legend(title=name)
+    figure.suptitle(name)
+    figure.savefig(tmp_path / f"x{suffix}")
+    assert axes.get_title() == drawing.plain(name)
+    numbers = [label.get_text() for label in axes.get_yticklabels()]
+    assert any("10^{" in label for label in numbers), "powers of ten are formulas"
+    assert all(label.get_parse_math() for label in axes.get_yticklabels())
+
+
+def test_what_has_no_picture_is_replaced():
+    assert drawing.plain("a\ud800\x1bé日\n$") == "a\ufffd\ufffdé日\n$"
+
+
+def test_every_figure_is_of_that_kind():
+    for path in Path(experiments.__file__).parent.rglob("*.py"):
+        if path != Path(drawing.__file__):
+            others = re.findall(r"matplotlib\.figure|pyplot", path.read_text(encoding="utf-8"))
+            assert not others, f"{path}: use experiments.run.drawing.Figure"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_of_any_name_is_drawn(name, tmp_path):
+    [path] = figures.draw_run(run_named(tmp_path / "run", name))
+    assert matplotlib.image.imread(path).std() > 0
+
+
+def test_runs_of_any_names_are_plotted(tmp_path):
+    for number, name in enumerate(("a$x^$", "b$")):
+        run_named(tmp_path / str(number), name)
+    output = tmp_path / "x.png"
+    said = ending(plot, tmp_path, f"runs={tmp_path}", "group_by=name", f"output={output}")
+    assert said is None and output.is_file()
+
+
+def test_a_figure_that_fails_does_not_spoil_the_end_of_a_run(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no picture\nof this")
+
+    monkeypatch.setattr(Text, "draw", fail)
+    folder = run_named(tmp_path / "run", "a")
+    (folder / "summary.json").unlink()
+    trainer._close(folder, {"name": "a", "status": "finished", "seconds": 1.0})
+    said = capsys.readouterr().out
+    assert said == f"the figures of {folder} could not be drawn (no picture)\n"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
