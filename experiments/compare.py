@@ -131,8 +131,8 @@ def tabulate(
     for run, name in zip(runs, short_names(runs), strict=True):
         results = _results(run, metric, better)
         table.append({"run": name, **{key: _lookup(run, results, key) for key in every}})
+    known = {*RESULTS, *(k for run in runs for k in (*run.config, *run.columns, *run.summary))}
     for key in every:
-        known = {*RESULTS, *(k for run in runs for k in (*run.config, *run.columns, *run.summary))}
         if key not in known:
             raise RunError(
                 f"no run has {key!r}; results are {', '.join(RESULTS)}; the keys of the config in "

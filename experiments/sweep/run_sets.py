@@ -210,13 +210,11 @@ def _values(runs: Sequence[Run], key: str) -> tuple[str, ...]:
     return tuple(str(run.config.get(key, ABSENT)) for run in runs)
 
 
-def _follows(values: Sequence[Any], known: Sequence[Sequence[Any]]) -> bool:
-    """Whether runs that agree in all known keys agree in this one too."""
-    seen: dict[tuple, Any] = {}
-    return all(
-        seen.setdefault(at, value) == value
-        for at, value in zip(zip(*known, strict=True), values, strict=True)
-    )
+def _joint(runs: Sequence[int], values: Sequence[Any]) -> tuple[int, ...]:
+    """Numbers runs so that those with the same number before and the same value share one."""
+    numbers: dict[tuple[int, Any], int] = {}
+    pairs = zip(runs, values, strict=True)
+    return tuple(numbers.setdefault(pair, len(numbers)) for pair in pairs)
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
@@ -240,23 +238,31 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
         and key.split(".")[0] not in NOT_COMPARED
         and len(set(_values(runs, key))) > 1
     ]
-    kept: list[str] = []
+    kept: dict[str, None] = {}
+    seen: set[tuple[str, ...]] = set()
+    alike = (0,) * len(runs)  # the same number for runs that agree in all kept keys
     for key in sorted(differing, key=lambda key: (key == "name", key.count("."))):
         values = _values(runs, key)
-        known = [_values(runs, k) for k in kept]
-        repeats = values in known or any(k in key.split(".") for k in kept) or key == "name"
-        if not (kept and repeats and _follows(values, known)):
-            kept.append(key)
-    return sorted((_where_it_acts(runs, key, every) for key in kept), key=lambda k: k.count("."))
+        repeats = values in seen or not kept.keys().isdisjoint(key.split(".")) or key == "name"
+        joint = _joint(alike, values)
+        follows = len(set(joint)) == len(set(alike))
+        if not (kept and repeats and follows):
+            kept[key], alike = None, joint
+            seen.add(values)
+    inside: dict[str, list[str]] = {}
+    for key in every:
+        if key.count(".") == 1:
+            inside.setdefault(key.split(".")[1], []).append(key)
+    acting = (_where_it_acts(runs, key, inside.get(key, ())) for key in kept)
+    return sorted(acting, key=lambda key: key.count("."))
 
 
-def _where_it_acts(runs: Sequence[Run], key: str, every: Iterable[str]) -> str:
+def _where_it_acts(runs: Sequence[Run], key: str, inside: Iterable[str]) -> str:
     """Names `mixer.cell` for `cell` if some runs' mixer has no cell, which is then unused there."""
-    for inner in every:
-        if inner.split(".")[1:] == [key]:
-            there = [run for run in runs if inner in run.config]
-            if len(there) < len(runs) and _values(there, inner) == _values(there, key):
-                return inner
+    for inner in inside:
+        there = [run for run in runs if inner in run.config]
+        if len(there) < len(runs) and _values(there, inner) == _values(there, key):
+            return inner
     return key
 
 

@@ -352,3 +352,34 @@ def test_a_folder_with_spaces_and_brackets_is_given_as_it_is_called(tmp_path, pr
         text=True,
     )
     assert "output='x.nothing': give a file that ends in" in done.stderr
+
+
+def test_many_differing_keys_cost_in_proportion(tmp_path):
+    def calls(count):
+        def counted(*_):
+            nonlocal total
+            total += 1
+
+        for seed in (1, 2):
+            extra = {f"k{i}": i * 7 + seed * (i + 1) for i in range(count)}
+            extra |= {f"copy{i}": f"{seed}" for i in range(count)}  # follows from the first
+            make_run(tmp_path / f"{count}/{seed}", config(**extra))
+        runs, _ = run_sets.read_all(str(tmp_path / str(count)))
+        total = 0
+        sys.setprofile(counted)
+        try:
+            compare.tabulate(runs)
+        finally:
+            sys.setprofile(None)
+        return total
+
+    assert calls(200) < 2.5 * calls(100)
+
+
+def test_a_label_of_thousands_of_keys_is_shortened():
+    label = ", ".join(f"k{i}={i}" for i in range(8000))
+    two = np.array([1.0, 2.0])
+    curve = curves.Curve(two, two, two, two, 1)
+    figure = curves.draw({label: curve}, x="tokens", y=Y, title="t")
+    [shown] = figure.axes[0].get_legend().get_texts()
+    assert len(shown.get_text()) < 1000 and shown.get_text().endswith("...")
