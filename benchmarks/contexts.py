@@ -201,7 +201,7 @@ def apart(contender: Callable[[Context], str], context: Context, *, patience: fl
             os.waitpid(child, 0)
             return f"no answer in {patience:.0f} s"
         time.sleep(0.01)
-    with os.fdopen(reading) as said:
+    with os.fdopen(reading, encoding="utf-8") as said:
         return said.read() or "crashes"
 
 
@@ -224,8 +224,10 @@ def write(output: Path, table: dict[str, dict[str, str]]) -> None:
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     about = (__doc__ or "").partition("\n\n")[2]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(f"`python -m benchmarks.contexts`; {versions}; CPU.\n\n{about}\n{text}")
-    output.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
+    output.write_text(
+        f"`python -m benchmarks.contexts`; {versions}; CPU.\n\n{about}\n{text}", encoding="utf-8"
+    )
+    output.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 

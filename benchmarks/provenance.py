@@ -50,7 +50,8 @@ def commit() -> str:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=10"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             cwd=ROOT,
         )
     except FileNotFoundError:
@@ -66,7 +67,7 @@ def compiled() -> Path | None:
     """
     mark = f"sources {code(COMPILED)}"
     tables = sorted((ROOT / "benchmarks/results").glob("*-compile.md"), reverse=True)
-    return next((path for path in tables if mark in path.read_text()), None)
+    return next((path for path in tables if mark in path.read_text(encoding="utf-8")), None)
 
 
 if __name__ == "__main__":

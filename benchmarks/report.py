@@ -39,7 +39,7 @@ def write_report(path: Path, large: Sequence[Point] = ()) -> Path:
     """
     measured = {rows.point_of(row): row for row in rows.read(path)}
     output = path.with_suffix(".md")
-    output.write_text("\n".join(report(measured, large, path.name)) + "\n")
+    output.write_text("\n".join(report(measured, large, path.name)) + "\n", encoding="utf-8")
     return output
 
 

@@ -77,7 +77,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != FIELDS:
             raise ValueError(
@@ -101,7 +101,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
       row: column -> value; missing ones stay empty.
     """
     ends_whole = not path.exists() or path.read_bytes().endswith(b"\n")
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         if not ends_whole:
             file.write("\r\n")
         writer = csv.DictWriter(file, FIELDS)
@@ -119,7 +119,7 @@ def running(path: Path, row: dict[str, Any]) -> Iterator[None]:
       row: the columns that name the point and the machine.
     """
     note = path.with_suffix(".running")
-    note.write_text(json.dumps(row))
+    note.write_text(json.dumps(row), encoding="utf-8")
     yield
     note.unlink()
 
@@ -136,7 +136,7 @@ def ended(path: Path) -> dict[str, Any] | None:
     note = path.with_suffix(".running")
     if not note.exists():
         return None
-    row = json.loads(note.read_text())
+    row = json.loads(note.read_text(encoding="utf-8"))
     note.unlink()
     return row | {"verdict": "failed: the process ended while this was measured"}
 

@@ -131,7 +131,7 @@ def main() -> None:
     head = f"`python -m benchmarks.weight_memory`; jax {jax.__version__}; {jax.default_backend()}."
     output.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines)
-    output.write_text(f"{head}\n\n{about}\n{text}\n")
+    output.write_text(f"{head}\n\n{about}\n{text}\n", encoding="utf-8")
     print(text)
 
 

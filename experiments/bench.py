@@ -103,7 +103,7 @@ def write_table(folder: Path, rows: Sequence[Row], machine: str) -> None:
     """
     lines = [machine, "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    (folder / "results.md").write_text("\n".join(lines) + "\n")
+    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str | None]:

@@ -20,6 +20,7 @@ from rich.table import Table
 from experiments.plot import pick_y
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError
+from experiments.run.unicode import SHOWN
 from experiments.shell.commandline import command, guarded
 from experiments.sweep.run_sets import Run, differing_keys, read_all, short_names
 
@@ -263,7 +264,11 @@ def compare(runs: Sequence[Run], *, output: str | None, **settings: Any) -> None
     show(table)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text((as_csv if target.suffix == ".csv" else as_markdown)(table))
+        target.write_text(
+            (as_csv if target.suffix == ".csv" else as_markdown)(table),
+            encoding="utf-8",
+            errors=SHOWN,
+        )
         print(target)
 
 

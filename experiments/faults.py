@@ -42,7 +42,7 @@ from experiments.inject.injection import (
     save_steps,
     state_after,
 )
-from experiments.run import checkpoints, claim, folders, seals, trust
+from experiments.run import checkpoints, claim, folders, seals, trust, unicode
 from experiments.shell import build
 from experiments.shell.explanations import explain
 
@@ -116,8 +116,10 @@ def _harms(step: Path, other: Path, rng: np.random.Generator) -> dict[str, Calla
         "a missing file": Path.unlink,
         "random bytes": lambda path: path.write_bytes(rng.bytes(path.stat().st_size)),
         "a file of another step": swap,
-        "deep JSON": lambda path: path.write_text("[" * 100_000),
-        "a file too many": lambda path: path.with_name("more").write_text("x") and None,
+        "deep JSON": lambda path: path.write_text("[" * 100_000, encoding="utf-8"),
+        "a file too many": lambda path: (
+            path.with_name("more").write_text("x", encoding="utf-8") and None
+        ),
     }
 
 
@@ -153,7 +155,8 @@ def _child(*arguments: Any, **options: Any) -> subprocess.Popen:
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         **options,
     )
 
@@ -220,7 +223,7 @@ def two_processes(place: Path, rng: np.random.Generator, share: float) -> Iterat
 
 
 def _opened(run: Path, values: dict[str, Any], *, read: bool = False) -> DictConfig:
-    (run / folders.CONFIG).write_text(yaml.safe_dump(values))
+    (run / folders.CONFIG).write_text(yaml.safe_dump(values), encoding="utf-8")
     cfg = trust.open_config(run)
     if read:
         trust.check_paths(cfg, run)
@@ -287,7 +290,7 @@ def garbage(place: Path, rng: np.random.Generator, share: float) -> Iterator[Eve
     """Reads invalid seals and tokenizers."""
     folder = place / "sealed"
     folder.mkdir()
-    (folder / "file").write_text("x")
+    (folder / "file").write_text("x", encoding="utf-8")
     tokenizer = place / "tokenizer.json"
     contents = [b"", b"{", b"[]", b"null", b"\xef\xbb\xbf{}", b"\xff\xfe", b"[" * 100_000]
     contents += [b'{"files": 3}', b'{"files": {}, "digest": 1}', b'{"a":' * 9999, b"1e999"]
@@ -363,6 +366,7 @@ HEADER = ("| kind | fault | injected | refused | survived | wrong |", "|---|---|
 
 def main() -> None:
     """The command line."""
+    unicode.show_all()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return

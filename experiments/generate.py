@@ -55,7 +55,9 @@ def write_lines(sampler: Sampler, params: Params, requests: list[Request], cfg: 
       requests: the requests.
       cfg: `output` is the file; null: stdout.
     """
-    output = nullcontext(sys.stdout) if cfg.output is None else open(cfg.output, "x")
+    output = (
+        nullcontext(sys.stdout) if cfg.output is None else open(cfg.output, "x", encoding="utf-8")
+    )
     with output as lines:
         drawn = complete(sampler, params, requests, seed=cfg.seed, batch_size=cfg.batch_size)
         for request, continuation in zip(requests, drawn, strict=True):

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from experiments.run import unicode
 from experiments.run.folders import REPOSITORY, RunError, read_summary
 from experiments.run.tables import show
 from experiments.shell.explanations import explain
@@ -114,7 +115,7 @@ def read_head(path: Path) -> dict[str, Trial]:
       RunError: a line is missing or cannot be read; shows an example.
     """
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if line.startswith("#  ") and lines:
@@ -200,7 +201,7 @@ def run_trial(trial: Trial, folder: Path) -> tuple[dict[str, object], str | None
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", trial.module, *trial.overrides, f"hydra.run.dir={folder}"]
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
     known = read_summary(folder)
     return known, f"exit code {done.returncode}, see {log}" if done.returncode else None
@@ -251,6 +252,7 @@ def reproduce(
 
 def main() -> None:
     """The command line."""
+    unicode.show_all()
     parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("words", nargs="*", metavar="full | NAME", help="default: all, small")

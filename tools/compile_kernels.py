@@ -122,7 +122,8 @@ def work(target: str, wanted: Sequence[Job]) -> Iterator[dict]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 cwd=ROOT,
                 env={**os.environ, **ENVIRONMENT},
             )
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{target}: " + ", ".join(x for x in row(job, result) if x), flush=True)
     text = report(results, _versions())
     if options.output:
-        options.output.write_text(text)
+        options.output.write_text(text, encoding="utf-8")
     bad = [job for job, result in results if verdict(job, result) != "ok"]
     print(f"{len(results) - len(bad)} of {len(results)} kernels compile as they should")
     return 1 if bad else 0

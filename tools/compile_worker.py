@@ -150,9 +150,9 @@ def _compiler(target: str, dumps: pathlib.Path):
         shared = [
             int(n)
             for file in dumps.glob("*.resources.txt")
-            for n in re.findall(r"smem_scratch_bytes=(\d+)", file.read_text())
+            for n in re.findall(r"smem_scratch_bytes=(\d+)", file.read_text(encoding="utf-8"))
         ]
-        said = "".join(file.read_text() for file in dumps.glob("*.ptxas"))
+        said = "".join(file.read_text(encoding="utf-8") for file in dumps.glob("*.ptxas"))
         return {**result, **ptxas_numbers(said), "shared_kib": max(shared) / 1024}
 
     return compile_one

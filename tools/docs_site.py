@@ -35,7 +35,7 @@ def references(text):
 
 def on_files(files, config):
     """Adds the committed figures, and the references, to the files of the site."""
-    bib = (ROOT / "docs/references.bib").read_text()
+    bib = (ROOT / "docs/references.bib").read_text(encoding="utf-8")
     files.append(File.generated(config, "references.md", content=references(bib)))
     for path in sorted((ROOT / FIGURES).glob("*.png")):
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))

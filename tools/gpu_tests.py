@@ -65,7 +65,7 @@ def outcomes(path: pathlib.Path, code: str, device: str) -> dict[str, str]:
     """
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if (r["code"], r["device"]) == (code, device)]
     return {row["test"]: row["outcome"] for row in rows}
 
@@ -89,7 +89,7 @@ class Session:
         self.path, self.about = self.where()
         self.running = self.path.with_suffix(".running")
         if self.running.exists():
-            self.write(self.running.read_text(), DIED)
+            self.write(self.running.read_text(encoding="utf-8"), DIED)
             self.running.unlink()
         self.before = outcomes(self.path, self.about["code"], self.about["device"])
         for test, outcome in self.before.items():
@@ -99,7 +99,7 @@ class Session:
 
     def write(self, test: str, outcome: str, seconds: float = 0.0, says: str = "") -> None:
         new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, FIELDS)
             if new:
                 writer.writeheader()
@@ -115,7 +115,7 @@ class Session:
         self.left = len(items)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.running.write_text(nodeid)  # a killed process leaves it behind
+        self.running.write_text(nodeid, encoding="utf-8")  # a killed process leaves it behind
 
     def pytest_runtest_logfinish(self) -> None:
         self.running.unlink()

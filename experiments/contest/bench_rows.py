@@ -60,7 +60,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
       rows: of one contest.
     """
     new = not path.is_file()
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()

@@ -26,7 +26,7 @@ def machine() -> str:
 
 def _processor() -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return jax.devices()[0].platform
     names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]

@@ -44,7 +44,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 raise
             print(f"{folder}: its file system has no locks, so nothing keeps other processes out")
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
-        regular(folder / HOLDER).write_text(json.dumps(about) + "\n")
+        regular(folder / HOLDER).write_text(json.dumps(about) + "\n", encoding="utf-8")
     except Timeout:  # an OSError, so before it
         raise RunError(
             f"{folder} is in use{_holder(folder)}, and only one process at a time trains in a "
@@ -66,7 +66,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def _holder(folder: Path) -> str:
     """Names the process that holds it, if that can be read."""
     try:
-        about = json.loads(regular(folder / HOLDER).read_text())
+        about = json.loads(regular(folder / HOLDER).read_text(encoding="utf-8"))
         return f" by process {int(about['pid'])} on {about['host']} since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

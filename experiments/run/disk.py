@@ -23,7 +23,10 @@ UNWRITABLE = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno
 
 @contextmanager
 def by_plain_name(path: Path) -> Iterator[Path]:
-    """Gives the path a name without glob characters, which Orbax would take for patterns.
+    """Gives the path a name that Orbax and TensorStore take as it is.
+
+    Orbax would take glob characters for patterns; TensorStore refuses bytes that are no text, such
+    as of `é` where the system has only ASCII.
 
     Args:
       path: of a folder.
@@ -31,7 +34,8 @@ def by_plain_name(path: Path) -> Iterator[Path]:
     Yields:
       The path; or that of a link to it.
     """
-    if not set(str(path.absolute())) & set("*?[]\\"):
+    name = str(path.absolute())
+    if not set(name) & set("*?[]\\") and not re.search("[\ud800-\udfff]", name):
         yield path.absolute()
         return
     with tempfile.TemporaryDirectory(prefix="jaxpara-") as place:

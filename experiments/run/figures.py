@@ -155,7 +155,7 @@ def draw_run(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} holds no metrics.csv: give the folder of a training run")
     summary = {}
     if (folder / "summary.json").is_file():
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     name = summary.get("name", folder.name)
     columns = metrics.read(table)
     if "train_bits_per_byte" in columns:

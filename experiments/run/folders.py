@@ -44,7 +44,7 @@ def write_json(path: Path, value: Any) -> None:
     """
     # Completely or not at all: a run may be killed at any moment.
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
@@ -114,7 +114,8 @@ def _git(*arguments: str) -> str | None:
             # Only read: a run that dies meanwhile must leave no lock in a repository.
             ["git", "--no-optional-locks", "-C", str(REPOSITORY), *arguments],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=20,
             check=True,
         )

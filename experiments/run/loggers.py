@@ -136,7 +136,7 @@ def wandb(*, project: str = "jaxpara", mode: str = "online", tags: Sequence[str]
             run = package.init(
                 project=project,
                 name=place.name,
-                id=regular(known).read_text().strip() if known.exists() else None,
+                id=regular(known).read_text(encoding="utf-8").strip() if known.exists() else None,
                 resume="allow",
                 mode=mode,
                 tags=list(tags),
@@ -147,7 +147,7 @@ def wandb(*, project: str = "jaxpara", mode: str = "online", tags: Sequence[str]
             raise RunError(
                 f"W&B: {error}; logger.wandb.mode=offline needs neither an account nor a network"
             ) from error
-        known.write_text(f"{run.id}\n")
+        known.write_text(f"{run.id}\n", encoding="utf-8")
 
         def write(step: int, values: Mapping[str, float]) -> None:
             run.log(dict(values), step=step)

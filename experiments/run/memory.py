@@ -80,7 +80,7 @@ def machine_bytes() -> int | None:
     except (ValueError, OSError, AttributeError):
         return None
     try:
-        return min(whole, int(CGROUP.read_text()))
+        return min(whole, int(CGROUP.read_text(encoding="utf-8")))
     except (OSError, ValueError):  # none, or "max"
         return whole
 

@@ -22,7 +22,7 @@ def start(path: Path, columns: Sequence[str]) -> None:
     Raises:
       FileExistsError: the file exists already.
     """
-    with path.open("x", newline="") as file:
+    with path.open("x", newline="", encoding="utf-8") as file:
         csv.writer(file).writerow(columns)
 
 
@@ -33,13 +33,13 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
       path: a file made by `start`.
       row: values by name.
     """
-    with regular(path).open(newline="") as file:
+    with regular(path).open(newline="", encoding="utf-8") as file:
         columns = next(csv.reader(file))
     new = [name for name in row if name not in columns]
     if new:
         columns += new
         _widen(path, columns)
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, columns, restval="").writerow(row)
 
 
@@ -47,7 +47,7 @@ def _widen(path: Path, columns: Sequence[str]) -> None:
     """Adds columns, empty in the old rows, to a table; a kill meanwhile leaves the old file."""
     _, *rows = read_rows(path)
     fresh = path.with_name(f"{path.name}.new")
-    with fresh.open("w", newline="") as file:
+    with fresh.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([*row, *[""] * (len(columns) - len(row))] for row in rows)

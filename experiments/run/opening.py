@@ -45,7 +45,7 @@ def _begun(folder: Path) -> bool:
     if (folder / folders.SUMMARY).exists() or checkpoints.steps(folder):
         return True
     table = folder / METRICS
-    return table.is_file() and len(table.read_text().splitlines()) > 1
+    return table.is_file() and len(table.read_text(encoding="utf-8").splitlines()) > 1
 
 
 def _undo(folder: Path) -> None:

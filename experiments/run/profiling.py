@@ -249,7 +249,7 @@ def write(path: Path, times: Mapping[str, float], steps: int) -> None:
       steps: how many were traced.
     """
     whole = sum(times.values())
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["part", "share", "milliseconds_per_step"])
         for part, time in times.items():

@@ -116,6 +116,6 @@ def cut_table(path: Path, *, last: int) -> None:
     at = header.index("step")
     kept = [row for row in rows if float(row[at]) <= last]
     whole = path.with_suffix(".tmp")
-    with whole.open("w", newline="") as file:
+    with whole.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *kept])
     os.replace(whole, path)

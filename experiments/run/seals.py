@@ -109,7 +109,7 @@ def seal(folder: Path, *, late: bool = True) -> None:
     left_out = {SEAL} if late else {SEAL, *LATE}
     digests = {name: of_file(path) for name, path in files.items() if name not in left_out}
     part = folder / f"{SEAL}.part"
-    part.write_text(_text(digests))
+    part.write_text(_text(digests), encoding="utf-8")
     os.replace(part, folder / SEAL)
 
 
@@ -123,7 +123,7 @@ def is_sealed(folder: Path) -> bool:
       False also if there is no seal, or it cannot be read.
     """
     try:
-        return LATE[0] in json.loads(regular(folder / SEAL).read_text())["files"]
+        return LATE[0] in json.loads(regular(folder / SEAL).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

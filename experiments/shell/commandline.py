@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.run import records, trust
+from experiments.run import records, trust, unicode
 from experiments.run.checks import check_settings
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
@@ -111,6 +111,7 @@ def launch(main: Callable[[], Any]) -> Any:
     Raises:
       SystemExit: with the text and exit code 1.
     """
+    unicode.show_all()
     before = os.environ.get(FULL_ERROR)
     # With it Hydra raises errors, and `explain` shortens them.
     os.environ[FULL_ERROR] = "1"

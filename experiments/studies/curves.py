@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments.run.drawing import Figure
 from experiments.run.folders import RunError
+from experiments.run.unicode import SHOWN
 from experiments.sweep.run_sets import Run
 
 BAND = "band: lowest to highest run"
@@ -244,7 +245,7 @@ def write(path: Path, curves: Mapping[str, Curve], x: str, y: str) -> None:
       x: name of the x column.
       y: prefix of the names of the other columns.
     """
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors=SHOWN) as file:
         writer = csv.writer(file)
         writer.writerow(["group", "runs", x, f"{y}_mean", f"{y}_lowest", f"{y}_highest"])
         for label, curve in curves.items():

@@ -283,12 +283,12 @@ def write(
     shown = [cells(row) for row in table]
     show(title, COLUMNS, shown)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_suffix(".csv").open("w", newline="") as file:
+    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *table])
     text = "".join(
         f"| {' | '.join(line)} |\n" for line in (COLUMNS, ["---"] * len(COLUMNS), *shown)
     )
-    output.with_suffix(".md").write_text(f"{title}\n\n{text}")
+    output.with_suffix(".md").write_text(f"{title}\n\n{text}", encoding="utf-8")
     draw(drawn, title=title).savefig(output.with_suffix(".png"), dpi=120)
     print(f"{output}.png, .csv and .md")
 

@@ -257,13 +257,15 @@ def compare(
     note = "" if not any("*" in row[2] for row in cells) else "* at the edge of its grid\n"
     print(note, end="")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_suffix(".csv").open("w", newline="") as file:
+    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     lines = [COLUMNS, ["---"] * len(COLUMNS), *cells]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    output.with_suffix(".md").write_text(f"{title}\n\n{table}{note and chr(10) + note}")
+    output.with_suffix(".md").write_text(
+        f"{title}\n\n{table}{note and chr(10) + note}", encoding="utf-8"
+    )
     lines = {f"{c.name}, {c.rate:g}": curves.make_curve(c.runs, "tokens", y) for c in choices}
     title = "equal parameters, best learning rate"
     figure = curves.draw(lines, x="tokens", y=y, title=title, log_x=True, log_y=True)

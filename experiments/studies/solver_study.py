@@ -230,7 +230,7 @@ def main(cfg: DictConfig) -> None:
         folders.open_run(folder, cfg)
         began = time.perf_counter()
         table = folder / "study.csv"
-        with table.open("x", newline="") as file:
+        with table.open("x", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(Row._fields)
             for row in study(models, setting, lambda text: print(text, flush=True)):

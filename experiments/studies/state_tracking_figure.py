@@ -129,7 +129,7 @@ def write(path: Path, by_method: Mapping[str, Sequence[Run]]) -> None:
       path: the file.
       by_method: from `methods`.
     """
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for label, runs in by_method.items():

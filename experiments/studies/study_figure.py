@@ -30,7 +30,7 @@ def draw(table: Path) -> Figure:
     Returns:
       The figure: a row of panels for each length.
     """
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     lengths = sorted({int(row["length"]) for row in rows})
     columns = [key for key in PANELS if any(row[key] for row in rows)]

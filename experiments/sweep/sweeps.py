@@ -21,6 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from experiments.run import folders, litter, records
 from experiments.run.tables import show
+from experiments.run.unicode import SHOWN
 from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
 from experiments.sweep.sweep_folders import name_sweep
@@ -110,7 +111,9 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
             records.discard(folder)
             print(f"error: {said}", file=sys.stderr, flush=True)
             return None
-        (folder / ERROR).write_text(f"{said}\n\n{traceback.format_exc()}")
+        (folder / ERROR).write_text(
+            f"{said}\n\n{traceback.format_exc()}", encoding="utf-8", errors=SHOWN
+        )
         print(f"error: {said}\nthe traceback is in {folder / ERROR}", file=sys.stderr, flush=True)
         return None
     return judge(folder)[1]
@@ -157,7 +160,7 @@ def _read_job(record: Path, began: float) -> Job:
     folder = record.parent.parent
     status, error = folders.status(folder) or "no ending", None
     if (folder / ERROR).is_file():
-        status, error = "failed", (folder / ERROR).read_text().split("\n")[0]
+        status, error = "failed", (folder / ERROR).read_text(encoding="utf-8").split("\n")[0]
     elif status == "finished" and (folder / folders.SUMMARY).stat().st_mtime < began:
         status = "finished before"
     overrides = []
@@ -165,7 +168,9 @@ def _read_job(record: Path, began: float) -> Job:
         overrides = [str(one) for one in folders.read_yaml(record)]
     column, figure = judge(folder)
     # The file is long, and OmegaConf is slow to read it.
-    number = re.search(r"^    num: (\d+)$", record.with_name("hydra.yaml").read_text(), re.M)
+    number = re.search(
+        r"^    num: (\d+)$", record.with_name("hydra.yaml").read_text(encoding="utf-8"), re.M
+    )
     return Job(int(number[1]) if number else 0, folder, overrides, status, figure, column, error)
 
 

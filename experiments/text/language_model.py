@@ -80,7 +80,7 @@ def language_model(
         shape = f"{check['batch_size']} windows of {check['length']} tokens"
         summary["solvers"] = _compare(models, params, tokens, observe, shape)
         text = sample_text(models.model, params, seed=seed, tokenizer=data.tokenizer, **sample)
-        (folder / "sample.txt").write_text(text)
+        (folder / "sample.txt").write_text(text, encoding="utf-8")
         print(f"--- a sample from {sample['prompt']!r} ---\n{text}\n---")
         where = f"{evaluation['windows']} windows of held-out files"
         tables.show_quality({"this model": summary[BITS]}, rulers, where=where)

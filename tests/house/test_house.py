@@ -159,6 +159,24 @@ def future_annotations(source, path):
     return [f"{path}:{n}" for n, m in imported(source, path) if m == "__future__.annotations"]
 
 
+def systems_encoding(source, path):
+    """Text files and processes in the encoding of the system: everything of ours is UTF-8."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called, given = ast.unparse(node.func), {word.arg for word in node.keywords}
+        words = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
+        modes = {word.value for word in words if isinstance(word, ast.Constant)}
+        text = re.search(r"(^|\.)(open|fdopen)$|\.(read|write)_text$", called) and not any(
+            isinstance(mode, str) and re.fullmatch("[rwxa+]*b[rwxa+]*", mode) for mode in modes
+        )
+        process = {"text", "universal_newlines"} & given
+        if called != "os.open" and (text or process) and not {"encoding", None} & given:
+            found.append(f"{path}:{node.lineno} {called}(): give encoding='utf-8'")
+    return found
+
+
 def too_long(source, path):
     lines = len(source.splitlines())
     return [f"{path}: {lines} lines"] if lines > 400 else []
@@ -172,6 +190,7 @@ RULES = {
     config_changes: LIBRARY,
     version_knowledge: LIBRARY,
     future_annotations: OURS,
+    systems_encoding: [p for p in OURS if not name_of(p).startswith("tests/")],
     too_long: OURS,
 }
 
@@ -205,6 +224,11 @@ def test_every_source_keeps_the_rule(rule):
         (version_knowledge, "jaxpara/a.py", "if jax.__version_info__ > (0, 11): pass"),
         (version_knowledge, "jaxpara/a.py", "from jax._src import core"),
         (future_annotations, "tests/a.py", "from __future__ import annotations"),
+        (systems_encoding, "tools/a.py", "path.write_text('x')"),
+        (systems_encoding, "tools/a.py", "regular(path).read_text()"),
+        (systems_encoding, "tools/a.py", "path.open('w', newline='')"),
+        (systems_encoding, "tools/a.py", "with open(name) as file: pass"),
+        (systems_encoding, "tools/a.py", "subprocess.run(command, text=True)"),
         (too_long, "tests/a.py", "x = 1\n" * 401),
     ],
 )
@@ -224,6 +248,9 @@ def test_each_rule_bites(rule, path, bad):
         (arrows_up, "jaxpara/recurrence/scan.py", "from jaxpara.recurrence.solve import cost"),
         (import_time_effects, "jaxpara/a.py", "def f():\n    return os.environ['A']"),
         (version_knowledge, "jaxpara/compat.py", "V = jax.__version_info__"),
+        (systems_encoding, "tools/a.py", "path.open('rb')\npath.open(mode='xb')\nos.open(a, 0)"),
+        (systems_encoding, "tools/a.py", "path.read_text(encoding=given)\nopen(a, **how)"),
+        (systems_encoding, "tools/a.py", "write_text(path, 'x')\npath.read_bytes()"),
     ],
 )
 def test_no_rule_bites_what_is_allowed(rule, path, good):
