@@ -7,7 +7,6 @@ to the disk. All are BLAKE2b, of 128 bits.
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.run.folders import RunError
-from experiments.run.plain_files import OTHER, is_plain, regular
+from experiments.run.plain_files import OTHER, is_plain, printable, read_bytes, regular, write_text
 
 SEAL = "digests.json"
 # Files that Orbax writes after its last callback; sealed a moment later.
@@ -106,9 +105,7 @@ def seal(folder: Path, *, late: bool = True) -> None:
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     left_out = {SEAL} if late else {SEAL, *LATE}
     digests = {name: of_file(path) for name, path in files.items() if name not in left_out}
-    part = folder / f"{SEAL}.part"
-    part.write_text(_text(digests))
-    os.replace(part, folder / SEAL)
+    write_text(folder / SEAL, _text(digests))
 
 
 def is_sealed(folder: Path) -> bool:
@@ -121,7 +118,7 @@ def is_sealed(folder: Path) -> bool:
       False also if there is no seal, or it cannot be read.
     """
     try:
-        return LATE[0] in json.loads(regular(folder / SEAL).read_text())["files"]
+        return LATE[0] in json.loads(read_bytes(folder / SEAL))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -179,7 +176,7 @@ def _read(folder: Path) -> dict[str, str]:
     """Reads a seal; refuses one that is damaged."""
     path = folder / SEAL
     try:
-        content = regular(path).read_bytes()
+        content = read_bytes(path)
         digests = dict(json.loads(content)["files"])
         whole = content == _text(digests).encode()  # to the last blank
     except FileNotFoundError:
@@ -223,9 +220,9 @@ def first_whole(order: Sequence[int], read: Callable[[int], Any]) -> Any:
 
 
 def say(text: str) -> None:
-    """Prints one line for the user.
+    """Prints lines for the user; what they name may be of somebody's folder.
 
     Args:
-      text: the line.
+      text: the lines.
     """
-    print(text, file=sys.stderr, flush=True)
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)

