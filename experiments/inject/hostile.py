@@ -179,6 +179,7 @@ DATA: tuple[dict[str, Any], ...] = (
     {"_target_": "experiments.data.text.load", "path": "{run}/*/../../secret"},
     {"_target_": "experiments.data.text.load", "path": "{run}x/secret"},
     {"_target_": "experiments.data.text.load", "path": "a\0b"},
+    {"_target_": "experiments.data.text.load", "path": b"/etc/passwd"},
     {"_target_": "experiments.data.jsonl.load", "path": "{run}/../secret"},
     {"_target_": "experiments.data.parquet.load", "path": "/"},
     {"_target_": "experiments.data.stdlib.load", "root": "/etc"},

@@ -163,6 +163,18 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """Shows control characters by their codes, except the ends of lines.
+
+    Args:
+      text: a message of ours, perhaps with words of somebody's folder.
+
+    Returns:
+      As many lines.
+    """
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def safe_name(text: str) -> str:
     """Makes a part of a file's name of any text; it never leads into another folder.
 

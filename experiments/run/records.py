@@ -43,8 +43,7 @@ def discard(folder: Path) -> None:
     with contextlib.suppress(OSError):
         inside = [path.name for path in folder.iterdir()]
         record = folder / FOLDER
-        ours = all(p.name in FILES and not p.is_symlink() for p in record.iterdir())
-        if inside == [FOLDER] and ours:
+        if inside == [FOLDER] and all(_is_ours(path) for path in record.iterdir()):
             for path in record.iterdir():
                 path.unlink()
             record.rmdir()
@@ -54,3 +53,7 @@ def discard(folder: Path) -> None:
         for above in folder.parents:
             if here in above.parents:
                 above.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in FILES and not path.is_symlink()

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.run.folders import RunError
-from experiments.run.plain_files import OTHER, is_plain, printable, read_bytes, regular, write_text
+from experiments.run.plain_files import (
+    OTHER,
+    is_plain,
+    printable_lines,
+    read_bytes,
+    regular,
+    write_text,
+)
 
 SEAL = "digests.json"
 # Files that Orbax writes after its last callback; sealed a moment later.
@@ -225,4 +232,4 @@ def say(text: str) -> None:
     Args:
       text: the lines.
     """
-    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
+    print(printable_lines(text), file=sys.stderr, flush=True)

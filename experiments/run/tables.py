@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.run.plain_files import printable
+from experiments.run.plain_files import printable, printable_lines
 
 COMPRESSORS = {"gzip -9": "zlib", "xz -9e": "lzma"}
 
@@ -41,7 +41,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 400  # a file has no width: nothing is folded
-    console.print("\n".join(map(printable, title.split("\n"))), markup=False)
+    console.print(printable_lines(title), markup=False)
     console.print(table)
 
 

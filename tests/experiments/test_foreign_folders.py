@@ -1,6 +1,7 @@
 """A folder from anybody, again: where it makes a command write, how much is read, what is shown."""
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from experiments import bench, evaluate, finetune, generate, plot, train
 from experiments.run import (
     claim,
+    disk,
     folders,
     metrics,
     names,
@@ -25,7 +27,7 @@ from experiments.run.folders import RunError
 from experiments.shell.explanations import explain
 from experiments.shell.foreign import content_of
 from tests.experiments.run_folders import config, make_run
-from tests.experiments.saved_run import call, save_run
+from tests.experiments.saved_run import MODEL, call, save_run
 from tests.experiments.test_bench_resume import SUITE
 from tests.experiments.test_finetune import SMALL
 
@@ -73,16 +75,6 @@ def run(tmp_path, saved):
     return tmp_path / "run"
 
 
-@pytest.fixture
-def pair(tmp_path):
-    """A good run, and one to be made bad."""
-    summary = {"status": "finished", "judged_by": ["validation_bits_per_byte", "min"], "seconds": 1}
-    for seed, name in enumerate(("good", "bad")):
-        cfg = config(seed=seed, contender="gru")
-        make_run(tmp_path / "runs" / name, cfg, summary=summary, environment={})
-    return tmp_path / "runs"
-
-
 # Trust.
 
 
@@ -124,7 +116,7 @@ def test_a_bare_word_of_trust_is_a_package_and_a_path_has_a_slash(tmp_path, run,
         edited(run, model__mlp_hidden=LOAD | {"file": "run/w.npy"})
         with trust.from_command_line(OmegaConf.create({"trust": [word]})):
             assert trust._is_allowed("numpy.load") == package
-            assert trust._is_ours("numpy/x", run) == path
+            assert trust._is_ours("numpy", run) == path
 
 
 def test_modules_of_tests_are_not_public():
@@ -273,6 +265,32 @@ def test_numbers_by_which_a_run_is_judged_are_checked(tmp_path, run, monkeypatch
     said = call(evaluate, tmp_path, f"run={run}", "trust=/")
     assert re.search(message, said) and len(said.splitlines()) <= 3
     assert str(run) in said or "give windows=" in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {**MODEL, "_target_": "os.system\n\nerror: paste this"}},
+        {"model": {**MODEL, f"{ESCAPE}\nerror: paste this": {"_target_": "os.system"}}},
+        {"model": {**MODEL, "width": f"{ESCAPE}\nerror: paste this"}},
+        {"data": {**STDLIB, "root": f"/x{ESCAPE}\nerror: paste this"}},
+    ],
+    ids=str,
+)
+def test_a_text_of_a_folder_is_one_word_of_a_message(tmp_path, run, changes):
+    edited(run, **changes)
+    said = call(evaluate, tmp_path, f"run={run}")
+    assert "\x1b" not in said and "\\nerror: paste this" in said
+    assert not any(line.startswith("error: paste") for line in said.splitlines())
+
+
+def test_whatever_orbax_reads_it_reads_quietly(run, monkeypatch):
+    logger, levels = logging.getLogger("absl"), []
+    monkeypatch.setattr(logger, "level", 0)
+    note = lambda *given, **named: levels.append(logger.level)  # noqa: E731
+    monkeypatch.setattr(disk.ocp.Checkpointer, "restore", note)
+    disk.read_items(run / "checkpoints/0")
+    assert levels == [logging.CRITICAL] and logger.level == 0
 
 
 def test_any_other_error_about_a_folder_names_it(tmp_path):
