@@ -26,7 +26,8 @@ from experiments.contest.contest import Row, contest
 from experiments.contest.machine import machine
 from experiments.contest.recurrence_problem import PASSES, make_problem
 from experiments.contest.rivals import RIVALS
-from experiments.run import folders, records
+from experiments.run import figures, folders, records, trust
+from experiments.run.plain_files import write_text
 from experiments.run.progress import clock
 from experiments.shell.commandline import command, guarded
 
@@ -103,7 +104,7 @@ def write_table(folder: Path, rows: Sequence[Row], machine: str) -> None:
     """
     lines = [machine, "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "results.md", "\n".join(lines) + "\n")
 
 
 def versions() -> dict[str, str | None]:
@@ -198,9 +199,7 @@ def bench(suite: dict[str, Any], folder: Path, *, rounds: int, budget_s: float, 
     order = {(*shape, which): n for n, (shape, which) in enumerate(settings)}
     rows = sorted(bench_rows.read(table), key=lambda r: order[(r.time, r.batch, r.state, r.which)])
     write_table(folder, rows, line)
-    bench_figure.draw(table, title=f"{suite['cell']}: {line}").savefig(
-        folder / "results.png", dpi=120
-    )
+    figures.save(bench_figure.draw(table, title=f"{suite['cell']}: {line}"), folder / "results.png")
     _show(console, suite, rows, line)
     console.print(f"{folder}/results.png, .csv and .md", highlight=False, soft_wrap=True)
     bad = [row for row in rows if row.name in suite["solvers"] and row.verdict != "ok"]
@@ -256,6 +255,7 @@ def place(cfg: DictConfig, folder: Path) -> Path:
     Raises:
       RunError: the folder holds other work.
     """
+    trust.check_links(folder)
     found = None if cfg.fresh else bench_rows.find(folder, cfg)
     if found is None:
         folders.open_run(folder, cfg)

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from experiments.plot import pick_y
-from experiments.run.folder_arguments import quote_folders
+from experiments.run.folder_arguments import TRUST, quote_folders
 from experiments.run.folders import RunError
+from experiments.run.plain_files import printable
+from experiments.run.tables import cell
 from experiments.run.unicode import SHOWN
 from experiments.shell.commandline import command, guarded
+from experiments.shell.foreign import content_of
 from experiments.sweep.run_sets import Run, differing_keys, read_all, short_names
 
 RESULTS = (
@@ -172,7 +174,7 @@ def text(value: Cell, column: str = "") -> str:
     if column.endswith("bytes") and not isinstance(value, str):
         return f"{value / 2**20:,.0f} MiB"
     if isinstance(value, bool | str):
-        return str(value)
+        return printable(str(value))
     if float(value).is_integer() or abs(value) >= 1e4 and math.isfinite(value):
         return f"{value:,.0f}"
     return f"{value:.4g}"
@@ -218,10 +220,14 @@ def as_markdown(table: Comparison) -> str:
       Markdown, under a title.
     """
     rows = [
-        [text(cell, name).replace("|", "\\|") for name, cell in zip(table.header, row, strict=True)]
+        [
+            text(value, name).replace("|", "\\|")
+            for name, value in zip(table.header, row, strict=True)
+        ]
         for row in table.rows
     ]
-    lines = [table.header, ["---"] * len(table.header), *rows]
+    header = [printable(name).replace("|", "\\|") for name in table.header]
+    lines = [header, ["---"] * len(header), *rows]
     return f"{title(table)}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -234,15 +240,15 @@ def show(table: Comparison) -> None:
     printed = Table()
     for i, name in enumerate(table.header):
         numbers = all(isinstance(row[i], int | float) or row[i] is None for row in table.rows)
-        printed.add_column(escape(name), justify="right" if numbers else "left", overflow="fold")
+        printed.add_column(cell(name), justify="right" if numbers else "left", overflow="fold")
     for row in table.rows:
-        cells = (text(cell, name) for name, cell in zip(table.header, row, strict=True))
-        printed.add_row(*map(escape, cells))
+        texts = (text(value, name) for name, value in zip(table.header, row, strict=True))
+        printed.add_row(*map(cell, texts))
     # On a terminal rich fits the width; in a file nothing may be cut off.
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 400
-    console.print(title(table), markup=False)
+    console.print(printable(title(table)), markup=False)
     console.print(printed)
 
 
@@ -280,14 +286,16 @@ def main(cfg: DictConfig) -> None:
     def program():
         values = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(values, dict)
+        del values[TRUST]  # `guarded` has read it
         runs, left_out = read_all(values.pop("runs"))
         for line in left_out:
             print(f"left out: {line}")
-        compare(runs, **values)
+        with content_of(*(run.folder for run in runs)):
+            compare(runs, **values)
 
     guarded(program, cfg)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs",))
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs", TRUST))
     main()

@@ -1,5 +1,6 @@
 """Evaluates finished runs in bits per byte: `python -m experiments.evaluate run=FOLDER`."""
 
+import contextlib
 import glob
 import json
 import sys
@@ -13,8 +14,10 @@ from experiments.data.baselines import baselines
 from experiments.data.corpus import digest
 from experiments.run import checkpoints, folders, tables, trust
 from experiments.run.folder_arguments import quote_folders
+from experiments.run.memory import check_tokens
 from experiments.shell.build import build_data
 from experiments.shell.commandline import command, guarded
+from experiments.shell.foreign import content_of
 from experiments.sweep import run_sets
 from experiments.text.judging import bits_per_byte
 from experiments.text.trained import open_model
@@ -54,6 +57,7 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
       RunError: its config needs something that is not trusted.
     """
     trained = trust.open_config(folder)
+    folders.need(trained, folder, "model", "data", "evaluation")
     if "data" not in cfg:
         trust.check_paths(trained.data, folder, key="data")
     own = OmegaConf.to_container(trained.data, resolve=True)
@@ -82,7 +86,9 @@ def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
       RunError: the windows do not fit, the text has changed since the run, or a run is not a
         language model's.
     """
-    data = build_data(OmegaConf.create({"data": where["data"]}))
+    check_tokens("windows", where["windows"], where["length"])
+    with content_of(judged[0]) if where["own"] else contextlib.nullcontext():
+        data = build_data(OmegaConf.create({"data": where["data"]}))
     try:
         held_out = data.held_out(count=where["windows"], length=where["length"])
     except ValueError as error:
@@ -97,14 +103,15 @@ def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
                     f"digest was {known!r} and is {digest(data.validation)!r}. Restore it, or "
                     "choose the text with data=SOURCE"
                 )
-        model, params, _ = open_model(folder)
-        judge = bits_per_byte(
-            model,
-            held_out,
-            batch_size=where["batch_size"],
-            bytes_per_token=data.bytes_per_token,
-        )
-        scored[str(folder)] = judge(params)
+        with content_of(folder):
+            model, params, _ = open_model(folder)
+            judge = bits_per_byte(
+                model,
+                held_out,
+                batch_size=where["batch_size"],
+                bytes_per_token=data.bytes_per_token,
+            )
+            scored[str(folder)] = judge(params)
     unit = "bytes" if data.bytes_per_token == 1 else "tokens"
     windows = f"{where['windows']} windows of {where['length']} {unit}"
     tables.show_quality(scored, baselines(data.validation), where=f"{windows}, {data.source}")
@@ -125,8 +132,8 @@ def job(cfg: DictConfig) -> dict[str, float]:
     """
     together: dict[str, list[Path]] = {}
     for folder in find_runs(cfg.run):
-        folders.need(folders.load_config(folder), folder, "model", "data", "evaluation")
-        where = judged_on(cfg, folder)
+        with content_of(folder):
+            where = judged_on(cfg, folder)
         together.setdefault(json.dumps(where), []).append(folder)
     scored = {}
     for where, judged in together.items():

@@ -12,6 +12,7 @@ from experiments.run import checkpoints, folders, trust
 from experiments.run.folder_arguments import quote_folders
 from experiments.shell.build import build_model
 from experiments.shell.commandline import command, guarded
+from experiments.shell.foreign import content_of
 
 
 def export(cfg: DictConfig) -> None:
@@ -30,12 +31,13 @@ def export(cfg: DictConfig) -> None:
             "type for example \"names={blocks/0/out/kernel: 'model.layers.{}.out'}\""
         )
     folder = folders.find_run(cfg.run)
-    trained = trust.open_config(folder)
-    folders.need(trained, folder, "model")
-    like = jax.eval_shape(build_model(trained).init, jax.random.key(0))
-    state = checkpoints.load_params(folder, like, which="last")
     output = Path(cfg.output) if cfg.output else folder / "peft"
-    peft_files.save(output, state, names={str(glob): str(name) for glob, name in names.items()})
+    with content_of(folder):
+        trained = trust.open_config(folder)
+        folders.need(trained, folder, "model")
+        like = jax.eval_shape(build_model(trained).init, jax.random.key(0))
+        state = checkpoints.load_params(folder, like, which="last")
+        peft_files.save(output, state, names={str(glob): str(name) for glob, name in names.items()})
     print(f"{output / peft_files.TENSORS} and {output / peft_files.CONFIG}")
 
 

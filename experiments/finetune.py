@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import jax
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -17,8 +18,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from experiments.adapt.shared_numbers import unused
 from experiments.run import folders, trust
 from experiments.run.folder_arguments import quote_folders
+from experiments.run.plain_files import replacing
 from experiments.run.resuming import resume_arguments
+from experiments.shell.build import build_model
 from experiments.shell.commandline import guarded
+from experiments.shell.foreign import content_of
 from experiments.sweep.run_sets import METRICS
 from experiments.sweep.sweep_folders import plain_config
 from experiments.sweep.sweeps import once, start
@@ -77,8 +81,11 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     if cfg["from"] is None:
         return
     base = folders.find_run(cfg["from"], key="from", make=BASE)
-    trained = trust.open_config(base)
-    if "model" not in trained:
+    with content_of(base):
+        trained = trust.open_config(base)
+        if trained.get("model") is not None:
+            jax.eval_shape(build_model(trained).init, jax.random.key(0))
+    if trained.get("model") is None:
         raise folders.RunError(
             f"from={cfg['from']!r} is not of a language model: give a run of\n  {BASE}"
         )
@@ -113,6 +120,7 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
     for path in sorted(folder.parent.glob(f"*/{folders.CONFIG}")) if idle else []:
         other = path.parent
         if other != folder and folders.status(other) == "finished":
+            trust.check_links(other)
             if used(folders.load_config(other)) == used(cfg):
                 return other
     return None
@@ -120,8 +128,10 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
 
 def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
     """Copies the run of a twin under this config and marks it."""
+    trust.check_links(folder)
     folders.open_run(folder, cfg)
-    shutil.copy(twin / METRICS, folder)
+    with replacing(folder / METRICS) as part:
+        shutil.copyfile(twin / METRICS, part)
     summary = folders.read_summary(twin)
     folders.close_run(folder, {**summary, "same_as": summary.get("same_as", str(twin))})
     print(f"the transforms have no {' or '.join(sorted(unused(cfg)))}: the same run as {twin}")

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from experiments.run import folders, trust
 from experiments.run.folder_arguments import quote_folders
 from experiments.shell.commandline import command, guarded, quote_text
+from experiments.shell.foreign import content_of
 from experiments.text.prompts import check_output, read_prompts, stop_strings
 from experiments.text.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
 from experiments.text.trained import open_model
@@ -83,18 +84,19 @@ def job(cfg: DictConfig) -> None:
     requests = read_requests(cfg)
     check_output(cfg.output)
     rule = Rule(cfg.length, cfg.temperature, cfg.top_k, cfg.top_p, stop_strings(cfg.stop))
-    model, params, tokenizer = open_model(folder)
-    try:
-        writer = sampler(model, rule, tokenizer=tokenizer, block=cfg.block)
-        if len(requests) > 1 or cfg.output is not None:
-            write_lines(writer, params, requests, cfg)
-        else:
-            for [piece] in follow(writer, params, requests, seed=cfg.seed)[1]:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-    except ValueError as error:
-        raise folders.RunError(str(error)) from error
+    with content_of(folder):
+        model, params, tokenizer = open_model(folder)
+        try:
+            writer = sampler(model, rule, tokenizer=tokenizer, block=cfg.block)
+            if len(requests) > 1 or cfg.output is not None:
+                write_lines(writer, params, requests, cfg)
+            else:
+                for [piece] in follow(writer, params, requests, seed=cfg.seed)[1]:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                sys.stdout.write("\n")
+        except ValueError as error:
+            raise folders.RunError(str(error)) from error
     print(writer.decode.watch.report(), file=sys.stderr)
 
 

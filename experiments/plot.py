@@ -11,9 +11,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.run.folder_arguments import quote_folders
+from experiments.run.folder_arguments import TRUST, quote_folders
 from experiments.run.folders import RunError
+from experiments.run.plain_files import printable, safe_name
 from experiments.shell.commandline import command, guarded
+from experiments.shell.foreign import content_of
 from experiments.studies import curves
 from experiments.sweep.run_sets import Run, check_keys, differing_keys, group, read_all
 
@@ -71,7 +73,7 @@ def plot(
       RunError: a setting does not fit; says what exists instead.
     """
     y = y or pick_y(runs)
-    target = Path(output or f"plots/{y}-by-{x}.png")
+    target = Path(output or f"plots/{safe_name(y)}-by-{safe_name(x)}.png")
     if target.suffix.lower() not in SUFFIXES:
         raise RunError(f"output={str(target)!r}: give a file that ends in {', '.join(SUFFIXES)}")
     if group_by == "auto":
@@ -83,7 +85,7 @@ def plot(
     for label, members in groups.items():
         short = curves.shortest(members, x, y)
         if short is not None:
-            print(f"{label}: shown up to where {short.folder} ends")
+            print(f"{printable(label)}: shown up to where {short.folder} ends")
     names = list(dict.fromkeys(str(run.config.get("name", run.folder.name)) for run in runs))
     figure = curves.draw(lines, x=x, y=y, title=title or ", ".join(names), log_x=log_x, log_y=log_y)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,15 +102,17 @@ def main(cfg: DictConfig) -> None:
     def program():
         values = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(values, dict)
+        del values[TRUST]  # `guarded` has read it
         runs, left_out = read_all(values.pop("runs"))
         for line in left_out:
             print(f"left out: {line}")
-        target = plot(runs, **values)
+        with content_of(*(run.folder for run in runs)):
+            target = plot(runs, **values)
         print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
 
     guarded(program, cfg)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs",))
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs", TRUST))
     main()

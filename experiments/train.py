@@ -8,7 +8,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run import checkpoints, folders, trust
-from experiments.run.checks import check_settings
 from experiments.run.claim import claimed
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.memory import check_step
@@ -19,6 +18,7 @@ from experiments.run.stopping import pass_on
 from experiments.run.trainer import train
 from experiments.shell.build import build
 from experiments.shell.commandline import guarded, quote_text
+from experiments.shell.foreign import content_of
 from experiments.sweep.sweeps import once, start
 
 FOLDERS = ("data.path", "data.root", "data.tokenizer", trust.TRUST)
@@ -42,6 +42,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
     """`job` in a folder, which it locks as soon as it writes there."""
     resume = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
     if resume:
+        trust.check_place(folder)
         held.enter_context(claimed(folder))
         stored = folders.load_config(folder)
         overrides = list(HydraConfig.get().overrides.task)
@@ -50,15 +51,15 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
             print(f"the run is finished, there is nothing left to do: {folder}")
             return
         cfg = trust.open_config(folder)
-        check_settings(cfg, "train")
         if checkpoints.steps(folder) and OmegaConf.select(cfg, "task.base") is not None:
             cfg.task.base = None  # its parameters are in the checkpoint, and it may be gone
         trust.check_paths(cfg, folder)
-    values = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(values, dict)
-    settings = make_settings(values)
-    parts = build(cfg)
-    check_step(parts.task, parts.optimizer, accumulate=settings.accumulate)
+    with content_of(folder) if resume else contextlib.nullcontext():
+        values = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(values, dict)
+        settings = make_settings(values)
+        parts = build(cfg)
+        check_step(parts.task, parts.optimizer, accumulate=settings.accumulate)
     if resume:
         folders.reopen_run(folder)
     else:

@@ -27,8 +27,8 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      `d`. Elsewhere all of `d` is scaled (`RAISE`). What is below `FLOOR` counts as nothing by this
      rule.
    - Where a window of a kernel ends no `FLOOR` holds: the next one starts there, and nothing can
-     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself, and no correction
-     turns a 0 into anything: it may be what has become of `TINY` behind a reset (`may_leave`).
+     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself, and a 0 stays 0:
+     what would move it may be what has become of `TINY` behind a reset (`may_leave`).
    - No product vanishes: `TINY` is added to each entry at every step of a chunk. Beside a product
      that counts it is nothing. Where the product falls below it and grows again, `TINY` grows
      along, and what it makes of `d` is too large to count. At the end of a chunk a small entry is

@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.contest.contest import REFERENCE, Row
-from experiments.run import folders, metrics
+from experiments.run import folders, metrics, trust
+from experiments.run.plain_files import open_to_append
 
 TABLE = "results.csv"
 FIELDS = [field.name for field in dataclasses.fields(Row)]
@@ -60,7 +61,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
       rows: of one contest.
     """
     new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with open_to_append(path) as file:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()
@@ -115,6 +116,7 @@ def same_work(folder: Path, cfg: DictConfig, environment: Mapping[str, Any]) -> 
       True if its rows can be in one table with new ones.
     """
     try:
+        trust.check_links(folder)
         known = folders.read_json(folder / folders.ENVIRONMENT)
         config = folders.load_config(folder)
         before, now = (OmegaConf.to_container(c, resolve=True) for c in (config, cfg))

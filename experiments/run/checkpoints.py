@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args as items
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from experiments.run import disk, saved_values, seals, trust
 from experiments.run import frozen as frozen_part
-from experiments.run import saved_values, seals, trust
 from experiments.run.disk import by_plain_name, quiet, read_items, reason, remedy, target
 from experiments.run.folders import RunError
 from experiments.run.seals import Damaged
@@ -73,7 +73,7 @@ def _score(run: dict[str, Any]) -> float:
 def _read_run(path: Path) -> dict[str, Any]:
     """Reads the values that a step was saved with besides arrays; the files must be checked."""
     try:
-        run = read_items(path, run=items.JsonRestore())["run"]
+        run = disk.read_record(path, "run")
         whole = isinstance(run, dict) and run.pop("digest", None) == seals.of_text(run)
     except RecursionError:
         whole = False
@@ -99,7 +99,7 @@ def _still_there(path: Path) -> Iterator[None]:
     """Explains a read error if a training process has removed the checkpoint meanwhile."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Damaged) as error:
         if path.is_dir():
             raise
         raise Damaged(

@@ -7,6 +7,7 @@ else themselves.
 import difflib
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -22,6 +23,7 @@ from experiments.run.limits import (
     rule_for,
     shortened,
 )
+from experiments.run.plain_files import printable
 
 # The table holds for objects of these packages; a user's own objects may use the names otherwise.
 OURS = ("jaxpara.", "experiments.", "builtins.tuple", "hydra.utils.get_")
@@ -189,16 +191,18 @@ def _objects_in(node: ListConfig, path: str) -> Iterator[tuple[str, DictConfig]]
             yield from _objects_in(node[i], f"{path}.{i}")
 
 
-def check_settings(cfg: DictConfig, command: str = "") -> None:
+def check_settings(cfg: DictConfig, command: str = "", *, place: Path | None = None) -> None:
     """Refuses a config whose settings break the rules of the table.
 
     Args:
       cfg: composed.
       command: the command that it belongs to, such as `train`.
+      place: the file that it was read from; None: the command line.
 
     Raises:
-      RunError: what was given, what was expected, what to type.
+      RunError: what was given, what was expected, what to type or to write there.
     """
+    where = "" if place is None else f"{place}: "
     for key, value in settings_of(cfg, command=command):
         rule = rule_for(key, command)
         if rule is None or fits(value, rule):
@@ -207,10 +211,12 @@ def check_settings(cfg: DictConfig, command: str = "") -> None:
             continue
         shown = {True: "true", False: "false", None: "null"}.get(value) if _plain(value) else None
         shown = shortened(shown or (f"{value!r}" if isinstance(value, str) else str(value)))
-        near = f"{key}={instead(value, rule)}"
+        near = f"type for example {key}={instead(value, rule)}"
         if rule.kind == "section":
-            near = f"{key}.KEY=VALUE, as --cfg job shows them"
-        raise RunError(f"{key}={shown}: expected {expected(rule)};\ntype for example {near}")
+            near = f"type for example {key}.KEY=VALUE, as --cfg job shows them"
+        if place is not None:
+            near = "put back a copy of that file, or give another run"
+        raise RunError(f"{where}{printable(key)}={shown}: expected {expected(rule)};\n{near}")
 
 
 def _as_text(cfg: DictConfig, key: str, value: Any) -> None:

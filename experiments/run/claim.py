@@ -16,8 +16,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from experiments.run import trust
 from experiments.run.folders import RunError
-from experiments.run.plain_files import regular
+from experiments.run.plain_files import read_text, regular, write_text
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCK, HOLDER = ".lock", ".lock.json"
@@ -25,14 +26,16 @@ LOCK, HOLDER = ".lock", ".lock.json"
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Locks a run's folder, which is made if missing.
+    """Locks a run's folder, which is made if missing; nothing is written if its links lead out.
 
     Args:
       folder: of the run.
 
     Raises:
-      RunError: another process holds it, or it cannot be written to; at once.
+      RunError: another process holds it, it cannot be written to, or as `trust.check_links`; at
+        once.
     """
+    trust.check_links(folder)
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +47,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 raise
             print(f"{folder}: its file system has no locks, so nothing keeps other processes out")
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
-        regular(folder / HOLDER).write_text(json.dumps(about) + "\n", encoding="utf-8")
+        write_text(regular(folder / HOLDER), json.dumps(about) + "\n")
     except Timeout:  # an OSError, so before it
         raise RunError(
             f"{folder} is in use{_holder(folder)}, and only one process at a time trains in a "
@@ -66,7 +69,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def _holder(folder: Path) -> str:
     """Names the process that holds it, if that can be read."""
     try:
-        about = json.loads(regular(folder / HOLDER).read_text(encoding="utf-8"))
+        about = json.loads(read_text(folder / HOLDER))
         return f" by process {int(about['pid'])} on {about['host']} since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -16,8 +16,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args as items
 
 from experiments.run.folders import CONFIG, RunError
+from experiments.run.seals import Damaged
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_MEMORY = "RESOURCE_EXHAUSTED"  # in what XLA says
 UNWRITABLE = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
@@ -84,16 +86,53 @@ def read_items(path: Path, **what: Any) -> Any:
 
     Raises:
       Unlike: the data on disk has another structure or other shapes.
+      Damaged: Orbax cannot read it.
     """
-    with by_plain_name(path) as place, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with (
+        quiet(),
+        by_plain_name(path) as place,
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader,
+    ):
         try:
             return reader.restore(place, items.Composite(**what))
         except ValueError as error:
-            said = " ".join(str(error).split())[:200]
             raise Unlike(
-                f"{path} does not fit what {CONFIG} beside it describes, or is damaged: {said};\n"
+                f"{path} does not fit what {CONFIG} beside it describes, or is damaged: "
+                f"{_told(error)};\n"
                 f"put back the {CONFIG} that the run started with, or give another run"
             ) from error
+        except Exception as error:  # Orbax and TensorStore raise many kinds for bytes of others
+            of_this_machine = isinstance(error, OSError) and not isinstance(
+                error, FileNotFoundError
+            )
+            if of_this_machine or isinstance(error, MemoryError) or NO_MEMORY in str(error):
+                raise
+            raise Damaged(
+                f"{path} is damaged: it cannot be read ({type(error).__name__}: {_told(error)})"
+            ) from error
+
+
+def read_record(path: Path, name: str) -> Any:
+    """Reads plain values that were saved beside arrays.
+
+    Args:
+      path: of the folder.
+      name: of the item.
+
+    Returns:
+      The values.
+
+    Raises:
+      Damaged: Orbax cannot read them.
+    """
+    try:
+        return read_items(path, **{name: items.JsonRestore()})[name]
+    except Unlike as error:  # it has no other structure: it was not asked for one
+        raise Damaged(f"{path / name} is damaged: {_told(error.__cause__ or error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def target(like: Any) -> Any:

@@ -1,14 +1,14 @@
 """Figures of a run, drawn only from the files in its folder."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from experiments.run import metrics
+from experiments.run import folders, metrics
 from experiments.run.drawing import Figure
+from experiments.run.plain_files import replacing
 
 
 def _pairs(columns: Mapping[str, list[float | None]], x: str, y: str) -> tuple[list, list]:
@@ -138,6 +138,17 @@ def draw_solver(columns: Mapping[str, list[float | None]], *, title: str) -> Fig
     return figure
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure, as `plain_files.replacing`.
+
+    Args:
+      figure: drawn.
+      path: a PNG, PDF or SVG file.
+    """
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120, format=path.suffix[1:].lower())
+
+
 def draw_run(folder: Path) -> list[Path]:
     """Draws every figure for which a run has data.
 
@@ -155,7 +166,7 @@ def draw_run(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} holds no metrics.csv: give the folder of a training run")
     summary = {}
     if (folder / "summary.json").is_file():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = folders.read_json(folder / "summary.json")
     name = summary.get("name", folder.name)
     columns = metrics.read(table)
     if "train_bits_per_byte" in columns:
@@ -167,7 +178,7 @@ def draw_run(folder: Path) -> list[Path]:
     else:
         written = [folder / "accuracy.png"]
         figure = draw_accuracy(columns, title=f"{name}: {summary.get('problem', '')}")
-    figure.savefig(written[0], dpi=120)
+    save(figure, written[0])
     solver = folder / "solver.csv"
     if solver.is_file():
         columns = metrics.read(solver)
@@ -176,5 +187,5 @@ def draw_run(folder: Path) -> list[Path]:
             figure = draw_solver(
                 columns, title=f"{name}: {summary.get('parallel_solver', 'parallel solver')}"
             )
-            figure.savefig(written[1], dpi=120)
+            save(figure, written[1])
     return written

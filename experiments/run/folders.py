@@ -19,13 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import records
 from experiments.run.folder_arguments import TRUST
-from experiments.run.plain_files import aside, regular
+from experiments.run.plain_files import aside, printable, read_text, replacing, write_text
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
 TOKENIZER = "tokenizer.json"
 LARGEST_CONFIG, DEEPEST_CONFIG = 200_000, 100  # characters, nested lists and mappings
+PLAIN = (str, int, float, bool, type(None), dict, list)  # types in a config
+MOST_BITS = 1024  # of a whole number in a config; the largest float has as many
 MAKE = "python -m experiments.train experiment=lm"
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "hydra-core")
@@ -43,9 +45,7 @@ def write_json(path: Path, value: Any) -> None:
       value: plain Python values.
     """
     # Completely or not at all: a run may be killed at any moment.
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,10 +58,10 @@ def read_json(path: Path) -> dict[str, Any]:
       The object, as plain Python values.
 
     Raises:
-      RunError: the file is truncated, not JSON, nested too deep, or not an object.
+      RunError: the file is truncated, too large, not JSON, nested too deep, or not an object.
     """
     try:
-        value = json.loads(regular(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise RunError(
             f"{path} is damaged ({_first_line(error)}): put back a copy of it, or leave it out"
@@ -177,8 +177,9 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = OmegaConf.select(cfg, "data.tokenizer")
     if tokenizer is not None and Path(tokenizer).is_file():
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
-    OmegaConf.save(kept, folder / CONFIG, resolve=True)
+        with replacing(folder / TOKENIZER) as part:
+            shutil.copyfile(tokenizer, part)
+    write_text(folder / CONFIG, OmegaConf.to_yaml(kept, resolve=True))
     records.write(folder, cfg)
     write_json(folder / ENVIRONMENT, environment())
 
@@ -285,7 +286,7 @@ def need(cfg: DictConfig, folder: Path, *keys: str) -> None:
     Raises:
       RunError: names the missing keys.
     """
-    if lacking := [key for key in keys if key not in cfg or cfg._get_node(key) is None]:
+    if lacking := [key for key in keys if OmegaConf.is_missing(cfg, key) or cfg.get(key) is None]:
         raise RunError(
             f"{folder / CONFIG} has no {', '.join(lacking)}: it is not a language model's, or "
             f"it is damaged; give a run of `{MAKE}`"
@@ -314,7 +315,7 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
       RunError: the file is missing, truncated, too large or too deep, or it has aliases.
     """
     try:
-        text = regular(path).read_text(encoding="utf-8-sig")
+        text = read_text(path, most=4 * LARGEST_CONFIG)
         if len(text) > LARGEST_CONFIG:
             raise ValueError(f"{len(text)} characters, and a config has at most {LARGEST_CONFIG}")
         if _depth(text) > DEEPEST_CONFIG:
@@ -361,7 +362,10 @@ def load_config(folder: Path) -> DictConfig:
 
 
 def check_inert(node: Any, where: str, key: str = "") -> None:
-    """Refuses texts that OmegaConf would evaluate, which could read the environment.
+    """Refuses what no config of a run holds.
+
+    Texts that OmegaConf would evaluate could read the environment. Python does not even print whole
+    numbers of some thousand digits, and YAML's tags make objects of other types.
 
     Args:
       node: plain values.
@@ -371,6 +375,12 @@ def check_inert(node: Any, where: str, key: str = "") -> None:
     Raises:
       RunError: names the key.
     """
+    kind = type(node)
+    if kind not in PLAIN or (kind is int and node.bit_length() > MOST_BITS):
+        what = "a huge number" if kind is int else f"a {kind.__name__}"
+        raise RunError(
+            f"{where}: {printable(key)} holds {what}, which the config of a run must not hold"
+        )
     if isinstance(node, str) and "${" in node:
         raise RunError(
             f"{where}: {key} holds {node!r}, and ${{ begins an interpolation, which the config of "
@@ -378,7 +388,7 @@ def check_inert(node: Any, where: str, key: str = "") -> None:
         )
     if isinstance(node, dict):
         for name, child in node.items():
-            check_inert(name, where, f"the name {name!r}")
+            check_inert(name, where, f"a name in {key or 'it'}")
             check_inert(child, where, f"{key}.{name}" if key else str(name))
     if isinstance(node, list):
         for number, child in enumerate(node):

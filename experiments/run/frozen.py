@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import args as items
 
 from experiments.run import saved_values, seals
-from experiments.run.disk import by_plain_name, read_items, target
+from experiments.run.disk import by_plain_name, read_items, read_record, target
 from jaxpara import combine, split
 from jaxpara.types import Params
 
@@ -38,7 +38,7 @@ def write(folder: Path, frozen: Params) -> None:
 
 def _known(folder: Path) -> dict[str, str]:
     """Reads the digests of the frozen parameters; the files must be checked."""
-    leaves = read_items(folder / FOLDER, leaves=items.JsonRestore())["leaves"]
+    leaves = read_record(folder / FOLDER, "leaves")
     digests = leaves.get("digests") if isinstance(leaves, dict) else None
     if digests is None or not saved_values.is_digests(digests):
         raise seals.Damaged(f"{folder / FOLDER / 'leaves'} is damaged: it has no digests")

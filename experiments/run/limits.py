@@ -62,6 +62,7 @@ POSITIVE = {"low": 0.0, "high": FINITE, "inside": True}
 # run may be continued by `train`, so settings of other commands are found by the dot.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace"), SECTION),
+    **dict.fromkeys((".data", ".model", ".transform"), SECTION._replace(null=True)),
     ".rounding": SECTION,
     "trust": WORDS._replace(null=True),
     # what is trained, and for how long
@@ -108,7 +109,7 @@ RULES: dict[str, Rule] = {
     "hidden": whole(1, "units", null=True),
     "heads": whole(1, "heads"),
     "prefix": whole(1, "positions"),
-    "conv_taps": whole(1, "positions"),
+    "conv_taps": whole(1, "positions", high=1024),
     "tied": SWITCH,
     "mlp_adapter.scale": Rule("number", unit="a scale", **POSITIVE),
     "reads": Rule("text", choices=("input", "output")),

@@ -14,7 +14,7 @@ import jax
 
 from experiments.run import metrics
 from experiments.run.folders import RunError
-from experiments.run.plain_files import regular
+from experiments.run.plain_files import read_text, write_text
 
 
 class Logger(NamedTuple):
@@ -136,7 +136,7 @@ def wandb(*, project: str = "jaxpara", mode: str = "online", tags: Sequence[str]
             run = package.init(
                 project=project,
                 name=place.name,
-                id=regular(known).read_text(encoding="utf-8").strip() if known.exists() else None,
+                id=read_text(known).strip() if known.is_file() else None,
                 resume="allow",
                 mode=mode,
                 tags=list(tags),
@@ -147,7 +147,7 @@ def wandb(*, project: str = "jaxpara", mode: str = "online", tags: Sequence[str]
             raise RunError(
                 f"W&B: {error}; logger.wandb.mode=offline needs neither an account nor a network"
             ) from error
-        known.write_text(f"{run.id}\n", encoding="utf-8")
+        write_text(known, f"{run.id}\n")
 
         def write(step: int, values: Mapping[str, float]) -> None:
             run.log(dict(values), step=step)

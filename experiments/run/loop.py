@@ -211,7 +211,14 @@ def run_loop(
     pending: tuple[int, dict[str, jax.Array]] | None = None
     stop = False
     for number in range(begin + 1, 0 if memory.enough else steps + 1):
-        state, metrics = step(state, next(batches))
+        try:
+            batch = next(batches)
+        except StopIteration:  # batches have no end, but a saved position may be anybody's
+            raise RunError(
+                f"there is no batch for step {number}: the position in the data is past its end. "
+                "Start a new run"
+            ) from None
+        state, metrics = step(state, batch)
         if pending is not None:
             book(*pending)
         pending = (number, metrics)

@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.run.plain_files import regular
+from experiments.run.plain_files import (
+    LARGEST_TABLE,
+    open_to_append,
+    read_bytes,
+    regular,
+    replacing,
+)
 
 
 def start(path: Path, columns: Sequence[str]) -> None:
@@ -39,19 +45,17 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     if new:
         columns += new
         _widen(path, columns)
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with open_to_append(path) as file:
         csv.DictWriter(file, columns, restval="").writerow(row)
 
 
 def _widen(path: Path, columns: Sequence[str]) -> None:
     """Adds columns, empty in the old rows, to a table; a kill meanwhile leaves the old file."""
     _, *rows = read_rows(path)
-    fresh = path.with_name(f"{path.name}.new")
-    with fresh.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([*row, *[""] * (len(columns) - len(row))] for row in rows)
-    fresh.replace(path)
 
 
 def read(path: Path) -> dict[str, list[float | None]]:
@@ -92,10 +96,10 @@ def read_rows(path: Path) -> list[list[str]]:
       Rows of text, without empty ones and without a last row that a killed process left unfinished.
 
     Raises:
-      ValueError: it is not text, or not CSV.
+      ValueError: it is not text, not CSV, or larger than any that a run writes.
     """
     try:
-        text = regular(path).read_bytes().decode("utf-8-sig")
+        text = read_bytes(path, most=LARGEST_TABLE).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
     if "\0" in text:
@@ -118,7 +122,10 @@ def readable(path: Path, *, key: str) -> tuple[list[str], list[list[str]], str]:
       The header, empty if it cannot be read; the readable rows; and why another line is none,
       empty if all are rows. A last line without a line end counts as unfinished, not as damaged.
     """
-    content = regular(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        content = read_bytes(path, most=LARGEST_TABLE).removeprefix(codecs.BOM_UTF8)
+    except ValueError as error:
+        return [], [], str(error)
     *lines, _ = re.split(rb"\r\n|\n|\r", content)  # a cell never holds a line end
     cells = [(number, _cells(line)) for number, line in enumerate(lines, start=1) if line]
     if not cells:

@@ -17,6 +17,8 @@ OPEN = ("jaxpara", "optax")
 PUBLIC = ("jaxpara", "jaxpara.cells", "jaxpara.structure", "jaxpara.nn", "jaxpara.nn.mixers")
 PUBLIC += ("jaxpara.train", "jaxpara.weights", "jaxpara.testing", "jaxpara.linen", "jaxpara.nnx")
 OURS = ("jaxpara", "experiments")  # whose names change from version to version
+# A part of a name that is not public: with a leading underscore, or of the package's own tests.
+PRIVATE = re.compile(r"^_|(^|_)tests?($|_)")
 PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -66,10 +68,10 @@ def is_public(name: str) -> bool:
 
     Returns:
       False for imports from elsewhere, modules, attributes of objects, names with a leading
-      underscore, and names in modules of jaxpara that are not public.
+      underscore, names in modules of tests, and in modules of jaxpara that are not public.
     """
     parts = name.split(".")
-    if any(part.startswith("_") for part in parts) or not is_made_in(name, OPEN):
+    if any(PRIVATE.search(part) for part in parts) or not is_made_in(name, OPEN):
         return False
     place, _, last = name.rpartition(".")
     module = locate(place)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.run.plain_files import replacing
 from experiments.run.task import Batches
 from jaxpara.types import Step
 
@@ -249,7 +250,7 @@ def write(path: Path, times: Mapping[str, float], steps: int) -> None:
       steps: how many were traced.
     """
     whole = sum(times.values())
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as fresh, fresh.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["part", "share", "milliseconds_per_step"])
         for part, time in times.items():

@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from experiments.run.plain_files import printable_lines
+from experiments.run.tables import cell
+
 
 class Status(NamedTuple):
     """The contents of the progress line.
@@ -148,9 +151,9 @@ def progress(*, label: str, every_seconds: float = 5.0) -> Iterator[Progress]:
     """
     console = Console()
     chosen = (
-        live(console, label=label)
+        live(console, label=cell(label))
         if console.is_terminal
         else plain(every_seconds=every_seconds, write=lambda text: print(text, flush=True))
     )
     with chosen as opened:
-        yield opened
+        yield Progress(opened.update, lambda text: opened.say(printable_lines(text)))

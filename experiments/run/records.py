@@ -11,6 +11,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.run.plain_files import write_text
+
 FOLDER = ".hydra"
 FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
@@ -28,7 +30,7 @@ def write(folder: Path, cfg: DictConfig) -> None:
     assert known is not None
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for name, node in zip(FILES, (cfg, known, known.hydra.overrides.task), strict=True):
-        OmegaConf.save(node, folder / FOLDER / name)
+        write_text(folder / FOLDER / name, OmegaConf.to_yaml(node))
 
 
 def discard(folder: Path) -> None:
@@ -41,7 +43,7 @@ def discard(folder: Path) -> None:
     with contextlib.suppress(OSError):
         inside = [path.name for path in folder.iterdir()]
         record = folder / FOLDER
-        if inside == [FOLDER] and {path.name for path in record.iterdir()} <= set(FILES):
+        if inside == [FOLDER] and all(_is_ours(path) for path in record.iterdir()):
             for path in record.iterdir():
                 path.unlink()
             record.rmdir()
@@ -51,3 +53,7 @@ def discard(folder: Path) -> None:
         for above in folder.parents:
             if here in above.parents:
                 above.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in FILES and not path.is_symlink()

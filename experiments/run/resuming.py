@@ -1,7 +1,6 @@
 """Continues a run: finds the folder, compares the command line with it, cuts its tables."""
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.run import metrics, seals
 from experiments.run.folder_arguments import TRUST, quote_value
 from experiments.run.folders import RunError, find_run, read_yaml
-from experiments.run.plain_files import aside
+from experiments.run.plain_files import aside, replacing
 
 # What may differ: whether to continue, where, and with which trust.
 FREE = ("resume", "hydra", TRUST)
@@ -115,7 +114,5 @@ def cut_table(path: Path, *, last: int) -> None:
         return
     at = header.index("step")
     kept = [row for row in rows if float(row[at]) <= last]
-    whole = path.with_suffix(".tmp")
-    with whole.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *kept])
-    os.replace(whole, path)

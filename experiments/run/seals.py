@@ -7,7 +7,6 @@ to the disk. All are BLAKE2b, of 128 bits.
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -19,7 +18,14 @@ import numpy as np
 
 from experiments.run import litter
 from experiments.run.folders import RunError
-from experiments.run.plain_files import OTHER, is_plain, regular
+from experiments.run.plain_files import (
+    OTHER,
+    is_plain,
+    printable_lines,
+    read_bytes,
+    regular,
+    write_text,
+)
 
 SEAL = "digests.json"
 # Files that Orbax writes after its last callback; sealed a moment later.
@@ -108,9 +114,7 @@ def seal(folder: Path, *, late: bool = True) -> None:
     files = {str(p.relative_to(folder)): p for p in found if p.is_file()}
     left_out = {SEAL} if late else {SEAL, *LATE}
     digests = {name: of_file(path) for name, path in files.items() if name not in left_out}
-    part = folder / f"{SEAL}.part"
-    part.write_text(_text(digests), encoding="utf-8")
-    os.replace(part, folder / SEAL)
+    write_text(folder / SEAL, _text(digests))
 
 
 def is_sealed(folder: Path) -> bool:
@@ -123,7 +127,7 @@ def is_sealed(folder: Path) -> bool:
       False also if there is no seal, or it cannot be read.
     """
     try:
-        return LATE[0] in json.loads(regular(folder / SEAL).read_text(encoding="utf-8"))["files"]
+        return LATE[0] in json.loads(read_bytes(folder / SEAL))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -183,7 +187,7 @@ def _read(folder: Path) -> dict[str, str]:
     """Reads a seal; refuses one that is damaged."""
     path = folder / SEAL
     try:
-        content = regular(path).read_bytes()
+        content = read_bytes(path)
         digests = dict(json.loads(content)["files"])
         whole = content == _text(digests).encode()  # to the last blank
     except FileNotFoundError:
@@ -227,9 +231,9 @@ def first_whole(order: Sequence[int], read: Callable[[int], Any]) -> Any:
 
 
 def say(text: str) -> None:
-    """Prints one line for the user.
+    """Prints lines for the user; what they name may be of somebody's folder.
 
     Args:
-      text: the line.
+      text: the lines.
     """
-    print(text, file=sys.stderr, flush=True)
+    print(printable_lines(text), file=sys.stderr, flush=True)

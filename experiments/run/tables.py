@@ -7,7 +7,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.run.plain_files import printable, printable_lines
+
 COMPRESSORS = {"gzip -9": "zlib", "xz -9e": "lzma"}
+
+
+def cell(text: str) -> str:
+    """Prepares a text for rich, whose markup and whose terminal must not obey it.
+
+    Args:
+      text: perhaps of somebody's folder.
+
+    Returns:
+      One line.
+    """
+    return escape(printable(text))
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -21,13 +35,13 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     table = Table()
     for i, column in enumerate(columns):
         numbers = all(row[i][:1] in "-+0123456789" for row in rows)
-        table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
+        table.add_column(cell(column), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(cell, row))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 400  # a file has no width: nothing is folded
-    console.print(title, markup=False)
+    console.print(printable_lines(title), markup=False)
     console.print(table)
 
 

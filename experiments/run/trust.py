@@ -19,9 +19,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run import folders, names
+from experiments.run.checks import check_settings
 from experiments.run.folder_arguments import TRUST, quote_value
 from experiments.run.folders import RunError
-from experiments.run.plain_files import OTHER, is_plain
+from experiments.run.plain_files import OTHER, is_plain, printable
 
 # Arguments of constructors that are files, folders, globs or names of data sets.
 FILES = ("path", "root", "data_files", "tokenizer", "base")
@@ -30,7 +31,8 @@ KINDS = ("json", "parquet", "text")
 # Parts of a config that read files; nothing else in a run's config names one.
 READING = ("data", "task")
 
-_GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
+_PACKAGES: ContextVar[tuple[str, ...]] = ContextVar("packages", default=())
+_PATHS: ContextVar[tuple[str, ...]] = ContextVar("paths", default=())
 
 
 @contextmanager
@@ -39,28 +41,32 @@ def from_command_line(cfg: DictConfig) -> Iterator[None]:
 
     Args:
       cfg: composed by Hydra, only from the command line and the user's own configs. `trust` is a
-        package, a path, or a list of them; files and data sets in other settings count too.
+        package (a bare word), a path (it has a slash), or a list of them. Files and data sets in
+        other settings count as paths, whatever they are called.
     """
     values = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(values, dict)
-    given = _texts(values.get(TRUST)) + _texts(values.get("from"))
-    given += [path for _, path in paths(values, "")]
-    with granted(given):
+    trusted = _texts(values.get(TRUST))
+    packages = [one for one in trusted if names.PACKAGE.fullmatch(one)]
+    others = [one for one in trusted if one not in packages] + _texts(values.get("from"))
+    with granted([*others, *(path for _, path in paths(values, ""))], packages=packages):
         yield
 
 
 @contextmanager
-def granted(given: Sequence[str]) -> Iterator[None]:
-    """Trusts packages and paths inside the block.
+def granted(given: Sequence[str], *, packages: Sequence[str] = ()) -> Iterator[None]:
+    """Trusts paths and packages inside the block.
 
     Args:
-      given: their names.
+      given: files, folders, globs, names of data sets; none of them is a package.
+      packages: whose functions and classes may be called.
     """
-    token = _GIVEN.set((*_GIVEN.get(), *given))
+    tokens = _PATHS.set((*_PATHS.get(), *given)), _PACKAGES.set((*_PACKAGES.get(), *packages))
     try:
         yield
     finally:
-        _GIVEN.reset(token)
+        _PATHS.reset(tokens[0])
+        _PACKAGES.reset(tokens[1])
 
 
 def _texts(value: Any) -> list[str]:
@@ -86,7 +92,8 @@ def open_config(folder: Path) -> DictConfig:
 
     Raises:
       RunError: it names a constructor that is not trusted, or a file outside the folder in a part
-        that needs none, a link in the folder leads out of it, or Python would import its files.
+        that needs none, a setting breaks the rules of `limits`, a link in the folder leads out of
+        it, or Python would import its files.
     """
     check_place(folder)
     cfg = folders.load_config(folder)
@@ -105,7 +112,9 @@ def open_config(folder: Path) -> DictConfig:
                 f"{place} is damaged: {key} is {name!r}, where the name of a constructor was: "
                 "put back a copy of it, or give another run"
             )
-        raise RunError(f"{place} asks for {key}={name}, which {_refusal(name)}")
+        asked = f"{printable(key)}={printable(name)}"
+        raise RunError(f"{place} asks for {asked}, which {_refusal(name)}")
+    check_settings(cfg, "train", place=folder / folders.CONFIG)
     copy = folder / folders.TOKENIZER
     # Where data or a task is built, its caller checks the paths: arguments may replace them.
     others = [str(key) for key in cfg if key not in READING]
@@ -145,8 +154,9 @@ def check_path(value: str, folder: Path, *, key: str) -> None:
     """
     if not _is_ours(value, folder):
         raise RunError(
-            f"{folder / folders.CONFIG} asks to read {key}={value}, which is not in that folder.\n"
-            f"If you mean it to be read, repeat the command with {argument([value])}"
+            f"{folder / folders.CONFIG} asks to read {printable(f'{key}={value}')}, "
+            "which is not in that folder.\n"
+            f"If you mean it to be read, repeat the command with {printable(argument([value]))}"
         )
 
 
@@ -189,7 +199,7 @@ def outside(folder: Path, *, but: Sequence[str] = ()) -> list[str]:
 
 
 def check_place(folder: Path) -> None:
-    """Refuses a folder whose files Python would import, whose links lead out, or with devices.
+    """Refuses a folder to build from: Python would import its files, or as `check_links` says.
 
     Args:
       folder: of a run.
@@ -204,6 +214,18 @@ def check_place(folder: Path) -> None:
                 f"Python imports from {Path(entry or '.').resolve()}, which is in the run's folder "
                 f"{folder}: its files would be run as code. Start the program from another folder"
             )
+    check_links(folder)
+
+
+def check_links(folder: Path) -> None:
+    """Refuses a folder whose links lead out, or with devices; it is read or written to after this.
+
+    Args:
+      folder: of a run; it may be missing.
+
+    Raises:
+      RunError: says what to do instead.
+    """
     for place, inner, files in os.walk(folder):
         for path in (Path(place) / name for name in (*inner, *files)):
             if path.exists() and not is_plain(path):
@@ -243,22 +265,19 @@ def paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
 def _is_allowed(name: Any) -> bool:
     if not isinstance(name, str) or names.PACKAGE.fullmatch(name) is None:
         return False
-    return name in names.shipped() or names.is_public(name) or names.is_made_in(name, _packages())
-
-
-def _packages() -> list[str]:
-    """Lists the packages that the command line trusts."""
-    return [one for one in _GIVEN.get() if names.PACKAGE.fullmatch(one)]
+    return (
+        name in names.shipped() or names.is_public(name) or names.is_made_in(name, _PACKAGES.get())
+    )
 
 
 def _refusal(name: str) -> str:
     """Says why a constructor is not called, and what to type."""
-    covers = [one for one in _packages() if name.startswith(f"{one}.")]
+    covers = [one for one in _PACKAGES.get() if name.startswith(f"{one}.")]
     if not covers:
         return (
             "is neither shipped nor a public name of jaxpara or optax, and a run's folder may be "
             "anybody's.\nIf you know that code and mean to run it, repeat the command with "
-            f"{TRUST}={name.partition('.')[0] or 'their.package'}"
+            f"{TRUST}={printable(name.partition('.')[0]) or 'their.package'}"
         )
     if names.locate(name) is None:
         return (
@@ -313,7 +332,7 @@ def _is_inside(value: str, folder: Path) -> bool:
 def _is_ours(value: str, folder: Path) -> bool:
     if _is_inside(value, folder):
         return True
-    for one in _GIVEN.get():
+    for one in _PATHS.get():
         if value == one or _as_path(value) == one:
             return True
         looks_like_a_path = os.sep in one or one.startswith((".", "~"))

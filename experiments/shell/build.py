@@ -143,7 +143,8 @@ def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]
     if not isinstance(members, Mapping):
         raise RunError(f"members is {type(members).__name__}: give configs by name")
     found = {}
-    for name, node in members.items():
+    others = [name for name, node in members.items() if not isinstance(node, Mapping)]
+    for name, node in ((name, members[name]) for name in members if name not in others):
         try:
             given = {} if "where" in node else {"where": where}
             found[str(name)] = _make_within(node, **given)
@@ -151,6 +152,11 @@ def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]
             if not isinstance(error.__cause__, (ValueError, TypeError)):
                 raise
             raise RunError(f"{name}: {error.__cause__}") from error
+    if others:
+        raise RunError(
+            f"transform.{others[0]}={members[others[0]]}: expected the config of a transform;\n"
+            "leave it out, or give one that --cfg job shows for transform=[lora]"
+        )
     return found
 
 

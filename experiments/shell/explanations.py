@@ -22,10 +22,15 @@ from omegaconf.errors import (
 
 from experiments.run.checks import settings_of
 from experiments.run.folders import RunError
+from experiments.run.plain_files import printable
 from experiments.shell.near_misses import near_misses
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks instead of messages
 LINES = 3  # the most lines of a message
+
+
+class FolderError(RunError):
+    """An error about a run's folder that is explained already, whatever its cause."""
 
 
 def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
@@ -45,13 +50,15 @@ def explain(error: BaseException, cfg: DictConfig | None = None) -> str | None:
         typed = [argument for argument in sys.argv[1:] if "${" in argument]
         text = ": ".join([" ".join(typed), text]) if typed else text
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return "\n".join(lines[:LINES])
+    return "\n".join(printable(line) for line in lines[:LINES])
 
 
 def _text_of(error: BaseException, cfg: DictConfig | None) -> str | None:
     cause = error.__cause__
     if isinstance(error, BrokenPipeError):  # the reader has closed, see `commandline.command`
         return None
+    if isinstance(error, FolderError):
+        return str(error)
     if isinstance(cause, InstantiationException):  # an object inside another one
         return _text_of(cause, cfg)
     if isinstance(error, RunError):

@@ -20,10 +20,11 @@ from omegaconf import DictConfig
 
 from experiments.adapt.shared_numbers import NUMBERS, unused
 from experiments.run.drawing import Figure
-from experiments.run.folder_arguments import quote_folders
+from experiments.run.folder_arguments import TRUST, quote_folders
 from experiments.run.folders import RunError, load_config
 from experiments.run.tables import show
 from experiments.shell.commandline import command, guarded, quote_text
+from experiments.shell.foreign import content_of
 from experiments.studies.curves import styles
 from experiments.sweep.run_sets import Run, need, read_all
 from experiments.text.language_model import BITS
@@ -318,7 +319,8 @@ def compose(cfg: DictConfig) -> None:
         found, left_out = read_all(cfg.runs)
         for line in left_out:
             print(f"left out: {line}")
-        write(Path(cfg.output), rows(found), title=named(found, cfg.title), lines=cfg.lines)
+        with content_of(*(run.folder for run in found)):
+            write(Path(cfg.output), rows(found), title=named(found, cfg.title), lines=cfg.lines)
 
     guarded(program, cfg)
 
@@ -330,5 +332,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs",))
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs", TRUST))
     main()

@@ -17,15 +17,15 @@ import hydra
 import jax
 import jax.numpy as jnp
 import optax
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.run import trust
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.folders import RunError, read_yaml
 from experiments.run.tables import show
-from experiments.shell.build import build_model
+from experiments.shell.build import build_model, make
 from experiments.shell.commandline import command, guarded
+from experiments.shell.foreign import content_of
 from experiments.studies import curves
 from experiments.sweep.run_sets import Run, need, read_all
 from experiments.text.decoding import decoder
@@ -282,13 +282,14 @@ def main(cfg: DictConfig) -> None:
         runs, left_out = read_all(cfg.runs)
         for line in left_out:
             print(f"left out: {line}")
-        compare(
-            runs,
-            y=cfg.y,
-            output=Path(cfg.output),
-            optimizer_of=lambda trained: instantiate(trained.optim),
-            decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
-        )
+        with content_of(*(run.folder for run in runs)):
+            compare(
+                runs,
+                y=cfg.y,
+                output=Path(cfg.output),
+                optimizer_of=lambda trained: make(trained.optim),
+                decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
+            )
 
     guarded(program, cfg)
 

@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.run import folders
+from experiments.run import figures, folders, trust
 from experiments.shell.commandline import command, guarded
 from experiments.studies.study_figure import draw
 from experiments.tasks.answers import answer_loss, correct, last_answers, share
@@ -227,6 +227,7 @@ def main(cfg: DictConfig) -> None:
             **instantiate({name: cfg[name] for name in names}, _convert_="all"),
         )
         models = {way: model_of(way) for way in ways(list(cfg.solvers), cfg.budgets, cfg.tols)}
+        trust.check_links(folder)
         folders.open_run(folder, cfg)
         began = time.perf_counter()
         table = folder / "study.csv"
@@ -236,7 +237,7 @@ def main(cfg: DictConfig) -> None:
             for row in study(models, setting, lambda text: print(text, flush=True)):
                 writer.writerow(["" if value is None else value for value in row])
                 file.flush()
-        draw(table).savefig(folder / "study.png", dpi=120)
+        figures.save(draw(table), folder / "study.png")
         folders.close_run(folder, {"seconds": time.perf_counter() - began})
         print(f"{folder / 'study.png'} and study.csv")
 

@@ -16,9 +16,10 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run.drawing import Figure
-from experiments.run.folder_arguments import quote_folders
+from experiments.run.folder_arguments import TRUST, quote_folders
 from experiments.run.folders import RunError
 from experiments.shell.commandline import command, guarded
+from experiments.shell.foreign import content_of
 from experiments.studies.curves import styles
 from experiments.sweep.run_sets import Run, differing_keys, group, need, read_all
 
@@ -156,16 +157,17 @@ def main(cfg: DictConfig) -> None:
         runs, left_out = read_all(values["runs"])
         for line in left_out:
             print(f"left out: {line}")
-        by_method = methods(runs)
         target = Path(values["output"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw(by_method).savefig(target, dpi=120)
-        write(target.with_suffix(".csv"), by_method)
+        with content_of(*(run.folder for run in runs)):
+            by_method = methods(runs)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draw(by_method).savefig(target, dpi=120)
+            write(target.with_suffix(".csv"), by_method)
         print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
 
     guarded(program, cfg)
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs",))
+    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("runs", TRUST))
     main()

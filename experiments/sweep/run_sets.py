@@ -15,13 +15,48 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.run import metrics
+from experiments.run import metrics, trust
+from experiments.run.fits import (
+    Fits,
+    is_flag,
+    is_number,
+    is_text,
+    mapping_of,
+    one_of,
+    or_null,
+    pair,
+)
 from experiments.run.folders import CONFIG, ENVIRONMENT, SUMMARY, RunError, load_config, read_json
+from experiments.run.limits import BIGGEST, shortened
+from experiments.run.plain_files import printable
+from experiments.shell.foreign import content_of
 
 METRICS = "metrics.csv"
 # Keys for outputs and logging, which do not change what a run computes.
 NOT_COMPARED = ("checkpoint", "logger", "profile", "trace", "resume")
 ABSENT = ""  # the value of a key that a run's config lacks
+
+
+# What a run writes into its records, by field; of other fields only the size of numbers counts.
+Field = tuple[Fits, str]
+_NUMBER: Field = (or_null(is_number), "a number")
+ANY: Field = (lambda v: not isinstance(v, int) or abs(v) < BIGGEST, "a number that a float holds")
+RESULTS: dict[str, Field] = {
+    "status": (is_text, "a text"),
+    "judged_by": (pair(is_text, one_of("min", "max")), 'a column and "min" or "max"'),
+    "baselines": (mapping_of(or_null(is_number)), "numbers by name"),
+    **dict.fromkeys(("steps", "parameters", "memory_bytes", "seconds"), _NUMBER),
+    **dict.fromkeys(("training_seconds", "tokens_per_second", "compile_seconds"), _NUMBER),
+    **dict.fromkeys(("model_flops_per_token", "model_flops_per_second"), _NUMBER),
+}
+MACHINE: dict[str, Field] = {
+    "git_commit": (or_null(is_text), "a text"),
+    "git_dirty": (or_null(is_flag), "true or false"),
+}
+SETTINGS: dict[str, Field] = {
+    "optim.learning_rate": _NUMBER,
+    "contender": (is_text, "a text"),
+}
 
 
 class Run(NamedTuple):
@@ -123,6 +158,15 @@ def expand(patterns: str | Iterable[str] | None) -> list[Path]:
     return list(found)
 
 
+def _check(path: Path, values: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+    """Refuses values of other types than a run writes."""
+    for name, value in values.items():
+        fits, expected = fields.get(name, ANY)
+        if not fits(value):
+            shown = shortened(repr(value))
+            raise RunError(f"{path} is damaged: {name}={shown}; expected {expected}")
+
+
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
@@ -137,8 +181,10 @@ def read(folder: Path) -> Run:
       The run.
 
     Raises:
-      RunError: its table is missing or has no row.
+      RunError: a link in it leads out, its table is missing or has no row, or a value in its
+        records is not of the type that it has in every run.
     """
+    trust.check_links(folder)
     table = folder / METRICS
     if not table.is_file():
         raise RunError(f"{folder} has no {METRICS}: it is not a training run, or it did not start")
@@ -153,9 +199,11 @@ def read(folder: Path) -> Run:
         summary, environment = _json(folder / SUMMARY), _json(folder / ENVIRONMENT)
     except (OmegaConfBaseException, OSError, IndexError, RecursionError) as error:
         raise RunError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
-    judged = summary.get("judged_by", ["", "min"])
-    if not isinstance(judged, list) or len(judged) != 2 or judged[1] not in ("min", "max"):
-        raise RunError(f"{folder / SUMMARY} is damaged: judged_by={judged!r}; leave the run out")
+    _check(folder / SUMMARY, summary, RESULTS)
+    if "judged_by" in summary:
+        _check(folder / SUMMARY, summary, {summary["judged_by"][0]: _NUMBER})
+    _check(folder / ENVIRONMENT, environment, MACHINE)
+    _check(folder / CONFIG, config, SETTINGS)
     return Run(folder, config, columns, summary, environment)
 
 
@@ -178,7 +226,7 @@ def need(run: Run, *, config: Sequence[str] = (), summary: Sequence[str] = ()) -
 
 
 def read_all(patterns: str | Iterable[str] | None) -> tuple[list[Run], list[str]]:
-    """Reads all runs; those without numbers are named and left out.
+    """Reads all runs; those without numbers, or with damaged files, are named and left out.
 
     Args:
       patterns: as for `expand`.
@@ -192,9 +240,10 @@ def read_all(patterns: str | Iterable[str] | None) -> tuple[list[Run], list[str]
     found, left_out = [], []
     for folder in expand(patterns):
         try:
-            found.append(read(folder))
-        except RunError as error:
-            left_out.append(str(error))
+            with content_of(folder):
+                found.append(read(folder))
+        except (RunError, OSError) as error:
+            left_out.append(" ".join(map(printable, str(error).splitlines())))
     if not found:
         raise RunError("no run with numbers:\n  " + "\n  ".join(left_out))
     return found, left_out

@@ -19,9 +19,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from experiments.run import folders, litter, records
+from experiments.run import folders, litter, records, trust
+from experiments.run.plain_files import read_text, write_text
 from experiments.run.tables import show
-from experiments.run.unicode import SHOWN
 from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
 from experiments.sweep.sweep_folders import name_sweep
@@ -94,26 +94,27 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     if (folder / folders.CONFIG).is_file():
         with open_dict(cfg):
             cfg.resume = True
-    records.write(folder, cfg)
     refused = Path(known.sweep.dir) / REFUSED / f"{folder.name}.json"
     refused.unlink(missing_ok=True)
+    safe = False
     try:
+        trust.check_links(folder)
+        safe = True
+        records.write(folder, cfg)
         check(cfg)
         job(cfg)
     except Exception as error:
         text = explain(error, cfg)
         said = text or f"{type(error).__name__}: {error}"
         sys.stdout.flush()
-        if text is not None and not (folder / folders.CONFIG).is_file():
+        if text is not None and not (safe and (folder / folders.CONFIG).is_file()):
             refused.parent.mkdir(exist_ok=True)
             job_of = {"number": known.job.num, "overrides": list(known.overrides.task)}
             folders.write_json(refused, {**job_of, "folder": str(folder), "error": text})
             records.discard(folder)
             print(f"error: {said}", file=sys.stderr, flush=True)
             return None
-        (folder / ERROR).write_text(
-            f"{said}\n\n{traceback.format_exc()}", encoding="utf-8", errors=SHOWN
-        )
+        write_text(folder / ERROR, f"{said}\n\n{traceback.format_exc()}")
         print(f"error: {said}\nthe traceback is in {folder / ERROR}", file=sys.stderr, flush=True)
         return None
     return judge(folder)[1]
@@ -160,7 +161,7 @@ def _read_job(record: Path, began: float) -> Job:
     folder = record.parent.parent
     status, error = folders.status(folder) or "no ending", None
     if (folder / ERROR).is_file():
-        status, error = "failed", (folder / ERROR).read_text(encoding="utf-8").split("\n")[0]
+        status, error = "failed", read_text(folder / ERROR).split("\n")[0]
     elif status == "finished" and (folder / folders.SUMMARY).stat().st_mtime < began:
         status = "finished before"
     overrides = []
@@ -168,9 +169,7 @@ def _read_job(record: Path, began: float) -> Job:
         overrides = [str(one) for one in folders.read_yaml(record)]
     column, figure = judge(folder)
     # The file is long, and OmegaConf is slow to read it.
-    number = re.search(
-        r"^    num: (\d+)$", record.with_name("hydra.yaml").read_text(encoding="utf-8"), re.M
-    )
+    number = re.search(r"^    num: (\d+)$", read_text(record.with_name("hydra.yaml")), re.M)
     return Job(int(number[1]) if number else 0, folder, overrides, status, figure, column, error)
 
 

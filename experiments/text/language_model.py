@@ -11,6 +11,7 @@ from experiments.data.baselines import baselines
 from experiments.data.corpus import Data
 from experiments.run import folders, tables
 from experiments.run.memory import check_tokens
+from experiments.run.plain_files import write_text
 from experiments.run.task import Table, Task
 from experiments.shell.build import Solved
 from experiments.text import solver_check
@@ -80,7 +81,7 @@ def language_model(
         shape = f"{check['batch_size']} windows of {check['length']} tokens"
         summary["solvers"] = _compare(models, params, tokens, observe, shape)
         text = sample_text(models.model, params, seed=seed, tokenizer=data.tokenizer, **sample)
-        (folder / "sample.txt").write_text(text, encoding="utf-8")
+        write_text(folder / "sample.txt", text)
         print(f"--- a sample from {sample['prompt']!r} ---\n{text}\n---")
         where = f"{evaluation['windows']} windows of held-out files"
         tables.show_quality({"this model": summary[BITS]}, rulers, where=where)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from experiments.data import files, huggingface
 from experiments.data.batches import only_for
 from experiments.inject import injection
-from experiments.run import checkpoints, checks, claim, folders, seals, trainer, trust
+from experiments.run import checkpoints, checks, claim, disk, folders, seals, trainer, trust
 from experiments.run.resuming import cut_table
 from experiments.run.seals import Damaged
 from experiments.shell import build
@@ -211,6 +211,7 @@ FIELDS = {
         {**MEMORY, "timed": [1]},
         {**MEMORY, "timed": [-1, 2.0]},
         {**MEMORY, "others": {"a": 3}},
+        {**MEMORY, "others": {"gradient_norm": []}},
     ],
 }
 
@@ -233,6 +234,59 @@ def test_a_record_as_training_writes_it_is_read(run):
     assert checkpoints.restore(run, 2, LIKE)[1]["memory"] == MEMORY
     rewrite(run, 2, memory={"losses": []})
     assert checkpoints.restore(run, 2, LIKE)[1]["memory"] == {"losses": []}
+
+
+def metadata_of(path):
+    """What Orbax says of a checkpoint's parameters, as JSON, and where."""
+    return path / "params/_METADATA", json.loads((path / "params/_METADATA").read_text())
+
+
+@pytest.mark.parametrize(
+    "key", ["tree_metadata", "use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value"]
+)
+@pytest.mark.parametrize("value", [None, [], "x", 3, {"a": {}}], ids=str)
+def test_what_orbax_cannot_read_in_a_sealed_checkpoint_is_refused(run, key, value):
+    path, known = metadata_of(run / "checkpoints/2")
+    path.write_text(json.dumps({**known, key: value}))
+    seals.seal(run / "checkpoints/2")
+    try:
+        assert int(checkpoints.restore_newest(run, LIKE)[0].step) in (1, 2)
+    except folders.RunError as error:
+        assert "does not fit what config.yaml beside it describes, or is damaged" in str(error)
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (TypeError("a\nb"), Damaged),
+        (KeyError("a"), Damaged),
+        (AttributeError("a"), Damaged),
+        (Exception("a"), Damaged),
+        (FileNotFoundError(2, "gone"), Damaged),
+        (ValueError("a"), disk.Unlike),
+        (OSError(5, "disk"), OSError),
+        (MemoryError(), MemoryError),
+        (RuntimeError("RESOURCE_EXHAUSTED: no room"), RuntimeError),
+    ],
+    ids=repr,
+)
+def test_only_what_the_machine_refuses_is_not_damage(run, monkeypatch, capsys, error, raised):
+    restore = disk.ocp.Checkpointer.restore
+
+    def fail(self, path, *rest, **options):
+        if path.name == "2":
+            raise error
+        return restore(self, path, *rest, **options)
+
+    monkeypatch.setattr(disk.ocp.Checkpointer, "restore", fail)
+    with pytest.raises(raised):
+        disk.read_items(run / "checkpoints/2")
+    if raised is Damaged:
+        assert int(checkpoints.restore_newest(run, LIKE)[0].step) == 1
+        assert f"cannot be read ({type(error).__name__}: " in capsys.readouterr().err
+    if raised in (Damaged, disk.Unlike):
+        with pytest.raises(Damaged):
+            disk.read_record(run / "checkpoints/2", "run")
 
 
 @pytest.mark.parametrize("name", ["\u00b2", "\u0662", "007", "x7", "9" * 200, "-1", "1_0"])

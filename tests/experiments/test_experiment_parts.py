@@ -67,7 +67,7 @@ def loop(losses, *, log_every=2, eval_every=3, stop_after=None, saves=None, norm
         solved=options.pop("solved", None),
     )
     state = TrainState(jnp.float32(begin), None, jnp.int32(begin), None)
-    batches = iter(range(begin, len(losses)))
+    batches = iter(range(begin, options.pop("there", len(losses))))
     ending = run_loop(state, step, batches, pace, hooks, **options)
     return ending, rows, looks, statuses
 
@@ -78,6 +78,11 @@ def test_loop_writes_means_of_what_came_since_the_last_row():
     assert [row.others for row in rows] == [{"balance": 2 * row.loss} for row in rows]
     assert [status.loss for status in statuses] == [1, 3, 5, 9, 2]
     assert statuses[1].bits_per_byte == pytest.approx(3 / math.log(2))
+
+
+def test_loop_says_where_a_position_past_the_end_of_the_data_leaves_it():
+    with pytest.raises(folders.RunError, match="there is no batch for step 3: the position in the"):
+        loop([1.0] * 5, there=2)
 
 
 def test_loop_evaluates_before_the_first_step_at_intervals_and_after_the_last():
