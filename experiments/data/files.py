@@ -3,7 +3,7 @@
 import glob
 from pathlib import Path
 
-from experiments.run import litter
+from experiments.run import folders, litter
 from experiments.run.memory import machine_bytes, readable
 
 # How much of a file an error message quotes.
@@ -119,14 +119,16 @@ def check_size(file: Path, size: int) -> None:
 
 
 def check_unpacked(file: Path) -> None:
-    """Refuses a compressed file: nothing bounds what it unpacks to.
+    """Refuses a compressed file of a run's folder: nothing bounds what it unpacks to.
 
     Args:
-      file: that a library would unpack.
+      file: that a library would unpack; one that is not in the folder of a run is the user's own.
 
     Raises:
       ValueError: says what to do instead.
     """
+    if not any((place / folders.CONFIG).is_file() for place in file.absolute().parents):
+        return
     packed = file.suffix.lower() in PACKED
     if not packed and file.suffix.lower() not in PLAIN and file.is_file():
         with file.open("rb") as raw:
@@ -134,7 +136,7 @@ def check_unpacked(file: Path) -> None:
     if packed:
         raise ValueError(
             f"{file} is compressed, and what it unpacks to has no bound: unpack it "
-            "(gunzip, unzstd, unzip), or name other files with data.data_files"
+            "(gunzip, unzstd, unzip), or put it outside of the run's folder if it is yours"
         )
 
 

@@ -160,9 +160,13 @@ def printable(text: str) -> str:
     Returns:
       One line: `\\x1b` in place of an escape, `\\n` in place of a line end.
     """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+
+    def shown(c: str) -> str:
+        # A lone surrogate is a byte of a file's name that is no text, see `unicode`.
+        as_it_is = c.isprintable() or "\ud800" <= c <= "\udfff"
+        return c if as_it_is else c.encode("unicode_escape").decode("ascii")
+
+    return "".join(map(shown, text))
 
 
 def printable_lines(text: str) -> str:

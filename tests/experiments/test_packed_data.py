@@ -62,9 +62,15 @@ def test_parquet_that_repeats_a_large_value_is_refused_before_it_is_copied(
         ("x.dat", "json", "{folder}/x.dat"),  # whatever it is called
     ],
 )
-def test_compressed_files_of_ones_own_are_refused(tmp_path, monkeypatch, name, path, data_files):
+def test_compressed_files_of_a_runs_folder_are_refused(
+    tmp_path, monkeypatch, name, path, data_files
+):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = tmp_path / "run"
+    tmp_path = run / "data"
+    tmp_path.mkdir(parents=True)
+    (run / "config.yaml").touch()
     lines = b"".join(b'{"text": "document %d"}\n' % i for i in range(99))
     (tmp_path / name).write_bytes(gzip.compress(lines))
     given = {
@@ -73,7 +79,6 @@ def test_compressed_files_of_ones_own_are_refused(tmp_path, monkeypatch, name, p
     }
     with pytest.raises(ValueError, match=rf"{name} is compressed, .*: unpack it \(gunzip"):
         huggingface.load(**given)
-    (tmp_path / name).rename(tmp_path / "packed")
-    (tmp_path / "x.jsonl").write_bytes(lines)  # what is not read may be there
+    (run / "config.yaml").unlink()  # a user's own data
     if data_files is None:
         assert huggingface.load(**given, validation_fraction=0.5).validation.size
