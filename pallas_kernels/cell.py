@@ -59,6 +59,15 @@ def moved(jacobian: Sequence[Arrays], tangent: Arrays) -> list[jax.Array]:
     return [functools.reduce(operator.add, parts) for parts in zip(*columns, strict=True)]
 
 
+def alive(jacobian: Sequence[Arrays], tangent: Arrays) -> list[jax.Array]:
+    """Where an entry of `J v` has a part that is no product with 0; such a one may be flushed."""
+    columns = [
+        [(entry != 0.0) & (v != 0.0) for entry in column]
+        for column, v in zip(jacobian, tangent, strict=True)
+    ]
+    return [functools.reduce(operator.or_, parts) for parts in zip(*columns, strict=True)]
+
+
 def became(jacobian: Sequence[Arrays], sizes: Arrays, states: Arrays) -> list[jax.Array]:
     """What magnitudes become in a step that leads to `states`, their own included."""
     sizes = moved([[jnp.abs(entry) for entry in column] for column in jacobian], sizes)

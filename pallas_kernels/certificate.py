@@ -29,7 +29,8 @@ boundary adds up, and a guess that is constant in time has the residual of one s
    - Where a window of a kernel ends no `FLOOR` holds: the next one starts there, and nothing can
      correct it afterwards. The doubt is held to `COARSE` ulp of that state itself, and a 0 stays 0:
      what would move it may be what has become of `TINY` behind a reset (`may_leave`).
-   - No product vanishes: `TINY` is added to each entry at every step of a chunk. Beside a product
+   - No product vanishes: `TINY` is added to each entry at every step of a chunk, in kernels only
+     where the Jacobian and the product before lead to the entry. Beside a product
      that counts it is nothing. Where the product falls below it and grows again, `TINY` grows
      along, and what it makes of `d` is too large to count. At the end of a chunk a small entry is
      0 where the state is (`RESET`). In kernels an affine step takes no `TINY`: its starts
@@ -114,9 +115,14 @@ def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
     return accept, max(accept, COARSE * eps) if accept >= FINE * eps else accept
 
 
-def unvanishing(entry: jax.Array) -> jax.Array:
-    """An entry of P with `TINY` added to its magnitude: opposite signs might cancel."""
-    return entry + jnp.where(entry < 0.0, -TINY, TINY)
+def unvanishing(entry: jax.Array, alive: Any = True) -> jax.Array:
+    """An entry of P with `TINY` added to its magnitude: opposite signs might cancel.
+
+    Args:
+      entry: float32 or wider.
+      alive: where it is more than a sum of products with 0. Elsewhere nothing leads to the state.
+    """
+    return jnp.where(alive, entry + jnp.where(entry < 0.0, -TINY, TINY), entry)
 
 
 def product(entry: jax.Array, end: jax.Array) -> jax.Array:

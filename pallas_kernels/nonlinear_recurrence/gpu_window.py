@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import certificate, mosaic
-from pallas_kernels.cell import Arrays, became, moved
+from pallas_kernels.cell import Arrays, alive, became, moved
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
@@ -91,8 +91,10 @@ def _roll(
         arriving = came
         if sizes:  # the Jacobian itself moves the product and the sizes
             new, jacobian = cell.push(states, inputs, params, identity)
-            pushed = [moved(jacobian, column) for column in products]
-            pushed = jax.tree.map(certificate.unvanishing, pushed)
+            pushed = [
+                list(map(certificate.unvanishing, moved(jacobian, c), alive(jacobian, c)))
+                for c in products
+            ]
             arriving = became(jacobian, came, new)
         elif columns:
             new, pushed = cell.push(states, inputs, params, products)

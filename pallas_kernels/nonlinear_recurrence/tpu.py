@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import certificate, tiles
-from pallas_kernels.cell import ElementwiseCell, became, moved
+from pallas_kernels.cell import ElementwiseCell, alive, became, moved
 from pallas_kernels.nonlinear_recurrence.tpu_backward import backward
 from pallas_kernels.nonlinear_recurrence.tpu_link import Chunks, correct, link
 
@@ -174,8 +174,10 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             inputs = tiles.load(xs, place, plan.chunks)
             if sized:  # the Jacobian itself moves the product and the sizes
                 new, jacobian = cell.push(h, inputs, p, unit)
-                pushed = [moved(jacobian, column) for column in columns]
-                pushed = jax.tree.map(certificate.unvanishing, pushed)
+                pushed = [
+                    list(map(certificate.unvanishing, moved(jacobian, c), alive(jacobian, c)))
+                    for c in columns
+                ]
                 arriving = became(jacobian, came, new)
             else:
                 new, pushed = cell.push(h, inputs, p, columns)

@@ -198,20 +198,24 @@ def test_a_gap_counts_by_what_is_left_of_the_states_before(implementation, falls
     assert np.allclose(found.states[0][-1], -4000) and np.all(found.fallback_steps == 0)
 
 
+@pytest.mark.parametrize("seed", [0.0, 1e-20])
 @pytest.mark.parametrize("implementation", PATHS)
-def test_a_state_that_is_zero_where_a_window_ends_is_not_revived(implementation):
-    # `b` is 0 from a step of the last chunk on, and would grow from anything else.
+def test_a_state_that_is_zero_near_a_windows_end_grows_from_what_comes_next(implementation, seed):
+    # `b` is 0 from a step of the last chunk on, or 1e-20 at its last step, and grows from it alone.
     steps, reset, lanes = 64, 28, 256 if implementation == PATHS[0] else 4 * BLOCK
     rng = np.random.default_rng(0)
     gain, mix = np.full((steps, 1, lanes), 0.5), np.ones((steps, 1, lanes))
     drive = np.broadcast_to(10 ** rng.uniform(-1, 0, lanes), gain.shape)
     gain[reset], gain[reset + 1 : 44], gain[44:], mix[reset:] = 0, 1e10, 1, 0
-    xs = [jnp.asarray(v, jnp.float32) for v in (gain, drive, rng.normal(size=gain.shape), mix)]
+    noise, comes = rng.normal(size=gain.shape), np.zeros(gain.shape)
+    comes[31] = seed
+    gain[33:] = np.where(seed, 1, gain[33:])
+    xs = [jnp.asarray(v, jnp.float32) for v in (gain, drive, noise, mix, comes)]
 
     def step(h, x):
-        (a, b), (gain, drive, add, mix) = h, x
+        (a, b), (gain, drive, add, mix, comes) = h, x
         a = drive * (a + 0.3 * jnp.sin(a)) + add
-        new = a, gain * b + mix * a
+        new = a, gain * b + mix * a + comes
         return new, new
 
     init = (jnp.full((1, lanes), 0.5), jnp.zeros((1, lanes)))
@@ -220,4 +224,6 @@ def test_a_state_that_is_zero_where_a_window_ends_is_not_revived(implementation)
         lambda init, xs: jp.solve_scan(step, init, xs, solver=solver), compiler_options=QUICK
     )(init, xs)
     assert info.converged and info.fallback_steps == 0
-    assert np.all(np.asarray(states[1])[reset:] == 0)
+    found = np.asarray(states[1])[reset:]
+    np.testing.assert_allclose(found, lax.scan(step, init, xs)[1][1][reset:], rtol=1e-5)
+    assert np.all(found[-1] == 0) if seed == 0 else np.all(found[-1] > 1e-11)
