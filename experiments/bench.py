@@ -255,7 +255,7 @@ def place(cfg: DictConfig, folder: Path) -> Path:
     Raises:
       RunError: the folder holds other work.
     """
-    trust.check_links(folder)
+    trust.check_links(folder, written=True)
     found = None if cfg.fresh else bench_rows.find(folder, cfg)
     if found is None:
         folders.open_run(folder, cfg)

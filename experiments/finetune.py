@@ -128,7 +128,7 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
 
 def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
     """Copies the run of a twin under this config and marks it."""
-    trust.check_links(folder)
+    trust.check_links(folder, written=True)
     folders.open_run(folder, cfg)
     with replacing(folder / METRICS) as part:
         shutil.copyfile(twin / METRICS, part)

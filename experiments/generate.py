@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from experiments.run import folders, trust
 from experiments.run.folder_arguments import quote_folders
+from experiments.run.plain_files import for_terminal
 from experiments.shell.commandline import command, guarded, quote_text
 from experiments.shell.foreign import content_of
 from experiments.text.prompts import check_output, read_prompts, stop_strings
@@ -92,7 +93,7 @@ def job(cfg: DictConfig) -> None:
                 write_lines(writer, params, requests, cfg)
             else:
                 for [piece] in follow(writer, params, requests, seed=cfg.seed)[1]:
-                    sys.stdout.write(piece)
+                    sys.stdout.write(for_terminal(piece) if sys.stdout.isatty() else piece)
                     sys.stdout.flush()
                 sys.stdout.write("\n")
         except ValueError as error:

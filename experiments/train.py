@@ -42,7 +42,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
     """`job` in a folder, which it locks as soon as it writes there."""
     resume = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
     if resume:
-        trust.check_place(folder)
+        trust.check_place(folder, written=True)
         held.enter_context(claimed(folder))
         stored = folders.load_config(folder)
         overrides = list(HydraConfig.get().overrides.task)

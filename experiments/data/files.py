@@ -3,7 +3,7 @@
 import glob
 from pathlib import Path
 
-from experiments.run import folders, litter
+from experiments.run import litter, trust
 from experiments.run.memory import machine_bytes, readable
 
 # How much of a file an error message quotes.
@@ -127,7 +127,7 @@ def check_unpacked(file: Path) -> None:
     Raises:
       ValueError: says what to do instead.
     """
-    if not any((place / folders.CONFIG).is_file() for place in file.absolute().parents):
+    if not trust.is_of_a_run(file):
         return
     packed = file.suffix.lower() in PACKED
     if not packed and file.suffix.lower() not in PLAIN and file.is_file():

@@ -35,7 +35,7 @@ def claimed(folder: Path) -> Iterator[None]:
       RunError: another process holds it, it cannot be written to, or as `trust.check_links`; at
         once.
     """
-    trust.check_links(folder)
+    trust.check_links(folder, written=True)
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)

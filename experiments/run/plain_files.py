@@ -181,6 +181,18 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def for_terminal(text: str) -> str:
+    """Shows control characters by their codes, except ends of lines and tabs.
+
+    Args:
+      text: as long as it may be, such as a model writes.
+
+    Returns:
+      Text that a terminal only shows.
+    """
+    return "\t".join(map(printable_lines, text.split("\t")))
+
+
 def safe_name(text: str) -> str:
     """Makes a part of a file's name of any text; it never leads into another folder.
 

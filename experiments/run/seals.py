@@ -21,6 +21,7 @@ from experiments.run.folders import RunError
 from experiments.run.plain_files import (
     OTHER,
     is_plain,
+    printable,
     printable_lines,
     read_bytes,
     regular,
@@ -34,7 +35,13 @@ CHUNK = 1 << 20
 
 
 class Damaged(RunError):
-    """Something on disk is not what was written; the text names it."""
+    """Something on disk is not what was written; the text, one line, names it.
+
+    The name may be anybody's: a line end in it makes no line of its own.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(printable(text))
 
 
 def of_text(value: Any) -> str:

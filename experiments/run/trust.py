@@ -35,6 +35,10 @@ _PACKAGES: ContextVar[tuple[str, ...]] = ContextVar("packages", default=())
 _PATHS: ContextVar[tuple[str, ...]] = ContextVar("paths", default=())
 
 
+# Folders of runs whose configs were opened.
+_OPENED: ContextVar[tuple[Path, ...]] = ContextVar("opened", default=())
+
+
 @contextmanager
 def from_command_line(cfg: DictConfig) -> Iterator[None]:
     """Trusts what the command line names, while a program runs.
@@ -97,6 +101,7 @@ def open_config(folder: Path) -> DictConfig:
     """
     check_place(folder)
     cfg = folders.load_config(folder)
+    _OPENED.set((*_OPENED.get(), folder))
     refused = [
         (key, name)
         for key, name in names.targets(OmegaConf.to_container(cfg, resolve=False), "")
@@ -198,11 +203,12 @@ def outside(folder: Path, *, but: Sequence[str] = ()) -> list[str]:
     return list(found)
 
 
-def check_place(folder: Path) -> None:
+def check_place(folder: Path, *, written: bool = False) -> None:
     """Refuses a folder to build from: Python would import its files, or as `check_links` says.
 
     Args:
       folder: of a run.
+      written: whether it is written to as well.
 
     Raises:
       RunError: says what to do instead.
@@ -214,27 +220,30 @@ def check_place(folder: Path) -> None:
                 f"Python imports from {Path(entry or '.').resolve()}, which is in the run's folder "
                 f"{folder}: its files would be run as code. Start the program from another folder"
             )
-    check_links(folder)
+    check_links(folder, written=written)
 
 
-def check_links(folder: Path) -> None:
+def check_links(folder: Path, *, written: bool = False) -> None:
     """Refuses a folder whose links lead out, or with devices; it is read or written to after this.
 
     Args:
       folder: of a run; it may be missing.
+      written: whether it is written to, which no trust allows through a link.
 
     Raises:
       RunError: says what to do instead.
     """
     for place, inner, files in os.walk(folder):
         for path in (Path(place) / name for name in (*inner, *files)):
+            shown = printable(str(path))
             if path.exists() and not is_plain(path):
-                raise RunError(f"{path} is {OTHER}: take it out of the run's folder")
-            if path.is_symlink() and not _is_ours(str(path), folder):
-                there = os.path.realpath(path)  # a link to itself gives its own name
+                raise RunError(f"{shown} is {OTHER}: take it out of the run's folder")
+            allowed = _is_inside if written else _is_ours
+            if path.is_symlink() and not allowed(str(path), folder):
+                there = printable(os.path.realpath(path))  # a link to itself gives its own name
                 raise RunError(
-                    f"{path} is a link to {there}, which is not in the run's folder: "
-                    f"replace it by what it points to, or give {TRUST}={there}"
+                    f"{shown} is a link to {there}, which is not in the run's folder: replace it "
+                    f"by what it points to{'' if written else f', or give {TRUST}={there}'}"
                 )
 
 
@@ -327,6 +336,15 @@ def _is_inside(value: str, folder: Path) -> bool:
     except (RuntimeError, OSError):  # a link to itself, or an unknown home folder
         return False
     return whole.is_relative_to(folder.expanduser().resolve())
+
+
+def is_of_a_run(file: Path) -> bool:
+    """Whether a file lies in the folder of a run that was opened.
+
+    Args:
+      file: that is to be read.
+    """
+    return any(_is_inside(str(file), folder) for folder in _OPENED.get())
 
 
 def _is_ours(value: str, folder: Path) -> bool:

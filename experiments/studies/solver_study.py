@@ -227,7 +227,7 @@ def main(cfg: DictConfig) -> None:
             **instantiate({name: cfg[name] for name in names}, _convert_="all"),
         )
         models = {way: model_of(way) for way in ways(list(cfg.solvers), cfg.budgets, cfg.tols)}
-        trust.check_links(folder)
+        trust.check_links(folder, written=True)
         folders.open_run(folder, cfg)
         began = time.perf_counter()
         table = folder / "study.csv"

@@ -392,6 +392,6 @@ def short_names(runs: Sequence[Run]) -> list[str]:
     Returns:
       A name for each; the folder's own for a single run.
     """
-    folders = [str(run.folder) for run in runs]
+    folders = [os.path.abspath(run.folder) for run in runs]
     common = os.path.commonpath(folders) if len(folders) > 1 else str(runs[0].folder.parent)
     return [os.path.relpath(folder, common) for folder in folders]

@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
 from experiments.run import folders, litter, records, trust
+from experiments.run.folders import RunError
 from experiments.run.plain_files import read_text, write_text
 from experiments.run.tables import show
 from experiments.shell.commandline import check, launch
@@ -68,9 +69,14 @@ class Announce(Callback):
     """Tells `start` after a sweep which one it was: `hydra.callbacks.sweep` in the config."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra itself sets this only inside jobs."""
+        """Hydra itself sets this only inside jobs; it writes into the sweep's folder after this."""
         del kwargs
         HydraConfig.instance().set_config(config)
+        try:
+            trust.check_links(Path(config.hydra.sweep.dir), written=True)
+        except RunError as error:  # Hydra makes a warning of other exceptions
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
 
 
 def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
@@ -98,7 +104,7 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     refused.unlink(missing_ok=True)
     safe = False
     try:
-        trust.check_links(folder)
+        trust.check_links(folder, written=True)
         safe = True
         records.write(folder, cfg)
         check(cfg)

@@ -5,7 +5,10 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,11 +24,13 @@ from experiments.run import (
     names,
     opening,
     plain_files,
+    seals,
     trust,
 )
 from experiments.run.folders import RunError
 from experiments.shell.explanations import explain
 from experiments.shell.foreign import content_of
+from experiments.sweep import run_sets
 from tests.experiments.run_folders import config, make_run
 from tests.experiments.saved_run import MODEL, call, save_run
 from tests.experiments.test_bench_resume import SUITE
@@ -162,6 +167,55 @@ def test_a_new_run_in_a_folder_whose_links_lead_out_is_refused(tmp_path, name):
             pass
     said = call(bench, tmp_path, *SUITE, f"hydra.run.dir={tmp_path / 'new'}")
     assert "is a link to" in said and everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["damaged", "tensorboard", "checkpoints/9"])
+def test_no_trust_lets_a_run_write_through_its_links(tmp_path, run, name):
+    victim = tmp_path / "victim"
+    (victim / "2").mkdir(parents=True)
+    (victim / "2" / "text").write_text("x")
+    (run / name).symlink_to(victim)
+    before = everything(tmp_path)
+    said = call(train, tmp_path, f"resume={run}", f"trust={victim}")
+    assert "is a link to" in said and "trust=" not in said, said
+    assert everything(tmp_path) == before
+
+
+def test_a_sweep_is_refused_in_a_folder_whose_links_lead_out(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "victim").write_text("x")
+    (tmp_path / "sweep" / "multirun.yaml").symlink_to(tmp_path / "victim")
+    before = everything(tmp_path)
+    program = [sys.executable, "-m", "experiments.train", "-m", "seed=0,1", "steps=1"]
+    ended = subprocess.run(
+        [*program, f"hydra.sweep.dir={tmp_path}/sweep"],
+        cwd=folders.REPOSITORY,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert ended.returncode == 1 and "multirun.yaml is a link to" in ended.stderr, ended.stderr
+    assert everything(tmp_path) == before
+
+
+def test_a_line_end_in_a_name_makes_no_line_of_its_own(tmp_path, run):
+    (run / "a\nerror: run this\nb").symlink_to("/etc/passwd")
+    said = call(generate, tmp_path, f"run={run}")
+    assert "is a link to /etc/passwd" in said and "\nerror: run this" not in said
+    (run / "a\nerror: run this\nb").unlink()
+    (run / "checkpoints/0/params/a\nerror: run this").write_text("x")
+    with pytest.raises(seals.Damaged, match=r"a\\nerror: run this was not written with"):
+        seals.check(run / "checkpoints/0")
+
+
+def test_runs_by_relative_and_absolute_paths_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [SimpleNamespace(folder=Path(place)) for place in ("a", tmp_path / "b")]
+    assert run_sets.short_names(runs) == ["a", "b"]
+
+
+def test_a_terminal_only_shows_what_a_model_writes():
+    assert plain_files.for_terminal("a\tb\n\x1b]0;x\a") == "a\tb\n\\x1b]0;x\\x07"
 
 
 def test_a_link_inside_a_folder_is_replaced_and_never_written_through(tmp_path):

@@ -1,10 +1,12 @@
 """Compressed data: what unpacks beyond all measure is refused before it fills the memory."""
 
 import gzip
+from contextvars import ContextVar
 
 import pytest
 
 from experiments.data import files, huggingface, parquet
+from experiments.run import trust
 
 
 def test_parquet_that_unpacks_beyond_all_measure_is_refused(tmp_path, monkeypatch):
@@ -70,7 +72,8 @@ def test_compressed_files_of_a_runs_folder_are_refused(
     run = tmp_path / "run"
     tmp_path = run / "data"
     tmp_path.mkdir(parents=True)
-    (run / "config.yaml").touch()
+    (run / "config.yaml").write_text("data: null")
+    trust.open_config(run)
     lines = b"".join(b'{"text": "document %d"}\n' % i for i in range(99))
     (tmp_path / name).write_bytes(gzip.compress(lines))
     given = {
@@ -79,6 +82,6 @@ def test_compressed_files_of_a_runs_folder_are_refused(
     }
     with pytest.raises(ValueError, match=rf"{name} is compressed, .*: unpack it \(gunzip"):
         huggingface.load(**given)
-    (run / "config.yaml").unlink()  # a user's own data
+    monkeypatch.setattr(trust, "_OPENED", ContextVar("none", default=()))  # a user's own data
     if data_files is None:
         assert huggingface.load(**given, validation_fraction=0.5).validation.size

@@ -245,6 +245,14 @@ def test_text_that_does_not_come_back_has_no_bits_per_byte(kind, tokenizer, tmp_
     assert judged_by(documents, exact, PACKED)[2] > 0
 
 
+def test_a_space_that_a_tokenizer_puts_in_front_of_a_text_is_no_loss(tokenizer, tmp_path):
+    cut = {**json.loads(Path(tokenizer).read_text())["pre_tokenizer"], "add_prefix_space": True}
+    spaced = edited(tokenizer, tmp_path, pre_tokenizer=cut)
+    t = tokens.open_tokenizer(spaced)
+    assert t.decode(t.encode(b"text").tolist()) == b" text"
+    assert judged_by([b"text", b"of words"], t, PACKED)[2] > 0
+
+
 def test_a_lossy_tokenizer_makes_no_run(tokenizer, tmp_path):
     write_texts(tmp_path, [f"Text {i}, of Some words\n" for i in range(40)])
     lossy = edited(tokenizer, tmp_path, normalizer={"type": "Lowercase"})
