@@ -61,9 +61,14 @@ def from_linen(
       is applied to it (`t(model)`) reads what is summed over in each kernel.
 
     Raises:
+      TypeError: `module` is not an instance of a Linen module.
       ValueError: a collection or a random stream that is not named, an unknown name, or
         one of `start` and `run` without the other; and what the module raises on `examples`.
     """
+    if not isinstance(module, linen.Module):
+        raise TypeError(
+            f"module is {module!r}; expected a Linen module that is made: from_linen(Net(4), x)"
+        )
     if (start is None) != (run is None):
         raise ValueError("a sequence model has both start= and run=; one was given")
     if run is not None and mutable:

@@ -67,9 +67,15 @@ def from_nnx(
       A `Model`.
 
     Raises:
+      TypeError: `build` is a module instead of the function that makes one.
       ValueError: a collection that is not named, an unknown name, one of `start` and
         `run` without the other; from `apply`, a draw from a stream that is not named.
     """
+    if isinstance(build, nnx.Module):
+        raise TypeError(
+            f"build is a {type(build).__name__} that is made already; give the function that makes "
+            f"it: from_nnx(lambda rngs: {type(build).__name__}(..., rngs=rngs))"
+        )
     if (start is None) != (run is None):
         raise ValueError("a sequence model has both start= and run=; one was given")
     if run is not None and mutable:

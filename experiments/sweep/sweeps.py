@@ -238,6 +238,15 @@ def _sweeps() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def _discard(sweep: Path, began: float) -> None:
+    """Removes the folder of a sweep that was refused before its first job."""
+    with contextlib.suppress(OSError):
+        record = sweep / "multirun.yaml"
+        if list(sweep.iterdir()) == [record] and record.stat().st_mtime >= began:
+            record.unlink()
+            sweep.rmdir()
+
+
 def start(
     main: Callable[[], None], prepare: Callable[[list[str]], list[str]] = lambda given: given
 ) -> None:
@@ -275,5 +284,7 @@ def start(
         jobs = jobs_since(sweep, began)
         if jobs and not report(sweep, jobs):
             code = code or 1
+        if code and not jobs:
+            _discard(sweep, began)
     if code:
         raise SystemExit(code)

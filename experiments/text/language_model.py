@@ -204,6 +204,7 @@ def _compare(
     if observe is None:
         print("no recurrent layer: there is no parallel solve to compare")
         return []
+    print(f"comparing solvers on {shape}: they are compiled first", flush=True)
     rows = solver_check.compare(
         {"sequential": models.sequential, models.parallel_name: models.parallel},
         params,

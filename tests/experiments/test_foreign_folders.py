@@ -181,21 +181,32 @@ def test_no_trust_lets_a_run_write_through_its_links(tmp_path, run, name):
     assert everything(tmp_path) == before
 
 
-def test_a_sweep_is_refused_in_a_folder_whose_links_lead_out(tmp_path):
-    (tmp_path / "sweep").mkdir()
-    (tmp_path / "victim").write_text("x")
-    (tmp_path / "sweep" / "multirun.yaml").symlink_to(tmp_path / "victim")
-    before = everything(tmp_path)
-    program = [sys.executable, "-m", "experiments.train", "-m", "seed=0,1", "steps=1"]
+def swept(folder, *arguments):
+    """What a sweep that fails says."""
+    program = [sys.executable, "-m", "experiments.train", "-m", *arguments]
     ended = subprocess.run(
-        [*program, f"hydra.sweep.dir={tmp_path}/sweep"],
+        [*program, f"hydra.sweep.dir={folder}"],
         cwd=folders.REPOSITORY,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         encoding="utf-8",
     )
-    assert ended.returncode == 1 and "multirun.yaml is a link to" in ended.stderr, ended.stderr
-    assert everything(tmp_path) == before
+    assert ended.returncode == 1, ended.stderr
+    return ended.stderr
+
+
+def test_a_sweep_is_refused_in_a_folder_whose_links_lead_out(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "victim").write_text("x")
+    (tmp_path / "sweep" / "multirun.yaml").symlink_to(tmp_path / "victim")
+    before = everything(tmp_path)
+    said = swept(tmp_path / "sweep", "seed=0,1", "steps=1")
+    assert "multirun.yaml is a link to" in said and everything(tmp_path) == before, said
+
+
+def test_a_sweep_that_is_refused_before_its_first_job_leaves_no_folder(tmp_path):
+    said = swept(tmp_path / "sweep", "cell=para_gru,para_ltsm")
+    assert "para_ltsm" in said and everything(tmp_path) == {}, said
 
 
 def test_a_line_end_in_a_name_makes_no_line_of_its_own(tmp_path, run):

@@ -255,6 +255,12 @@ def test_what_from_linen_refuses_says_what_to_change(options, message):
         linen.from_linen(Net(), X, **options)
 
 
+@pytest.mark.untyped
+def test_a_class_in_place_of_a_module_is_named():
+    with pytest.raises(TypeError, match="Net'>; expected a Linen module that is made"):
+        linen.from_linen(Net, X)
+
+
 def test_a_forgotten_key_says_so():
     model = linen.from_linen(Net(), X, rngs=("dropout",), mutable=("batch_stats",))
     with pytest.raises(ValueError, match="the last input must be a key"):

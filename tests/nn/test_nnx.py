@@ -178,6 +178,13 @@ def test_a_module_becomes_a_model_with_its_own_parameters():
     assert model.start is None and model.run is None
 
 
+@pytest.mark.untyped
+def test_a_module_in_place_of_the_function_that_makes_it_is_named():
+    module = flax.Linear(4, 6, rngs=flax.Rngs(0))
+    with pytest.raises(TypeError, match=r"a Linear that is made already; .* from_nnx\(lambda rngs"):
+        nnx.from_nnx(module)
+
+
 def test_keys_and_collections_are_ordinary_inputs_and_outputs():
     def evaluating(rngs):
         net = Net(rngs)
