@@ -144,6 +144,7 @@ def test_a_state_that_fades_out_is_not_walked(implementation):
     wanted = scanned(step, init, xs)
     faded = np.max(np.abs(wanted), axis=(1, 2))
     assert np.any((faded < 1e-31) & (faded > 0)) and np.all(found.fallback_steps == 0)
+    # Beside the first states, of size 1: what has faded counts by the recent magnitude.
     np.testing.assert_allclose(found.states[0], wanted, rtol=0, atol=2e-6)
 
 
@@ -194,6 +195,7 @@ def test_a_gap_counts_by_what_is_left_of_the_states_before(implementation, falls
         return nonlinear_recurrence.forward(prepared.cell, [first] * states, inputs, params, **how)
 
     found = jax.jit(run, compiler_options=QUICK)(first, rows)
+    # 80 units in the last place count as solved.
     np.testing.assert_allclose(found.states[0], scanned(step, first, rows), rtol=1e-5)
     assert np.allclose(found.states[0][-1], -4000) and np.all(found.fallback_steps == 0)
 
@@ -225,5 +227,6 @@ def test_a_state_that_is_zero_near_a_windows_end_grows_from_what_comes_next(impl
     )(init, xs)
     assert info.converged and info.fallback_steps == 0
     found = np.asarray(states[1])[reset:]
+    # 80 units in the last place count as solved; 2e4 times too much was seen.
     np.testing.assert_allclose(found, lax.scan(step, init, xs)[1][1][reset:], rtol=1e-5)
     assert np.all(found[-1] == 0) if seed == 0 else np.all(found[-1] > 1e-11)

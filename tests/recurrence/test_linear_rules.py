@@ -67,6 +67,7 @@ def test_gradients_are_those_of_lax_scan(name):
     for solver in (None, jp.shooting(), jp.sequential()):
         scan = lambda *a, s=solver: jp.newton_scan(*a, solver=s)  # noqa: E731
         for found, right in zip(gradients(f, scan), wanted, strict=True):
+            # Cotangents are summed in float32 in another order.
             np.testing.assert_allclose(found, right, rtol=2e-6, atol=1e-6)
 
 
