@@ -1,8 +1,9 @@
 """Fits the rule of `jp.auto` on this machine: `python -m experiments.fit_choice`.
 
 Measures the speed-up of each path of `newton_scan`, with the reverse rule of training, over
-`lax.scan` (forward and backward, with JAX's own derivative). The grid has lengths, widths and
-Jacobian block sizes. Writes the points as the data that the rule looks up.
+`lax.scan` (forward and backward, with JAX's own derivative). The grid has lengths, widths,
+Jacobian block sizes, and gates as arrays of their own or in one input. Writes the points as the
+data that the rule looks up.
 """
 
 import datetime
@@ -21,9 +22,12 @@ from rich.console import Console
 
 import jaxpara as jp
 from experiments.contest import choice_map
-from experiments.contest.recurrence_problem import make_problem
+from experiments.contest.recurrence_problem import make_problem, stacked
 from experiments.contest.timing import measure, prepare
 from experiments.shell.commandline import command, guarded
+
+# Before the name of a cell of the grid: its gates are cut out of one input.
+_STACKED = "stacked_"
 
 
 def forward_backward(scan: Callable[..., Any], step: Any) -> Callable[..., Any]:
@@ -43,7 +47,8 @@ def measure_point(
     cell: str, shape: tuple[int, int, int], paths: dict[str, Any], rounds: int, budget_s: float
 ) -> dict[str, Any]:
     """Measures one point of the map: speed-ups of every path over `lax.scan`."""
-    problem = make_problem(cell, *shape)
+    problem = make_problem(cell.removeprefix(_STACKED), *shape)
+    problem = stacked(problem) if cell.startswith(_STACKED) else problem
     data = (problem.params, problem.init, problem.gates, problem.cotangent)
 
     def through(solver):
@@ -61,11 +66,13 @@ def measure_point(
         lambda h, x: problem.step(problem.params, h, x), problem.init, first
     )
     leaves = jax.tree.leaves(problem.init)
+    widest = max(gate.size for gate in jax.tree.leaves(first))
     return choice_map.point(
         cell,
         block=structure.size([leaf.shape for leaf in leaves]),
         steps=shape[0],
         elements=sum(leaf.size for leaf in leaves),
+        inputs=max(1, widest / max(leaf.size for leaf in leaves)),
         speedup={n: timings["scan"].median / timings[n].median for n in paths},
         spread_ms={n: [t.low * 1e3, t.median * 1e3, t.high * 1e3] for n, t in timings.items()},
     )

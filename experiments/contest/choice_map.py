@@ -14,6 +14,7 @@ def point(
     block: int,
     steps: int,
     elements: int,
+    inputs: float = 1,
     speedup: Mapping[str, float],
     spread_ms: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
@@ -24,6 +25,8 @@ def point(
       block: of the step's Jacobian.
       steps: T.
       elements: of the state, over batch and channels.
+      inputs: width of the widest input, in widths of the widest leaf of the state; 3 where three
+        gates are cut out of one input.
       speedup: of each path, over `lax.scan`, with gradients.
       spread_ms: first quartile, median and third quartile of each, `scan` among them.
 
@@ -35,6 +38,7 @@ def point(
         "block": block,
         "steps": steps,
         "elements": elements,
+        "inputs": _short(inputs),
         "speedup": {name: _short(value) for name, value in speedup.items()},
         "spread": {name: [_short(v) for v in values] for name, values in spread_ms.items()},
     }
@@ -64,7 +68,8 @@ def write(
     Returns:
       The file.
     """
-    output = output or FOLDER / f"choice_{platform}.json"
+    release = ".".join(jax.split(".")[:2])
+    output = output or FOLDER / f"choice_{platform}_jax{release}.json"
     record = {"platform": platform, "device": device, "jax": jax, "date": date}
     text = json.dumps({**record, "points": points}, indent=1)
     output.write_text(text + "\n", encoding="utf-8")

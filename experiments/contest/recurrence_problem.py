@@ -23,14 +23,15 @@ class Problem(NamedTuple):
       step: `(params, carry, gates_t) -> (carry, y_t)`.
       params: the recurrent weights.
       init: the carry before the first step.
-      gates: a tuple of `[time, batch, state]`, the projected inputs.
+      gates: a tuple of `[time, batch, state]`, the projected inputs; of a `stacked` problem one
+        array.
       cotangent: `[time, batch, state]`, of the outputs.
     """
 
     step: Callable[[Any, Any, Any], tuple[Any, jax.Array]]
     params: Any
     init: Any
-    gates: tuple[jax.Array, ...]
+    gates: Any
     cotangent: jax.Array
 
 
@@ -76,6 +77,23 @@ def make_problem(
         gates=gates,
         cotangent=jax.random.normal(k_cotangent, (time, batch, state)),
     )
+
+
+def stacked(problem: Problem) -> Problem:
+    """Lays the gates side by side in one input, as a single projection returns them.
+
+    Args:
+      problem: with gates as separate arrays.
+
+    Returns:
+      The same recurrence.
+    """
+    gates, tree = jax.tree.flatten(problem.gates)
+
+    def step(params, carry, x):
+        return problem.step(params, carry, tree.unflatten(jnp.split(x, len(gates), axis=-1)))
+
+    return problem._replace(step=step, gates=jnp.concatenate(gates, axis=-1))
 
 
 def dense_problem(time: int, batch: int, state: int, seed: int = 0) -> Problem:

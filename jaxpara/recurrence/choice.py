@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -141,6 +141,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
             steps=traced.length,
             elements=numbers,
             block=size,
+            inputs=_width_of_inputs(body, shapes),
             kernel=why_not is None,
         )
         reason += f"; no kernel: {why_not}" if why_not else ""
@@ -169,11 +170,24 @@ def _within_limits(solver: Solver, traced: Traced, positions, size, shapes):
     if too_dear is None:
         return solver, None
     numbers = sum(map(elements, shapes))
-    instead, _ = rule.pick(platform, steps=traced.length, elements=numbers, block=size)
+    instead, _ = rule.pick(
+        platform,
+        steps=traced.length,
+        elements=numbers,
+        block=size,
+        inputs=_width_of_inputs(traced.body, shapes),
+    )
     if instead is None and not settings.debug:
         return None, too_dear
     own = SEQUENTIAL.settings._replace(structure=settings.structure, debug=settings.debug)
     return SEQUENTIAL._replace(settings=own), too_dear
+
+
+def _width_of_inputs(body: Body, shapes: Sequence[Sequence[Any]]) -> float:
+    """Width of the widest input, in widths of the widest leaf of the carry; at least 1."""
+    inputs = compat.open_jaxpr(body.jaxpr).invars[body.consts + body.carries :]
+    widest = max((elements(var.aval.shape) for var in inputs), default=1)
+    return max(1, widest / max(1, *map(elements, shapes)))
 
 
 def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:

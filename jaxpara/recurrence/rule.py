@@ -1,15 +1,18 @@
 """The rule of `jp.auto`: a map of measurements, looked up at the nearest point.
 
-`choice_<platform>.json` holds, for block size, length and size of the state, how much
-faster than `lax.scan` (forward and backward, with its own derivative) each path was;
-`python -m experiments.fit_choice` measures it again on another machine.
+`choice_<platform>_jax<version>.json` holds, for block size, length, size of the state and width
+of the inputs, how much faster than `lax.scan` (forward and backward, with its own derivative) each
+path was; `python -m experiments.fit_choice` measures it again on another machine.
 """
 
 import functools
 import importlib.resources
 import json
 import math
+import re
 from typing import Any
+
+import jax
 
 from jaxpara.recurrence.solve.records import FUSED, SEQUENTIAL, SHOOTING
 from jaxpara.recurrence.system import Solver
@@ -29,7 +32,13 @@ _SMALL_BLOCK = 8
 
 
 def pick(
-    platform: str, *, steps: int, elements: int, block: int, kernel: bool = False
+    platform: str,
+    *,
+    steps: int,
+    elements: int,
+    block: int,
+    inputs: float = 1,
+    kernel: bool = False,
 ) -> tuple[Solver | None, str]:
     """The path for a call, and why.
 
@@ -38,6 +47,7 @@ def pick(
       steps: length of the recurrence.
       elements: floating elements of the carry, batch included.
       block: largest block of the Jacobian.
+      inputs: width of the widest input, in widths of the widest leaf of the carry; at least 1.
       kernel: whether a kernel takes the step.
 
     Returns:
@@ -50,28 +60,45 @@ def pick(
         if platform != "cpu" and steps >= _LONG and block <= _SMALL_BLOCK:
             return PATHS["shooting"], f"{steps} steps on a {platform} (a guess: not measured)"
         return PATHS["implicit"], f"the default on a {platform} (a guess: not measured)"
-    point = min(measured["points"], key=lambda p: _distance(p, steps, elements, block))
+    point = min(measured["points"], key=lambda p: _distance(p, steps, elements, block, inputs))
     open_to_it = {n: g for n, g in point["speedup"].items() if kernel or n != "fused"}
     name, gain = max(open_to_it.items(), key=lambda item: item[1])
     where = (
         f"{gain:.2g} times lax.scan with its own derivative, measured at block {point['block']}, "
-        f"{point['steps']} steps, {point['elements']} elements on {measured['device']}"
+        f"{point['steps']} steps, {point['elements']} elements, inputs of {point['inputs']:g} times "
+        f"their width, on {measured['device']} with JAX {measured['jax']}"
     )
     if gain < _WORTH:
         return None, f"{name} is only {where}"
     return PATHS[name], where
 
 
-def _distance(point: dict[str, Any], steps: int, elements: int, block: int) -> float:
-    """Distance in doublings; block size counts most, it changes the kind of work."""
+def _distance(
+    point: dict[str, Any], steps: int, elements: int, block: int, inputs: float
+) -> float:
+    """Distance in doublings; what changes the kind of work counts most.
+
+    That is the block size, and whether a step cuts its gates out of one wide input: the gradient
+    of a cut is padded to the whole input.
+    """
     return (
         abs(math.log2(point["steps"] / max(1, steps)))
         + abs(math.log2(point["elements"] / max(1, elements)))
         + 4 * abs(math.log2(point["block"] / max(1, block)))
+        + 4 * abs(math.log2(point["inputs"] / inputs))
     )
 
 
 @functools.cache
 def _map(platform: str) -> dict[str, Any] | None:
-    file = importlib.resources.files("jaxpara.recurrence") / f"choice_{platform}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """The map of the newest JAX that is not newer than this one, else of the oldest."""
+    pattern = re.compile(rf"choice_{platform}_jax(\d+)\.(\d+)\.json")
+    maps = {}
+    for file in importlib.resources.files("jaxpara.recurrence").iterdir():
+        if named := pattern.fullmatch(file.name):
+            maps[int(named[1]), int(named[2])] = file
+    if not maps:
+        return None
+    older = [version for version in maps if version <= jax.__version_info__[:2]]
+    file = maps[max(older) if older else min(maps)]
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -22,13 +22,26 @@ def gates(time, batch, state):
     return tuple(jax.random.normal(jax.random.key(i), (time, batch, state)) for i in range(2))
 
 
-def test_every_measured_point_with_a_gain_of_1_2_is_chosen_and_every_loss_is_not():
+@pytest.fixture(params=["0.10.2", "0.11.1", "0.12.0"])
+def with_jax(request, monkeypatch):
+    """The rule as it is under a version of JAX, each of which has a map."""
+    release = tuple(map(int, request.param.split(".")))
+    monkeypatch.setattr(jax, "__version_info__", release)
+    monkeypatch.setattr(rule, "_map", rule._map.__wrapped__)
+    return release
+
+
+def test_every_measured_point_with_a_gain_of_1_2_is_chosen_and_every_loss_is_not(with_jax):
     measured = rule._map("cpu")
     assert measured is not None and len(measured["points"]) > 20
+    assert tuple(map(int, measured["jax"].split(".")[:2])) == with_jax[:2]
+    sizes = ("steps", "elements", "block", "inputs")
     for point in measured["points"]:
-        solver, reason = rule.pick(
-            "cpu", steps=point["steps"], elements=point["elements"], block=point["block"]
-        )
+        solver, reason = rule.pick("cpu", **{size: point[size] for size in sizes})
+        same = [p for p in measured["points"] if [p[s] for s in sizes] == [point[s] for s in sizes]]
+        if len(same) > 1:  # one batch of 8 x 32 and one of 1 x 256: the rule sees no difference
+            assert reason == rule.pick("cpu", **{size: same[0][size] for size in sizes})[1]
+            point = same[0]
         best = max(point["speedup"].values())
         if best >= 1.2:
             assert solver is not None, point
@@ -37,12 +50,39 @@ def test_every_measured_point_with_a_gain_of_1_2_is_chosen_and_every_loss_is_not
         assert measured["device"] in reason
 
 
-def test_the_shipped_map_covers_the_grid_that_auto_promises():
+def test_the_map_is_of_the_newest_jax_that_is_not_newer_than_this_one(monkeypatch):
+    known = {
+        (0, 9, 0): "0.10",  # older than every map: the oldest
+        (0, 10, 2): "0.10",
+        (0, 12, 3): "0.12",
+        (1, 0, 0): "0.12",
+    }
+    for release, expected in known.items():
+        monkeypatch.setattr(jax, "__version_info__", release)
+        assert rule._map.__wrapped__("cpu")["jax"].startswith(expected + ".")
+    assert rule._map.__wrapped__("tpu") is None
+
+
+def test_gates_cut_out_of_one_input_are_looked_up_among_their_kind(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    monkeypatch.setattr(rule, "_map", rule._map.__wrapped__)
+    init = jnp.zeros((1, 256))
+    apart = jp.explain_choice(gru_step, init, gates(1024, 1, 256))
+    side_by_side = jp.explain_choice(
+        lambda h, x: gru_step(h, jnp.split(x, 2, axis=-1)), init, jnp.zeros((1024, 1, 512))
+    )
+    assert apart.solver == rule.PATHS["implicit"]  # 1.6 times lax.scan
+    assert side_by_side.solver is None  # 0.75 times: every gate's gradient is padded to the input
+    without = jp.explain_choice(lambda h, _: (jnp.sin(h), h), init, length=1024)
+    assert without.solver == apart.solver  # no inputs are no wide inputs
+
+
+def test_the_shipped_map_covers_the_grid_that_auto_promises(with_jax):
     points = rule._map("cpu")["points"]
     assert {128, 1024, 8192, 32768} <= {p["steps"] for p in points}
     assert min(p["elements"] for p in points) <= 8
     assert max(p["elements"] for p in points) >= 2048
-    assert {1, 2} <= {p["block"] for p in points}
+    assert {1, 2} <= {p["block"] for p in points} and {1, 3} <= {p["inputs"] for p in points}
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
@@ -146,10 +186,11 @@ def test_the_fit_writes_a_map_that_the_rule_can_read(tmp_path, monkeypatch):
             pass
 
     output = tmp_path / "choice.json"
-    grid = {"para_gru": [[16, 1, 4]], "dense": [[16, 1, 4]]}
+    grid = {"para_gru": [[16, 1, 4]], "stacked_para_gru": [[16, 1, 4]], "dense": [[16, 1, 4]]}
     fit(grid, {"implicit": jp.sequential()}, 3, 0.2, output, Quiet())
     record = json.loads(output.read_text())
-    assert [p["block"] for p in record["points"]] == [1, 4]
+    assert [p["block"] for p in record["points"]] == [1, 1, 4]
+    assert [p["inputs"] for p in record["points"]] == [1, 3, 1]
     assert all(p["speedup"]["implicit"] > 0 for p in record["points"])
     monkeypatch.setattr(rule, "_map", lambda platform: record)
     _, reason = rule.pick("cpu", steps=16, elements=4, block=4)

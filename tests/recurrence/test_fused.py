@@ -250,8 +250,10 @@ def test_auto_takes_a_kernel_on_an_accelerator_and_explains_when_it_cannot():
 
 
 def test_a_measured_map_decides_between_kernel_and_other_paths(monkeypatch):
-    point = {"block": 1, "steps": 64, "elements": 8, "speedup": {"shooting": 2.0, "fused": 9.0}}
-    monkeypatch.setattr(rule, "_map", lambda platform: {"device": "a test", "points": [point]})
+    speedup = {"shooting": 2.0, "fused": 9.0}
+    point = {"block": 1, "steps": 64, "elements": 8, "inputs": 1, "speedup": speedup}
+    measured = {"device": "a test", "jax": "0.0", "points": [point]}
+    monkeypatch.setattr(rule, "_map", lambda platform: measured)
     sizes = {"steps": 64, "elements": 8, "block": 1}
     assert rule.pick("gpu", kernel=True, **sizes)[0] == rule.PATHS["fused"]
     assert rule.pick("gpu", kernel=False, **sizes)[0] == rule.PATHS["shooting"]
