@@ -57,7 +57,7 @@ def write(
     jax: str,
     date: str,
 ) -> Path:
-    """Writes a map.
+    """Writes a map, a line for each point.
 
     Args:
       points: from `point`, of one device.
@@ -71,6 +71,7 @@ def write(
     release = ".".join(jax.split(".")[:2])
     output = output or FOLDER / f"choice_{platform}_jax{release}.json"
     record = {"platform": platform, "device": device, "jax": jax, "date": date}
-    text = json.dumps({**record, "points": points}, indent=1)
-    output.write_text(text + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(point) for point in points)
+    text = json.dumps({**record, "points": []}).removesuffix("]}") + f"\n{lines}\n]}}\n"
+    output.write_text(text, encoding="utf-8")
     return output
