@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import certificate
+
 Arrays = Sequence[jax.Array]
 
 
@@ -59,13 +61,23 @@ def moved(jacobian: Sequence[Arrays], tangent: Arrays) -> list[jax.Array]:
     return [functools.reduce(operator.add, parts) for parts in zip(*columns, strict=True)]
 
 
-def alive(jacobian: Sequence[Arrays], tangent: Arrays) -> list[jax.Array]:
-    """Where an entry of `J v` has a part that is no product with 0; such a one may be flushed."""
-    columns = [
-        [(entry != 0.0) & (v != 0.0) for entry in column]
-        for column, v in zip(jacobian, tangent, strict=True)
-    ]
-    return [functools.reduce(operator.or_, parts) for parts in zip(*columns, strict=True)]
+def lacked(
+    jacobian: Sequence[Arrays], columns: Sequence[Arrays], lacking: Arrays
+) -> list[jax.Array]:
+    """What the entries of each row of `J P` may lack, for products below the floats are 0.
+
+    Args:
+      jacobian, columns: of J and of P.
+      lacking: what those of P may lack, by row.
+    """
+    grown = moved([[jnp.abs(entry) for entry in column] for column in jacobian], lacking)
+    found = []
+    for row, size in zip(zip(*jacobian, strict=True), grown, strict=True):
+        parts = [(j != 0.0) & (p != 0.0) for c in columns for j, p in zip(row, c, strict=True)]
+        # A sum of products with 0 lacks nothing: a reset.
+        led = functools.reduce(operator.or_, parts)
+        found.append(jnp.where(led, size + certificate.TINY, size))
+    return found
 
 
 def became(jacobian: Sequence[Arrays], sizes: Arrays, states: Arrays) -> list[jax.Array]:

@@ -27,14 +27,16 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      `d`. Elsewhere all of `d` is scaled (`RAISE`). What is below `FLOOR` counts as nothing by this
      rule.
    - Where a window of a kernel ends no `FLOOR` holds: the next one starts there, and nothing can
-     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself, and a 0 stays 0:
-     what would move it may be what has become of `TINY` behind a reset (`may_leave`).
-   - No product vanishes: `TINY` is added to each entry at every step of a chunk, in kernels only
-     where the Jacobian and the product before lead to the entry. Beside a product
-     that counts it is nothing. Where the product falls below it and grows again, `TINY` grows
-     along, and what it makes of `d` is too large to count. At the end of a chunk a small entry is
-     0 where the state is (`RESET`). In kernels an affine step takes no `TINY`: its starts
-     themselves went through the product, and gaps show where that vanished.
+     correct it afterwards. The doubt is held to `COARSE` ulp of that state itself (`may_leave`).
+   - No product vanishes unseen. In kernels `T` travels along: at most what the entries of a row of
+     the product lack, because products below the floats are 0. It grows as they do, and by `TINY`
+     at each step where the Jacobian and the product before lead to the row; a reset lacks nothing.
+     `T` times the magnitudes of `d` is a doubt. An affine step has no `T`: its starts themselves
+     went through the product, and gaps show where that vanished.
+   - Outside of kernels `TINY` is added to the magnitude of each entry at every step of a chunk.
+     Beside a product that counts it is nothing. Where the product falls below it and grows again,
+     `TINY` grows along, and what it makes of `d` is too large to count. At the end of a chunk a
+     small entry is 0 where the state is (`RESET`).
    - A pass may be judged by the products of the pass before, where `|d|` was within `COARSE` ulp
      there: a step that is flat at one start may be steep at another.
    - A `d` that is not finite, or beyond what a correction may be (`CAP`), never counts.
@@ -65,6 +67,9 @@ kernels `s` travels along, for a step that is not affine, and the scale is at mo
 which is computed for those rows only.
 """
 
+import functools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -86,9 +91,9 @@ FLOOR = 4 * LEAST
 # Solvers outside of kernels carry corrections times `RAISE`, so that those of a state that is a
 # normal number are not flushed. From states beyond `LARGE` on they do not: it would overflow.
 RAISE, LARGE = 2.0**24, 2.0**96
-# Added to the magnitude of every entry of a product at each step of a chunk: none vanishes.
+# Stands at each step of a chunk for what became 0 in an entry of a product.
 TINY = 2.0**-120
-# Where the state ends in 0, an entry below this is what has become of `TINY`.
+# Where the state ends in 0, an entry below this is what has become of `TINY` added to it.
 RESET = 2.0**-94
 # Ends that the scale looks back on, and what it may exceed the last two by.
 WINDOW = 4
@@ -115,18 +120,13 @@ def limits(dtype: Any, tol: float | None = None) -> tuple[float, float]:
     return accept, max(accept, COARSE * eps) if accept >= FINE * eps else accept
 
 
-def unvanishing(entry: jax.Array, alive: Any = True) -> jax.Array:
-    """An entry of P with `TINY` added to its magnitude: opposite signs might cancel.
-
-    Args:
-      entry: float32 or wider.
-      alive: where it is more than a sum of products with 0. Elsewhere nothing leads to the state.
-    """
-    return jnp.where(alive, entry + jnp.where(entry < 0.0, -TINY, TINY), entry)
+def unvanishing(entry: jax.Array) -> jax.Array:
+    """An entry of P, float32 or wider, with `TINY` added to its magnitude: signs might cancel."""
+    return entry + jnp.where(entry < 0.0, -TINY, TINY)
 
 
 def product(entry: jax.Array, end: jax.Array) -> jax.Array:
-    """An entry of a chunk's P as corrections use it, in operations that every kernel has.
+    """An entry of a chunk's P as corrections use it, outside of kernels.
 
     Args:
       entry: to which `TINY` was added at each step.
@@ -149,21 +149,27 @@ def doubt_of_part(entry: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.abs(entry) * jnp.abs(delta * PER_LEAST), 1.0)
 
 
-def may_leave(end: jax.Array, new: jax.Array, doubt: jax.Array, limit: float) -> jax.Array:
+def doubt_of_lacking(lacking: jax.Array, sizes: Sequence[jax.Array]) -> jax.Array:
+    """The doubt, in `LEAST`, of corrections of these sizes by a row of P that lacks so much."""
+    most = lacking * PER_LEAST
+    # Nothing grows from zero, by an infinite bound neither.
+    parts = [jnp.where(size == 0.0, size, most * size) for size in sizes]
+    return functools.reduce(operator.add, parts)
+
+
+def may_leave(new: jax.Array, doubt: jax.Array, limit: float) -> jax.Array:
     """Whether a window may end in a state with this doubt, in operations that every kernel has.
 
     Args:
-      end: its last state, float32.
-      new: the same, corrected.
+      new: its last state, float32.
       doubt: in `LEAST`.
       limit: the second of `limits`.
 
     Returns:
-      Booleans. A state that may itself be flushed is held to `FLOOR`. A 0 leaves as one.
+      Booleans. A state that may itself be flushed is held to `FLOOR`.
     """
     size = jnp.abs(new)
-    stays = (end != 0.0) | (new == 0.0)
-    return stays & (doubt <= jnp.where(size < LEAST, FLOOR / LEAST, limit / LEAST * size))
+    return doubt <= jnp.where(size < LEAST, FLOOR / LEAST, limit / LEAST * size)
 
 
 def meets(end: jax.Array, start: jax.Array) -> jax.Array:

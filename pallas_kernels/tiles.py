@@ -170,8 +170,8 @@ def make_plan(
     length = -(-steps // min(chunks, steps))
     plan = Plan(time, batch, width, rows, lanes, -(-steps // length), length, reverse)
     row_bytes = tile_bytes // (2 * step_bytes) * 4
-    # Starts, ends, heights, products and their peaks come on top of the blocks.
-    summaries = (3 * leaves + 2 * leaves**2) * plan.chunks * row_bytes if plan.chunks > 1 else 0
+    # Starts, ends, two magnitudes, products and their peaks come on top of the blocks.
+    summaries = (4 * leaves + 2 * leaves**2) * plan.chunks * row_bytes if plan.chunks > 1 else 0
     needed = plan.window * tile_bytes + summaries
     if needed > 0.8 * room:
         raise NotImplementedError(

@@ -125,6 +125,7 @@ def forward(
         buffers["peaks"] = gpu.SMEM((cell.states**2, *tile), jnp.bfloat16)
     if windows.sized(problem):
         buffers["sizes"] = gpu.SMEM((cell.states, *tile), jnp.bfloat16)
+        buffers["lacking"] = gpu.SMEM((cell.states, *tile), jnp.bfloat16)
     kernel = mosaic.launch(
         solve,
         out_type=[

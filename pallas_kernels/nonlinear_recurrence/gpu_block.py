@@ -31,10 +31,11 @@ class Block(NamedTuple):
         `[3 + 3 K, block]`; see `gpu_link`.
       arrived, copied: barriers of the warpgroups, and of the copies into each slot.
       heights, peaks: the largest magnitudes on the way through a chunk: of the states, for an
-        affine step; of the product's entries, in bfloat16, if corrections bound the error. None
-        otherwise.
-      sizes: what the magnitudes of a chunk's states have become at its end, in bfloat16; for a
-        step that is not affine, if corrections bound the error. None otherwise.
+        affine step; of the product's entries, or what those may be, in bfloat16, if corrections
+        bound the error. None otherwise.
+      sizes, lacking: what the magnitudes of a chunk's states have become at its end, and what the
+        rows of its product may lack, in bfloat16; for a step that is not affine, if corrections
+        bound the error. None otherwise.
     """
 
     cell: ElementwiseCell
@@ -61,6 +62,7 @@ class Block(NamedTuple):
     heights: Any = None
     peaks: Any = None
     sizes: Any = None
+    lacking: Any = None
 
 
 def carried(block: Block, state: int) -> Any:

@@ -116,11 +116,13 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 most = grown(rest[i : count**2 : count], sizes)
                 height = rest[count**2 + i] if affine else zero
                 doubt = grown(products[i::count], doubts) + lost(products[i::count], deltas)
+                if sized:
+                    doubt = doubt + certificate.doubt_of_lacking(rest[i - count], sizes)
                 inside = _Inside(most, height, doubt)
             arriving.append((ends[i], jnp.where(keep, moved, zero), inside, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
         if sized:
-            own = rest[-count:]
+            own = rest[-2 * count : -count]
             came = [jnp.maximum(own[i], grown(products[i::count], came)) for i in range(count)]
         return arriving, tops, recent, found, came
 
@@ -193,8 +195,7 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
             inside = inside._replace(doubt=inside.doubt + missed)
             size = jnp.maximum(size, gap)
         if crossed:
-            was = value if affine else end
-            sound = sound & certificate.may_leave(was, value, inside.doubt, stalled)
+            sound = sound & certificate.may_leave(value, inside.doubt, stalled)
         verdict = jnp.maximum(verdict, rated(size, inside, sound, recent[k], came[k], floor=0.0))
     if not test:
         return
@@ -238,7 +239,8 @@ def flag(block: Block, row: int) -> Any:
 def _summaries(
     block: Block, old: Any, *, peaks: bool = False, heights: bool = False, sizes: bool = False
 ) -> list[Callable[[Any], Any]]:
-    """Rows of a chunk by its place in memory: ends, starts, products; peaks, heights, sizes."""
+    """Rows of a chunk by its place in memory: ends, starts, products; peaks, heights; sizes and
+    what products lack."""
     count = range(block.cell.states)
 
     def row_of(ref: Any, *index: Any) -> Any:
@@ -249,7 +251,7 @@ def _summaries(
     refs += [row_of(block.products, k) for k in range(len(count) ** 2)]
     refs += [row_of(block.peaks, k) for k in range(len(count) ** 2)] if peaks else []
     refs += [row_of(block.heights, k) for k in count] if heights else []
-    return refs + ([row_of(block.sizes, k) for k in count] if sizes else [])
+    return refs + [row_of(ref, k) for ref in (block.sizes, block.lacking) for k in count if sizes]
 
 
 def _over_chunks(block: Block, refs: Sequence[Any], visit: Any, state: Any) -> Any:

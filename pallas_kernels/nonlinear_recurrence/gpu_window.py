@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import certificate, mosaic
-from pallas_kernels.cell import Arrays, alive, became, moved
+from pallas_kernels import mosaic
+from pallas_kernels.cell import Arrays, became, lacked, moved
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
 
 def _roll(
     block, cell, w, slot, params, first, *, columns, peaks, keep, heights=False, sizes=False
-) -> tuple[list, list, list, list, list]:
+) -> tuple[list, list, list, list, list, list]:
     """Rolls this warpgroup's chunks out.
 
     Args:
@@ -65,13 +65,14 @@ def _roll(
       params: rows.
       first: tiles of this warpgroup's starts.
       columns: carry the product of the Jacobians along.
-      peaks: and the largest magnitudes that its entries have on their way.
+      peaks: and the largest magnitudes that its entries have, or may have, on their way.
       keep: write the states to device memory.
       heights: carry the largest magnitudes of the states along.
-      sizes: carry along what their magnitudes become. No entry of the product vanishes then.
+      sizes: carry along what their magnitudes become, and what the rows of the product may lack.
 
     Returns:
-      Ends, columns of the product, heights, columns of peaks, sizes; empty where not asked for.
+      Ends, columns of the product, heights, columns of peaks, sizes, what rows lack; empty where
+      not asked for.
     """
     plan, own = block.plan, own_rows(block)
     layout = mosaic.tile_layout(plan.block)
@@ -87,15 +88,13 @@ def _roll(
     def higher(most, values):
         return jax.tree.map(lambda m, v: jnp.maximum(m, jnp.abs(v)), most, values)
 
-    def advance(step, inputs, states, products, tallest, most, came):
-        arriving = came
-        if sizes:  # the Jacobian itself moves the product and the sizes
+    def advance(step, inputs, states, products, tallest, most, came, lacking):
+        arriving, lacks = came, lacking
+        if sizes:  # the Jacobian itself moves the product, what it lacks, and the sizes
             new, jacobian = cell.push(states, inputs, params, identity)
-            pushed = [
-                list(map(certificate.unvanishing, moved(jacobian, c), alive(jacobian, c)))
-                for c in products
-            ]
+            pushed = [moved(jacobian, column) for column in products]
             arriving = became(jacobian, came, new)
+            lacks = lacked(jacobian, products, lacking)
         elif columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
@@ -103,6 +102,7 @@ def _roll(
         new = mosaic.settle(new, shape, layout)
         pushed = [mosaic.settle(column, shape, layout) for column in pushed]
         arriving = mosaic.settle(arriving, shape, layout)
+        lacks = mosaic.settle(lacks, shape, layout)
         if valid is not None:  # steps that do not exist leave the state, and the product, alone
             here = valid(step)
             new = [jnp.where(here, n, s) for n, s in zip(new, states, strict=True)]
@@ -111,9 +111,16 @@ def _roll(
                 for after, before in zip(pushed, products, strict=True)
             ]
             arriving = [jnp.where(here, a, c) for a, c in zip(arriving, came, strict=True)]
+            lacks = [jnp.where(here, n, o) for n, o in zip(lacks, lacking, strict=True)]
         tallest = higher(tallest, new) if heights else tallest
-        most = higher(most, pushed) if peaks else most
-        return new, pushed, tallest, most, arriving
+        full = pushed
+        if sizes:
+            full = [
+                [jnp.abs(p) + more for p, more in zip(column, lacks, strict=True)]
+                for column in pushed
+            ]
+        most = higher(most, full) if peaks else most
+        return new, pushed, tallest, most, arriving, lacks
 
     def group(g, carry):
         steps = [g * together + j for j in range(together)]
@@ -134,11 +141,9 @@ def _roll(
     together = next(n for n in (block.unroll, 2, 1) if plan.length % n == 0)
     tallest = [jnp.abs(f) for f in first] if heights else []
     came = [jnp.abs(f) for f in first] if sizes else []
-    carry = (list(first), identity, tallest, identity if peaks else [], came)
-    ends, products, *rest = lax.fori_loop(0, plan.length // together, group, carry)
-    if sizes:
-        products = [jax.tree.map(certificate.product, column, ends) for column in products]
-    return ends, products, *rest
+    lacking = [mosaic.full(shape, 0.0, layout) for _ in first] if sizes else []
+    carry = (list(first), identity, tallest, identity if peaks else [], came, lacking)
+    return lax.fori_loop(0, plan.length // together, group, carry)
 
 
 def _load_starts(block: Block, which: Any) -> list[jax.Array]:
@@ -159,9 +164,15 @@ def _write_summaries(
     heights: Arrays,
     peaks: Sequence[Arrays],
     sizes: Arrays,
+    lacking: Arrays,
 ) -> None:
     own = own_rows(block)
-    for ref, rows in ((block.ends, ends), (block.heights, heights), (block.sizes, sizes)):
+    for ref, rows in (
+        (block.ends, ends),
+        (block.heights, heights),
+        (block.sizes, sizes),
+        (block.lacking, lacking),
+    ):
         for k, row in enumerate(rows):
             mosaic.store(ref.at[k, own], row)
     for ref, matrix in ((block.products, columns), (block.peaks, peaks)):

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import certificate, tiles
-from pallas_kernels.cell import ElementwiseCell, alive, became, moved
+from pallas_kernels.cell import ElementwiseCell, became, lacked, moved
 from pallas_kernels.nonlinear_recurrence.tpu_backward import backward
 from pallas_kernels.nonlinear_recurrence.tpu_link import Chunks, correct, link
 
@@ -87,7 +87,7 @@ def forward(
     counts = [out((batch, width), d) for d in (jnp.int32, jnp.float32, jnp.int32)]
     shooting = plan.chunks > 1
     size = cell.states
-    ways = affine or bounded  # heights, or sizes
+    ways = 1 if affine else 2 * bounded  # heights; or sizes, and what P lacks
     *states, passes, residual, completed = pl.pallas_call(
         lambda *refs: _kernel(cell, plan, limits, max(1, max_iters), affine, refs),
         grid=plan.grid,
@@ -97,7 +97,7 @@ def forward(
         out_specs=[plan.over_time()] * size + [lanes] * 3,
         out_shape=[out(xs[0].shape, i.dtype) for i in init] + counts,
         # carry; done, close, residual; ahead; of all chunks: starts, ends, products, peaks, and
-        # heights or sizes
+        # heights, or sizes and what products lack
         scratch_shapes=tiles.scratch(
             plan, 2 * size + 3, (2 * size + 2 * size * size + size * ways) * shooting
         ),
@@ -130,6 +130,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         size * size * shooting,
         size * affine * shooting,
         size * sized * shooting,
+        size * sized * shooting,
     )
     chunks = Chunks(*summaries)
     starts, ends = chunks.starts, chunks.ends
@@ -143,6 +144,9 @@ def _kernel(cell, plan, limits, budget, affine, refs):
             c[...] = i[...].astype(jnp.float32)
         for count in counts:
             count[...] = jnp.zeros(plan.row, count.dtype)
+
+    def at_most(entry, lacking):
+        return jnp.abs(entry) + lacking
 
     def higher(old, new):
         return jax.tree.map(lambda o, n: jnp.maximum(o, jnp.abs(n)), old, new) if bounded else old
@@ -169,33 +173,34 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         unit = [[one if i == j else zero for i in range(size)] for j in range(size)]
 
         def advance(index, loop):
-            h, columns, most, came = loop
+            h, columns, most, came, lacking = loop
             place = plan.step(index)
             inputs = tiles.load(xs, place, plan.chunks)
-            if sized:  # the Jacobian itself moves the product and the sizes
+            if sized:  # the Jacobian itself moves the product, what it lacks, and the sizes
                 new, jacobian = cell.push(h, inputs, p, unit)
-                pushed = [
-                    list(map(certificate.unvanishing, moved(jacobian, c), alive(jacobian, c)))
-                    for c in columns
-                ]
+                pushed = [moved(jacobian, column) for column in columns]
                 arriving = became(jacobian, came, new)
+                lacks = lacked(jacobian, columns, lacking)
             else:
                 new, pushed = cell.push(h, inputs, p, columns)
-                arriving = came
+                arriving, lacks = came, lacking
             present = plan.exists(begin, index)
             h = tiles.choose(present, new, h)
             if keep:
                 tiles.store(states, place, h)
             columns = [tiles.choose(present, n, c) for n, c in zip(pushed, columns, strict=True)]
-            return h, columns, higher(most, columns), tiles.choose(present, arriving, came)
+            came = tiles.choose(present, arriving, came)
+            lacking = tiles.choose(present, lacks, lacking)
+            full = [list(map(at_most, c, lacking)) for c in columns] if sized else columns
+            return h, columns, higher(most, full), came, lacking
 
         first = [s[...] for s in starts]
-        loop = (first, unit, unit, [jnp.abs(f) for f in first] if sized else [])
-        h, columns, most, came = lax.fori_loop(0, plan.length, advance, loop)
-        for ref, value in zip((*ends, *chunks.sizes), (*h, *came), strict=True):
+        along = ([jnp.abs(f) for f in first], [zero] * size) if sized else ([], [])
+        loop = (first, unit, unit, *along)
+        h, columns, most, came, lacking = lax.fori_loop(0, plan.length, advance, loop)
+        refs = (*ends, *chunks.sizes, *chunks.lacking)
+        for ref, value in zip(refs, (*h, *came, *lacking), strict=True):
             ref[...] = value
-        if sized:
-            columns = [jax.tree.map(certificate.product, column, h) for column in columns]
         for refs, matrix in ((chunks.products, columns), (chunks.peaks, most)):
             for j, column in enumerate(matrix):
                 for i, value in enumerate(column):

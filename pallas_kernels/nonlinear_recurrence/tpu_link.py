@@ -19,11 +19,12 @@ class Chunks(NamedTuple):
       ahead: what the pass before made of the last chunk's end, K rows.
       starts, ends: states, K tiles each.
       products, peaks: the product P of the Jacobians, row-major, and the largest magnitudes that
-        its entries have on their way, K K tiles each.
+        its entries have, or may have, on their way, K K tiles each.
       heights: the largest magnitudes of the states on their way through a chunk, K tiles; of an
         affine step only.
       sizes: what the magnitudes of a chunk's states have become at its end, K tiles; of a step
         that is not affine.
+      lacking: what the rows of P may lack, K tiles; of such a step.
     """
 
     ahead: Sequence[Any]
@@ -33,6 +34,7 @@ class Chunks(NamedTuple):
     peaks: Sequence[Any]
     heights: Sequence[Any]
     sizes: Sequence[Any]
+    lacking: Sequence[Any]
 
 
 def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
@@ -64,9 +66,11 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         units = [certificate.LEAST * jnp.where(u > 0.0, jnp.maximum(u, 1.0), 0.0) for u in doubt]
         sizes = [jnp.abs(d) + u for d, u in zip(delta, units, strict=True)]
         most = _grown(chunks.peaks, place, sizes)
-        doubt = _grown(chunks.products, place, doubt)
-        lost = _lost(chunks.products, place, delta)
-        return most, [u + v for u, v in zip(doubt, lost, strict=True)]
+        parts = [_grown(chunks.products, place, doubt), _lost(chunks.products, place, delta)]
+        if chunks.lacking:
+            lacking = [ref[place] for ref in chunks.lacking]
+            parts.append([certificate.doubt_of_lacking(row, sizes) for row in lacking])
+        return most, [functools.reduce(operator.add, row) for row in zip(*parts, strict=True)]
 
     def arrived(place, came):
         """What the magnitudes of all states before the end of a chunk have become there."""
@@ -150,8 +154,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             off = jnp.maximum(off, gap)
         off = off + certificate.LEAST * doubt[i]
         if bounded:
-            old = new if affine else end
-            sound = sound & certificate.may_leave(old, new, doubt[i], limits[1])
+            sound = sound & certificate.may_leave(new, doubt[i], limits[1])
         height = chunks.heights[i][last] if affine else 0.0
         within, marks = (fine, coarse), (most[i], height, end, recent[i], came[i])
         fine, coarse = small(within, sound, off, *marks, floor=0.0)

@@ -80,7 +80,7 @@ class Problem(NamedTuple):
 
 
 def sized(problem: Problem) -> bool:
-    """Whether the sizes of the states travel with their product."""
+    """Whether the sizes of the states, and what it lacks, travel with their product."""
     return problem.bounded and not problem.affine
 
 
@@ -91,7 +91,7 @@ def shared_bytes(problem: Problem, block: int, chunks: int, length: int, slots: 
     heights, peaks = k * tile * problem.affine, k * k * tile // 2 * problem.bounded
     # Ends, products, two sets of starts; rows.
     summaries = [k * tile, k * k * tile, 2 * k * tile, (12 + 12 * k) * block]
-    summaries += [heights, peaks, k * tile // 2 * sized(problem)]
+    summaries += [heights, peaks, *[k * tile // 2] * 2 * sized(problem)]
     return sum(-(-size // 1024) * 1024 for size in [*inputs, *summaries])
 
 

@@ -230,3 +230,29 @@ def test_a_state_that_is_zero_near_a_windows_end_grows_from_what_comes_next(impl
     # 80 units in the last place count as solved; 2e4 times too much was seen.
     np.testing.assert_allclose(found, lax.scan(step, init, xs)[1][1][reset:], rtol=1e-5)
     assert np.all(found[-1] == 0) if seed == 0 else np.all(found[-1] > 1e-11)
+
+
+@pytest.mark.parametrize("seed", [0.0, 1e-15])
+@pytest.mark.parametrize("implementation", PATHS)
+def test_what_dies_out_below_the_floats_does_not_grow_again(implementation, seed):
+    # In the last chunk the state falls by 1e90, to 0, and what was left of it would grow by 1e30.
+    # From the seed at the window's end it grows by 1e12: 0.008 for 0.001 was seen.
+    steps, lanes = 128, 1024 if implementation == PATHS[0] else 4 * BLOCK
+    rng = np.random.default_rng(0)
+    gain, on = np.full((steps, 1, lanes), 0.9), np.ones((steps, 1, lanes))
+    gain[57:60], gain[60:62], gain[62:], gain[64:68] = 1e-30, 1e15, 1, 1e3
+    on[57:] = 0
+    add = rng.normal(size=on.shape) * on
+    add[63] = seed
+    xs = [jnp.asarray(v, jnp.float32) for v in (gain, add, on)]
+
+    def step(h, x):
+        gain, add, on = x
+        return gain * (h + 0.3 * jnp.sin(h) * on) + add
+
+    init = jnp.full((1, lanes), 0.5)
+    found = solved(step, implementation, init, xs, chunks=8, window=64)
+    wanted = scanned(step, init, xs)
+    assert np.all(wanted[60:63] == 0) and np.allclose(wanted[-1], seed * 1e12)
+    np.testing.assert_allclose(found.states[0][60:], wanted[60:], rtol=1e-5)
+    assert np.all(found.fallback_steps == 0)
