@@ -65,17 +65,15 @@ def pick(
     name, gain = max(open_to_it.items(), key=lambda item: item[1])
     where = (
         f"{gain:.2g} times lax.scan with its own derivative, measured at block {point['block']}, "
-        f"{point['steps']} steps, {point['elements']} elements, inputs of {point['inputs']:g} times "
-        f"their width, on {measured['device']} with JAX {measured['jax']}"
+        f"{point['steps']} steps, {point['elements']} elements and inputs {point['inputs']:g} "
+        f"times as wide, on {measured['device']} with JAX {measured['jax']}"
     )
     if gain < _WORTH:
         return None, f"{name} is only {where}"
     return PATHS[name], where
 
 
-def _distance(
-    point: dict[str, Any], steps: int, elements: int, block: int, inputs: float
-) -> float:
+def _distance(point: dict[str, Any], steps: int, elements: int, block: int, inputs: float) -> float:
     """Distance in doublings; what changes the kind of work counts most.
 
     That is the block size, and whether a step cuts its gates out of one wide input: the gradient
