@@ -88,6 +88,13 @@ def open_jaxpr(jaxpr):
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
+def with_equations(jaxpr: Any, eqns: Sequence[Any]) -> Any:
+    """A jaxpr of the same kind, open or closed, with other equations."""
+    if (opened := open_jaxpr(jaxpr)) is jaxpr:
+        return jaxpr.replace(eqns=list(eqns))
+    return jaxpr.replace(jaxpr=opened.replace(eqns=list(eqns)))
+
+
 def jvp_jaxpr(closed, nonzero: list[bool]):
     """Push tangents of the inputs marked `nonzero` through a closed jaxpr.
 
