@@ -60,6 +60,12 @@ def without_jit() -> bool:
     return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def function_name(eqn: Any) -> str:
+    """The name of the function of a `custom_jvp_call`."""
+    info = getattr(open_jaxpr(eqn.params["call_jaxpr"]).debug_info, "func_src_info", None)
+    return (info or "").split(" at ")[0]
+
+
 def jax_sources(eqn: Any) -> tuple[str, str]:
     """Names of function and rule of a `custom_jvp_call`, "" for what is not JAX's own.
 

@@ -5,6 +5,9 @@ where value and derivative are normal numbers. A Jacobian of which a term is los
 answer, and `y**-2` times an overflow is a NaN. So the step that solvers differentiate has rules of
 our own in these places. They make a tangent relative to its operand before they scale it by the
 value: `(x / y) * (dy / y)`. Values stay the same bit for bit.
+
+Only of first order: these rules are differentiated by JAX's. And a number that is itself no
+normal one is lost, as the derivative of `1 / x` at 1e20 is, whatever scales it later.
 """
 
 import functools
@@ -29,7 +32,7 @@ _ENTERED = frozenset("scan while cond jit pjit remat2 checkpoint closed_call cor
 
 def ours(eqn: Any) -> bool:
     """Whether an equation is one that `safe` put in; the primitive alone is inside it."""
-    return eqn.params.get("name") == NAME and eqn.primitive.name == "custom_jvp_call"
+    return eqn.primitive.name == "custom_jvp_call" and compat.function_name(eqn) == NAME
 
 
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -129,47 +132,31 @@ def _function(eqn: Any) -> Callable[..., jax.Array] | None:
     def push(operands: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         out = function(*operands)
         moving = [None] * len(fixed)
-        for i, tangent in zip(given, _nonzero(tangents), strict=True):
-            moving[i] = tangent
+        for i, tangent in zip(given, tangents, strict=True):
+            moving[i] = None if isinstance(tangent, SymbolicZero) else tangent
         if all(tangent is None for tangent in moving):
-            return out, jnp.zeros_like(out)
+            return out, jnp.zeros_like(out)  # JAX may ask all the same
         return out, _RULES[eqn.primitive.name](eqn, out, whole(operands), moving)
 
     function.defjvp(push, symbolic_zeros=True)
     return function
 
 
-def _nonzero(tangents: Sequence[Any]) -> list[Any]:
-    return [None if isinstance(tangent, SymbolicZero) else tangent for tangent in tangents]
-
-
-@jax.custom_jvp
-def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x / y`, whose own derivative is safe."""
-    return lax.div(x, y)
-
-
-@functools.partial(_divide.defjvp, symbolic_zeros=True)
-def _(operands, tangents):
-    out = _divide(*operands)
-    return out, _div(None, out, operands, _nonzero(tangents))
-
-
 def _div(eqn: Any, out: Any, operands: Any, tangents: Any) -> jax.Array:
     del eqn
     (_, y), (dx, dy) = operands, tangents
     if dy is None:
-        return _divide(dx, y)
+        return lax.div(dx, y)
     if dx is None:
-        return -out * _divide(dy, y)
-    return _divide(dx - out * dy, y)
+        return -out * lax.div(dy, y)
+    return lax.div(dx - out * dy, y)
 
 
 def _falling(power: Any) -> Callable[..., jax.Array]:
     """Of `x ** power(eqn)`, which is negative."""
 
     def rule(eqn: Any, out: Any, operands: Any, tangents: Any) -> jax.Array:
-        return power(eqn) * _divide(tangents[0] * out, operands[0])
+        return power(eqn) * lax.div(tangents[0] * out, operands[0])
 
     return rule
 
@@ -180,15 +167,15 @@ def _pow(eqn: Any, out: Any, operands: Any, tangents: Any) -> jax.Array:
         return _falling(lambda eqn: y)(eqn, out, operands, tangents)
     total = []
     if dx is not None:
-        integer = jnp.issubdtype(jnp.result_type(y), jnp.integer)
-        falls, exponent = y < 0, jnp.asarray(y, out.dtype)
-        # As a power of 1 less where that is the smaller number.
-        less = jnp.where((y <= 0) if integer else falls, 1, exponent) - 1
+        # Of an exponent that is not negative, the power of one less is no smaller than `out / x`.
+        falls, power = y < 0, jnp.asarray(y, out.dtype)
+        flat = y == 0 if jnp.issubdtype(jnp.result_type(y), jnp.integer) else False
+        less = jnp.where(falls | flat, 1, power) - 1
         factor = jnp.where(falls, out, lax.pow(*jnp.broadcast_arrays(x, less)))
-        total.append(exponent * _divide(dx * factor, jnp.where(falls, x, 1)))
-    if dy is not None and dy.dtype == out.dtype:
-        total.append(dy * (jnp.log(jnp.where(x == 0, 1, x)) * out))
-    return functools.reduce(jnp.add, total, jnp.zeros((), out.dtype)) + jnp.zeros_like(out)
+        total.append(power * lax.div(dx * factor, jnp.where(falls, x, 1)))
+    if dy is not None:
+        total.append(dy * jnp.log(jnp.where(x == 0, 1, x)) * out)
+    return functools.reduce(jnp.add, total)
 
 
 def _area(offset: int) -> Callable[..., jax.Array]:
@@ -201,7 +188,7 @@ def _area(offset: int) -> Callable[..., jax.Array]:
         large = size > 1 / float(jnp.finfo(x.dtype).eps)
         near = jnp.where(large, 2, x)
         square = near * near + 1 if offset > 0 else (near - 1) * (near + 1)
-        return _divide(dx, jnp.where(large, size, jnp.sqrt(square)))
+        return lax.div(dx, jnp.where(large, size, jnp.sqrt(square)))
 
     return rule
 
