@@ -142,21 +142,30 @@ def _function(eqn: Any) -> Callable[..., jax.Array] | None:
     return function
 
 
+def _divided(tangent: Any, y: Any, factor: Any = 1) -> jax.Array:
+    """`tangent * factor / y`, with one division for all tangents.
+
+    The reciprocal of the largest numbers is no normal number; four times that is one.
+    """
+    return tangent * 0.25 * (4 * factor / y)
+
+
 def _div(eqn: Any, out: Any, operands: Any, tangents: Any) -> jax.Array:
     del eqn
     (_, y), (dx, dy) = operands, tangents
     if dy is None:
         return lax.div(dx, y)
     if dx is None:
-        return -out * lax.div(dy, y)
-    return lax.div(dx - out * dy, y)
+        return -out * _divided(dy, y)
+    # Two terms, as JAX has them: XLA is half as slow again in a matrix of `(dx - out * dy) / y`.
+    return lax.div(dx, y) - out * _divided(dy, y)
 
 
 def _falling(power: Any) -> Callable[..., jax.Array]:
     """Of `x ** power(eqn)`, which is negative."""
 
     def rule(eqn: Any, out: Any, operands: Any, tangents: Any) -> jax.Array:
-        return power(eqn) * lax.div(tangents[0] * out, operands[0])
+        return _divided(tangents[0] * out, operands[0], power(eqn))
 
     return rule
 
@@ -188,7 +197,7 @@ def _area(offset: int) -> Callable[..., jax.Array]:
         large = size > 1 / float(jnp.finfo(x.dtype).eps)
         near = jnp.where(large, 2, x)
         square = near * near + 1 if offset > 0 else (near - 1) * (near + 1)
-        return lax.div(dx, jnp.where(large, size, jnp.sqrt(square)))
+        return _divided(dx, jnp.where(large, size, jnp.sqrt(square)))
 
     return rule
 
