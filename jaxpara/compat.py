@@ -60,6 +60,12 @@ def without_jit() -> bool:
     return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def function_name(eqn: Any) -> str:
+    """The name of the function of a `custom_jvp_call`."""
+    info = getattr(open_jaxpr(eqn.params["call_jaxpr"]).debug_info, "func_src_info", None)
+    return (info or "").split(" at ")[0]
+
+
 def jax_sources(eqn: Any) -> tuple[str, str]:
     """Names of function and rule of a `custom_jvp_call`, "" for what is not JAX's own.
 
@@ -86,6 +92,13 @@ def varying_axes(array: Any) -> frozenset[str]:
 def open_jaxpr(jaxpr):
     """The open jaxpr of an open or closed one (from 0.12 on they are one class)."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def with_equations(jaxpr: Any, eqns: Sequence[Any]) -> Any:
+    """A jaxpr of the same kind, open or closed, with other equations."""
+    if (opened := open_jaxpr(jaxpr)) is jaxpr:
+        return jaxpr.replace(eqns=list(eqns))
+    return jaxpr.replace(jaxpr=opened.replace(eqns=list(eqns)))
 
 
 def jvp_jaxpr(closed, nonzero: list[bool]):

@@ -37,7 +37,8 @@ COLLECTIVES = frozenset(
 """Primitives that speak to other devices along a named axis."""
 
 
-def _is_jaxpr(value: Any) -> bool:
+def is_jaxpr(value: Any) -> bool:
+    """Whether a value is a jaxpr, open or closed."""
     return isinstance(value, core.Jaxpr | compat.ClosedJaxpr)
 
 
@@ -55,7 +56,7 @@ def subjaxprs(eqn: Any) -> list[Any]:
     """
 
     def inside(value):
-        if _is_jaxpr(value):
+        if is_jaxpr(value):
             yield value
         elif isinstance(value, tuple | list):
             for item in value:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpara import compat, jaxprs
+from jaxpara.recurrence.structure import safe_derivatives
 from jaxpara.recurrence.structure.flat import RULED
 
 # They move numbers and round none.
@@ -146,8 +147,9 @@ def _results(eqn: Any, read: Callable[[Any, bool], Any]) -> list[Any]:
     exact = [read(atom, False) for atom in eqn.invars]
     if not any(narrow(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars) if _typed(v)):
         if not any(True for _ in jaxprs.subjaxprs(eqn)):
-            return compat.bind(eqn, exact)
-    inner = None if name in _RULED else jaxprs.called(eqn)
+            return safe_derivatives.bind(eqn, exact)
+    ruled = name in _RULED and not safe_derivatives.ours(eqn)
+    inner = None if ruled else jaxprs.called(eqn)
     if inner is not None:
         run = functools.partial(_called, inner)
         if name in _CHECKPOINTS:
@@ -161,7 +163,7 @@ def _results(eqn: Any, read: Callable[[Any, bool], Any]) -> list[Any]:
         return [_converted(read(eqn.invars[0], True), eqn)]
     if name not in _MOVES | _COMPUTES | _COMPARES:
         return compat.bind(eqn, exact)
-    (result,) = compat.bind(eqn, [read(atom, True) for atom in eqn.invars])
+    (result,) = safe_derivatives.bind(eqn, [read(atom, True) for atom in eqn.invars])
     dtype = eqn.outvars[0].aval.dtype
     return [_rounded(result, dtype) if name in _COMPUTES and narrow(dtype) else result]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxpara import compat
 from jaxpara.recurrence.solve import explicit_meshes
+from jaxpara.recurrence.structure import safe_derivatives
 from jaxpara.recurrence.structure.tangent_flow import Flow, flow
 
 # The name under which our own solve appears in a jaxpr. Its inside is known to be
@@ -48,13 +49,18 @@ class Body(NamedTuple):
         return out[: self.carries], out[self.carries :]
 
     def on_floats(self, consts, state, x):
-        """One step of only the floating leaves: `(state, ys)`, the other leaves leading `x`."""
+        """One step of only the floating leaves: `(state, ys)`, the other leaves leading `x`.
+
+        Its derivatives do not overflow on the way, see `safe_derivatives`. Proofs read `jaxpr`.
+        """
         carry: list[Any] = [None] * self.carries
         for position, leaf in zip(self.floats, state, strict=True):
             carry[position] = leaf
         for position, leaf in zip(self.others, x, strict=False):
             carry[position] = leaf
-        new, ys = self(consts, carry, x[len(self.others) :])
+        jaxpr = safe_derivatives.safe(self.jaxpr, SOLVE_NAME)
+        out = explicit_meshes.evaluate(jaxpr, [*consts, *carry, *x[len(self.others) :]])
+        new, ys = out[: self.carries], out[self.carries :]
         kept = [y for y, alias in zip(ys, self.aliases, strict=True) if alias is None]
         return [new[i] for i in self.floats], kept
 

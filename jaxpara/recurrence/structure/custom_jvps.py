@@ -49,7 +49,7 @@ def is_true(eqn: Any) -> bool:
     if original is None:
         return False
     own = jax.ShapeDtypeStruct((), eqn.outvars[0].aval.dtype)
-    called = _pushed_forms(lambda x: compat.bind(eqn, [x])[0], _traceable(eqn.invars[0].aval))
+    called = _pushed_forms(lambda x: compat.bind(eqn, [x])[0], traceable(eqn.invars[0].aval))
     return called == _pushed_forms(original, own)
 
 
@@ -88,7 +88,7 @@ def pushed(eqn: Any) -> tuple[Any, int]:
     Returns:
       It, and the number of operands.
     """
-    operands = [_traceable(v.aval) for v in eqn.invars]
+    operands = [traceable(v.aval) for v in eqn.invars]
     moving = [i for i, v in enumerate(eqn.invars) if floating(v.aval)]
     kept = [i for i, v in enumerate(eqn.outvars) if floating(v.aval)]
 
@@ -105,7 +105,7 @@ def pushed(eqn: Any) -> tuple[Any, int]:
     return jax.make_jaxpr(push)(operands, [operands[i] for i in moving]), len(operands)
 
 
-def _traceable(aval: Any) -> Any:
+def traceable(aval: Any) -> Any:
     """Something to trace with, on the mesh that `aval` was traced on."""
     axes = tuple(sorted(compat.varying_axes(aval)))
     if not axes:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jaxpara import compat, jaxprs
+from jaxpara.recurrence.structure import safe_derivatives
 
 # Calls with a derivative rule of their own: laid open only after differentiation.
 RULED = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -71,7 +72,8 @@ def flatten(closed: Any, *, closed_calls: Collection[str] = ()) -> Flat:
         for eqn in jaxpr.eqns:
             ins = [read(atom) for atom in eqn.invars]
             here = compat.source_line(eqn) or line  # JAX's own functions have none inside
-            inner = None if eqn.primitive.name in closed_calls else jaxprs.called(eqn)
+            closed = eqn.primitive.name in closed_calls and not safe_derivatives.ours(eqn)
+            inner = None if closed else jaxprs.called(eqn)
             if inner is not None:
                 outs = walk(inner, getattr(inner, "consts", ()), ins, here)
                 place.update(zip(eqn.outvars, outs, strict=True))
@@ -103,9 +105,9 @@ def needed(nodes: Sequence[Node], wanted: Iterable[int]) -> list[Node]:
 
 
 def run(nodes: Sequence[Node], known: dict[int, Any]) -> dict[int, Any]:
-    """`known` and the results of `nodes`, custom rules included."""
+    """`known` and the results of `nodes`, custom rules and safe derivatives included."""
     values = dict(known)
     for node in nodes:
         operands = [values[a] if isinstance(a, int) else a.val for a in node.operands]
-        values.update(zip(node.results, compat.bind(node.eqn, operands), strict=True))
+        values.update(zip(node.results, safe_derivatives.bind(node.eqn, operands), strict=True))
     return values

@@ -46,7 +46,7 @@ _CONTINUOUS = frozenset(
     """
     abs acos acosh add add_any asin asinh atan atanh broadcast_in_dim cbrt clamp
     complex concatenate conj conv_general_dilated copy copy_p cos cosh cumlogsumexp
-    cumprod cumsum digamma div dot_general dynamic_slice dynamic_update_slice erf erf_inv erfc exp
+    cumprod cumsum div dot_general dynamic_slice dynamic_update_slice erf erf_inv erfc exp
     exp2 expand_dims expm1 fft gather imag integer_pow layout_constraint lgamma log log1p log2
     logistic max mesh_cast min mul neg one_minus_square optimization_barrier pad pcast pow pvary
     real reduce_prod reduce_sum reduce_window_sum reshape reshard
