@@ -14,6 +14,9 @@ from jax.interpreters import ad
 # In JAX 0.12 another name of `Jaxpr`, which its stubs do not export.
 ClosedJaxpr = jex_core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
+# Of this JAX: major and minor.
+RELEASE = jax.__version_info__[:2]
+
 
 def scan_parts(eqn: Any) -> tuple[Any, int, int]:
     """`(body, number of constants, number of carries)` of a `scan` equation.

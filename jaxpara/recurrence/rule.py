@@ -12,8 +12,7 @@ import math
 import re
 from typing import Any
 
-import jax
-
+from jaxpara import compat
 from jaxpara.recurrence.solve.records import FUSED, SEQUENTIAL, SHOOTING
 from jaxpara.recurrence.system import Solver
 
@@ -97,6 +96,6 @@ def _map(platform: str) -> dict[str, Any] | None:
             maps[int(named[1]), int(named[2])] = file
     if not maps:
         return None
-    older = [version for version in maps if version <= jax.__version_info__[:2]]
+    older = [version for version in maps if version <= compat.RELEASE]
     file = maps[max(older) if older else min(maps)]
     return json.loads(file.read_text(encoding="utf-8"))

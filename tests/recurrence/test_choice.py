@@ -9,6 +9,7 @@ from jax import lax
 
 import jaxpara as jp
 from experiments.fit_choice import fit
+from jaxpara import compat
 from jaxpara.recurrence import choice, rule
 
 
@@ -22,11 +23,11 @@ def gates(time, batch, state):
     return tuple(jax.random.normal(jax.random.key(i), (time, batch, state)) for i in range(2))
 
 
-@pytest.fixture(params=["0.10.2", "0.11.1", "0.12.0"])
+@pytest.fixture(params=["0.10", "0.11", "0.12"])
 def with_jax(request, monkeypatch):
     """The rule as it is under a version of JAX, each of which has a map."""
     release = tuple(map(int, request.param.split(".")))
-    monkeypatch.setattr(jax, "__version_info__", release)
+    monkeypatch.setattr(compat, "RELEASE", release)
     monkeypatch.setattr(rule, "_map", rule._map.__wrapped__)
     return release
 
@@ -34,7 +35,7 @@ def with_jax(request, monkeypatch):
 def test_every_measured_point_with_a_gain_of_1_2_is_chosen_and_every_loss_is_not(with_jax):
     measured = rule._map("cpu")
     assert measured is not None and len(measured["points"]) > 20
-    assert tuple(map(int, measured["jax"].split(".")[:2])) == with_jax[:2]
+    assert tuple(map(int, measured["jax"].split(".")[:2])) == with_jax
     sizes = ("steps", "elements", "block", "inputs")
     for point in measured["points"]:
         solver, reason = rule.pick("cpu", **{size: point[size] for size in sizes})
@@ -52,19 +53,19 @@ def test_every_measured_point_with_a_gain_of_1_2_is_chosen_and_every_loss_is_not
 
 def test_the_map_is_of_the_newest_jax_that_is_not_newer_than_this_one(monkeypatch):
     known = {
-        (0, 9, 0): "0.10",  # older than every map: the oldest
-        (0, 10, 2): "0.10",
-        (0, 12, 3): "0.12",
-        (1, 0, 0): "0.12",
+        (0, 9): "0.10",  # older than every map: the oldest
+        (0, 10): "0.10",
+        (0, 13): "0.12",
+        (1, 0): "0.12",
     }
     for release, expected in known.items():
-        monkeypatch.setattr(jax, "__version_info__", release)
+        monkeypatch.setattr(compat, "RELEASE", release)
         assert rule._map.__wrapped__("cpu")["jax"].startswith(expected + ".")
     assert rule._map.__wrapped__("tpu") is None
 
 
 def test_gates_cut_out_of_one_input_are_looked_up_among_their_kind(monkeypatch):
-    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    monkeypatch.setattr(compat, "RELEASE", (0, 10))
     monkeypatch.setattr(rule, "_map", rule._map.__wrapped__)
     init = jnp.zeros((1, 256))
     apart = jp.explain_choice(gru_step, init, gates(1024, 1, 256))
