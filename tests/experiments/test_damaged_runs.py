@@ -288,7 +288,7 @@ def test_what_file_managers_leave_is_no_text(tmp_path, name):
     assert files.find_files(f"{tmp_path}/*", endings=()) == [tmp_path / "a.txt"]
     (tmp_path / sweeps.REFUSED).mkdir()
     (tmp_path / sweeps.REFUSED / "._0.json").write_bytes(b"\0")
-    assert sweeps.jobs_since(tmp_path, 0) == []
+    assert sweeps.jobs_since(tmp_path, {}) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
