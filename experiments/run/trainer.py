@@ -25,7 +25,7 @@ from experiments.run import (
 )
 from experiments.run.loop import Diverged, Ending, Hooks, Memory, Pace, Row, run_loop
 from experiments.run.progress import Progress, progress
-from experiments.run.resuming import cut_table
+from experiments.run.resuming import check_same, compared, cut_table
 from experiments.run.settings import Settings
 from experiments.run.stopping import stop_signal
 from experiments.run.task import Task
@@ -73,6 +73,7 @@ def train(
     sinks: Sequence[loggers.Open] = (),
     config: Mapping[str, Any],
     resume: bool = False,
+    goes_on: Callable[[], None] = lambda: None,
 ) -> Result:
     """Trains, evaluates, saves and finishes; everything is written to the folder.
 
@@ -85,6 +86,7 @@ def train(
       sinks: of numbers, besides `metrics.csv`.
       config: resolved, for the sinks that keep it.
       resume: continue from the folder's last checkpoint, if there is one.
+      goes_on: called when it is certain that the run can continue.
 
     Returns:
       The result; `summary.json` has more.
@@ -98,6 +100,7 @@ def train(
     def seconds() -> float:
         return time.perf_counter() - began
 
+    settled = compared(config)
     some = {} if task.trainable is None else {"trainable": task.trainable}
     initial = jax.jit(lambda key: init_state(task.model, optimizer, key, **some))
     key = jax.random.key(settings.seed)
@@ -106,7 +109,11 @@ def train(
     if whole:
         state, run = checkpoints.restore_newest(folder, jax.eval_shape(initial, key))
         begin = int(state.step)
-        _go_to(task, run, str(checkpoints.path_of(folder, begin)))
+        where = str(checkpoints.path_of(folder, begin))
+        check_same(run.get("settings"), config, where)
+        if begin > settings.steps:
+            raise seals.Damaged(f"{where} is of a later step than the last of {settings.steps}")
+        _go_to(task, run, where, begin)
         memory = Memory(**run["memory"])
         began -= memory.seconds
         known = run["figures"] or {}
@@ -122,6 +129,7 @@ def train(
         "parameters": count,
     }
     if resume:
+        goes_on()
         _cut_tables(task, folder, begin)
     columns = metric_columns(task)
     place = loggers.Place(folder, settings.name, config, begin)
@@ -155,7 +163,7 @@ def train(
             def keep(state: TrainState, memory: Memory, values: dict[str, float] | None) -> None:
                 remembered = {**memory._asdict(), "others": dict(memory.others)}
                 run = {"data": task.batches.get_state(), "memory": remembered}
-                save(state, run, values)
+                save(state, {**run, "settings": settled}, values)
 
             aside = functools.partial(jax.profiler.annotate_function, name=profiling.ASIDE)
             pace = Pace(
@@ -218,9 +226,10 @@ def train(
         _close(folder, summary)
 
 
-def _go_to(task: Task, run: Mapping[str, Any], where: str) -> None:
+def _go_to(task: Task, run: Mapping[str, Any], where: str, step: int) -> None:
     """Moves the batches to a saved position."""
     saved_values.check(run, where, need=saved_values.CONTINUED)
+    saved_values.check_position(run["data"], step, where)
     try:
         task.batches.set_state(run["data"])
     except folders.RunError:

@@ -16,7 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.inject import injection
-from experiments.run import checkpoints, folders, metrics, trainer
+from experiments.run import checkpoints, folders, metrics, resuming, seals, trainer
 from experiments.run.loggers import Logger
 from experiments.run.settings import make_settings
 from experiments.run.task import Table, Task
@@ -87,7 +87,7 @@ def toy():
     )
 
 
-def run_toy(folder, *, resume=False, sinks=(), **changes):
+def run_toy(folder, *, resume=False, sinks=(), config=NUMBERS, **changes):
     if not resume:
         folders.open_run(folder, OmegaConf.create(NUMBERS))
     return trainer.train(
@@ -97,7 +97,7 @@ def run_toy(folder, *, resume=False, sinks=(), **changes):
         settings=make_settings(NUMBERS),
         folder=folder,
         sinks=sinks,
-        config=NUMBERS,
+        config=config,
         resume=resume,
     )
 
@@ -128,6 +128,53 @@ def test_a_run_interrupted_and_resumed_equals_one_that_was_not(tmp_path, whole_t
     assert run_toy(folder, resume=True) == ("finished", None, STEPS)
     check_same_files(folder, whole_toy)
     check_same_state(folder, whole_toy, LIKE)
+
+
+OPTIM = {"_target_": "optax.adam", "learning_rate": 0.1, "b1": 0.9}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"optim": {**OPTIM, "b1": 0.8}},
+            "optim.b1=0.8, and .*4 was trained with 0.9:\nwrite that",
+        ),
+        ({"optim": OPTIM, "steps": 12}, "config.yaml has steps=12, and .* with 10"),
+        ({}, "optim._target_=None, and .* with optax.adam"),
+        ({"optim": OPTIM, "projection": {"bound": 1}}, "projection.bound=1, and .* with None"),
+        ({"optim": {**OPTIM, "_target_": "optax.gone"}}, "_target_=optax.gone, and"),
+    ],
+)
+def test_a_config_that_was_changed_since_the_checkpoint_is_refused(
+    tmp_path, stop_after, changes, message
+):
+    stop_after(4)
+    run_toy(tmp_path / "run", config={**NUMBERS, "optim": OPTIM})
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    with pytest.raises(folders.RunError, match=message):
+        run_toy(tmp_path / "run", resume=True, config={**NUMBERS, **changes})
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+
+
+def test_what_may_change_in_a_config_is_not_compared(tmp_path, stop_after):
+    data = {"_target_": "experiments.data.text.load", "path": "there", "data_files": {"a": "x"}}
+    old = {"_target_": "jaxpara.train.renamed"}
+    stop_after(4)
+    run_toy(tmp_path / "run", config={**NUMBERS, "data": data, "model": old})
+    stop_after(None)
+    now = {**NUMBERS, "data": {**data, "path": "here", "data_files": {"a": "y"}}, "trust": "x"}
+    now = {**now, "profile": True, "model": {"_target_": "jaxpara.train.optimizer"}}
+    assert run_toy(tmp_path / "run", resume=True, config=now).status == "finished"
+
+
+def test_a_checkpoint_of_before_settings_were_kept_goes_on(tmp_path, stop_after, monkeypatch):
+    stop_after(4)
+    monkeypatch.setattr(trainer, "compared", lambda config: None)
+    with pytest.raises(seals.Damaged, match="settings is None; expected settings by name"):
+        run_toy(tmp_path / "run")
+        run_toy(tmp_path / "run", resume=True)
+    resuming.check_same(None, NUMBERS, "checkpoints/4")
 
 
 def test_a_run_interrupted_twice_equals_one_that_was_not(tmp_path, whole_toy, stop_after):
