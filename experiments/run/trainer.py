@@ -13,6 +13,7 @@ import optax
 
 from experiments.run import (
     checkpoints,
+    claim,
     disk,
     figures,
     folders,
@@ -130,6 +131,7 @@ def train(
     }
     if resume:
         goes_on()
+        _say_what_is_missing(folder, begin)
         _cut_tables(task, folder, begin)
     columns = metric_columns(task)
     place = loggers.Place(folder, settings.name, config, begin)
@@ -161,6 +163,7 @@ def train(
                 line.say(f"continues after step {begin} of {settings.steps}")
 
             def keep(state: TrainState, memory: Memory, values: dict[str, float] | None) -> None:
+                claim.check_ours(folder)
                 remembered = {**memory._asdict(), "others": dict(memory.others)}
                 run = {"data": task.batches.get_state(), "memory": remembered}
                 save(state, {**run, "settings": settled}, values)
@@ -213,6 +216,7 @@ def train(
         )
         raise
     except OSError as error:
+        claim.check_ours(folder)
         if error.errno not in disk.UNWRITABLE:
             raise
         raise folders.RunError(
@@ -248,6 +252,13 @@ def _last_checkpoint(folder: Path) -> str:
     return f"The last checkpoint is {checkpoints.path_of(folder, whole[-1])}"
 
 
+def _say_what_is_missing(folder: Path, begin: int) -> None:
+    if not begin:
+        seals.say(f"{folder} has no checkpoint: its run begins again, and its tables too")
+    elif not (table := folder / "metrics.csv").is_file():
+        seals.say(f"{table} is missing: its rows up to step {begin} are lost")
+
+
 def _cut_tables(task: Task, folder: Path, begin: int) -> None:
     for name in ("metrics", *task.tables):
         # A run without a checkpoint restarts: the evaluation before its first step is cut too.
@@ -259,8 +270,9 @@ def _close(folder: Path, summary: dict[str, Any]) -> None:
     if jax.process_index() != 0:
         return
     try:
+        claim.check_ours(folder)
         folders.close_run(folder, summary)
-    except OSError as error:
+    except (OSError, folders.RunError) as error:
         print(f"the summary and the figures of {folder} could not be written: {error}")
         return
     try:

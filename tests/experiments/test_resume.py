@@ -16,7 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.inject import injection
-from experiments.run import checkpoints, folders, metrics, resuming, seals, trainer
+from experiments.run import checkpoints, claim, folders, metrics, resuming, seals, trainer
 from experiments.run.loggers import Logger
 from experiments.run.settings import make_settings
 from experiments.run.task import Table, Task
@@ -199,7 +199,38 @@ def test_rows_after_the_last_checkpoint_are_written_once(tmp_path, whole_toy, st
     check_same_files(folder, whole_toy)
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, whole_toy, stop_after):
+@pytest.mark.parametrize("then", ["moved", "replaced", "copied over"])
+def test_a_folder_that_is_taken_away_from_a_run_is_not_written_to(tmp_path, capsys, then):
+    folder, there = tmp_path / "run", tmp_path / "there"
+
+    def take(step, params):
+        if step == 4:
+            folder.rename(there)
+            if then == "replaced":
+                folder.mkdir()
+            if then == "copied over":
+                shutil.copytree(there, folder)
+        return {"norm": 1.0}
+
+    with claim.claimed(folder):
+        with pytest.raises(folders.RunError, match="run was moved, removed or replaced while its"):
+            run_toy(folder, evaluate=take)
+    written = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+    assert "summary.json" not in written and not checkpoints.steps(folder)
+    assert run_toy(there, resume=True).status == "finished"
+
+
+def test_a_table_that_is_missing_is_said(tmp_path, stop_after, capsys):
+    stop_after(5)
+    run_toy(tmp_path / "run")
+    (tmp_path / "run" / "metrics.csv").unlink()
+    run_toy(tmp_path / "run", resume=True)
+    assert "metrics.csv is missing: its rows up to step 5 are lost" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    tmp_path, whole_toy, stop_after, capsys
+):
     folder = tmp_path / "run"
     stop_after(3)
     run_toy(folder)
@@ -207,7 +238,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, whole_t
     (folder / "summary.json").unlink()
     assert folders.status(folder) is None
     stop_after(None)
+    capsys.readouterr()
     assert run_toy(folder, resume=True) == ("finished", None, STEPS)
+    assert "has no checkpoint: its run begins again" in capsys.readouterr().err
     check_same_files(folder, whole_toy)
     check_same_state(folder, whole_toy, LIKE)
 
@@ -262,7 +295,11 @@ def test_ctrl_c_while_finishing_prints_the_command_to_continue(tmp_path, capsys)
 
 @pytest.mark.parametrize(
     "code, remedy",
-    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "Check that it can be written to")],
+    [
+        (errno.ENOSPC, "Make room there"),
+        (errno.EROFS, "Check that it can be written to"),
+        (errno.ENOTCONN, "Check that it can be written to"),
+    ],
 )
 def test_a_full_disk_at_a_row_names_the_last_checkpoint(tmp_path, whole_toy, code, remedy):
     folder = tmp_path / "run"
