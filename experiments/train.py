@@ -59,7 +59,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
     with content_of(folder) if resume else contextlib.nullcontext():
         values = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(values, dict)
-        settings = make_settings(values)
+        settings = make_settings(values, place=folder / folders.CONFIG if resume else None)
         parts = build(cfg)
         check_step(parts.task, parts.optimizer, accumulate=settings.accumulate)
     if not resume:

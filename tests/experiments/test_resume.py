@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -348,6 +349,12 @@ def test_a_config_of_another_version_is_said_to_be_one():
 def test_numbers_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(folders.RunError, match=message):
         make_settings({**NUMBERS, **changes})
+
+
+def test_a_setting_of_a_folder_that_does_not_fit_names_its_file():
+    for changes in ({"profile": True, "trace": {"start": 9, "steps": 9}}, {"accumulate": 3}):
+        with pytest.raises(folders.RunError, match="^run/config.yaml: (trace.start|accumulate)="):
+            make_settings({**NUMBERS, **changes}, place=Path("run/config.yaml"))
 
 
 def test_recording_the_environment_writes_nothing_into_the_repository(tmp_path, monkeypatch):

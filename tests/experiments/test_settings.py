@@ -213,6 +213,8 @@ def test_objects_of_others_are_theirs_to_judge():
         (["stpes=3"], "did you mean steps or trace.steps?"),
         (["mixr=attention"], "did you mean mixer?"),
         (["optim=adamww"], "optim=adamww: no such member; did you mean optim=adamw? choose"),
+        (["+widht=3"], "did you mean model.width?\ntype model.width=3"),
+        (["+bist=3"], "did you mean +bits?\ntype +bits=3"),
         (["+stpes=3"], "nothing reads stpes; did you mean steps?"),
         (["+checkpoint.kep_last=2"], "did you mean checkpoint.keep_last?"),
         (["+model.widht=3"], "did you mean model.width?"),
