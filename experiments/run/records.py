@@ -30,14 +30,14 @@ class Notes(Callback):
         """Hydra makes the run's folder after this."""
         del kwargs
         Notes.made = ()
-        with contextlib.suppress(OmegaConfBaseException):  # Hydra reports it
+        with contextlib.suppress(OmegaConfBaseException, OSError):  # Hydra reports it
             Notes.made = _missing(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra makes the sweep's folder after this."""
         del kwargs
         Notes.made = ()
-        with contextlib.suppress(OmegaConfBaseException):
+        with contextlib.suppress(OmegaConfBaseException, OSError):
             Notes.made = _missing(Path(config.hydra.sweep.dir))
 
 

@@ -1,6 +1,7 @@
 """Continues a run: finds the folder, compares the command line with it, cuts its tables."""
 
 import csv
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,11 +139,12 @@ def compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {key: value for key, value in config.items() if key not in (*FREE, *NOT_COMPARED)}
     places = {key for key, _ in trust.paths(kept, "")}
-    return {
+    found = {
         key: value
         for key, value in _leaves(kept)
         if not any(key == place or key.startswith(f"{place}.") for place in places)
     }
+    return json.loads(json.dumps(found))  # as a checkpoint gives it back
 
 
 def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where: str) -> None:
@@ -162,7 +164,8 @@ def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where
     for key in now | dict(saved):
         before, after = saved.get(key), now.get(key)
         # Names of an earlier version are to be replaced by those of this one, see `trust`.
-        if before == after or (isinstance(before, str) and names.is_gone(before)):
+        same = before == after or repr(before) == repr(after)  # also nan
+        if same or (isinstance(before, str) and names.is_gone(before)):
             continue
         raise RunError(
             f"{CONFIG} has {key}={shortened(str(after))}, and {where} was trained with "

@@ -58,8 +58,8 @@ def make_settings(values: Mapping[str, Any], *, place: Path | None = None) -> Se
     missing = [name for name in Settings._fields if name not in values]
     if missing:
         raise RunError(
-            f"{where}the config has no {', '.join(missing)}: another version of this program wrote it, "
-            "and that version can continue it"
+            f"{where}the config has no {', '.join(missing)}: another version of this program "
+            "wrote it, and that version can continue it"
         )
     ours = OmegaConf.create({name: values[name] for name in Settings._fields})
     check_settings(ours, place=place)
@@ -71,7 +71,8 @@ def make_settings(values: Mapping[str, Any], *, place: Path | None = None) -> Se
         if sum(settings.trace) > settings.steps:
             raise RunError(
                 f"{where}trace.start={settings.trace.start} and "
-                f"trace.steps={settings.trace.steps} do not fit steps={settings.steps}: their sum may be no larger"
+                f"trace.steps={settings.trace.steps} do not fit steps={settings.steps}: "
+                "their sum may be no larger"
             )
     if settings.batch_size % settings.accumulate:
         raise RunError(

@@ -81,7 +81,8 @@ class Announce(Callback):
         HydraConfig.instance().set_config(config)
         try:
             _check_sweep(config)
-            Announce.before = _stamps(Path(config.hydra.sweep.dir).absolute())
+            with contextlib.suppress(OSError):  # Hydra reports it
+                Announce.before = _stamps(Path(config.hydra.sweep.dir).absolute())
         except RunError as error:  # Hydra makes a warning of other exceptions
             HydraConfig.instance().cfg = None  # there is no sweep to report on
             print(f"error: {error}", file=sys.stderr, flush=True)
