@@ -95,7 +95,7 @@ def _check_sweep(config: DictConfig) -> None:
         key, _, value = given.lstrip("+").partition("=")
         if key == "hydra.run.dir":
             raise RunError(
-                f"resume={value} and {key}={value} are about one run, and this is a sweep.\n"
+                f"resume=FOLDER and {key}={value} are for one run, and this is a sweep.\n"
                 "A sweep goes on where it stopped if its own command is repeated;\n"
                 "to continue one run, leave out -m, sweep= and lists of values"
             )

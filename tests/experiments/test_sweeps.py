@@ -211,7 +211,7 @@ def test_one_runs_folder_is_refused_in_a_sweep(tmp_path, capfd):
     for chosen in (["-m", "x=1,2"], ["hydra.mode=MULTIRUN"]):
         assert sweep(tmp_path, "resume=true", "hydra.run.dir=r", *chosen) == 1
         said = capfd.readouterr().err
-        assert said.startswith("error: resume=r and hydra.run.dir=r are about one run")
+        assert said.startswith("error: resume=FOLDER and hydra.run.dir=r are for one run")
         assert "repeated" in said and said.count("\n") == 3
     assert list(tmp_path.iterdir()) == []
 
