@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from experiments.data.baselines import baselines
 from experiments.data.corpus import digest
 from experiments.run import checkpoints, folders, tables, trust
-from experiments.run.folder_arguments import quote_folders
+from experiments.run.folder_arguments import PLACES, quote_folders, replace_data
 from experiments.run.memory import check_tokens
 from experiments.shell.build import build_data
 from experiments.shell.commandline import command, guarded
@@ -58,18 +58,28 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     trained = trust.open_config(folder)
     folders.need(trained, folder, "model", "data", "evaluation")
-    if "data" not in cfg:
+    given = OmegaConf.to_container(cfg.data, resolve=True) if "data" in cfg else {}
+    assert isinstance(given, dict)
+    is_own = "_target_" not in given
+    if is_own:
+        for name, value in given.items():  # the same data in another place
+            if f"data.{name}" not in PLACES or trained.data.get(name) is None:
+                raise folders.RunError(
+                    f"data.{name}={value}: the data of {folder} has no such place; leave it out, "
+                    "or choose other text with data=SOURCE"
+                )
+            trained.data[name] = value
         trust.check_paths(trained.data, folder, key="data")
     own = OmegaConf.to_container(trained.data, resolve=True)
-    data = own if "data" not in cfg else OmegaConf.to_container(cfg.data, resolve=True)
-    assert isinstance(own, dict) and isinstance(data, dict)
+    data = own if is_own else given
+    assert isinstance(own, dict)
     numbers = {
         name: trained.evaluation[name] if cfg[name] is None else cfg[name]
         for name in ("windows", "length", "batch_size")
     }
     # Other text, but in the model's tokens.
     data = {**data, "tokenizer": own.get("tokenizer")}
-    return {"data": data, "own": "data" not in cfg, **numbers}
+    return {"data": data, "own": is_own, **numbers}
 
 
 def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
@@ -141,6 +151,18 @@ def job(cfg: DictConfig) -> dict[str, float]:
     return scored
 
 
+def prepare(arguments: list[str]) -> list[str]:
+    """Writes the command line as Hydra reads it.
+
+    Args:
+      arguments: of the command line, without the program.
+
+    Returns:
+      The arguments for Hydra.
+    """
+    return replace_data(quote_folders(arguments, keys=("run", *PLACES, trust.TRUST)))
+
+
 @command
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
@@ -149,5 +171,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_folders(sys.argv[1:], keys=("run", trust.TRUST))
+    sys.argv[1:] = prepare(sys.argv[1:])
     main()

@@ -20,6 +20,7 @@ from experiments.run import folders, trust
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.plain_files import replacing
 from experiments.run.resuming import resume_arguments
+from experiments.run.seals import say
 from experiments.shell.build import build_model
 from experiments.shell.commandline import guarded
 from experiments.shell.foreign import content_of
@@ -119,10 +120,16 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
 
     for path in sorted(folder.parent.glob(f"*/{folders.CONFIG}")) if idle else []:
         other = path.parent
-        if other != folder and folders.status(other) == "finished":
+        if other == folder or folders.status(other) != "finished":
+            continue
+        try:
             trust.check_links(other)
-            if used(folders.load_config(other)) == used(cfg):
-                return other
+            same = used(folders.load_config(other)) == used(cfg)
+        except folders.RunError as error:
+            say(f"{error}; this run does without it")
+            continue
+        if same:
+            return other
     return None
 
 

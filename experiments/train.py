@@ -12,7 +12,7 @@ from experiments.run.claim import claimed
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.memory import check_step
 from experiments.run.opening import opened
-from experiments.run.resuming import check_overrides, resume_arguments
+from experiments.run.resuming import check_overrides, move_data, resume_arguments
 from experiments.run.settings import make_settings
 from experiments.run.stopping import pass_on
 from experiments.run.trainer import train
@@ -41,6 +41,7 @@ def job(cfg: DictConfig) -> None:
 def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
     """`job` in a folder, which it locks as soon as it writes there."""
     resume = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
+    moved, stored = False, cfg
     if resume:
         trust.check_place(folder, written=True)
         held.enter_context(claimed(folder))
@@ -50,19 +51,18 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
         if folders.status(folder) == "finished":
             print(f"the run is finished, there is nothing left to do: {folder}")
             return
-        cfg = trust.open_config(folder)
+        given, cfg = cfg, trust.open_config(folder)
         if checkpoints.steps(folder) and OmegaConf.select(cfg, "task.base") is not None:
             cfg.task.base = None  # its parameters are in the checkpoint, and it may be gone
+        moved = move_data(stored, given) and move_data(cfg, given)
         trust.check_paths(cfg, folder)
     with content_of(folder) if resume else contextlib.nullcontext():
         values = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(values, dict)
-        settings = make_settings(values)
+        settings = make_settings(values, place=folder / folders.CONFIG if resume else None)
         parts = build(cfg)
         check_step(parts.task, parts.optimizer, accumulate=settings.accumulate)
-    if resume:
-        folders.reopen_run(folder)
-    else:
+    if not resume:
         folders.check_inert(values, "the config")
         held.enter_context(opened(folder, cfg))
     result = train(
@@ -74,6 +74,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
         sinks=parts.sinks,
         config=values,
         resume=resume,
+        goes_on=lambda: folders.reopen_run(folder, stored if moved else None),
     )
     if result.signal is not None:
         print(

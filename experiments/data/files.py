@@ -80,11 +80,6 @@ def read_text(file: Path, *, encoding: str) -> str:
         raise FileNotFoundError(f"{file} cannot be read: {error.strerror}") from error
     try:
         text = raw.decode(encoding)
-    except LookupError as error:
-        raise ValueError(
-            f"data.encoding={encoding!r} is not an encoding that Python knows: "
-            "give for example utf-8, latin-1 or utf-16"
-        ) from error
     except UnicodeDecodeError as error:
         if b"\0" in raw and not encoding.lower().startswith("utf-16"):
             raise ValueError(_binary(file, raw.index(b"\0"))) from error
@@ -93,6 +88,11 @@ def read_text(file: Path, *, encoding: str) -> str:
             f"{file}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not "
             f"{encoding}: convert the file (iconv -f latin-1 -t utf-8), "
             "or give its encoding, for example data.encoding=latin-1"
+        ) from error
+    except (LookupError, ValueError) as error:  # "undefined" is a codec that refuses all text
+        raise ValueError(
+            f"data.encoding={encoding!r} is not an encoding of text that Python knows: "
+            "give for example utf-8, latin-1 or utf-16"
         ) from error
     if "\0" in text:
         raise ValueError(_binary(file, raw.index(b"\0")))

@@ -33,7 +33,8 @@ def python_files(root: Path, *, also: Sequence[str] = ()) -> dict[str, bytes]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         excluded = NOT_THE_LIBRARY if name.parts[0] in also else EXCLUDED_FOLDERS
-        if excluded.isdisjoint(name.parts[:-1]):
+        # Reading a pipe or a device may never end.
+        if excluded.isdisjoint(name.parts[:-1]) and path.is_file():
             try:
                 files[name.as_posix()] = path.read_bytes()
             except OSError:

@@ -86,9 +86,8 @@ def _read_run(path: Path) -> dict[str, Any]:
 def _readable_runs(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields intact steps, newest first, with the values that they were saved with."""
     for step in steps(folder)[::-1]:
-        path = path_of(folder, step)
         with contextlib.suppress(Damaged):
-            with _still_there(path):
+            with _still_there(path := path_of(folder, step)):
                 seals.check(path, ["run"])
                 run = _read_run(path)
             yield step, run
@@ -318,8 +317,7 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
       Damaged: its content is not what was saved.
       Unlike: the data on disk has another structure or other shapes.
     """
-    rest = jax.eval_shape(_rest, like)
-    placed = rest | {"opt_state": like.opt_state, "step": like.step}
+    placed = jax.eval_shape(_rest, like) | {"opt_state": like.opt_state, "step": like.step}
     trained, frozen = frozen_part.apart(folder, like.params)
     path = path_of(folder, step)
     seals.check(path)
@@ -335,6 +333,8 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
     for part in ("params", "rest"):
         seals.check_arrays(read[part], digests[part], str(path / part))
     rest = read["rest"]
+    if int(rest["step"]) != step:
+        raise Damaged(f"{path} is damaged: its state is of step {rest['step']}")
     kind = run.pop("key_impl")
     try:
         key = jax.random.wrap_key_data(rest["key"], impl=kind)

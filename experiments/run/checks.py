@@ -55,6 +55,8 @@ def fits(value: Any, rule: Rule) -> bool:
     if rule.kind == "text":
         # A folder may be called 2024: Hydra reads a number, but it is text here.
         text = isinstance(value, str | int | float) and not isinstance(value, bool)
+        if value == "" and not rule.empty:  # of an unset variable, and a path to where we are
+            return False
         return text and (not rule.choices or value in rule.choices)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
@@ -66,6 +68,8 @@ def fits(value: Any, rule: Rule) -> bool:
         return True
     if rule.inside:
         return rule.low < value < rule.high
+    if rule.below:
+        return rule.low <= value < rule.high
     return rule.low <= value <= rule.high
 
 
@@ -73,6 +77,8 @@ def _bounds(rule: Rule) -> str:
     if rule.inside:
         high = "" if rule.high >= FINITE else f" and below {rule.high:g}"
         return f" above {rule.low:g}{high}"
+    if rule.below:
+        return f", at least {rule.low:g} and below {rule.high:g}"
     if rule.high in (FINITE, LARGEST, math.inf):
         return f", at least {rule.low:g}"
     return f" from {rule.low:.10g} to {rule.high:.10g}"
@@ -93,11 +99,12 @@ def expected(rule: Rule) -> str:
     elif rule.kind == "section":
         text = "a group of settings, not a value"
     elif rule.kind == "words":
-        text = "text or a list of texts"
+        text = "text or a list of texts, none of them empty"
     elif rule.kind == "text" and rule.many:
-        text = "a list of texts"
+        text = "a list of texts, none of them empty"
     elif rule.kind == "text":
-        text = f"one of {', '.join(rule.choices)}" if rule.choices else "text"
+        text = "text" if rule.empty else "text that is not empty"
+        text = f"one of {', '.join(rule.choices)}" if rule.choices else text
     else:
         many = {"whole": "whole numbers", "number": "numbers"}
         one = {"whole": "a whole number", "number": "a number"}
@@ -128,7 +135,7 @@ def instead(value: Any, rule: Rule) -> str:
     if rule.kind in ("words", "section"):
         return "TEXT" if rule.kind == "words" else ""
     if rule.kind == "text":
-        if not rule.choices and isinstance(value, str):
+        if not rule.choices and isinstance(value, str) and value:
             return value
         near = difflib.get_close_matches(str(value), rule.choices, n=1, cutoff=0.0)
         return near[0] if near else "TEXT"
@@ -140,7 +147,7 @@ def instead(value: Any, rule: Rule) -> str:
     if usable and rule.low < -value < rule.high:
         return f"{-value:g}"  # a minus sign too many
     top = rule.high if rule.high < FINITE else max(2 * rule.low, rule.low + 1)
-    if rule.inside:
+    if rule.inside or (rule.below and usable and value > 0):
         return f"{(rule.low + top) / 2:g}"
     return f"{top if usable and value > 0 else rule.low:g}"
 
@@ -191,6 +198,19 @@ def _objects_in(node: ListConfig, path: str) -> Iterator[tuple[str, DictConfig]]
             yield from _objects_in(node[i], f"{path}.{i}")
 
 
+def check_text(key: str, value: Any) -> None:
+    """Refuses an empty name, for settings that are not in the table, such as Hydra's folders.
+
+    Args:
+      key: of the setting.
+      value: as composed.
+
+    Raises:
+      RunError: as `check_settings`.
+    """
+    _check(key, value, TEXT)
+
+
 def check_settings(cfg: DictConfig, command: str = "", *, place: Path | None = None) -> None:
     """Refuses a config whose settings break the rules of the table.
 
@@ -202,21 +222,25 @@ def check_settings(cfg: DictConfig, command: str = "", *, place: Path | None = N
     Raises:
       RunError: what was given, what was expected, what to type or to write there.
     """
-    where = "" if place is None else f"{place}: "
     for key, value in settings_of(cfg, command=command):
-        rule = rule_for(key, command)
-        if rule is None or fits(value, rule):
-            if rule is not None and rule.kind in ("text", "words"):
+        if (rule := rule_for(key, command)) is not None:
+            _check(key, value, rule, place)
+            if rule.kind in ("text", "words"):
                 _as_text(cfg, key, value)
-            continue
-        shown = {True: "true", False: "false", None: "null"}.get(value) if _plain(value) else None
-        shown = shortened(shown or (f"{value!r}" if isinstance(value, str) else str(value)))
-        near = f"type for example {key}={instead(value, rule)}"
-        if rule.kind == "section":
-            near = f"type for example {key}.KEY=VALUE, as --cfg job shows them"
-        if place is not None:
-            near = "put back a copy of that file, or give another run"
-        raise RunError(f"{where}{printable(key)}={shown}: expected {expected(rule)};\n{near}")
+
+
+def _check(key: str, value: Any, rule: Rule, place: Path | None = None) -> None:
+    if fits(value, rule):
+        return
+    where = "" if place is None else f"{place}: "
+    shown = {True: "true", False: "false", None: "null"}.get(value) if _plain(value) else None
+    shown = shortened(shown or (f"{value!r}" if isinstance(value, str) else str(value)))
+    near = f"type for example {key}={instead(value, rule)}"
+    if rule.kind == "section":
+        near = f"type for example {key}.KEY=VALUE, as --cfg job shows them"
+    if place is not None:
+        near = "put back a copy of that file, or give another run"
+    raise RunError(f"{where}{printable(key)}={shown}: expected {expected(rule)};\n{near}")
 
 
 def _as_text(cfg: DictConfig, key: str, value: Any) -> None:

@@ -22,6 +22,8 @@ from experiments.run.plain_files import read_text, regular, write_text
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCK, HOLDER = ".lock", ".lock.json"
+# The lock files that this process holds, by folder: the numbers of their disk and of themselves.
+_HELD: dict[Path, tuple[int, int]] = {}
 
 
 @contextmanager
@@ -42,6 +44,7 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             regular(folder / LOCK)
             lock.acquire(timeout=0)
+            _HELD[folder] = _number(folder / LOCK)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -61,9 +64,36 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RunError):
+            check_ours(folder)
             (folder / HOLDER).unlink(missing_ok=True)
+        _HELD.pop(folder, None)
         lock.release()
+
+
+def _number(path: Path) -> tuple[int, int]:
+    known = path.stat()
+    return known.st_dev, known.st_ino
+
+
+def check_ours(folder: Path) -> None:
+    """Refuses to write to a folder that is no longer the one that was locked.
+
+    Args:
+      folder: of a run; one that this process has not locked passes.
+
+    Raises:
+      RunError: it was moved away or replaced.
+    """
+    try:
+        same = folder not in _HELD or _number(folder / LOCK) == _HELD[folder]
+    except OSError:
+        same = False
+    if not same:
+        raise RunError(
+            f"{folder} was moved, removed or replaced while its run was training: the run stops, "
+            "and goes on with resume=FOLDER from where it is now"
+        )
 
 
 def _holder(folder: Path) -> str:

@@ -20,7 +20,9 @@ from experiments.run.seals import Damaged
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = "RESOURCE_EXHAUSTED"  # in what XLA says
-UNWRITABLE = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+# What a disk, or the server that it is on, refuses.
+_GONE = (errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENODEV)
+UNWRITABLE = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, *_GONE)
 
 
 @contextmanager

@@ -5,6 +5,10 @@ import re
 from collections.abc import Sequence
 
 TRUST = "trust"
+# Arguments of constructors that are files, folders, globs or names of data sets.
+FILES = ("path", "root", "data_files", "tokenizer", "base")
+# Where a run's data is; data that has moved is named anew.
+PLACES = tuple(f"data.{name}" for name in FILES[:-1])
 
 
 def quote_value(text: str) -> str:
@@ -22,6 +26,20 @@ def quote_value(text: str) -> str:
     body = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", text)
     body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), body)
     return f"'{body}'"
+
+
+def replace_data(arguments: Sequence[str]) -> list[str]:
+    """Lets a place of data be given without its source, which is that of a run.
+
+    Args:
+      arguments: of the command line, without the program.
+
+    Returns:
+      The arguments for Hydra, which would otherwise take `data.path=` only with `data=`.
+    """
+    if any(one.lstrip("+").startswith("data=") for one in arguments):
+        return list(arguments)
+    return [f"++{one}" if one.partition("=")[0] in PLACES else one for one in arguments]
 
 
 def quote_folders(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:

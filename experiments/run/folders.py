@@ -184,12 +184,15 @@ def open_run(folder: Path, cfg: DictConfig) -> None:
     write_json(folder / ENVIRONMENT, environment())
 
 
-def reopen_run(folder: Path) -> None:
+def reopen_run(folder: Path, moved: DictConfig | None = None) -> None:
     """Records that a run continues, on which machine and with which versions.
 
     Args:
       folder: of a run that `open_run` opened.
+      moved: its config, if its data is in another place now.
     """
+    if moved is not None:
+        write_text(folder / CONFIG, OmegaConf.to_yaml(moved))
     known = _read_environment(folder)
     again = [*known.get("resumed", []), environment()]
     write_json(folder / ENVIRONMENT, {**known, "resumed": again})

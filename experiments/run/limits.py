@@ -20,6 +20,8 @@ class Rule(NamedTuple):
       high: the largest value.
       unit: of the value, for the message.
       inside: whether the bounds themselves are excluded.
+      below: whether only the largest value itself is excluded.
+      empty: whether a text may be empty. Most name something, and an empty path is where we are.
       null: whether null is allowed.
       many: whether it is a list, at any depth, of such values; it must not be empty.
       choices: the allowed texts, if not all are.
@@ -30,6 +32,8 @@ class Rule(NamedTuple):
     high: float = math.inf
     unit: str = ""
     inside: bool = False
+    below: bool = False
+    empty: bool = False
     null: bool = False
     many: bool = False
     choices: tuple[str, ...] = ()
@@ -92,8 +96,8 @@ RULES: dict[str, Rule] = {
     "learning_rate": Rule("number", unit="a step size", **POSITIVE),
     "warmup": number(0, 1, "a share of the steps"),
     "floor": number(0, 1, "a share of the peak rate"),
-    "b1": number(0, 1, "a decay a step"),
-    "b2": number(0, 1, "a decay a step"),
+    "b1": number(0, 1, "a decay a step", below=True),
+    "b2": number(0, 1, "a decay a step", below=True),
     "weight_decay": number(0, FINITE, "a decay a step"),
     "optim.clip": number(0, math.inf, "the largest norm of a gradient", inside=True),
     "optimizer.clip": number(0, math.inf, "the largest norm of a gradient", inside=True),
@@ -127,7 +131,7 @@ RULES: dict[str, Rule] = {
     "bits": whole(1, "bits", high=32),
     "rank": whole(1, "rank"),
     "alpha": Rule("number", unit="a scale", null=True, **POSITIVE),
-    "dropout": number(0, 1, "a share of the inputs"),
+    "dropout": number(0, 1, "a share of the inputs", below=True),
     "downcast": TEXT,
     "group": whole(1, "inputs", null=True),
     "problem.group": TEXT,
@@ -169,7 +173,7 @@ RULES: dict[str, Rule] = {
     "pairs": whole(1, "pairs"),
     "modulus": whole(2, "numbers"),
     # texts that are drawn
-    "prompt": OPTIONAL_TEXT,
+    "prompt": OPTIONAL_TEXT._replace(empty=True),  # the command says what a model needs
     "prompts": OPTIONAL_TEXT,
     "generate.field": TEXT,
     "temperature": number(0, FINITE, "a temperature"),
@@ -185,7 +189,7 @@ RULES: dict[str, Rule] = {
     "lines": TEXTS._replace(null=True),
     "from": OPTIONAL_TEXT,
     "output": OPTIONAL_TEXT,
-    "title": OPTIONAL_TEXT,
+    "title": OPTIONAL_TEXT._replace(empty=True),
     "metric": OPTIONAL_TEXT,
     "better": Rule("text", null=True, choices=("min", "max")),
     "sort": OPTIONAL_TEXT,

@@ -1,10 +1,12 @@
 """A run's numbers as CSV: written row by row, so a killed run keeps its measurements."""
 
 import codecs
+import contextlib
 import csv
 import io
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,19 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     """Adds one row and closes the file; missing columns stay empty, new names become columns.
 
     Args:
-      path: a file made by `start`.
+      path: a file made by `start`. One that was emptied or removed since then begins anew, with the
+        columns of the row.
       row: values by name.
     """
-    with regular(path).open(newline="", encoding="utf-8") as file:
-        columns = next(csv.reader(file))
+    columns: list[str] | None = None
+    with contextlib.suppress(FileNotFoundError):
+        with regular(path).open(newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file), None)
+    if not columns:
+        print(f"{path} was emptied or taken away meanwhile: it begins anew", file=sys.stderr)
+        columns = sorted(row, key=lambda name: name != "step")
+        with replacing(path) as fresh:
+            start(fresh, columns)
     new = [name for name in row if name not in columns]
     if new:
         columns += new

@@ -6,15 +6,45 @@ commands too (`hydra.output_subdir` in conf/run_folder.yaml turns that off).
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run.plain_files import write_text
 
 FOLDER = ".hydra"
 FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
+
+
+class Notes(Callback):
+    """Notes which folders a command makes: `hydra.callbacks.notes` in the config."""
+
+    made: Collection[Path] = ()  # by this command; empty ones of a user's stay
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra makes the run's folder after this."""
+        del kwargs
+        Notes.made = ()
+        with contextlib.suppress(OmegaConfBaseException, OSError):  # Hydra reports it
+            Notes.made = _missing(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra makes the sweep's folder after this."""
+        del kwargs
+        Notes.made = ()
+        with contextlib.suppress(OmegaConfBaseException, OSError):
+            Notes.made = _missing(Path(config.hydra.sweep.dir))
+
+
+def _missing(folder: Path) -> list[Path]:
+    """A folder and those above it that are not there yet."""
+    whole = Path(os.path.abspath(folder))  # without ".."
+    return [path for path in (whole, *whole.parents) if not path.exists()]
 
 
 def write(folder: Path, cfg: DictConfig) -> None:
@@ -33,13 +63,15 @@ def write(folder: Path, cfg: DictConfig) -> None:
         write_text(folder / FOLDER / name, OmegaConf.to_yaml(node))
 
 
-def discard(folder: Path) -> None:
+def discard(folder: Path, *, made: Collection[Path] | None = None) -> None:
     """Removes a folder in which no run was opened, and empty folders above it.
 
     Args:
-      folder: empty, or with only a record; any other is left alone. Above it, only folders below
-        the current directory are removed: others, even empty ones, may be somebody's.
+      folder: empty, or with only a record; any other is left alone.
+      made: the folders that may be removed; None: those that this command has made. Others, even
+        empty ones, are somebody's.
     """
+    ours = Notes.made if made is None else {Path(os.path.abspath(path)) for path in made}
     with contextlib.suppress(OSError):
         inside = [path.name for path in folder.iterdir()]
         record = folder / FOLDER
@@ -47,12 +79,10 @@ def discard(folder: Path) -> None:
             for path in record.iterdir():
                 path.unlink()
             record.rmdir()
-        here, folder = Path.cwd(), Path(os.path.abspath(folder))  # without ".."
-        if not here.is_relative_to(folder):
-            folder.rmdir()
-        for above in folder.parents:
-            if here in above.parents:
-                above.rmdir()
+        whole = Path(os.path.abspath(folder))
+        for path in (whole, *whole.parents):
+            if path in ours:
+                path.rmdir()
 
 
 def _is_ours(path: Path) -> bool:

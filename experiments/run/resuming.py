@@ -1,19 +1,24 @@
 """Continues a run: finds the folder, compares the command line with it, cuts its tables."""
 
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.run import metrics, seals
-from experiments.run.folder_arguments import TRUST, quote_value
-from experiments.run.folders import RunError, find_run, read_yaml
+from experiments.run import metrics, names, seals, trust
+from experiments.run.folder_arguments import PLACES, TRUST, quote_value, replace_data
+from experiments.run.folders import CONFIG, RunError, find_run, read_yaml
+from experiments.run.limits import shortened
 from experiments.run.plain_files import aside, replacing
 
 # What may differ: whether to continue, where, and with which trust.
 FREE = ("resume", "hydra", TRUST)
+# Sections of a config for outputs and logging, which do not change what a run computes.
+NOT_COMPARED = ("checkpoint", "logger", "profile", "trace", "resume")
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
@@ -31,6 +36,9 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
       RunError: the folder does not hold a run.
     """
     changed = []
+    named = [one for one in arguments if one.partition("=")[0] == "resume"]
+    if named and named[-1].partition("=")[2].lower() not in ("true", "false", ""):
+        arguments = replace_data(arguments)  # the source is the run's
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key == "resume" and value.lower() not in ("true", "false", ""):
@@ -68,16 +76,102 @@ def check_overrides(
         path = key.partition("@")[2] or key
         path = path.replace("/", ".")
         given = _plain(OmegaConf.select(cfg, path))
+        known = _plain(OmegaConf.select(stored, path))
+        if key in PLACES and known is not None:  # it may have moved: its content is compared
+            continue
         if given is None and key in choices:  # a group that writes to the top level
             given, known = value, choices[key]
-        else:
-            known = _plain(OmegaConf.select(stored, path))
+        shown = {key: known}
+        if isinstance(given, dict) and key in choices:  # the rest of the member is the run's
+            given, known = value, choices[key]
+            shown = {key: known}
+        elif isinstance(given, dict) and isinstance(known, dict):
+            one, other = dict(_leaves(given, path)), dict(_leaves(known, path))
+            differing = [k for k in other | one if one.get(k) != other.get(k) and k not in PLACES]
+            given, known = differing, []
+            shown = {k: other.get(k) for k in differing}
         if given != known:
-            shown = known if not isinstance(known, dict) else choices.get(key, "another one")
+            key, known = next(iter(shown.items()))
             raise RunError(
-                f"{override} contradicts the run in {folder}, which has {key}={shown}: leave it "
+                f"{override} contradicts the run in {folder}, which has {key}={known}: leave it "
                 "out to continue that run, or start a new one without resume"
             )
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of plain values, by their keys."""
+    if isinstance(node, dict) and node:
+        for name, child in node.items():
+            yield from _leaves(child, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
+
+
+def move_data(cfg: DictConfig, given: DictConfig) -> bool:
+    """Puts the place of the data that the command line names into a run's config.
+
+    Args:
+      cfg: of the run.
+      given: composed, with the overrides.
+
+    Returns:
+      Whether it is another place.
+    """
+    typed = [one.lstrip("+").partition("=")[0] for one in HydraConfig.get().overrides.task]
+    moved = False
+    for key in (key for key in PLACES if key in typed):
+        place = _plain(OmegaConf.select(given, key))
+        for path in (key, f"task.{key}"):  # a task repeats its data
+            if OmegaConf.select(cfg, path) not in (None, place):
+                OmegaConf.update(cfg, path, place)
+                moved = True
+    return moved
+
+
+def compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Selects the settings of a run that may not change while it goes on.
+
+    Args:
+      config: resolved, as plain values.
+
+    Returns:
+      Values by key, JSON-able; without places of files, whose contents are compared.
+    """
+    kept = {key: value for key, value in config.items() if key not in (*FREE, *NOT_COMPARED)}
+    places = {key for key, _ in trust.paths(kept, "")}
+    found = {
+        key: value
+        for key, value in _leaves(kept)
+        if not any(key == place or key.startswith(f"{place}.") for place in places)
+    }
+    return json.loads(json.dumps(found))  # as a checkpoint gives it back
+
+
+def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where: str) -> None:
+    """Refuses a config that was changed since a checkpoint was written.
+
+    Args:
+      saved: from `compared`, then; None in a checkpoint of an earlier version: nothing is known.
+      config: now.
+      where: the checkpoint, for the message.
+
+    Raises:
+      RunError: names the first setting that was changed, and both values.
+    """
+    if saved is None:
+        return
+    now = compared(config)
+    for key in now | dict(saved):
+        before, after = saved.get(key), now.get(key)
+        # Names of an earlier version are to be replaced by those of this one, see `trust`.
+        same = before == after or repr(before) == repr(after)  # also nan
+        if same or (isinstance(before, str) and names.is_gone(before)):
+            continue
+        raise RunError(
+            f"{CONFIG} has {key}={shortened(str(after))}, and {where} was trained with "
+            f"{shortened(str(before))}:\n"
+            f"write that into {CONFIG} to continue the run, or start a new one"
+        )
 
 
 def _choices(folder: Path) -> dict[str, Any]:

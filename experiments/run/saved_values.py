@@ -4,7 +4,7 @@ A sealed record may still be of another program, or somebody's own: it is checke
 anything uses it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.run.fits import (
@@ -45,6 +45,7 @@ FIELDS: dict[str, tuple[Fits, str]] = {
     "data": (lambda v: isinstance(v, dict), "a position in the data"),
     "memory": (fields(_MEMORY, all_of_them=False), f"values of {', '.join(_MEMORY)}"),
     "frozen": (or_null(is_text), "a digest, or null"),
+    "settings": (lambda v: isinstance(v, dict), "settings by name"),
 }
 SAVED = ("key_impl", "best", "figures", "digests")  # in every checkpoint
 CONTINUED = ("data", "memory")  # in one from which training continues
@@ -68,3 +69,30 @@ def check(run: Mapping[str, Any], where: str, *, need: tuple[str, ...] = SAVED) 
         if name in run and not fits(run[name]):
             shown = shortened(repr(run[name]))
             raise Damaged(f"{where} is damaged: {name} is {shown}; expected {expected}")
+
+
+def check_position(data: Mapping[str, Any], step: int, where: str) -> None:
+    """Refuses a position in the data whose numbers are no counts, or that is not of a step.
+
+    Args:
+      data: the position, as a source of data gave it.
+      step: of the checkpoint; a batch is read for each.
+      where: its place, for the message.
+
+    Raises:
+      Damaged: names the number.
+    """
+    for name, value in _numbers({key: one for key, one in data.items() if key != "in"}):
+        if not is_count(value) or (name == "next_index" and value != step):
+            expected = f"{step}, its step" if name == "next_index" else "a count"
+            raise Damaged(f"{where} is damaged: data has {name}={value}; expected {expected}")
+
+
+def _numbers(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers of plain values, by the last name of each."""
+    if isinstance(node, Mapping | list):
+        pairs = node.items() if isinstance(node, Mapping) else ((name, one) for one in node)
+        for key, child in pairs:
+            yield from _numbers(child, str(key))
+    elif isinstance(node, int | float) and not isinstance(node, bool):
+        yield name, node

@@ -1,6 +1,7 @@
 """The trainer's numbers, and checks that they fit together."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -40,11 +41,12 @@ class Settings(NamedTuple):
     peak_flops: float | None
 
 
-def make_settings(values: Mapping[str, Any]) -> Settings:
+def make_settings(values: Mapping[str, Any], *, place: Path | None = None) -> Settings:
     """Takes the trainer's numbers from a config and refuses those that do not fit together.
 
     Args:
       values: of a whole config, as plain values.
+      place: the file that they were read from; None: the command line.
 
     Returns:
       The settings.
@@ -52,13 +54,15 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     Raises:
       RunError: says what was given, and what to change.
     """
+    where = "" if place is None else f"{place}: "
     missing = [name for name in Settings._fields if name not in values]
     if missing:
         raise RunError(
-            f"the config has no {', '.join(missing)}: another version of this program wrote it, "
-            "and that version can continue it"
+            f"{where}the config has no {', '.join(missing)}: another version of this program "
+            "wrote it, and that version can continue it"
         )
-    check_settings(OmegaConf.create({name: values[name] for name in Settings._fields}))
+    ours = OmegaConf.create({name: values[name] for name in Settings._fields})
+    check_settings(ours, place=place)
     settings = Settings(**{name: values[name] for name in Settings._fields})
     settings = settings._replace(
         checkpoint=Keep(**values["checkpoint"]), trace=Traced(**values["trace"])
@@ -66,12 +70,13 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     if settings.profile:
         if sum(settings.trace) > settings.steps:
             raise RunError(
-                f"trace.start={settings.trace.start} and trace.steps={settings.trace.steps} do "
-                f"not fit steps={settings.steps}: their sum may be no larger"
+                f"{where}trace.start={settings.trace.start} and "
+                f"trace.steps={settings.trace.steps} do not fit steps={settings.steps}: "
+                "their sum may be no larger"
             )
     if settings.batch_size % settings.accumulate:
         raise RunError(
-            f"accumulate={settings.accumulate} does not divide batch_size={settings.batch_size}: "
-            "give a batch_size that is a multiple of it"
+            f"{where}accumulate={settings.accumulate} does not divide "
+            f"batch_size={settings.batch_size}: give a batch_size that is a multiple of it"
         )
     return settings

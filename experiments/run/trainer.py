@@ -13,6 +13,7 @@ import optax
 
 from experiments.run import (
     checkpoints,
+    claim,
     disk,
     figures,
     folders,
@@ -25,7 +26,7 @@ from experiments.run import (
 )
 from experiments.run.loop import Diverged, Ending, Hooks, Memory, Pace, Row, run_loop
 from experiments.run.progress import Progress, progress
-from experiments.run.resuming import cut_table
+from experiments.run.resuming import check_same, compared, cut_table
 from experiments.run.settings import Settings
 from experiments.run.stopping import stop_signal
 from experiments.run.task import Task
@@ -73,6 +74,7 @@ def train(
     sinks: Sequence[loggers.Open] = (),
     config: Mapping[str, Any],
     resume: bool = False,
+    goes_on: Callable[[], None] = lambda: None,
 ) -> Result:
     """Trains, evaluates, saves and finishes; everything is written to the folder.
 
@@ -85,6 +87,7 @@ def train(
       sinks: of numbers, besides `metrics.csv`.
       config: resolved, for the sinks that keep it.
       resume: continue from the folder's last checkpoint, if there is one.
+      goes_on: called when it is certain that the run can continue.
 
     Returns:
       The result; `summary.json` has more.
@@ -98,6 +101,7 @@ def train(
     def seconds() -> float:
         return time.perf_counter() - began
 
+    settled = compared(config)
     some = {} if task.trainable is None else {"trainable": task.trainable}
     initial = jax.jit(lambda key: init_state(task.model, optimizer, key, **some))
     key = jax.random.key(settings.seed)
@@ -106,7 +110,11 @@ def train(
     if whole:
         state, run = checkpoints.restore_newest(folder, jax.eval_shape(initial, key))
         begin = int(state.step)
-        _go_to(task, run, str(checkpoints.path_of(folder, begin)))
+        where = str(checkpoints.path_of(folder, begin))
+        check_same(run.get("settings"), config, where)
+        if begin > settings.steps:
+            raise seals.Damaged(f"{where} is of a later step than the last of {settings.steps}")
+        _go_to(task, run, where, begin)
         memory = Memory(**run["memory"])
         began -= memory.seconds
         known = run["figures"] or {}
@@ -122,6 +130,8 @@ def train(
         "parameters": count,
     }
     if resume:
+        goes_on()
+        _say_what_is_missing(folder, begin)
         _cut_tables(task, folder, begin)
     columns = metric_columns(task)
     place = loggers.Place(folder, settings.name, config, begin)
@@ -153,9 +163,10 @@ def train(
                 line.say(f"continues after step {begin} of {settings.steps}")
 
             def keep(state: TrainState, memory: Memory, values: dict[str, float] | None) -> None:
+                claim.check_ours(folder)
                 remembered = {**memory._asdict(), "others": dict(memory.others)}
                 run = {"data": task.batches.get_state(), "memory": remembered}
-                save(state, run, values)
+                save(state, {**run, "settings": settled}, values)
 
             aside = functools.partial(jax.profiler.annotate_function, name=profiling.ASIDE)
             pace = Pace(
@@ -205,6 +216,7 @@ def train(
         )
         raise
     except OSError as error:
+        claim.check_ours(folder)
         if error.errno not in disk.UNWRITABLE:
             raise
         raise folders.RunError(
@@ -218,9 +230,10 @@ def train(
         _close(folder, summary)
 
 
-def _go_to(task: Task, run: Mapping[str, Any], where: str) -> None:
+def _go_to(task: Task, run: Mapping[str, Any], where: str, step: int) -> None:
     """Moves the batches to a saved position."""
     saved_values.check(run, where, need=saved_values.CONTINUED)
+    saved_values.check_position(run["data"], step, where)
     try:
         task.batches.set_state(run["data"])
     except folders.RunError:
@@ -239,6 +252,13 @@ def _last_checkpoint(folder: Path) -> str:
     return f"The last checkpoint is {checkpoints.path_of(folder, whole[-1])}"
 
 
+def _say_what_is_missing(folder: Path, begin: int) -> None:
+    if not begin:
+        seals.say(f"{folder} has no checkpoint: its run begins again, and its tables too")
+    elif not (table := folder / "metrics.csv").is_file():
+        seals.say(f"{table} is missing: its rows up to step {begin} are lost")
+
+
 def _cut_tables(task: Task, folder: Path, begin: int) -> None:
     for name in ("metrics", *task.tables):
         # A run without a checkpoint restarts: the evaluation before its first step is cut too.
@@ -250,8 +270,9 @@ def _close(folder: Path, summary: dict[str, Any]) -> None:
     if jax.process_index() != 0:
         return
     try:
+        claim.check_ours(folder)
         folders.close_run(folder, summary)
-    except OSError as error:
+    except (OSError, folders.RunError) as error:
         print(f"the summary and the figures of {folder} could not be written: {error}")
         return
     try:

@@ -20,12 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.run import folders, names
 from experiments.run.checks import check_settings
-from experiments.run.folder_arguments import TRUST, quote_value
+from experiments.run.folder_arguments import FILES, TRUST, quote_value
 from experiments.run.folders import RunError
 from experiments.run.plain_files import OTHER, is_plain, printable
 
-# Arguments of constructors that are files, folders, globs or names of data sets.
-FILES = ("path", "root", "data_files", "tokenizer", "base")
 # Kinds of files, as `path` of a data set whose files are in `data_files`.
 KINDS = ("json", "parquet", "text")
 # Parts of a config that read files; nothing else in a run's config names one.
@@ -53,6 +51,8 @@ def from_command_line(cfg: DictConfig) -> Iterator[None]:
     trusted = _texts(values.get(TRUST))
     packages = [one for one in trusted if names.PACKAGE.fullmatch(one)]
     others = [one for one in trusted if one not in packages] + _texts(values.get("from"))
+    data = values.get("data")  # without a source: the place of that of a run
+    others += _texts([data.get(key) for key in FILES] if isinstance(data, dict) else [])
     with granted([*others, *(path for _, path in paths(values, ""))], packages=packages):
         yield
 

@@ -17,6 +17,7 @@ from experiments.data.corpus import Data
 from experiments.run.folders import RunError
 from experiments.run.loggers import Open
 from experiments.run.task import Task
+from experiments.shell.explanations import of_signature
 from experiments.shell.spelled import building, spelled_out
 from jaxpara import Reparam, chain, sequential
 from jaxpara.nn.mixers import recurrent
@@ -151,7 +152,10 @@ def each_of(members: Mapping[Any, Any], where: Any = None) -> dict[str, Reparam]
         except InstantiationException as error:
             if not isinstance(error.__cause__, (ValueError, TypeError)):
                 raise
-            raise RunError(f"{name}: {error.__cause__}") from error
+            text = f"{name}: {error.__cause__}"
+            if isinstance(error.__cause__, TypeError):
+                text = of_signature(f"transform.{name}", str(node["_target_"]), error.__cause__)
+            raise RunError(text) from error
     if others:
         raise RunError(
             f"transform.{others[0]}={members[others[0]]}: expected the config of a transform;\n"

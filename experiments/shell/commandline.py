@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import records, trust, unicode
-from experiments.run.checks import check_settings
+from experiments.run.checks import check_settings, check_text
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
 from experiments.shell.overrides import misread
@@ -95,6 +95,8 @@ def check(cfg: DictConfig) -> None:
       RunError: what was given, what was expected, what to type.
     """
     known = HydraConfig.get()
+    if known.mode != RunMode.MULTIRUN:  # which checks its own before it begins
+        check_text("hydra.run.dir", known.run.dir)
     check_settings(cfg, str(known.job.config_name))
     check_additions(list(known.overrides.task), cfg)
 

@@ -201,7 +201,7 @@ def _of_target(error: InstantiationException, cfg: DictConfig | None) -> str | N
     key = typed_key(cfg, found[1]) if found else "config"
     if isinstance(cause, TypeError):
         called = re.search(r"target '([\w.<>]+)'", str(error))
-        return _of_signature(key, called[1] if called else "it", cause)
+        return of_signature(key, called[1] if called else "it", cause)
     if isinstance(cause, OSError) and cause.strerror:
         return f"{key}: {_of_file(cause)}"
     if "'hydra.utils.get_" in str(error):
@@ -244,8 +244,17 @@ def _of_name(key: str, path: str) -> str:
     return f"{key}={path}: there is no such name{meant}"
 
 
-def _of_signature(key: str, called: str, cause: TypeError) -> str | None:
-    """Explains a setting that an object does not have, lacks, or cannot use."""
+def of_signature(key: str, called: str, cause: TypeError) -> str:
+    """Explains a setting that an object does not have, lacks, or cannot use.
+
+    Args:
+      key: of the object.
+      called: its constructor.
+      cause: what calling that raised.
+
+    Returns:
+      One line or two.
+    """
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
     if unknown:
         there = _parameters(called)

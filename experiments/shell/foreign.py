@@ -16,6 +16,7 @@ from experiments.run.folders import CONFIG, RunError
 from experiments.shell.explanations import FULL_ERROR, FolderError, explain
 
 OF_A_CONFIG = (HydraException, InstantiationException, OmegaConfBaseException)
+OF_A_FLAG = "flag must be a bool"  # in what Hydra says about `_partial_` and its like
 LONGEST = 200  # characters of another program's message
 
 
@@ -38,8 +39,8 @@ def content_of(*folders: Path) -> Iterator[None]:
             raise
         place = " or ".join([str(folders[0]), *(["another of the runs"] if folders[1:] else [])])
         text = explain(error)
-        if isinstance(error, OF_A_CONFIG) and text is not None:
-            text = re.sub(r"; type \+.*", ": add it there, or give another run", text)
+        if text is not None and (isinstance(error, OF_A_CONFIG) or OF_A_FLAG in str(error)):
+            text = re.sub(r"(; type \+|: \S+=VALUE).*", ": add it there, or give another run", text)
             raise FolderError(f"{place}/{CONFIG}: {text}") from error
         if text is not None:
             raise

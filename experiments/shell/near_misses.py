@@ -46,7 +46,8 @@ def check_additions(overrides: Sequence[str], cfg: DictConfig) -> None:
       RunError: suggests a key.
     """
     added = [one[1:].partition("=") for one in overrides if one.startswith("+")]
-    there = [key for key, _ in settings_of(cfg)] + list(RULES)
+    known = [key for key, _ in settings_of(cfg)]
+    there = known + list(RULES)
     for key, _, value in added:
         key = key.lstrip("+")
         parent, _, last = key.rpartition(".")
@@ -58,7 +59,8 @@ def check_additions(overrides: Sequence[str], cfg: DictConfig) -> None:
             continue
         others = [name for name in there if name not in (key, last)]
         if near := near_misses(key, others, count=1):
+            ends = [name for name in known if f".{name}".endswith(f".{near[0]}")]
+            meant = min(ends, key=lambda name: name.count("."), default=f"+{near[0]}")
             raise RunError(
-                f"+{key}={value}: nothing reads {key}; did you mean {near[0]}?\n"
-                f"type {near[0]}={value}"
+                f"+{key}={value}: nothing reads {key}; did you mean {meant}?\ntype {meant}={value}"
             )

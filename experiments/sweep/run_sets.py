@@ -29,11 +29,10 @@ from experiments.run.fits import (
 from experiments.run.folders import CONFIG, ENVIRONMENT, SUMMARY, RunError, load_config, read_json
 from experiments.run.limits import BIGGEST, shortened
 from experiments.run.plain_files import printable
+from experiments.run.resuming import NOT_COMPARED
 from experiments.shell.foreign import content_of
 
 METRICS = "metrics.csv"
-# Keys for outputs and logging, which do not change what a run computes.
-NOT_COMPARED = ("checkpoint", "logger", "profile", "trace", "resume")
 ABSENT = ""  # the value of a key that a run's config lacks
 
 

@@ -8,18 +8,18 @@ import contextlib
 import importlib.util
 import re
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.run import folders, litter, records, trust
+from experiments.run.checks import check_text
 from experiments.run.folders import RunError
 from experiments.run.plain_files import read_text, write_text
 from experiments.run.tables import show
@@ -30,6 +30,7 @@ from experiments.sweep.sweep_folders import name_sweep
 ERROR = "error.txt"
 REFUSED = "refused"  # holds a file for each refused job, which has no folder
 OVERRIDES = Path(".hydra") / "overrides.yaml"
+RECORD = "multirun.yaml"  # Hydra's, of the sweep
 # The Hydra plugin that each choice needs; all are in the extra `sweeps`.
 PLUGINS = {
     "hydra/launcher=joblib": "hydra_joblib_launcher",
@@ -65,18 +66,53 @@ class Job(NamedTuple):
     error: str | None
 
 
+# A version of a file: its number and the time of its last change, by the clock of its disk.
+Stamp = tuple[int, int]
+
+
 class Announce(Callback):
     """Tells `start` after a sweep which one it was: `hydra.callbacks.sweep` in the config."""
+
+    before: Mapping[Path, Stamp] = {}  # the records in the sweep's folder when it began
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra itself sets this only inside jobs; it writes into the sweep's folder after this."""
         del kwargs
         HydraConfig.instance().set_config(config)
         try:
-            trust.check_links(Path(config.hydra.sweep.dir), written=True)
+            _check_sweep(config)
+            with contextlib.suppress(OSError):  # Hydra reports it
+                Announce.before = _stamps(Path(config.hydra.sweep.dir).absolute())
         except RunError as error:  # Hydra makes a warning of other exceptions
+            HydraConfig.instance().cfg = None  # there is no sweep to report on
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
+
+
+def _check_sweep(config: DictConfig) -> None:
+    """Refuses a sweep that asks for one run's folder, or has none itself."""
+    for given in OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False):
+        key, _, value = given.lstrip("+").partition("=")
+        if key == "hydra.run.dir":
+            raise RunError(
+                f"resume=FOLDER and {key}={value} are for one run, and this is a sweep.\n"
+                "A sweep goes on where it stopped if its own command is repeated;\n"
+                "to continue one run, leave out -m, sweep= and lists of values"
+            )
+    check_text("hydra.sweep.dir", config.hydra.sweep.dir)
+    trust.check_links(Path(config.hydra.sweep.dir), written=True)
+
+
+def _stamps(sweep: Path) -> dict[Path, Stamp]:
+    """Versions of what jobs leave; a job that begins or ends writes its files anew."""
+    found = [*sweep.rglob(str(OVERRIDES)), *_refusals(sweep)]
+    found += [path.parent.parent / folders.SUMMARY for path in found]
+    stats = {path: path.stat() for path in [*found, sweep / RECORD] if path.is_file()}
+    return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def _refusals(sweep: Path) -> list[Path]:
+    return list(litter.without((sweep / REFUSED).glob("*.json")))
 
 
 def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
@@ -117,7 +153,7 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
             refused.parent.mkdir(exist_ok=True)
             job_of = {"number": known.job.num, "overrides": list(known.overrides.task)}
             folders.write_json(refused, {**job_of, "folder": str(folder), "error": text})
-            records.discard(folder)
+            records.discard(folder, made=[folder])
             print(f"error: {said}", file=sys.stderr, flush=True)
             return None
         write_text(folder / ERROR, f"{said}\n\n{traceback.format_exc()}")
@@ -140,20 +176,21 @@ def judge(folder: Path) -> tuple[str | None, float | None]:
     return column, summary.get(column)
 
 
-def jobs_since(sweep: Path, began: float) -> list[Job]:
-    """Reads the jobs of a sweep that were launched after a given time.
+def jobs_since(sweep: Path, before: Mapping[Path, Stamp]) -> list[Job]:
+    """Reads the jobs of a sweep that were launched since it began.
 
     Args:
       sweep: the sweep's folder.
-      began: seconds since the epoch.
+      before: the versions of its records at that time; no clock is asked, for that of a disk may
+        be another one.
 
     Returns:
       The jobs, in order.
     """
-    launched = [path for path in sweep.rglob(str(OVERRIDES)) if path.stat().st_mtime >= began]
-    records = litter.without((sweep / REFUSED).glob("*.json"))
-    refused = [path for path in records if path.stat().st_mtime >= began]
-    jobs = [_read_job(path, began) for path in launched] + [_read_refused(p) for p in refused]
+    new = {path for path, stamp in _stamps(sweep).items() if before.get(path) != stamp}
+    launched = [path for path in sweep.rglob(str(OVERRIDES)) if path in new]
+    jobs = [_read_job(path, new) for path in launched]
+    jobs += [_read_refused(path) for path in _refusals(sweep) if path in new]
     return sorted(jobs, key=lambda job: job.number)
 
 
@@ -163,12 +200,12 @@ def _read_refused(path: Path) -> Job:
     return Job(*told, "refused", None, None, known["error"].replace("\n", " "))
 
 
-def _read_job(record: Path, began: float) -> Job:
+def _read_job(record: Path, new: set[Path]) -> Job:
     folder = record.parent.parent
     status, error = folders.status(folder) or "no ending", None
     if (folder / ERROR).is_file():
         status, error = "failed", read_text(folder / ERROR).split("\n")[0]
-    elif status == "finished" and (folder / folders.SUMMARY).stat().st_mtime < began:
+    elif status == "finished" and folder / folders.SUMMARY not in new:
         status = "finished before"
     overrides = []
     with contextlib.suppress(folders.RunError):  # a damaged record costs the row its second column
@@ -238,13 +275,13 @@ def _sweeps() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _discard(sweep: Path, began: float) -> None:
+def _discard(sweep: Path, before: Mapping[Path, Stamp]) -> None:
     """Removes the folder of a sweep that was refused before its first job."""
     with contextlib.suppress(OSError):
-        record = sweep / "multirun.yaml"
-        if list(sweep.iterdir()) == [record] and record.stat().st_mtime >= began:
+        record = sweep / RECORD
+        if list(sweep.iterdir()) == [record] and record not in before:
             record.unlink()
-            sweep.rmdir()
+    records.discard(sweep)
 
 
 def start(
@@ -264,10 +301,10 @@ def start(
     def prepared() -> None:
         sys.argv[1:] = name_sweep(prepare(sys.argv[1:]))
 
-    launch(prepared)
-    check_plugins(sys.argv[1:])
-    began, code = time.time(), None
+    Announce.before, code = {}, None
     try:
+        launch(prepared)
+        check_plugins(sys.argv[1:])
         launch(main)
     except SystemExit as end:
         code = end.code
@@ -281,10 +318,10 @@ def start(
         code = 1
     if _sweeps():
         sweep = Path(HydraConfig.get().sweep.dir).absolute()
-        jobs = jobs_since(sweep, began)
-        if jobs and not report(sweep, jobs):
-            code = code or 1
-        if code and not jobs:
-            _discard(sweep, began)
+        jobs = jobs_since(sweep, Announce.before)
+        if not (jobs and report(sweep, jobs)):
+            code = code or (1 if jobs else "error: the sweep has begun no job: give values")
+        if not jobs:
+            _discard(sweep, Announce.before)
     if code:
         raise SystemExit(code)

@@ -1,8 +1,11 @@
 """Prompts from a file: one on each line, or JSON Lines with the prompt in a field."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from omegaconf import ListConfig
 
 from experiments.run.folders import RunError
 
@@ -86,8 +89,9 @@ def stop_strings(given: Any) -> tuple[str, ...]:
     """
     if given is None:
         return ()
-    if not isinstance(given, str):
+    if isinstance(given, Sequence | ListConfig) and not isinstance(given, str):
         return tuple(map(str, given))
+    given = str(given)  # Hydra reads 5 as a number
     if not given.startswith("["):
         return (given,)
     try:

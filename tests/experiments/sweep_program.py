@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from experiments.run import folders
+from experiments.shell.commandline import guarded
 from experiments.sweep.sweeps import once, start
 
 
@@ -39,7 +40,7 @@ def job(cfg):
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="sweep_program")
 def compose(cfg):
-    return once(cfg, job)
+    return guarded(lambda: once(cfg, job), cfg)
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def test_what_file_managers_leave_is_no_text(tmp_path, name):
     assert files.find_files(f"{tmp_path}/*", endings=()) == [tmp_path / "a.txt"]
     (tmp_path / sweeps.REFUSED).mkdir()
     (tmp_path / sweeps.REFUSED / "._0.json").write_bytes(b"\0")
-    assert sweeps.jobs_since(tmp_path, 0) == []
+    assert sweeps.jobs_since(tmp_path, {}) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -317,9 +317,36 @@ def test_a_position_that_is_not_one_of_the_tasks_is_refused(data):
 
     task = SimpleNamespace(batches=only_for(Source(), {"a": 1}))
     with pytest.raises(Damaged, match="checkpoints/2 is damaged: its `data` is no position in"):
-        trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2")
+        trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2", 2)
     with pytest.raises(Damaged, match="checkpoints/2 is damaged: it has no memory"):
-        trainer._go_to(task, {"data": data}, "checkpoints/2")
+        trainer._go_to(task, {"data": data}, "checkpoints/2", 2)
+
+
+@pytest.mark.parametrize(
+    "position, named",
+    [
+        ({"next_index": 1.5}, "next_index=1.5; expected 2, its step"),
+        ({"next_index": 3}, "next_index=3; expected 2, its step"),
+        ({"begin": {"document": {"file": 0.5}, "token": 0}, "block": 0, "step": 2}, "file=0.5"),
+        ({"begin": {"document": [3, -1], "token": 0}, "block": 0, "step": 2}, "document=-1"),
+    ],
+)
+def test_a_position_that_is_not_of_its_step_is_refused(position, named):
+    task = SimpleNamespace(batches=SimpleNamespace(set_state=lambda state: None))
+    for data in (position, {"position": position, "in": {"share": 0.5}}):
+        with pytest.raises(Damaged, match=f"checkpoints/2 is damaged: data has {named}"):
+            trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2", 2)
+    known = {"begin": {"document": {"file": 0, "done": False, "next": None}}, "step": 2}
+    for data in ({"next_index": 2}, known):
+        trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2", 2)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damage(run, capsys):
+    (run / "checkpoints/2").rename(run / "checkpoints/7")
+    with pytest.raises(Damaged, match="checkpoints/7 is damaged: its state is of step 2"):
+        checkpoints.restore(run, 7, LIKE)
+    assert int(checkpoints.restore_newest(run, LIKE)[0].step) == 1
+    assert "the checkpoint of step 1 is read instead" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["hello", [1], 3])

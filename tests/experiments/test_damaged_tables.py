@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments.run import metrics
 from experiments.run.resuming import cut_table
 
 ROWS = b"step,x\r\n1,0.5\r\n2,0.25\r\n3,0.125\r\n"
@@ -50,3 +51,15 @@ def test_an_empty_table_begins_anew(tmp_path):
     (tmp_path / "metrics.csv").write_bytes(b"")
     cut_table(tmp_path / "metrics.csv", last=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ruin", [lambda t: t.write_text(""), lambda t: t.unlink()])
+def test_a_table_that_is_emptied_meanwhile_begins_anew(tmp_path, capsys, ruin):
+    table = tmp_path / "metrics.csv"
+    metrics.start(table, ("step", "loss"))
+    metrics.append(table, {"step": 1, "loss": 0.5})
+    ruin(table)
+    metrics.append(table, {"loss": 0.25, "step": 2})
+    metrics.append(table, {"step": 3})
+    assert metrics.read(table) == {"step": [2, 3], "loss": [0.25, None]}
+    assert capsys.readouterr().err.count("was emptied or taken away meanwhile") == 1

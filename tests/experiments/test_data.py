@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import math
+import os
 import sys
 import sysconfig
 from collections import Counter
@@ -101,6 +102,14 @@ def test_folder_is_read_without_tests_and_third_parties(tmp_path):
     excluded = {f"{folder}/deep/x.py": b"no" for folder in stdlib.EXCLUDED_FOLDERS}
     make_tree(tmp_path, {**FILES, **excluded, "lib/notes.txt": b"no", "test.py": b"a file, kept"})
     assert stdlib.python_files(tmp_path) == {"test.py": b"a file, kept", **FILES}
+
+
+def test_only_files_are_read_of_a_folder(tmp_path):
+    root = make_tree(tmp_path, {"a.py": b"x = 1\n"})
+    os.mkfifo(root / "pipe.py")
+    (root / "device.py").symlink_to("/dev/zero")
+    (root / "folder.py").mkdir()
+    assert stdlib.python_files(root) == {"a.py": b"x = 1\n"}
 
 
 def test_a_part_of_the_library_shares_no_content(tmp_path):

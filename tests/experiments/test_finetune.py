@@ -104,7 +104,10 @@ def test_the_page_and_the_help_set_what_one_transform_has_besides():
 
 
 def test_a_setting_that_a_transform_refuses_is_said_with_its_name():
-    for overrides, said in (("rank=0", "lora: rank=0"), ("+transform.lora.rnk=2", "lora: .*rnk")):
+    for overrides, said in (
+        ("rank=0", "lora: rank=0"),
+        ("+transform.lora.rnk=2", r"lora\.rnk: .*lora.rank\?"),
+    ):
         cfg = composed("transform=[lora]", overrides)
         with pytest.raises(folders.RunError, match=said):
             build.build_transform(cfg)

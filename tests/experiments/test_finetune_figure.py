@@ -1,6 +1,7 @@
 """The table and the figure of finetuned runs, from folders made by hand; what a sweep runs once."""
 
 import csv
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -126,6 +127,8 @@ def test_a_sweep_knows_a_run_that_differs_in_unused_numbers_alone(tmp_path):
     due = tmp_path / "due"
     due.mkdir()
     assert unused(cfg) == {"bits"}
+    shutil.copytree(first, tmp_path / "damaged")  # before it in the listing
+    (tmp_path / "damaged" / "config.yaml").write_text("a: [")
     assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due) == first
     assert finetune.twin(OmegaConf.merge(cfg, {"rank": 4}), due) is None
     assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2, "seed": 1}), due) is None

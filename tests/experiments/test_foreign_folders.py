@@ -296,6 +296,13 @@ SETTINGS = [
         marks=pytest.mark.untyped,
     ),
     ({"model": {"_target_": "jaxpara.Model", "init": 1, "apply": 2}}, "(init|TypeError|callable)"),
+    ({"model": {**MODEL, "width": "???"}}, "width must be given: add it there, or give another"),
+    ({"model": {**MODEL, "_partial_": "yes"}}, "_partial_: give true or false, or leave it out"),
+    ({"model": {**MODEL, "_recursive_": "x"}}, "_recursive_: give true or false, or leave it out"),
+    (
+        {"transform": {"a": {"_target_": "jaxpara.lora", "rank": 2, "rnk": 3}}},
+        r"transform.a.rnk: jaxpara\S+ has no such setting; did you mean transform.a.rank?",
+    ),
     (
         {"transform": {"a": {"_target_": "jaxpara.lora", "rank": 2, "where": "nothing/*"}}},
         "nothing",
@@ -311,7 +318,8 @@ def test_a_setting_of_a_folder_that_cannot_be_used_is_refused(tmp_path, run, cha
     for program in (generate, evaluate):
         said = call(program, tmp_path, f"run={run}", "trust=/")
         assert re.search(message, said) and len(said.splitlines()) <= 3, said
-        assert str(run) in said or "transform.a=" in said
+        assert str(run) in said or "transform.a" in said
+        assert "on the command line" not in said, "nothing there changes a folder's config"
 
 
 EVALUATION = [

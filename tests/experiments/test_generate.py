@@ -146,6 +146,8 @@ def test_a_missing_file_of_prompts_is_named(tmp_path):
         ("def ", ("def ",)),
         (r'["\n\n", "def "]', ("\n\n", "def ")),
         (["a", "b"], ("a", "b")),
+        (OmegaConf.create(["a", 5]), ("a", "5")),
+        (5, ("5",)),
     ],
 )
 def test_stop_strings_are_one_string_or_a_json_list(typed, expected):

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -186,12 +187,13 @@ def test_a_run_that_a_logger_refuses_leaves_no_folder(tmp_path, fake_wandb, monk
 
     opening(folder, RunError("nobody is logged in"), begin=begin)
     assert list(folder.iterdir()) == []
-    records.discard(folder)
-    # An empty folder elsewhere may be somebody's; where we are it is the run's.
+    monkeypatch.chdir(tmp_path)
+    records.discard(folder, made=[])
+    assert folder.is_dir(), "an empty folder that was there may be somebody's"
+    records.discard(folder, made=[Path("runs/new")])
     assert [path.name for path in (tmp_path / "runs").iterdir()] == []
     folder.mkdir()
-    monkeypatch.chdir(tmp_path)
-    records.discard(folder)
+    records.discard(folder, made=[folder, folder.parent])
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

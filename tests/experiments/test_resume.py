@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.inject import injection
-from experiments.run import checkpoints, folders, metrics, trainer
+from experiments.run import checkpoints, claim, folders, metrics, resuming, seals, trainer
 from experiments.run.loggers import Logger
 from experiments.run.settings import make_settings
 from experiments.run.task import Table, Task
@@ -87,7 +88,7 @@ def toy():
     )
 
 
-def run_toy(folder, *, resume=False, sinks=(), **changes):
+def run_toy(folder, *, resume=False, sinks=(), config=NUMBERS, **changes):
     if not resume:
         folders.open_run(folder, OmegaConf.create(NUMBERS))
     return trainer.train(
@@ -97,7 +98,7 @@ def run_toy(folder, *, resume=False, sinks=(), **changes):
         settings=make_settings(NUMBERS),
         folder=folder,
         sinks=sinks,
-        config=NUMBERS,
+        config=config,
         resume=resume,
     )
 
@@ -130,6 +131,53 @@ def test_a_run_interrupted_and_resumed_equals_one_that_was_not(tmp_path, whole_t
     check_same_state(folder, whole_toy, LIKE)
 
 
+OPTIM = {"_target_": "optax.adam", "learning_rate": 0.1, "b1": 0.9}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"optim": {**OPTIM, "b1": 0.8}},
+            "optim.b1=0.8, and .*4 was trained with 0.9:\nwrite that",
+        ),
+        ({"optim": OPTIM, "steps": 12}, "config.yaml has steps=12, and .* with 10"),
+        ({}, "optim._target_=None, and .* with optax.adam"),
+        ({"optim": OPTIM, "projection": {"bound": 1}}, "projection.bound=1, and .* with None"),
+        ({"optim": {**OPTIM, "_target_": "optax.gone"}}, "_target_=optax.gone, and"),
+    ],
+)
+def test_a_config_that_was_changed_since_the_checkpoint_is_refused(
+    tmp_path, stop_after, changes, message
+):
+    stop_after(4)
+    run_toy(tmp_path / "run", config={**NUMBERS, "optim": OPTIM})
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    with pytest.raises(folders.RunError, match=message):
+        run_toy(tmp_path / "run", resume=True, config={**NUMBERS, **changes})
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+
+
+def test_what_may_change_in_a_config_is_not_compared(tmp_path, stop_after):
+    data = {"_target_": "experiments.data.text.load", "path": "there", "data_files": {"a": "x"}}
+    old = {"_target_": "jaxpara.train.renamed"}
+    stop_after(4)
+    run_toy(tmp_path / "run", config={**NUMBERS, "data": data, "model": old})
+    stop_after(None)
+    now = {**NUMBERS, "data": {**data, "path": "here", "data_files": {"a": "y"}}, "trust": "x"}
+    now = {**now, "profile": True, "model": {"_target_": "jaxpara.train.optimizer"}}
+    assert run_toy(tmp_path / "run", resume=True, config=now).status == "finished"
+
+
+def test_a_checkpoint_of_before_settings_were_kept_goes_on(tmp_path, stop_after, monkeypatch):
+    stop_after(4)
+    monkeypatch.setattr(trainer, "compared", lambda config: None)
+    with pytest.raises(seals.Damaged, match="settings is None; expected settings by name"):
+        run_toy(tmp_path / "run")
+        run_toy(tmp_path / "run", resume=True)
+    resuming.check_same(None, NUMBERS, "checkpoints/4")
+
+
 def test_a_run_interrupted_twice_equals_one_that_was_not(tmp_path, whole_toy, stop_after):
     folder = tmp_path / "run"
     for at, resume in ((2, False), (5, True), (None, True)):
@@ -152,7 +200,38 @@ def test_rows_after_the_last_checkpoint_are_written_once(tmp_path, whole_toy, st
     check_same_files(folder, whole_toy)
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, whole_toy, stop_after):
+@pytest.mark.parametrize("then", ["moved", "replaced", "copied over"])
+def test_a_folder_that_is_taken_away_from_a_run_is_not_written_to(tmp_path, capsys, then):
+    folder, there = tmp_path / "run", tmp_path / "there"
+
+    def take(step, params):
+        if step == 4:
+            folder.rename(there)
+            if then == "replaced":
+                folder.mkdir()
+            if then == "copied over":
+                shutil.copytree(there, folder)
+        return {"norm": 1.0}
+
+    with claim.claimed(folder):
+        with pytest.raises(folders.RunError, match="run was moved, removed or replaced while its"):
+            run_toy(folder, evaluate=take)
+    written = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+    assert "summary.json" not in written and not checkpoints.steps(folder)
+    assert run_toy(there, resume=True).status == "finished"
+
+
+def test_a_table_that_is_missing_is_said(tmp_path, stop_after, capsys):
+    stop_after(5)
+    run_toy(tmp_path / "run")
+    (tmp_path / "run" / "metrics.csv").unlink()
+    run_toy(tmp_path / "run", resume=True)
+    assert "metrics.csv is missing: its rows up to step 5 are lost" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    tmp_path, whole_toy, stop_after, capsys
+):
     folder = tmp_path / "run"
     stop_after(3)
     run_toy(folder)
@@ -160,7 +239,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, whole_t
     (folder / "summary.json").unlink()
     assert folders.status(folder) is None
     stop_after(None)
+    capsys.readouterr()
     assert run_toy(folder, resume=True) == ("finished", None, STEPS)
+    assert "has no checkpoint: its run begins again" in capsys.readouterr().err
     check_same_files(folder, whole_toy)
     check_same_state(folder, whole_toy, LIKE)
 
@@ -215,7 +296,11 @@ def test_ctrl_c_while_finishing_prints_the_command_to_continue(tmp_path, capsys)
 
 @pytest.mark.parametrize(
     "code, remedy",
-    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "Check that it can be written to")],
+    [
+        (errno.ENOSPC, "Make room there"),
+        (errno.EROFS, "Check that it can be written to"),
+        (errno.ENOTCONN, "Check that it can be written to"),
+    ],
 )
 def test_a_full_disk_at_a_row_names_the_last_checkpoint(tmp_path, whole_toy, code, remedy):
     folder = tmp_path / "run"
@@ -264,6 +349,12 @@ def test_a_config_of_another_version_is_said_to_be_one():
 def test_numbers_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(folders.RunError, match=message):
         make_settings({**NUMBERS, **changes})
+
+
+def test_a_setting_of_a_folder_that_does_not_fit_names_its_file():
+    for changes in ({"profile": True, "trace": {"start": 9, "steps": 9}}, {"accumulate": 3}):
+        with pytest.raises(folders.RunError, match="^run/config.yaml: (trace.start|accumulate)="):
+            make_settings({**NUMBERS, **changes}, place=Path("run/config.yaml"))
 
 
 def test_recording_the_environment_writes_nothing_into_the_repository(tmp_path, monkeypatch):

@@ -104,6 +104,52 @@ def test_a_command_line_that_agrees_with_the_folder_is_taken(whole, capsys):
     assert "the run is finished" in capsys.readouterr().out
 
 
+def test_data_that_moved_is_named_anew(tmp_path, text, whole, stop_after, capsys):
+    folder, there, other = (tmp_path / name for name in ("run", "there", "other"))
+    shutil.copytree(whole, folder)
+    shutil.copytree(text, there)
+    shutil.copytree(text, other)
+    for file in other.iterdir():
+        file.write_text(file.read_text().replace("x", "y"))
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "10")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(text), "/gone"))
+    first = config.read_text()
+    stop_after(1)
+    assert call(train, ".", f"resume={folder}", "data.path=x") == 1
+    assert "data.path=x contradicts" in capsys.readouterr().err
+    assert call(train, ".", f"resume={folder}", f"data.root={other}") == 1
+    assert "saved for other data" in capsys.readouterr().err and config.read_text() == first
+    assert call(evaluate, ".", *evaluate.prepare([f"run={folder}", f"data.root={there}"])) == 0
+    assert call(evaluate, ".", *evaluate.prepare([f"run={folder}", f"data.root={other}"])) == 1
+    assert "was evaluated on other held-out text" in capsys.readouterr().err
+    assert call(evaluate, ".", *evaluate.prepare([f"run={folder}", "data.path=x"])) == 1
+    assert "data.path=x: the data of" in capsys.readouterr().err
+    assert call(train, ".", f"resume={folder}", "data=stdlib", f"data.root={there}") == 130
+    assert folders.load_config(folder).data.root == str(there)
+    assert f"trust={there}" in capsys.readouterr().out, "the printed command finds it there"
+
+
+def test_a_place_of_data_needs_no_source_only_where_a_run_has_one(whole):
+    changed = resume_arguments([f"resume={whole}", "data.path=x"])
+    assert changed[-1] == "++data.path=x"
+    for given in (["data.path=x"], ["resume=true", "data.path=x"]):
+        assert resume_arguments(given) == given
+    assert resume_arguments([f"resume={whole}", "data=text", "data.path=x"])[-1] == "data.path=x"
+
+
+def test_a_contradiction_inside_a_group_names_the_setting(tmp_path):
+    stored = OmegaConf.create({"data": {"path": "a", "share": 0.3, "seed": 0}})
+    cfg = OmegaConf.create({"data": {"path": "b", "share": 0.5, "seed": 0}})
+    with pytest.raises(
+        folders.RunError, match="data=text contradicts .* has data.share=0.3: leave"
+    ):
+        check_overrides(["data=text"], cfg=cfg, stored=stored, folder=tmp_path)
+    cfg.data.share = 0.3
+    check_overrides(["data=text", "data.path=b"], cfg=cfg, stored=stored, folder=tmp_path)
+
+
 def test_resume_of_no_run_makes_no_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(train, ".", "resume=gone") == 1

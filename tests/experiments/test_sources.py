@@ -87,10 +87,11 @@ def test_non_text_input_is_named_with_file_and_line(tmp_path):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.txt is not a text file: it has a NUL byte"):
             text.load(path=str(tmp_path))
-    with pytest.raises(
-        ValueError, match="data.encoding='utf-9' is not an encoding that Python knows"
-    ):
-        text.load(path=str(tmp_path), encoding="utf-9")
+    for name in ("utf-9", "undefined", "zip"):
+        with pytest.raises(
+            ValueError, match=f"data.encoding='{name}' is not an encoding of text that Python knows"
+        ):
+            text.load(path=str(tmp_path), encoding=name)
 
 
 @pytest.mark.parametrize("source", [text, jsonl, parquet], ids=lambda m: m.__name__[17:])

@@ -189,6 +189,62 @@ def test_an_interrupted_job_stops_the_sweep_and_goes_on_when_repeated(tmp_path, 
     assert jobs(tmp_path)["act-stop"] == ["begins", "goes on"]
 
 
+@pytest.mark.parametrize("behind", [-3600, 3600])
+def test_the_clock_of_the_disk_need_not_be_that_of_the_machine(
+    tmp_path, capfd, monkeypatch, behind
+):
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - behind)
+    for expected in ({"x=1": "finished"}, {"x=1": "finished before"}):
+        assert sweep(tmp_path, "-m", "x=1", "hydra.sweep.dir=s") == 0
+        assert statuses(capfd.readouterr().out) == expected
+    assert sweep(tmp_path, "-m", "act=bug", "hydra.sweep.dir=s") == 1
+    assert statuses(capfd.readouterr().out) == {"act=bug": "failed"}
+
+
+def test_a_sweep_without_a_job_is_not_done(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sweeps, "jobs_since", lambda sweep, before: [])
+    assert "has begun no job" in sweep(tmp_path, "-m", "x=1")
+
+
+def test_one_runs_folder_is_refused_in_a_sweep(tmp_path, capfd):
+    for chosen in (["-m", "x=1,2"], ["hydra.mode=MULTIRUN"]):
+        assert sweep(tmp_path, "resume=true", "hydra.run.dir=r", *chosen) == 1
+        said = capfd.readouterr().err
+        assert said.startswith("error: resume=FOLDER and hydra.run.dir=r are for one run")
+        assert "repeated" in said and said.count("\n") == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [["hydra.run.dir="], ["-m", "x=1", "hydra.sweep.dir="]])
+def test_a_place_without_a_name_is_refused(tmp_path, capfd, given):
+    code = sweep(tmp_path, *given)
+    said = f"{code} {capfd.readouterr().err}"
+    assert f"{given[-1]}'': expected text that is not empty" in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_command_takes_away_only_the_folders_that_it_made(tmp_path, capfd):
+    (tmp_path / "mine").mkdir()
+    for given in (
+        ["hydra.run.dir=mine"],
+        ["hydra.run.dir=new/deep"],
+        ["-m", "hydra.sweep.dir=mine"],
+        ["-m", "hydra.sweep.dir=new/deep"],
+    ):
+        assert sweep(tmp_path, *given, "steps=0" if given[0] != "-m" else "+x=1,2")
+        assert [path.name for path in tmp_path.rglob("*")] == ["mine"], given
+
+
+def test_ctrl_c_while_arguments_are_read_is_no_traceback(tmp_path):
+    def press(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        sweeps.start(sweep_program.compose, press)
+    assert end.value.code == 130
+
+
 def test_outside_a_sweep_errors_are_raised_and_no_table_is_shown(tmp_path, capfd):
     assert sweep(tmp_path, "act=fail") == "error: act=fail: give act=finish"
     assert capfd.readouterr().out == ""
