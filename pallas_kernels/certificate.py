@@ -29,10 +29,12 @@ boundary adds up, and a guess that is constant in time has the residual of one s
    - Where a window of a kernel ends no `FLOOR` holds: the next one starts there, and nothing can
      correct it afterwards. The doubt is held to `COARSE` ulp of that state itself (`may_leave`).
    - No product vanishes unseen. In kernels `T` travels along: at most what the entries of a row of
-     the product lack, because products below the floats are 0. It grows as they do, and by `TINY`
-     at each step where the Jacobian and the product before lead to the row; a reset lacks nothing.
-     `T` times the magnitudes of `d` is a doubt. An affine step has no `T`: its starts themselves
-     went through the product, and gaps show where that vanished.
+     the product lack, because products below the floats are 0. It grows as they do, and by some
+     `LEAST` at each step where the Jacobian leads from a part of the product, or from what one
+     lacks, to the row; a reset lacks nothing. `T` times the magnitudes of those `d` that ever led
+     to the row is a doubt. A Jacobian that is itself below the floats counts as a reset. An affine
+     step has no `T`: its starts themselves went through the product, and gaps show where that
+     vanished.
    - Outside of kernels `TINY` is added to the magnitude of each entry at every step of a chunk.
      Beside a product that counts it is nothing. Where the product falls below it and grows again,
      `TINY` grows along, and what it makes of `d` is too large to count. At the end of a chunk a
@@ -91,7 +93,7 @@ FLOOR = 4 * LEAST
 # Solvers outside of kernels carry corrections times `RAISE`, so that those of a state that is a
 # normal number are not flushed. From states beyond `LARGE` on they do not: it would overflow.
 RAISE, LARGE = 2.0**24, 2.0**96
-# Stands at each step of a chunk for what became 0 in an entry of a product.
+# Outside of kernels it stands at each step of a chunk for what became 0 in an entry of a product.
 TINY = 2.0**-120
 # Where the state ends in 0, an entry below this is what has become of `TINY` added to it.
 RESET = 2.0**-94
@@ -149,11 +151,22 @@ def doubt_of_part(entry: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.abs(entry) * jnp.abs(delta * PER_LEAST), 1.0)
 
 
-def doubt_of_lacking(lacking: jax.Array, sizes: Sequence[jax.Array]) -> jax.Array:
-    """The doubt, in `LEAST`, of corrections of these sizes by a row of P that lacks so much."""
-    most = lacking * PER_LEAST
+def doubt_of_lacking(
+    lacking: jax.Array, sizes: Sequence[jax.Array], most: Sequence[jax.Array]
+) -> jax.Array:
+    """The doubt, in `LEAST`, of corrections by a row of P that may lack so much.
+
+    Args:
+      lacking: of the row.
+      sizes: of the corrections.
+      most: the largest magnitudes that the row's entries may have had; 0 where nothing ever led.
+    """
+    bound = lacking * PER_LEAST
     # Nothing grows from zero, by an infinite bound neither.
-    parts = [jnp.where(size == 0.0, size, most * size) for size in sizes]
+    parts = [
+        jnp.where((size == 0.0) | (entry == 0.0), 0.0, bound * size)
+        for size, entry in zip(sizes, most, strict=True)
+    ]
     return functools.reduce(operator.add, parts)
 
 

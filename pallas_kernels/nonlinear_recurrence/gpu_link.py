@@ -117,7 +117,9 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 height = rest[count**2 + i] if affine else zero
                 doubt = grown(products[i::count], doubts) + lost(products[i::count], deltas)
                 if sized:
-                    doubt = doubt + certificate.doubt_of_lacking(rest[i - count], sizes)
+                    peaks = rest[i : count**2 : count]
+                    missing = certificate.doubt_of_lacking(rest[i - count], sizes, peaks)
+                    doubt = doubt + missing
                 inside = _Inside(most, height, doubt)
             arriving.append((ends[i], jnp.where(keep, moved, zero), inside, kept))
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]

@@ -89,20 +89,22 @@ def _roll(
         return jax.tree.map(lambda m, v: jnp.maximum(m, jnp.abs(v)), most, values)
 
     def advance(step, inputs, states, products, tallest, most, came, lacking):
-        arriving, lacks = came, lacking
+        arriving, lacks, full = came, lacking, []
         if sizes:  # the Jacobian itself moves the product, what it lacks, and the sizes
             new, jacobian = cell.push(states, inputs, params, identity)
             pushed = [moved(jacobian, column) for column in products]
             arriving = became(jacobian, came, new)
-            lacks = lacked(jacobian, products, lacking)
+            lacks, full = lacked(jacobian, products, pushed, lacking, most)
         elif columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:
             new, pushed = cell.step(states, inputs, params), products
+        full = full if sizes else pushed
         new = mosaic.settle(new, shape, layout)
         pushed = [mosaic.settle(column, shape, layout) for column in pushed]
         arriving = mosaic.settle(arriving, shape, layout)
         lacks = mosaic.settle(lacks, shape, layout)
+        full = [mosaic.settle(column, shape, layout) for column in full]
         if valid is not None:  # steps that do not exist leave the state, and the product, alone
             here = valid(step)
             new = [jnp.where(here, n, s) for n, s in zip(new, states, strict=True)]
@@ -112,13 +114,8 @@ def _roll(
             ]
             arriving = [jnp.where(here, a, c) for a, c in zip(arriving, came, strict=True)]
             lacks = [jnp.where(here, n, o) for n, o in zip(lacks, lacking, strict=True)]
+            full = [[jnp.where(here, f, 0.0) for f in column] for column in full if peaks]
         tallest = higher(tallest, new) if heights else tallest
-        full = pushed
-        if sizes:
-            full = [
-                [jnp.abs(p) + more for p, more in zip(column, lacks, strict=True)]
-                for column in pushed
-            ]
         most = higher(most, full) if peaks else most
         return new, pushed, tallest, most, arriving, lacks
 

@@ -145,9 +145,6 @@ def _kernel(cell, plan, limits, budget, affine, refs):
         for count in counts:
             count[...] = jnp.zeros(plan.row, count.dtype)
 
-    def at_most(entry, lacking):
-        return jnp.abs(entry) + lacking
-
     def higher(old, new):
         return jax.tree.map(lambda o, n: jnp.maximum(o, jnp.abs(n)), old, new) if bounded else old
 
@@ -180,19 +177,19 @@ def _kernel(cell, plan, limits, budget, affine, refs):
                 new, jacobian = cell.push(h, inputs, p, unit)
                 pushed = [moved(jacobian, column) for column in columns]
                 arriving = became(jacobian, came, new)
-                lacks = lacked(jacobian, columns, lacking)
+                lacks, full = lacked(jacobian, columns, pushed, lacking, most)
             else:
                 new, pushed = cell.push(h, inputs, p, columns)
-                arriving, lacks = came, lacking
+                arriving, lacks, full = came, lacking, pushed
             present = plan.exists(begin, index)
             h = tiles.choose(present, new, h)
             if keep:
                 tiles.store(states, place, h)
             columns = [tiles.choose(present, n, c) for n, c in zip(pushed, columns, strict=True)]
+            risen = [tiles.choose(present, f, m) for f, m in zip(full, most, strict=True)]
             came = tiles.choose(present, arriving, came)
             lacking = tiles.choose(present, lacks, lacking)
-            full = [list(map(at_most, c, lacking)) for c in columns] if sized else columns
-            return h, columns, higher(most, full), came, lacking
+            return h, columns, higher(most, risen), came, lacking
 
         first = [s[...] for s in starts]
         along = ([jnp.abs(f) for f in first], [zero] * size) if sized else ([], [])

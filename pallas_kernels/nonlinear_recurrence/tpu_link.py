@@ -68,8 +68,9 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         most = _grown(chunks.peaks, place, sizes)
         parts = [_grown(chunks.products, place, doubt), _lost(chunks.products, place, delta)]
         if chunks.lacking:
-            lacking = [ref[place] for ref in chunks.lacking]
-            parts.append([certificate.doubt_of_lacking(row, sizes) for row in lacking])
+            peaks = [ref[place] for ref in chunks.peaks]
+            rows = [(ref[place], peaks[size * i :][:size]) for i, ref in enumerate(chunks.lacking)]
+            parts.append([certificate.doubt_of_lacking(row, sizes, p) for row, p in rows])
         return most, [functools.reduce(operator.add, row) for row in zip(*parts, strict=True)]
 
     def arrived(place, came):

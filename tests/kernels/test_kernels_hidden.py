@@ -256,3 +256,55 @@ def test_what_dies_out_below_the_floats_does_not_grow_again(implementation, seed
     assert np.all(wanted[60:63] == 0) and np.allclose(wanted[-1], seed * 1e12)
     np.testing.assert_allclose(found.states[0][60:], wanted[60:], rtol=1e-5)
     assert np.all(found.fallback_steps == 0)
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_what_a_product_lacks_is_not_lost_in_its_turn(implementation):
+    # `u` jumps, and takes `h` up by 2^-21 one pass later. In the last chunk `h` falls by 2^136 in
+    # three steps, so that the product is 0 and what it lacks falls below the floats as well. It
+    # returns, and loses all but 2^-14 of itself: a correction left out is 0.8 % of the last state.
+    steps, ends, size = 128, 112, 2.0**14
+    fall = np.ones(steps)
+    fall[ends : ends + 5] = 2.0**-100, 2.0**-29, 2.0**-7, 2.0**68, 2.0**68
+    jump, lift, less, more = np.zeros((4, steps))
+    more += 1
+    jump[3], lift[67], less[ends + 6], more[ends + 6] = 1, 2.0**-21, size * (1 - 2.0**-14), 2.0**14
+    width = BLOCK
+    xs = [
+        jnp.asarray(np.broadcast_to(x[:, None, None], (steps, 1, width)), jnp.float32)
+        for x in (fall, jump, lift, less, more, np.zeros(steps))
+    ]
+
+    def step(h, x):
+        (u, v, h), (fall, jump, lift, less, more, nothing) = h, x
+        new = u + jump, u, (fall * h * (1 + lift * v * v) - less) * more + nothing * jnp.sin(h)
+        return new, new
+
+    init = (jnp.zeros((1, width)), jnp.zeros((1, width)), jnp.full((1, width), size))
+    solver = jp.fused(implementation=implementation, window=steps, chunks=8)
+    (_, states), info = jax.jit(
+        lambda init, xs: jp.solve_scan(step, init, xs, solver=solver), compiler_options=QUICK
+    )(init, xs)
+    assert info.converged and info.fallback_steps == 0
+    np.testing.assert_array_equal(states[2], lax.scan(step, init, xs)[1][2])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_a_leaf_that_is_zero_is_not_walked_for_a_large_one_beside_it(size):
+    # The large one never leads to it: what its row lacks is nothing beside another's correction.
+    steps, width = 256, 2 * BLOCK
+    noise = jax.random.normal(jax.random.key(0), (steps, 1, width))
+
+    def step(h, x):
+        a, b = h
+        a = 0.999 * a + 0.02 * size * jnp.tanh(x + 0.3 * a / size)
+        new = a, 0.9 * b * (1 - 0.1 * jnp.tanh(b) ** 2)
+        return new, new
+
+    init = (jnp.full((1, width), size), jnp.zeros((1, width)))
+    solver = jp.fused(implementation=PATHS[0], window=256, chunks=16)
+    (_, (states, zeros)), info = jax.jit(
+        lambda init, xs: jp.solve_scan(step, init, xs, solver=solver), compiler_options=QUICK
+    )(init, noise)
+    assert info.converged and info.fallback_steps == 0 and np.all(zeros == 0)
+    np.testing.assert_allclose(states, lax.scan(step, init, noise)[1][0], rtol=1e-5)
