@@ -107,7 +107,7 @@ def _unsafe(eqn: Any) -> bool:
     if name == "integer_pow":
         return eqn.params["y"] < 0
     if name == "pow":
-        return fixed[1] is None or fixed[1] < 0
+        return fixed[1] is None or bool(fixed[1] < 0)
     return True
 
 
@@ -123,10 +123,9 @@ def _function(eqn: Any) -> Callable[..., jax.Array] | None:
             filled[i] = operand
         return filled
 
-    def value(*operands: Any) -> jax.Array:
-        return compat.bind(eqn, whole(operands))[0]
-
-    value.__name__ = NAME
+    # No `def`: what a type checker wraps around that has the name of its own that JAX reads.
+    value = lambda *operands: compat.bind(eqn, whole(operands))[0]  # noqa: E731
+    value.__name__ = value.__qualname__ = NAME
     function = jax.custom_jvp(value)
 
     def push(operands: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
