@@ -43,6 +43,7 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return [function(*(operands[i] for i in _given(eqn)))]
 
 
+@functools.lru_cache(maxsize=512)
 def safe(jaxpr: Any, skip: str = "") -> Any:
     """The same function with safe derivatives.
 
@@ -53,11 +54,6 @@ def safe(jaxpr: Any, skip: str = "") -> Any:
     Returns:
       A jaxpr of the same kind; `jaxpr` itself where it is safe.
     """
-    return _safe(jaxpr, skip)
-
-
-@functools.lru_cache(maxsize=512)
-def _safe(jaxpr: Any, skip: str) -> Any:
     old = compat.open_jaxpr(jaxpr).eqns
     new = [_rewritten(eqn, skip) for eqn in old]
     if all(a is b for a, b in zip(new, old, strict=True)):
@@ -85,7 +81,7 @@ def _each(value: Any, skip: str) -> Any:
     if isinstance(value, tuple) and type(value) is tuple:
         items = tuple(_each(item, skip) for item in value)
         return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-    return _safe(value, skip) if jaxprs.is_jaxpr(value) else value
+    return safe(value, skip) if jaxprs.is_jaxpr(value) else value
 
 
 def _fixed(eqn: Any) -> list[Any]:
