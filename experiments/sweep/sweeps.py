@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
-from experiments.run import folders, litter, records, trust
+from experiments.run import folders, given_folders, litter, records, trust
 from experiments.run.checks import check_text
-from experiments.run.folders import RunError
 from experiments.run.plain_files import read_text, write_text
 from experiments.run.tables import show
 from experiments.shell.commandline import check, launch
@@ -79,28 +78,11 @@ class Announce(Callback):
         """Hydra itself sets this only inside jobs; it writes into the sweep's folder after this."""
         del kwargs
         HydraConfig.instance().set_config(config)
-        try:
-            _check_sweep(config)
+        with given_folders.ended(HydraConfig.instance()):
+            check_text("hydra.sweep.dir", config.hydra.sweep.dir)
+            trust.check_links(Path(config.hydra.sweep.dir), written=True)
             with contextlib.suppress(OSError):  # Hydra reports it
                 Announce.before = _stamps(Path(config.hydra.sweep.dir).absolute())
-        except RunError as error:  # Hydra makes a warning of other exceptions
-            HydraConfig.instance().cfg = None  # there is no sweep to report on
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
-
-
-def _check_sweep(config: DictConfig) -> None:
-    """Refuses a sweep that asks for one run's folder, or has none itself."""
-    for given in OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False):
-        key, _, value = given.lstrip("+").partition("=")
-        if key == "hydra.run.dir":
-            raise RunError(
-                f"resume=FOLDER and {key}={value} are for one run, and this is a sweep.\n"
-                "A sweep goes on where it stopped if its own command is repeated;\n"
-                "to continue one run, leave out -m, sweep= and lists of values"
-            )
-    check_text("hydra.sweep.dir", config.hydra.sweep.dir)
-    trust.check_links(Path(config.hydra.sweep.dir), written=True)
 
 
 def _stamps(sweep: Path) -> dict[Path, Stamp]:

@@ -10,6 +10,7 @@ import pytest
 
 import jaxpara as jp
 from experiments.adapt import peft_files
+from experiments.adapt.finetuning import check_ranks
 from experiments.run.folders import RunError
 
 KEY = jax.random.key(0)
@@ -222,3 +223,19 @@ def test_peft_files_that_do_not_fit_are_refused(tmp_path):
         peft_files.save(tmp_path, jp.l4q().attach(KEY, parameters()))
     with pytest.raises(RunError, match=r"fake_quant\(bits=4\) > lora\(rank=2\), and PEFT reads"):
         peft_files.save(tmp_path, CHAINS["lora_on_integers"].attach(KEY, parameters()))
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_rank_above_its_matrix_is_refused_with_the_leaf_and_its_size(chained):
+    params = {"mlp": {"kernel": jnp.ones((2, 6, 4))}}
+
+    def state(rank):
+        lora = jp.lora(rank=rank, where="**/kernel")
+        more = [jp.fake_quant(bits=4, where="**/kernel")] if chained else []
+        return jp.chain(lora, *more).attach(jax.random.key(0), params)
+
+    check_ranks(jax.eval_shape(lambda: state(4)))
+    with pytest.raises(
+        RunError, match="rank=5 is too large for mlp/kernel, .*\n?.*6 x 4:\ngive rank=4"
+    ):
+        check_ranks(jax.eval_shape(lambda: state(5)))

@@ -13,7 +13,6 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import jaxpara as jp
 from experiments import (
     bench,
     compare,
@@ -27,7 +26,6 @@ from experiments import (
     train,
     train_tokenizer,
 )
-from experiments.adapt.finetuning import check_ranks
 from experiments.run import checks, limits, memory
 from experiments.run.folders import RunError
 from experiments.run.task import Task
@@ -373,22 +371,17 @@ def test_likeness_is_of_whole_or_last_names():
     assert near_misses.near_misses("zzz", ["model.width"]) == []
 
 
-@pytest.mark.parametrize("chained", [False, True])
-def test_a_rank_above_its_matrix_is_refused_with_the_leaf_and_its_size(chained):
-    params = {"mlp": {"kernel": jnp.ones((2, 6, 4))}}
-
-    def state(rank):
-        lora = jp.lora(rank=rank, where="**/kernel")
-        more = [jp.fake_quant(bits=4, where="**/kernel")] if chained else []
-        return jp.chain(lora, *more).attach(jax.random.key(0), params)
-
-    check_ranks(jax.eval_shape(lambda: state(4)))
-    with pytest.raises(
-        RunError, match="rank=5 is too large for mlp/kernel, .*\n?.*6 x 4:\ngive rank=4"
-    ):
-        check_ranks(jax.eval_shape(lambda: state(5)))
-
-
 def test_names_to_export_that_are_no_table_are_refused_with_one(tmp_path):
     said = ending(export_adapters, tmp_path, "run=x", "names=3")
     assert said.startswith("error: names=3: expected") and "type for example" in said
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_folder_that_a_command_would_not_use_is_refused(tmp_path, capfd, name):
+    """One run's folder: in a sweep, or by a command that makes none."""
+    sweep = ["-m", "seed=0,1"] if name in ("bench", "finetune", "solver_study", "train") else []
+    assert call(COMMANDS[name], tmp_path, *sweep, "hydra.run.dir=new") == 1
+    said = capfd.readouterr().err
+    assert "hydra.run.dir=new are for one run" in said if sweep else "makes no folder" in said
+    assert said.count("\n") <= 3
+    assert list(tmp_path.iterdir()) == []
