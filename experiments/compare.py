@@ -19,11 +19,11 @@ from rich.table import Table
 from experiments.plot import pick_y
 from experiments.run.folder_arguments import TRUST, quote_folders
 from experiments.run.folders import RunError
-from experiments.run.plain_files import printable
+from experiments.run.plain_files import printable, write_text
 from experiments.run.tables import cell
-from experiments.run.unicode import SHOWN
 from experiments.shell.commandline import command, guarded
 from experiments.shell.foreign import content_of
+from experiments.studies import figure_files
 from experiments.sweep.run_sets import Run, differing_keys, read_all, short_names
 
 RESULTS = (
@@ -266,15 +266,14 @@ def compare(runs: Sequence[Run], *, output: str | None, **settings: Any) -> None
     target = None if output is None else Path(output)
     if target is not None and target.suffix not in SUFFIXES:
         raise RunError(f"output={output!r}: give a file that ends in {' or '.join(SUFFIXES)}")
+    if target is not None:
+        header = {".csv": "run", ".md": "| run |"}[target.suffix]
+        figure_files.check_table(target, header, output=output)
     table = tabulate(runs, **settings)
     show(table)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(
-            (as_csv if target.suffix == ".csv" else as_markdown)(table),
-            encoding="utf-8",
-            errors=SHOWN,
-        )
+        write_text(target, (as_csv if target.suffix == ".csv" else as_markdown)(table))
         print(target)
 
 

@@ -16,10 +16,8 @@ from experiments.run.folders import RunError
 from experiments.run.plain_files import printable, safe_name
 from experiments.shell.commandline import command, guarded
 from experiments.shell.foreign import content_of
-from experiments.studies import curves
+from experiments.studies import curves, figure_files
 from experiments.sweep.run_sets import Run, check_keys, differing_keys, group, read_all
-
-SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def pick_y(runs: Sequence[Run]) -> str:
@@ -73,9 +71,8 @@ def plot(
       RunError: a setting does not fit; says what exists instead.
     """
     y = y or pick_y(runs)
-    target = Path(output or f"plots/{safe_name(y)}-by-{safe_name(x)}.png")
-    if target.suffix.lower() not in SUFFIXES:
-        raise RunError(f"output={str(target)!r}: give a file that ends in {', '.join(SUFFIXES)}")
+    named = output or f"plots/{safe_name(y)}-by-{safe_name(x)}.png"
+    target = figure_files.check_output(named, curves.COLUMNS)
     if group_by == "auto":
         keys = [key for key in differing_keys(runs) if key != x]
     else:
@@ -88,9 +85,7 @@ def plot(
             print(f"{printable(label)}: shown up to where {short.folder} ends")
     names = list(dict.fromkeys(str(run.config.get("name", run.folder.name)) for run in runs))
     figure = curves.draw(lines, x=x, y=y, title=title or ", ".join(names), log_x=log_x, log_y=log_y)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120)
-    curves.write(target.with_suffix(".csv"), lines, x, y)
+    figure_files.write(figure, target, *curves.table(lines, x, y))
     return target
 
 

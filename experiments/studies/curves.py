@@ -1,20 +1,18 @@
 """Curves over groups of runs: the mean over seeds and the band from the lowest to the highest."""
 
-import csv
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from experiments.run.drawing import Figure
 from experiments.run.folders import RunError
-from experiments.run.unicode import SHOWN
 from experiments.sweep.run_sets import Run
 
+COLUMNS = ("group", "runs")  # of a figure's table, before its numbers
 BAND = "band: lowest to highest run"
 # Okabe and Ito's colours, distinct under every common colour blindness; yellow is too pale here.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -236,18 +234,20 @@ def draw(
     return figure
 
 
-def write(path: Path, curves: Mapping[str, Curve], x: str, y: str) -> None:
-    """Writes the plotted numbers.
+def table(curves: Mapping[str, Curve], x: str, y: str) -> tuple[Sequence[str], list[Sequence[Any]]]:
+    """The plotted numbers.
 
     Args:
-      path: a CSV file.
       curves: by label.
       x: name of the x column.
-      y: prefix of the names of the other columns.
+      y: prefix of the names of the columns after it.
+
+    Returns:
+      `(columns, rows)`; the first columns are `COLUMNS`.
     """
-    with path.open("w", newline="", encoding="utf-8", errors=SHOWN) as file:
-        writer = csv.writer(file)
-        writer.writerow(["group", "runs", x, f"{y}_mean", f"{y}_lowest", f"{y}_highest"])
-        for label, curve in curves.items():
-            for row in zip(curve.x, curve.mean, curve.low, curve.high, strict=True):
-                writer.writerow([label, curve.runs, *(float(v) for v in row)])
+    rows = [
+        [label, curve.runs, *map(float, row)]
+        for label, curve in curves.items()
+        for row in zip(curve.x, curve.mean, curve.low, curve.high, strict=True)
+    ]
+    return (*COLUMNS, x, f"{y}_mean", f"{y}_lowest", f"{y}_highest"), rows

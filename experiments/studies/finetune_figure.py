@@ -7,7 +7,6 @@ rate. Each grid to which dense weights are rounded after training has one too. I
 differ in other settings, its name includes these. It reads only `config.yaml` and `summary.json`.
 """
 
-import csv
 import fnmatch
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from experiments.run.folders import RunError, load_config
 from experiments.run.tables import show
 from experiments.shell.commandline import command, guarded, quote_text
 from experiments.shell.foreign import content_of
+from experiments.studies import figure_files
 from experiments.studies.curves import styles
 from experiments.sweep.run_sets import Run, need, read_all
 from experiments.text.language_model import BITS
@@ -267,12 +267,12 @@ def draw(lines: Mapping[str, Sequence[Row]], *, title: str) -> Figure:
 
 
 def write(
-    output: Path, table: Sequence[Row], *, title: str, lines: Sequence[str] | None = None
+    output: str | Path, table: Sequence[Row], *, title: str, lines: Sequence[str] | None = None
 ) -> None:
     """Prints the table and writes it with the figure.
 
     Args:
-      output: without suffix.
+      output: the figure's file; the tables go beside it.
       table: from `rows`.
       title: of both.
       lines: globs of what the figure shows, see `pick`.
@@ -280,18 +280,17 @@ def write(
     Raises:
       RunError: a glob selects nothing.
     """
+    target = figure_files.check_output(output, COLUMNS, markdown=True)
     drawn = pick(table, lines)
     shown = [cells(row) for row in table]
     show(title, COLUMNS, shown)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *table])
     text = "".join(
         f"| {' | '.join(line)} |\n" for line in (COLUMNS, ["---"] * len(COLUMNS), *shown)
     )
-    output.with_suffix(".md").write_text(f"{title}\n\n{text}", encoding="utf-8")
-    draw(drawn, title=title).savefig(output.with_suffix(".png"), dpi=120)
-    print(f"{output}.png, .csv and .md")
+    figure_files.write(
+        draw(drawn, title=title), target, COLUMNS, table, markdown=f"{title}\n\n{text}"
+    )
+    print(f"{target}, .csv and .md")
 
 
 def named(runs: Sequence[Run], title: str | None) -> str:
@@ -320,7 +319,7 @@ def compose(cfg: DictConfig) -> None:
         for line in left_out:
             print(f"left out: {line}")
         with content_of(*(run.folder for run in found)):
-            write(Path(cfg.output), rows(found), title=named(found, cfg.title), lines=cfg.lines)
+            write(cfg.output, rows(found), title=named(found, cfg.title), lines=cfg.lines)
 
     guarded(program, cfg)
 

@@ -6,7 +6,6 @@ Each contender is shown at its best learning rate over all seeds. Training speed
 runs, memory is XLA's account of the training step, and decoding is timed here.
 """
 
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from experiments.run.tables import show
 from experiments.shell.build import build_model, make
 from experiments.shell.commandline import command, guarded
 from experiments.shell.foreign import content_of
-from experiments.studies import curves
+from experiments.studies import curves, figure_files
 from experiments.sweep.run_sets import Run, need, read_all
 from experiments.text.decoding import decoder
 from experiments.text.trained import open_model
@@ -232,20 +231,21 @@ def _cells(row: Mapping[str, Any], choice: Choice) -> list[str]:
 
 
 def compare(
-    runs: Sequence[Run], *, y: str, output: Path, optimizer_of, decoding: Mapping[str, int]
+    runs: Sequence[Run], *, y: str, output: str | Path, optimizer_of, decoding: Mapping[str, int]
 ) -> None:
     """Prints the table and writes it with the figure.
 
     Args:
       runs: of the sweep.
       y: the column that the figure shows over training tokens.
-      output: without suffix.
+      output: the figure's file; the tables go beside it.
       optimizer_of: config of a run -> its optimiser.
       decoding: see `decode_speed`.
 
     Raises:
       RunError: the runs cannot be compared.
     """
+    target = figure_files.check_output(output, COLUMNS, markdown=True)
     _, choices = choose(runs)
     rows = [measure(choice, optimizer_of=optimizer_of, decoding=decoding) for choice in choices]
     cells = [_cells(row, choice) for row, choice in zip(rows, choices, strict=True)]
@@ -256,21 +256,16 @@ def compare(
     show(title, COLUMNS, cells)
     note = "" if not any("*" in row[2] for row in cells) else "* at the edge of its grid\n"
     print(note, end="")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
     lines = [COLUMNS, ["---"] * len(COLUMNS), *cells]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    output.with_suffix(".md").write_text(
-        f"{title}\n\n{table}{note and chr(10) + note}", encoding="utf-8"
-    )
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    markdown = f"{title}\n\n{text}{note and chr(10) + note}"
     lines = {f"{c.name}, {c.rate:g}": curves.make_curve(c.runs, "tokens", y) for c in choices}
     title = "equal parameters, best learning rate"
     figure = curves.draw(lines, x="tokens", y=y, title=title, log_x=True, log_y=True)
-    figure.savefig(output.with_suffix(".png"), dpi=120)
-    print(f"{output}.png, .csv and .md")
+    figure_files.write(
+        figure, target, COLUMNS, [list(row.values()) for row in rows], markdown=markdown
+    )
+    print(f"{target}, .csv and .md")
 
 
 @command
@@ -286,7 +281,7 @@ def main(cfg: DictConfig) -> None:
             compare(
                 runs,
                 y=cfg.y,
-                output=Path(cfg.output),
+                output=cfg.output,
                 optimizer_of=lambda trained: make(trained.optim),
                 decoding={name: cfg[name] for name in ("prompt", "length", "rounds")},
             )

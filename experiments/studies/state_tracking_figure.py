@@ -6,10 +6,9 @@ It reads only the tables of runs. Each problem has a panel and each mixer a line
 last evaluation against the length of the test, the mean over seeds and their range.
 """
 
-import csv
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -20,6 +19,7 @@ from experiments.run.folder_arguments import TRUST, quote_folders
 from experiments.run.folders import RunError
 from experiments.shell.commandline import command, guarded
 from experiments.shell.foreign import content_of
+from experiments.studies import figure_files
 from experiments.studies.curves import styles
 from experiments.sweep.run_sets import Run, differing_keys, group, need, read_all
 
@@ -123,27 +123,28 @@ def draw(by_method: Mapping[str, Sequence[Run]]) -> Figure:
     return figure
 
 
-def write(path: Path, by_method: Mapping[str, Sequence[Run]]) -> None:
-    """Writes the numbers of the figure as CSV.
+def table(by_method: Mapping[str, Sequence[Run]]) -> list[list[Any]]:
+    """The numbers of the figure.
 
     Args:
-      path: the file.
       by_method: from `methods`.
+
+    Returns:
+      Rows with `COLUMNS`.
     """
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for label, runs in by_method.items():
-            for run in runs:
-                need(run, config=("seed",))
-                known = {
-                    "problem": problem_of(run),
-                    "method": label,
-                    "seed": run.config["seed"],
-                    "steps": run.summary.get("steps", ""),
-                    "parameters": run.summary.get("parameters", ""),
-                }
-                writer.writerows({**known, **row} for row in final(run))
+    rows = []
+    for label, runs in by_method.items():
+        for run in runs:
+            need(run, config=("seed",))
+            known = {
+                "problem": problem_of(run),
+                "method": label,
+                "seed": run.config["seed"],
+                "steps": run.summary.get("steps", ""),
+                "parameters": run.summary.get("parameters", ""),
+            }
+            rows += [[{**known, **row}[name] for name in COLUMNS] for row in final(run)]
+    return rows
 
 
 @command
@@ -157,12 +158,10 @@ def main(cfg: DictConfig) -> None:
         runs, left_out = read_all(values["runs"])
         for line in left_out:
             print(f"left out: {line}")
-        target = Path(values["output"])
+        target = figure_files.check_output(values["output"], COLUMNS)
         with content_of(*(run.folder for run in runs)):
             by_method = methods(runs)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draw(by_method).savefig(target, dpi=120)
-            write(target.with_suffix(".csv"), by_method)
+            figure_files.write(draw(by_method), target, COLUMNS, table(by_method))
         print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
 
     guarded(program, cfg)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from experiments.run import figures
 from experiments.run.drawing import Figure
 
 LINES = {
@@ -75,4 +76,4 @@ def _panel(axes: Axes, rows: Sequence[dict[str, str]], key: str) -> None:
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    draw(source).savefig(source.with_suffix(".png"), dpi=120)
+    figures.save(draw(source), source.with_suffix(".png"))

@@ -9,8 +9,10 @@ import pytest
 from matplotlib.text import Text
 
 import experiments
-from experiments import plot
+from experiments import compare, plot
 from experiments.run import drawing, figures, trainer
+from experiments.run.folders import RunError
+from experiments.studies import figure_files, finetune_figure, mixers, state_tracking_figure
 from tests.experiments.programs import ending
 from tests.experiments.run_folders import config, make_run
 
@@ -24,7 +26,7 @@ def run_named(folder, name):
     )
 
 
-@pytest.mark.parametrize("suffix", plot.SUFFIXES)
+@pytest.mark.parametrize("suffix", figure_files.SUFFIXES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_no_formula(name, suffix, tmp_path):
     figure = drawing.Figure(layout="constrained")
@@ -79,3 +81,39 @@ def test_a_figure_that_fails_does_not_spoil_the_end_of_a_run(tmp_path, monkeypat
     said = capsys.readouterr().out
     assert said == f"the figures of {folder} could not be drawn (no picture)\n"
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "program, output, lost",
+    [
+        (plot, "run/metrics.png", "run/metrics.csv"),
+        (plot, "run/notes.PDF", "run/notes.csv"),
+        (compare, "run/metrics.csv", "run/metrics.csv"),
+        (compare, "README.md", "README.md"),
+    ],
+)
+def test_a_table_of_another_kind_is_not_written_over(tmp_path, program, output, lost):
+    folder = run_named(tmp_path / "run", "a")
+    (folder / "notes.csv").symlink_to(folder / "metrics.csv")
+    (tmp_path / "README.md").write_text("mine\n")
+    before = (tmp_path / lost).read_bytes()
+    said = ending(program, tmp_path, f"runs={folder}", f"output={output}")
+    assert said == (
+        f"error: output={output} would write over {lost}, which is another kind of file;\n"
+        "give a new name"
+    )
+    assert (tmp_path / lost).read_bytes() == before and not (tmp_path / "run/metrics.png").exists()
+    for _ in range(2):  # the second time over its own
+        assert ending(program, tmp_path, f"runs={folder}", f"output=x{output[-4:]}") is None
+
+
+@pytest.mark.parametrize("module", [finetune_figure, mixers, state_tracking_figure])
+def test_tables_of_studies_replace_only_their_own(tmp_path, module):
+    output = tmp_path / "x.png"
+    figure_files.write(drawing.Figure(), output, module.COLUMNS, [], markdown="mine")
+    assert figure_files.check_output(output, module.COLUMNS) == output
+    with pytest.raises(RunError, match=r"write over .*x\.md"):
+        figure_files.check_output(output, module.COLUMNS, markdown=True)
+    output.with_suffix(".csv").write_text("step,loss\n")
+    with pytest.raises(RunError, match=r"write over .*x\.csv"):
+        figure_files.check_output(output, module.COLUMNS)

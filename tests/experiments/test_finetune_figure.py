@@ -101,7 +101,7 @@ def test_the_figure_shows_requested_lines_without_outliers(folders):
 
 
 def test_the_command_writes_table_numbers_and_figure(folders, tmp_path):
-    output = tmp_path / "plots" / "f"
+    output = tmp_path / "plots" / "f.png"
     table = finetune_figure.rows(folders)
     finetune_figure.write(output, table, title="here")
     with output.with_suffix(".csv").open() as file:
@@ -110,7 +110,7 @@ def test_the_command_writes_table_numbers_and_figure(folders, tmp_path):
     assert (
         "| lora > fake_quant | 4 | 8 | 0.1 | 1 | 2.400 |" in output.with_suffix(".md").read_text()
     )
-    assert output.with_suffix(".png").stat().st_size > 5000
+    assert output.stat().st_size > 5000
 
 
 def test_runs_of_another_program_and_none_at_all_are_refused(tmp_path):

@@ -102,7 +102,7 @@ def test_the_table_and_the_figure_are_written(tmp_path, monkeypatch, capsys):
     runs = runs_of(tmp_path, *(("gru", rate, 0, 1.0 + rate) for rate in (0.1, 0.3)))
     row = dict(zip(mixers.COLUMNS, ("gru", 7, 0.1, 1.1, 100.0, 2.5, 50.0), strict=True))
     monkeypatch.setattr(mixers, "measure", lambda choice, **settings: row)
-    target = tmp_path / "out" / "m"
+    target = tmp_path / "out" / "m.png"
     mixers.compare(runs, y=JUDGED, output=target, optimizer_of=None, decoding={})
     shown = capsys.readouterr().out
     assert "0.1*" in shown and "* at the edge of its grid" in shown
