@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.adapt.shared_numbers import unused
 from experiments.run import folders, trust
-from experiments.run.folder_arguments import quote_folders
+from experiments.run.folder_arguments import PLACES, quote_folders
 from experiments.run.plain_files import replacing
 from experiments.run.resuming import resume_arguments
 from experiments.run.seals import say
@@ -30,7 +30,7 @@ from experiments.sweep.sweeps import once, start
 from experiments.text.trained import tokenizer_of
 from experiments.train import job as train_job
 
-FOLDERS = ("from", "data.path", "data.root", "data.tokenizer", trust.TRUST)
+FOLDERS = ("from", *PLACES, trust.TRUST)
 BASE = f"{folders.MAKE} data=stdlib_base name=base hydra.run.dir=runs/base"
 TRANSFORMS = folders.REPOSITORY / "experiments" / "conf" / "transform"
 OF_THE_BASE = ("model", "mixer", "cell", "solver", "contender", "data.tokenizer")
@@ -154,8 +154,8 @@ def job(cfg: DictConfig) -> None:
       RunError: the user must change something; says what.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    goes_on = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
-    if not goes_on:  # a continued run uses its own config
+    continues = bool(cfg.resume) and (folder / folders.CONFIG).is_file()
+    if not continues:  # a continued run uses its own config
         take_model(cfg, list(HydraConfig.get().overrides.task))
         chosen = " > ".join(cfg.get("transform") or {}) or "full"
         print(f"transforms, as the weight flows: {chosen}")

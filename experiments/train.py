@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.run import checkpoints, folders, trust
 from experiments.run.claim import claimed
-from experiments.run.folder_arguments import quote_folders
+from experiments.run.folder_arguments import PLACES, quote_folders
 from experiments.run.memory import check_step
 from experiments.run.opening import opened
 from experiments.run.resuming import check_overrides, move_data, resume_arguments
@@ -21,7 +21,7 @@ from experiments.shell.commandline import guarded, quote_text
 from experiments.shell.foreign import content_of
 from experiments.sweep.sweeps import once, start
 
-FOLDERS = ("data.path", "data.root", "data.tokenizer", trust.TRUST)
+FOLDERS = (*PLACES, trust.TRUST)
 
 
 def job(cfg: DictConfig) -> None:
@@ -74,7 +74,7 @@ def _job(cfg: DictConfig, folder: Path, held: contextlib.ExitStack) -> None:
         sinks=parts.sinks,
         config=values,
         resume=resume,
-        goes_on=lambda: folders.reopen_run(folder, stored if moved else None),
+        continues=lambda: folders.reopen_run(folder, stored if moved else None),
     )
     if result.signal is not None:
         print(

@@ -40,6 +40,21 @@ def claimed(folder: Path) -> Iterator[None]:
     trust.check_links(folder, written=True)
     lock = FileLock(folder / LOCK)
     try:
+        _take(folder, lock)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError, RunError):
+                check_ours(folder)
+                (folder / HOLDER).unlink(missing_ok=True)
+    finally:
+        if lock.is_locked:  # otherwise what is known of the folder is somebody else's
+            _HELD.pop(folder, None)
+        lock.release()
+
+
+def _take(folder: Path, lock: FileLock) -> None:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             regular(folder / LOCK)
@@ -57,18 +72,9 @@ def claimed(folder: Path) -> Iterator[None]:
             "folder: wait for it, stop it, or give another folder"
         ) from None
     except OSError as error:
-        lock.release()
         raise RunError(
             f"{folder} cannot be written to: {error.strerror}; give another hydra.run.dir"
         ) from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError, RunError):
-            check_ours(folder)
-            (folder / HOLDER).unlink(missing_ok=True)
-        _HELD.pop(folder, None)
-        lock.release()
 
 
 def _number(path: Path) -> tuple[int, int]:
@@ -92,7 +98,7 @@ def check_ours(folder: Path) -> None:
     if not same:
         raise RunError(
             f"{folder} was moved, removed or replaced while its run was training: the run stops, "
-            "and goes on with resume=FOLDER from where it is now"
+            "and continues with resume=FOLDER from where it is now"
         )
 
 

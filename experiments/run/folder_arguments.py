@@ -20,8 +20,18 @@ def quote_value(text: str) -> str:
     Returns:
       The text in single quotes; unchanged if it needs none.
     """
-    if re.fullmatch(r"[A-Za-z/.][\w.-]*/[\w./-]*", text, re.ASCII):
-        return text
+    return text if re.fullmatch(r"[A-Za-z/.][\w.-]*/[\w./-]*", text, re.ASCII) else quoted(text)
+
+
+def quoted(text: str) -> str:
+    """Any text, in single quotes: Hydra gives it to the program as it is.
+
+    Args:
+      text: as typed.
+
+    Returns:
+      The text in Hydra's grammar.
+    """
     # A backslash is itself to Hydra, except before a quote, at the end, or before `${`.
     body = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", text)
     body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), body)

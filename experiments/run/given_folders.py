@@ -25,7 +25,7 @@ class OneRun(Callback):
             if value is not None:
                 raise RunError(
                     f"resume=FOLDER and {KEY}={value} are for one run, and this is a sweep.\n"
-                    "A sweep goes on where it stopped if its own command is repeated;\n"
+                    "A sweep continues where it stopped if its own command is repeated;\n"
                     "to continue one run, leave out -m, sweep= and lists of values"
                 )
 

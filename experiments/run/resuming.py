@@ -87,7 +87,11 @@ def check_overrides(
             shown = {key: known}
         elif isinstance(given, dict) and isinstance(known, dict):
             one, other = dict(_leaves(given, path)), dict(_leaves(known, path))
-            differing = [k for k in other | one if one.get(k) != other.get(k) and k not in PLACES]
+            differing = [
+                k
+                for k in other | one
+                if one.get(k) != other.get(k) and k.partition("[")[0] not in PLACES
+            ]
             given, known = differing, []
             shown = {k: other.get(k) for k in differing}
         if given != known:
@@ -103,6 +107,9 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, dict) and node:
         for name, child in node.items():
             yield from _leaves(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list) and node:
+        for number, child in enumerate(node):
+            yield from _leaves(child, f"{key}[{number}]")
     else:
         yield key, node
 
@@ -129,7 +136,7 @@ def move_data(cfg: DictConfig, given: DictConfig) -> bool:
 
 
 def compared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Selects the settings of a run that may not change while it goes on.
+    """Selects the settings of a run that may not change while it continues.
 
     Args:
       config: resolved, as plain values.
@@ -142,9 +149,14 @@ def compared(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         key: value
         for key, value in _leaves(kept)
-        if not any(key == place or key.startswith(f"{place}.") for place in places)
+        if not any(key == place or key.startswith((f"{place}.", f"{place}[")) for place in places)
     }
     return json.loads(json.dumps(found))  # as a checkpoint gives it back
+
+
+def _single(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """As `compared` has them; an earlier version kept a list as one value."""
+    return {one: leaf for key, value in saved.items() for one, leaf in _leaves(value, key)}
 
 
 def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where: str) -> None:
@@ -160,9 +172,9 @@ def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where
     """
     if saved is None:
         return
-    now = compared(config)
-    for key in now | dict(saved):
-        before, after = saved.get(key), now.get(key)
+    now, then = compared(config), _single(saved)
+    for key in now | then:
+        before, after = then.get(key), now.get(key)
         # Names of an earlier version are to be replaced by those of this one, see `trust`.
         same = before == after or repr(before) == repr(after)  # also nan
         if same or (isinstance(before, str) and names.is_gone(before)):

@@ -74,7 +74,7 @@ def train(
     sinks: Sequence[loggers.Open] = (),
     config: Mapping[str, Any],
     resume: bool = False,
-    goes_on: Callable[[], None] = lambda: None,
+    continues: Callable[[], None] = lambda: None,
 ) -> Result:
     """Trains, evaluates, saves and finishes; everything is written to the folder.
 
@@ -87,7 +87,7 @@ def train(
       sinks: of numbers, besides `metrics.csv`.
       config: resolved, for the sinks that keep it.
       resume: continue from the folder's last checkpoint, if there is one.
-      goes_on: called when it is certain that the run can continue.
+      continues: called when it is certain that the run can continue.
 
     Returns:
       The result; `summary.json` has more.
@@ -130,7 +130,7 @@ def train(
         "parameters": count,
     }
     if resume:
-        goes_on()
+        continues()
         _say_what_is_missing(folder, begin)
         _cut_tables(task, folder, begin)
     columns = metric_columns(task)

@@ -53,8 +53,12 @@ def from_command_line(cfg: DictConfig) -> Iterator[None]:
     others = [one for one in trusted if one not in packages] + _texts(values.get("from"))
     data = values.get("data")  # without a source: the place of that of a run
     others += _texts([data.get(key) for key in FILES] if isinstance(data, dict) else [])
-    with granted([*others, *(path for _, path in paths(values, ""))], packages=packages):
-        yield
+    opened = _OPENED.set(())
+    try:
+        with granted([*others, *(path for _, path in paths(values, ""))], packages=packages):
+            yield
+    finally:
+        _OPENED.reset(opened)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import contextvars
 import functools
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import records, trust, unicode
 from experiments.run.checks import check_settings, check_text
+from experiments.run.folder_arguments import quoted
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
 from experiments.shell.overrides import misread
@@ -39,18 +39,14 @@ def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
     Returns:
       The arguments for Hydra.
     """
-    quoted = []
+    found = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         if equals and key.lstrip("+") in keys and not already:
-            # A backslash is literal to Hydra, except before a quote, at the end, or before an
-            # interpolation: there it is doubled.
-            body = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", value)
-            body = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), body)
-            argument = f"{key}='{body}'"
-        quoted.append(argument)
-    return quoted
+            argument = f"{key}={quoted(value)}"
+        found.append(argument)
+    return found
 
 
 def guarded(program: Callable[[], Any], cfg: DictConfig | None = None) -> Any:

@@ -45,7 +45,7 @@ def test_the_batches_are_what_the_page_says(followed):
         )
 
 
-def test_the_command_trains_and_goes_on(followed, monkeypatch, capsys):
+def test_the_command_trains_and_continues(followed, monkeypatch, capsys):
     (command,) = re.findall(r"^python -m experiments\.train (.*)$", PAGE, re.M)
     assert "task=marked" in command
     folder = followed / "run"

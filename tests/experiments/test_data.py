@@ -213,7 +213,7 @@ def test_baselines_equal_independent_computing():
     assert lzma.decompress(packed) == raw
 
 
-def test_a_python_without_lzma_has_no_xz_figure_and_goes_on(monkeypatch):
+def test_a_python_without_lzma_has_no_xz_figure_and_continues(monkeypatch):
     monkeypatch.setitem(sys.modules, "lzma", None)
     table = baselines.baselines(TEXT)
     assert table["xz -9e"] is None and table["gzip -9"] is not None

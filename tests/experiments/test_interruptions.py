@@ -131,12 +131,12 @@ def life(tmp_path_factory):
     start = (f"hydra.run.dir={folder}", f"data.root={text}", *ENDLESS)
     happened = {"killed": live(folder, *start, act=kill_while_it_writes(folder))}
     happened["half"] = half_written(folder)
-    goes_on = (f"resume={folder}", f"trust={text}")
-    happened["full"] = live(folder, *goes_on, act=lambda process: None, file_limit=4096)
+    continues = (f"resume={folder}", f"trust={text}")
+    happened["full"] = live(folder, *continues, act=lambda process: None, file_limit=4096)
     for name in ("SIGTERM", "SIGUSR2", "SIGINT"):
         act = send_after_a_checkpoint(folder, signal.Signals[name])
         program = ("-c", LAUNCHER) if name == "SIGUSR2" else ("-m", "experiments.train")
-        happened[name] = live(folder, *goes_on, act=act, program=program)
+        happened[name] = live(folder, *continues, act=act, program=program)
     return folder, happened
 
 

@@ -159,17 +159,26 @@ def test_a_config_that_was_changed_since_the_checkpoint_is_refused(
 
 
 def test_what_may_change_in_a_config_is_not_compared(tmp_path, stop_after):
-    data = {"_target_": "experiments.data.text.load", "path": "there", "data_files": {"a": "x"}}
-    old = {"_target_": "jaxpara.train.renamed"}
+    data = {"_target_": "experiments.data.text.load", "path": "there", "data_files": ["x", "z"]}
+    old = {"mixers": [[{"_target_": "jaxpara.train.renamed"}]]}
     stop_after(4)
     run_toy(tmp_path / "run", config={**NUMBERS, "data": data, "model": old})
     stop_after(None)
-    now = {**NUMBERS, "data": {**data, "path": "here", "data_files": {"a": "y"}}, "trust": "x"}
-    now = {**now, "profile": True, "model": {"_target_": "jaxpara.train.optimizer"}}
+    now = {**NUMBERS, "data": {**data, "path": "here", "data_files": ["y", "z"]}, "trust": "x"}
+    new = {"mixers": [[{"_target_": "jaxpara.train.optimizer"}]]}
+    now = {**now, "profile": True, "model": new}
     assert run_toy(tmp_path / "run", resume=True, config=now).status == "finished"
 
 
-def test_a_checkpoint_of_before_settings_were_kept_goes_on(tmp_path, stop_after, monkeypatch):
+def test_a_list_of_settings_is_compared_item_by_item():
+    before = {"model": {"mixers": [{"_target_": "jaxpara.nn.gone"}, {"width": 3}]}}
+    resuming.check_same({"model.mixers": before["model"]["mixers"]}, before, "an earlier version")
+    after = {"model": {"mixers": [{"_target_": "jaxpara.nn.decoder"}, {"width": 4}]}}
+    with pytest.raises(folders.RunError, match=r"has model.mixers\[1\].width=4, and c was .* 3:"):
+        resuming.check_same(resuming.compared(before), after, "c")
+
+
+def test_a_checkpoint_of_before_settings_were_kept_continues(tmp_path, stop_after, monkeypatch):
     stop_after(4)
     monkeypatch.setattr(trainer, "compared", lambda config: None)
     with pytest.raises(seals.Damaged, match="settings is None; expected settings by name"):

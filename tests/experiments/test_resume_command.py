@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments import evaluate, generate, train
+from experiments import evaluate, finetune, generate, train
 from experiments.run import claim, folders
 from experiments.run.folder_arguments import quote_folders, quote_value
 from experiments.run.resuming import check_overrides, cut_table, resume_arguments
@@ -283,3 +284,22 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     with claim.claimed(tmp_path / "run"):
         assert (tmp_path / "run" / claim.HOLDER).is_file()
     assert "has no locks" in capsys.readouterr().out
+
+
+def test_a_claim_that_fails_after_its_lock_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "HOLDER", "no/folder")
+    with pytest.raises(folders.RunError, match="cannot be written to"), claim.claimed(tmp_path):
+        pass
+    assert tmp_path not in claim._HELD
+    (tmp_path / claim.LOCK).unlink(missing_ok=True)
+    claim.check_ours(tmp_path)  # as a folder that this process has not locked
+
+
+@pytest.mark.parametrize("keys", [train.FOLDERS, finetune.FOLDERS])
+def test_every_place_of_data_is_read_as_typed(tmp_path, keys):
+    place = tmp_path / "a,b [1].jsonl"
+    place.touch()
+    typed = [f"{key}={place}" for key in keys]
+    parsed = OverridesParser.create().parse_overrides(quote_folders(typed, keys=keys))
+    assert {"data.path", "data.root", "data.data_files", "data.tokenizer"} < set(keys)
+    assert [one.value() for one in parsed] == [str(place)] * len(keys)

@@ -133,7 +133,7 @@ def test_the_task_grows_from_short_answers_to_all_of_them():
     assert counted == [2, 4, 6, 8, 10, 10]
 
 
-def test_the_task_goes_on_from_its_position():
+def test_the_task_continues_from_its_position():
     task, other = make_task(), make_task()
     for _ in range(3):
         next(task.batches)

@@ -178,7 +178,7 @@ def test_the_same_command_runs_what_is_not_finished_and_nothing_else(tmp_path, c
     assert len(list(tmp_path.rglob("visits"))) == 8, "another config is another run"
 
 
-def test_an_interrupted_job_stops_the_sweep_and_goes_on_when_repeated(tmp_path, capfd):
+def test_an_interrupted_job_stops_the_sweep_and_continues_when_repeated(tmp_path, capfd):
     assert sweep(tmp_path, "-m", "act=finish,stop,bug") == 130
     assert set(jobs(tmp_path)) == {"act-finish", "act-stop"}, "what follows must not be begun"
     shown = capfd.readouterr().out

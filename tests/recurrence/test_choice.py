@@ -40,10 +40,8 @@ def test_every_measured_point_with_a_gain_of_1_2_is_chosen_and_every_loss_is_not
     for point in measured["points"]:
         solver, reason = rule.pick("cpu", **{size: point[size] for size in sizes})
         same = [p for p in measured["points"] if [p[s] for s in sizes] == [point[s] for s in sizes]]
-        if len(same) > 1:  # one batch of 8 x 32 and one of 1 x 256: the rule sees no difference
-            assert reason == rule.pick("cpu", **{size: same[0][size] for size in sizes})[1]
-            point = same[0]
-        best = max(point["speedup"].values())
+        # One batch of 8 x 32 and one of 1 x 256: the rule sees no difference, and is careful.
+        best = min(max(p["speedup"].values()) for p in same)
         if best >= 1.2:
             assert solver is not None, point
         if best < 1.0:
