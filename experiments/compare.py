@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from experiments.plot import pick_y
 from experiments.run.folder_arguments import TRUST, quote_folders
 from experiments.run.folders import RunError
 from experiments.run.plain_files import printable, write_text
@@ -24,6 +23,7 @@ from experiments.run.tables import cell
 from experiments.shell.commandline import command, guarded
 from experiments.shell.foreign import content_of
 from experiments.studies import figure_files
+from experiments.studies.curves import pick_y
 from experiments.sweep.run_sets import Run, differing_keys, read_all, short_names
 
 RESULTS = (

@@ -279,7 +279,7 @@ def hostile_folders(place: Path, rng: np.random.Generator, share: float) -> Iter
         event = judge(what, lambda made=made: _built(run, made, canary), lambda found: False)
         yield event if not canary.exists() else Event(what, "wrong", "it was built")
     for target in ("/etc/passwd", "..", str(place)):
-        link = run / "metrics.csv"
+        link = run / folders.METRICS
         link.symlink_to(target)
         yield judge("a link out of it", lambda: _opened(run, {"a": 1}), lambda found: False)
         link.unlink()

@@ -24,7 +24,6 @@ from experiments.run.seals import say
 from experiments.shell.build import build_model
 from experiments.shell.commandline import guarded
 from experiments.shell.foreign import content_of
-from experiments.sweep.run_sets import METRICS
 from experiments.sweep.sweep_folders import plain_config
 from experiments.sweep.sweeps import once, start
 from experiments.text.trained import tokenizer_of
@@ -137,8 +136,8 @@ def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
     """Copies the run of a twin under this config and marks it."""
     trust.check_links(folder, written=True)
     folders.open_run(folder, cfg)
-    with replacing(folder / METRICS) as part:
-        shutil.copyfile(twin / METRICS, part)
+    with replacing(folder / folders.METRICS) as part:
+        shutil.copyfile(twin / folders.METRICS, part)
     summary = folders.read_summary(twin)
     folders.close_run(folder, {**summary, "same_as": summary.get("same_as", str(twin))})
     print(f"the transforms have no {' or '.join(sorted(unused(cfg)))}: the same run as {twin}")

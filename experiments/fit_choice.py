@@ -7,9 +7,9 @@ data that the rule looks up.
 """
 
 import datetime
+import functools
 import importlib.metadata
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,12 @@ from rich.console import Console
 
 import jaxpara as jp
 from experiments.contest import choice_map
-from experiments.contest.recurrence_problem import make_problem, stacked
+from experiments.contest.recurrence_problem import both_passes, make_problem, stacked, through
 from experiments.contest.timing import measure, prepare
 from experiments.shell.commandline import command, guarded
 
 # Before the name of a cell of the grid: its gates are cut out of one input.
 _STACKED = "stacked_"
-
-
-def forward_backward(scan: Callable[..., Any], step: Any) -> Callable[..., Any]:
-    """Computes outputs and all gradients through any function of `lax.scan`'s type."""
-
-    def run(params, init, gates, cotangent):
-        def outputs(params, init, gates):
-            return scan(lambda h, x: step(params, h, x), init, gates)[1]
-
-        ys, pull = jax.vjp(outputs, params, init, gates)
-        return ys, pull(cotangent)
-
-    return run
 
 
 def measure_point(
@@ -51,15 +38,13 @@ def measure_point(
     problem = stacked(problem) if cell.startswith(_STACKED) else problem
     data = (problem.params, problem.init, problem.gates, problem.cotangent)
 
-    def through(solver):
-        def scan(f, init, xs):
-            return jp.newton_scan(f, init, xs, solver=solver, derivative="reverse")
-
-        return scan
-
-    calls = {"scan": prepare(forward_backward(lax.scan, problem.step), *data)}
+    scans = {"scan": lax.scan}
     for name, solver in paths.items():
-        calls[name] = prepare(forward_backward(through(solver), problem.step), *data)
+        scans[name] = functools.partial(jp.newton_scan, solver=solver, derivative="reverse")
+    calls = {
+        name: prepare(both_passes(through(scan, problem.step))["forward_backward"], *data)
+        for name, scan in scans.items()
+    }
     timings = measure(calls, rounds=rounds, budget_s=budget_s)
     first = jax.tree.map(lambda gate: gate[0], problem.gates)
     structure = jp.jacobian_structure(

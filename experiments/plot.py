@@ -12,33 +12,11 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run.folder_arguments import TRUST, quote_folders
-from experiments.run.folders import RunError
 from experiments.run.plain_files import printable, safe_name
 from experiments.shell.commandline import command, guarded
 from experiments.shell.foreign import content_of
 from experiments.studies import curves, figure_files
 from experiments.sweep.run_sets import Run, check_keys, differing_keys, group, read_all
-
-
-def pick_y(runs: Sequence[Run]) -> str:
-    """Selects the default y: the figure that runs are judged by, or their training loss.
-
-    Args:
-      runs: at least one.
-
-    Returns:
-      A column that all of them have.
-
-    Raises:
-      RunError: there is none.
-    """
-    shared = [name for name in runs[0].columns if all(name in run.columns for run in runs)]
-    best = [run.summary["judged_by"][0] for run in runs if "judged_by" in run.summary]
-    likely = [n for n in shared if n.startswith("validation") or "accuracy" in n]
-    for name in (*best, *likely, *(n for n in shared if n.startswith("train"))):
-        if name in shared:
-            return name
-    raise RunError(f"give y=COLUMN; the columns that all runs have are {', '.join(shared)}")
 
 
 def plot(
@@ -70,7 +48,7 @@ def plot(
     Raises:
       RunError: a setting does not fit; says what exists instead.
     """
-    y = y or pick_y(runs)
+    y = y or curves.pick_y(runs)
     named = output or f"plots/{safe_name(y)}-by-{safe_name(x)}.png"
     target = figure_files.check_output(named, curves.COLUMNS)
     if group_by == "auto":

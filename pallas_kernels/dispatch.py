@@ -17,7 +17,6 @@ Implementation = Callable[..., Any]
 # Which platforms an implementation's name promises to run on; other names run anywhere.
 PLATFORMS: Mapping[str, tuple[str, ...]] = {
     "mosaic_gpu": ("cuda", "gpu"),
-    "triton": ("cuda", "gpu"),
     "mosaic_tpu": ("tpu",),
 }
 

@@ -93,7 +93,7 @@ def from_documents(
       validation_fraction: share of the documents that is held out.
       seed: of the split, separate from the seed of the run: runs with different seeds are
         evaluated on the same bytes.
-      sampler: `windows.random_windows` or `packing.packed`.
+      sampler: how batches are cut, `windows.RANDOM` or `packing.PACKED`.
       tokenizer: a file of the library tokenizers; None is bytes.
       prefetch: batches made ahead; 0 makes each on request.
 

@@ -161,7 +161,7 @@ def draw_run(folder: Path) -> list[Path]:
     Raises:
       FileNotFoundError: there is no `metrics.csv`.
     """
-    table = folder / "metrics.csv"
+    table = folder / folders.METRICS
     if not table.is_file():
         raise FileNotFoundError(f"{folder} holds no metrics.csv: give the folder of a training run")
     summary = {}

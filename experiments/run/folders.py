@@ -24,6 +24,7 @@ from experiments.run.plain_files import aside, printable, read_text, replacing, 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
 SUMMARY = "summary.json"
+METRICS = "metrics.csv"
 TOKENIZER = "tokenizer.json"
 LARGEST_CONFIG, DEEPEST_CONFIG = 200_000, 100  # characters, nested lists and mappings
 PLAIN = (str, int, float, bool, type(None), dict, list)  # types in a config

@@ -9,9 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.run import checkpoints, claim, folders, records
-from experiments.run.folders import RunError
-
-METRICS = "metrics.csv"
+from experiments.run.folders import METRICS, RunError
 
 
 @contextmanager

@@ -255,7 +255,7 @@ def _last_checkpoint(folder: Path) -> str:
 def _say_what_is_missing(folder: Path, begin: int) -> None:
     if not begin:
         seals.say(f"{folder} has no checkpoint: its run begins again, and its tables too")
-    elif not (table := folder / "metrics.csv").is_file():
+    elif not (table := folder / folders.METRICS).is_file():
         seals.say(f"{table} is missing: its rows up to step {begin} are lost")
 
 

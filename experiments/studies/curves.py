@@ -234,6 +234,27 @@ def draw(
     return figure
 
 
+def pick_y(runs: Sequence[Run]) -> str:
+    """Selects the default y: the figure that runs are judged by, or their training loss.
+
+    Args:
+      runs: at least one.
+
+    Returns:
+      A column that all of them have.
+
+    Raises:
+      RunError: there is none.
+    """
+    shared = [name for name in runs[0].columns if all(name in run.columns for run in runs)]
+    best = [run.summary["judged_by"][0] for run in runs if "judged_by" in run.summary]
+    likely = [n for n in shared if n.startswith("validation") or "accuracy" in n]
+    for name in (*best, *likely, *(n for n in shared if n.startswith("train"))):
+        if name in shared:
+            return name
+    raise RunError(f"give y=COLUMN; the columns that all runs have are {', '.join(shared)}")
+
+
 def table(curves: Mapping[str, Curve], x: str, y: str) -> tuple[Sequence[str], list[Sequence[Any]]]:
     """The plotted numbers.
 

@@ -15,47 +15,21 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.run import metrics, trust
-from experiments.run.fits import (
-    Fits,
-    is_flag,
-    is_number,
-    is_text,
-    mapping_of,
-    one_of,
-    or_null,
-    pair,
+from experiments.run import metrics, record_fields, trust
+from experiments.run.folders import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SUMMARY,
+    RunError,
+    load_config,
+    read_json,
 )
-from experiments.run.folders import CONFIG, ENVIRONMENT, SUMMARY, RunError, load_config, read_json
-from experiments.run.limits import BIGGEST, shortened
 from experiments.run.plain_files import printable
 from experiments.run.resuming import NOT_COMPARED
 from experiments.shell.foreign import content_of
 
-METRICS = "metrics.csv"
 ABSENT = ""  # the value of a key that a run's config lacks
-
-
-# What a run writes into its records, by field; of other fields only the size of numbers counts.
-Field = tuple[Fits, str]
-_NUMBER: Field = (or_null(is_number), "a number")
-ANY: Field = (lambda v: not isinstance(v, int) or abs(v) < BIGGEST, "a number that a float holds")
-RESULTS: dict[str, Field] = {
-    "status": (is_text, "a text"),
-    "judged_by": (pair(is_text, one_of("min", "max")), 'a column and "min" or "max"'),
-    "baselines": (mapping_of(or_null(is_number)), "numbers by name"),
-    **dict.fromkeys(("steps", "parameters", "memory_bytes", "seconds"), _NUMBER),
-    **dict.fromkeys(("training_seconds", "tokens_per_second", "compile_seconds"), _NUMBER),
-    **dict.fromkeys(("model_flops_per_token", "model_flops_per_second"), _NUMBER),
-}
-MACHINE: dict[str, Field] = {
-    "git_commit": (or_null(is_text), "a text"),
-    "git_dirty": (or_null(is_flag), "true or false"),
-}
-SETTINGS: dict[str, Field] = {
-    "optim.learning_rate": _NUMBER,
-    "contender": (is_text, "a text"),
-}
 
 
 class Run(NamedTuple):
@@ -157,15 +131,6 @@ def expand(patterns: str | Iterable[str] | None) -> list[Path]:
     return list(found)
 
 
-def _check(path: Path, values: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
-    """Refuses values of other types than a run writes."""
-    for name, value in values.items():
-        fits, expected = fields.get(name, ANY)
-        if not fits(value):
-            shown = shortened(repr(value))
-            raise RunError(f"{path} is damaged: {name}={shown}; expected {expected}")
-
-
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
@@ -198,11 +163,12 @@ def read(folder: Path) -> Run:
         summary, environment = _json(folder / SUMMARY), _json(folder / ENVIRONMENT)
     except (OmegaConfBaseException, OSError, IndexError, RecursionError) as error:
         raise RunError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
-    _check(folder / SUMMARY, summary, RESULTS)
+    record_fields.check(folder / SUMMARY, summary, record_fields.RESULTS)
     if "judged_by" in summary:
-        _check(folder / SUMMARY, summary, {summary["judged_by"][0]: _NUMBER})
-    _check(folder / ENVIRONMENT, environment, MACHINE)
-    _check(folder / CONFIG, config, SETTINGS)
+        figure = {summary["judged_by"][0]: record_fields.NUMBER}
+        record_fields.check(folder / SUMMARY, summary, figure)
+    record_fields.check(folder / ENVIRONMENT, environment, record_fields.MACHINE)
+    record_fields.check(folder / CONFIG, config, record_fields.SETTINGS)
     return Run(folder, config, columns, summary, environment)
 
 

@@ -119,14 +119,14 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         symbolic = next(size for size in sizes if not is_number(size))
         why = f"the step couples {symbolic} entries, a symbolic number that no plan can hold"
         return _step_by_step(traced, axis, why)
-    size, refused = max(sizes), None
+    size, too_dear = max(sizes), None
     mode = derivative or "general"
     if vjp_only and mode == "general":
         # As lax.scan: what holds a custom_vjp has no forward-mode derivative.
         mode = "reverse"
     if isinstance(solver, Solver):
-        solver, refused = _within_limits(solver, traced, positions, size, shapes)
-        reason = refused or "asked for"
+        solver, too_dear = _within_limits(solver, traced, positions, size, shapes)
+        reason = too_dear or "asked for"
     else:
         platform = solver.platform or jax.default_backend()
         numbers = sum(map(elements, shapes))
@@ -145,9 +145,17 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
             kernel=why_not is None,
         )
         reason += f"; no kernel: {why_not}" if why_not else ""
-    refused = refused is not None
     return Choice(
-        solver, mode, structure, groups, sure, kinks, vjp_only, traced.length, reason, refused
+        solver,
+        mode,
+        structure,
+        groups,
+        sure,
+        kinks,
+        vjp_only,
+        traced.length,
+        reason,
+        refused=too_dear is not None,
     )
 
 

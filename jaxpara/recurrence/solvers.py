@@ -153,7 +153,7 @@ def fused(
 
     Raises:
       ValueError: a setting out of range.
-      TypeError: `structure` is no structure, or `axis` no name of a mesh axis.
+      TypeError: `structure` is no structure.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpara as jp
@@ -334,6 +334,9 @@ def sequential(*, structure: Structure | Unchecked | None = None, debug: bool = 
     Returns:
       A `Solver` for `newton_scan` and `solve_scan`.
 
+    Raises:
+      TypeError: `structure` is no structure.
+
     Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
       >>> step, xs = lambda h, x: (jnp.tanh(0.5 * h + x), h), jnp.ones(1000)
@@ -350,8 +353,9 @@ def sequential(*, structure: Structure | Unchecked | None = None, debug: bool = 
 def auto(*, platform: str | None = None) -> Auto:
     """Chooses by a map of measurements: the path that gained most over `lax.scan`.
 
-    The nearest measured point in block size, length and size of the state decides. Plain
-    `lax.scan` runs where no path gained beyond noise.
+    The nearest measured point decides, in block size, length, size of the state and width of the
+    inputs beside the state. The maps of CPUs are of JAX 0.10, 0.11 and 0.12; another version takes
+    the nearest older one. Plain `lax.scan` runs where no path gained beyond noise.
 
     Args:
       platform: "cpu", "gpu" or "tpu"; default the default backend. See

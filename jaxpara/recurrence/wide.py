@@ -146,7 +146,7 @@ def _results(eqn: Any, read: Callable[[Any, bool], Any]) -> list[Any]:
     name = eqn.primitive.name
     exact = [read(atom, False) for atom in eqn.invars]
     if not any(narrow(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars) if _typed(v)):
-        if not any(True for _ in jaxprs.subjaxprs(eqn)):
+        if not jaxprs.subjaxprs(eqn):
             return safe_derivatives.bind(eqn, exact)
     ruled = name in _RULED and not safe_derivatives.ours(eqn)
     inner = None if ruled else jaxprs.called(eqn)

@@ -268,7 +268,7 @@ def test_the_default_column_is_what_runs_are_judged_by(tmp_path):
     runs, _ = run_sets.read_all(str(tmp_path))
     table = compare.tabulate(runs, columns=["best"])
     assert (table.metric, table.better) == ("score", "max") and table.rows[0][1] == 0.9
-    assert plot.pick_y(runs) == "score" and plot.pick_y(runs[1:]) == "validation_a"
+    assert curves.pick_y(runs) == "score" and curves.pick_y(runs[1:]) == "validation_a"
 
 
 def test_a_table_is_sorted_by_any_column_with_missing_values_last(sweep):

@@ -1,6 +1,8 @@
 """`jp.auto`: the measured map is looked up, obeyed and explained."""
 
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import jaxpara as jp
 from experiments.fit_choice import fit
 from jaxpara import compat
 from jaxpara.recurrence import choice, rule
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def gru_step(h, gates):
@@ -47,6 +51,26 @@ def test_every_measured_point_with_a_gain_of_1_2_is_chosen_and_every_loss_is_not
         if best < 1.0:
             assert solver is None, point
         assert measured["device"] in reason
+
+
+def test_the_page_has_the_ranges_of_the_maps(monkeypatch):
+    page = (ROOT / "docs/measured/recurrence.md").read_text()
+    head = "| cell | points | JAX 0.10 | JAX 0.11 | JAX 0.12 |"
+    rows = page[page.index(head) :].split("\n\n")[0].splitlines()[2:]
+    cells = ("para_gru", "stacked_para_gru", "para_lstm", "slstm", "dense")
+    assert len(rows) == len(cells)
+    for row, cell in zip(rows, cells, strict=True):
+        shown = [column.strip() for column in row.strip("|").split("|")][1:]
+        for minor, said in zip((10, 11, 12), shown[1:], strict=True):
+            monkeypatch.setattr(compat, "RELEASE", (0, minor))
+            points = rule._map.__wrapped__("cpu")["points"]
+            gains = [max(p["speedup"].values()) for p in points if p["cell"] == cell]
+            assert shown[0] == str(len(gains))
+            low, high, below = re.fullmatch(r"(\S+) to (\S+), (\d+) below 1", said).groups()
+            # Two decimals, one from 10 on.
+            assert float(low) == pytest.approx(min(gains), abs=0.005)
+            assert float(high) == pytest.approx(max(gains), abs=0.05 if max(gains) > 10 else 0.005)
+            assert int(below) == sum(gain < 1 for gain in gains)
 
 
 def test_the_map_is_of_the_newest_jax_that_is_not_newer_than_this_one(monkeypatch):

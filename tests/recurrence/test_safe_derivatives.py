@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend import core
 
 import jaxpara as jp
-from jaxpara import jaxprs
+from jaxpara import compat, jaxprs
 from jaxpara.recurrence.kernel.elementwise import prepare
 from jaxpara.recurrence.structure import safe_derivatives, true_derivative
 from tests.recurrence.kit import QUICK
@@ -128,25 +128,41 @@ def worst(function, points, moving=0):
 
 @pytest.mark.parametrize("name", EACH)
 def test_a_derivative_is_there_where_the_value_is(name):
-    assert worst(derivative_safe(EACH[name]), [POINTS]) < 1e-5
+    # XLA's exp2 loses 2e-6 for arguments near 127.
+    assert worst(derivative_safe(EACH[name]), [POINTS]) < (3e-6 if name == "exp2" else 1e-6)
 
 
 @pytest.mark.parametrize("moving", [0, 1])
 @pytest.mark.parametrize("name", PAIRS)
 def test_so_are_both_of_a_pair(name, moving):
+    assert worst(derivative_safe(PAIRS[name]), pairs(name), moving) < 1e-6
+
+
+def pairs(name):
     # As exponents only what is left of float32's range.
     others = np.linspace(-4, 4, 33, dtype=np.float32) if name == "pow" else POINTS[::3]
-    points = [p.ravel() for p in np.meshgrid(POINTS[::3], others)]
-    assert worst(derivative_safe(PAIRS[name]), points, moving) < 3e-5
+    return [p.ravel() for p in np.meshgrid(POINTS[::3], others)]
 
 
-LOST = ["rsqrt", "integer_pow -1", "integer_pow -4", "pow -0.5", "pow -2.5"]
+# The error of JAX's own rule, for each of ours: all of the derivative, or what it is beside the
+# value of 44 at 1e19. Newer versions of JAX have other rules for the areas.
+LOST = {"rsqrt": 0.4, "integer_pow -1": 0.4, "integer_pow -4": 0.4, "pow -0.5": 0.4, "div": 0.4}
+LOST |= {"pow": 0.4} | ({"acosh": 0.02} if compat.RELEASE < (0, 11) else {})
+LOST |= {"asinh": 0.02} if compat.RELEASE < (0, 12) else {}
 
 
 @pytest.mark.parametrize("name", LOST)
 def test_jax_loses_it(name):
-    """What the rules are for; one that passes here is no longer needed."""
-    assert worst(EACH[name], [POINTS]) > 0.4
+    """What the rules are for: one that fails here is no longer needed."""
+    if name in PAIRS:
+        assert min(worst(PAIRS[name], pairs(name), moving) for moving in (0, 1)) > LOST[name]
+    else:
+        assert worst(EACH[name], [POINTS]) > LOST[name]
+
+
+def test_every_rule_is_needed_by_one_of_the_supported_versions():
+    kinds = {name.split()[0] for name in LOST} | {"asinh", "acosh"}
+    assert kinds == set(safe_derivatives._RULES)
 
 
 RULED = {name: f for name, f in EACH.items() if name.split()[0] in safe_derivatives._RULES}

@@ -88,7 +88,7 @@ def linear_method(platform: str, block: int) -> str:
       block: the largest block of the Jacobian.
 
     Returns:
-      One of `affine.METHODS`.
+      One of `linear_recurrences.METHODS`.
     """
     if platform == "cpu":
         return "sequential"

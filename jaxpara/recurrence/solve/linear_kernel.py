@@ -31,7 +31,7 @@ def solve(
     """All `v_t` of `v_t = J_t v_{t-1} + b_t`, or None if no kernel takes the recurrence.
 
     Args:
-      operator: an `affine.Operator`.
+      operator: an `linear_recurrences.Operator`.
       b: `[time, *leaf]`; init: `v_0`.
       implementation: as for `pallas_kernels.linear_recurrence.forward`.
       transpose: with `J_t^T`, and from the last step to the first.

@@ -54,7 +54,7 @@ from pallas_kernels import certificate
 
 # Iterations of Newton that may follow those of a solver whose updates bound nothing, once these are
 # below this power of what counts: Newton squares an error, so three or four are wanted.
-_CLOSING, _NEAR = 8, 0.25
+_PROVING, _NEAR = 8, 0.25
 # Steps whose rounding a gap between neighbours may hold.
 _LOOK_BACK = 2
 
@@ -262,7 +262,7 @@ def _solve(
         found, values, used, near = end, end.values, end.used, end.done
         if certain:
             # From near by Newton converges in a few iterations, and its updates tell the error.
-            found = proving(end.values, budget=_CLOSING)
+            found = proving(end.values, budget=_PROVING)
             values = select(near, found.values, end.values)
             used = jnp.where(near, end.used + found.used, end.used)
     before = sharded_time.preceding(axis, init, values)

@@ -53,7 +53,7 @@ _CHOOSING = {
 
 
 _OTHER = "the step holds a custom_jvp or custom_vjp whose rule is not proved to be linear"
-_CLOSING = "the step holds a custom_vjp that closes over the carry: pass it as an argument"
+_CLOSES_OVER = "the step holds a custom_vjp that closes over the carry: pass it as an argument"
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,7 +78,7 @@ def obstacle(jaxpr: Any, carry: tuple[int, ...], skip: Collection[str]) -> str |
         if jaxprs.contains(jaxpr, "custom_vjp_call"):
             moving = pushable(jaxpr)
             if not all(moving[i] for i in carry):
-                return _CLOSING
+                return _CLOSES_OVER
         try:
             pushed, _ = compat.jvp_jaxpr(jaxpr, moving)
         except UNKNOWN as error:  # as lax.scan, it runs until somebody differentiates it

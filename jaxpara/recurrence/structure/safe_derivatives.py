@@ -168,7 +168,7 @@ def _falling(power: Any) -> Callable[..., jax.Array]:
 def _pow(eqn: Any, out: Any, operands: Any, tangents: Any) -> jax.Array:
     (x, y), (dx, dy) = operands, tangents
     if _fixed(eqn)[1] is not None:
-        return _falling(lambda eqn: y)(eqn, out, operands, tangents)
+        return _divided(dx * out, x, y)
     total = []
     if dx is not None:
         # Of an exponent that is not negative, the power of one less is no smaller than `out / x`.
