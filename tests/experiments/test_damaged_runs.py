@@ -188,18 +188,14 @@ def test_a_record_as_training_writes_it_is_read(run):
     assert checkpoints.restore(run, 2, LIKE)[1]["memory"] == {"losses": []}
 
 
-def metadata_of(path):
-    """What Orbax says of a checkpoint's parameters, as JSON, and where."""
-    return path / "params/_METADATA", json.loads((path / "params/_METADATA").read_text())
-
-
 @pytest.mark.parametrize(
     "key", ["tree_metadata", "use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value"]
 )
 @pytest.mark.parametrize("value", [None, [], "x", 3, {"a": {}}], ids=str)
 def test_a_sealed_checkpoint_with_odd_metadata_is_read_whole_or_refused(run, key, value):
     kept = {step: checkpoints.restore(run, step, LIKE)[0] for step in (1, 2)}
-    path, known = metadata_of(run / "checkpoints/2")
+    path = run / "checkpoints/2/params/_METADATA"
+    known = json.loads(path.read_text())
     path.write_text(json.dumps({**known, key: value}))
     seals.seal(run / "checkpoints/2")
     try:
