@@ -17,7 +17,6 @@ from experiments.data.batches import only_for
 from experiments.inject import injection
 from experiments.run import checkpoints, checks, claim, disk, folders, seals, trainer, trust
 from experiments.run.seals import Damaged
-from experiments.shell import build
 from experiments.sweep import sweeps
 
 LIKE = jax.eval_shape(lambda: injection.state_after(0))
@@ -348,12 +347,6 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damage(run, capsys):
         checkpoints.restore(run, 7, LIKE)
     assert int(checkpoints.restore_newest(run, LIKE)[0].step) == 1
     assert "the checkpoint of step 1 is read instead" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("given", ["hello", [1], 3])
-def test_loggers_are_settings_by_name(given):
-    with pytest.raises(folders.RunError, match=r"logger=.*: expected loggers by name;\n"):
-        build.build(OmegaConf.create({"logger": given}))
 
 
 @pytest.mark.parametrize("digits", [25, 401, 4000])

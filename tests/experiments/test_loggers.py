@@ -14,6 +14,7 @@ from experiments.run import loggers, metrics, records
 from experiments.run.folders import RunError
 from experiments.run.loggers import Place
 from experiments.run.opening import opened
+from experiments.shell import build
 
 ROWS = {1: {"loss": 2.0, "rate": None}, 2: {"loss": 1.5, "rate": 3.0}}
 
@@ -207,3 +208,9 @@ def test_what_was_in_a_folder_or_measured_there_stays(tmp_path):
     failed = tmp_path / "failed"
     opening(failed, ZeroDivisionError("a bug"))
     assert (failed / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("given", ["hello", [1], 3])
+def test_loggers_are_settings_by_name(given):
+    with pytest.raises(RunError, match=r"logger=.*: expected loggers by name;\n"):
+        build.build(OmegaConf.create({"logger": given}))
