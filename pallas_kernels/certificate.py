@@ -151,6 +151,44 @@ def doubt_of_part(entry: jax.Array, delta: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.abs(entry) * jnp.abs(delta * PER_LEAST), 1.0)
 
 
+def grown(row: Sequence[jax.Array], sizes: Sequence[jax.Array]) -> jax.Array:
+    """At least what corrections of these sizes become.
+
+    Args:
+      row: of P.
+      sizes: not negative. Nothing grows from zero, through an infinite entry neither.
+
+    Returns:
+      The magnitude.
+    """
+    parts = [jnp.where(s == 0.0, s, jnp.abs(p) * s) for p, s in zip(row, sizes, strict=True)]
+    return functools.reduce(operator.add, parts)
+
+
+def lost(row: Sequence[jax.Array], corrections: Sequence[jax.Array]) -> jax.Array:
+    """The doubt, in `LEAST`, of the products of a row of P and corrections that are flushed."""
+    parts = []
+    for p, d in zip(row, corrections, strict=True):
+        small = (jnp.abs(p * d) < LEAST) & (jnp.abs(d) >= LEAST)
+        parts.append(jnp.where(small, doubt_of_part(p, d), 0.0))
+    return functools.reduce(operator.add, parts)
+
+
+def scale_of(recent: Sequence[jax.Array], came: jax.Array | None) -> jax.Array:
+    """To what a correction at an end is relative.
+
+    Args:
+      recent: magnitudes of the last `WINDOW` ends, the newest first.
+      came: what earlier magnitudes have become there; None where that does not travel along.
+
+    Returns:
+      A magnitude.
+    """
+    scale = functools.reduce(jnp.maximum, recent)
+    scale = jnp.minimum(scale, SLACK * jnp.maximum(*recent[:2]))
+    return scale if came is None else jnp.minimum(scale, SLACK * came)
+
+
 def doubt_of_lacking(
     lacking: jax.Array, sizes: Sequence[jax.Array], most: Sequence[jax.Array]
 ) -> jax.Array:

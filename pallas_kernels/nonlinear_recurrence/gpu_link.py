@@ -5,8 +5,6 @@ the same: they write the same values, and no warp reads a row that another one m
 written yet, because the corrected starts go into a second buffer.
 """
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -113,9 +111,10 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
                 sizes = [
                     jnp.abs(d) + certificate.LEAST * u for d, u in zip(deltas, least, strict=True)
                 ]
-                most = grown(rest[i : count**2 : count], sizes)
+                most = certificate.grown(rest[i : count**2 : count], sizes)
                 height = rest[count**2 + i] if affine else zero
-                doubt = grown(products[i::count], doubts) + lost(products[i::count], deltas)
+                row = products[i::count]
+                doubt = certificate.grown(row, doubts) + certificate.lost(row, deltas)
                 if sized:
                     peaks = rest[i : count**2 : count]
                     missing = certificate.doubt_of_lacking(rest[i - count], sizes, peaks)
@@ -125,26 +124,12 @@ def link(block: Block, old: Any, new: Any, *, test: bool, affine: bool) -> None:
         recent = [(jnp.abs(e), *r[:-1]) for e, r in zip(ends, recent, strict=True)]
         if sized:
             own = rest[-2 * count : -count]
-            came = [jnp.maximum(own[i], grown(products[i::count], came)) for i in range(count)]
+            moved = [certificate.grown(products[i::count], came) for i in range(count)]
+            came = [jnp.maximum(o, m) for o, m in zip(own, moved, strict=True)]
         return arriving, tops, recent, found, came
 
-    def grown(row, sizes):
-        """At least what corrections of these sizes become by a row of P; nothing grows from 0."""
-        parts = [jnp.where(s == 0.0, zero, jnp.abs(p) * s) for p, s in zip(row, sizes, strict=True)]
-        return functools.reduce(operator.add, parts)
-
-    def lost(row, deltas):
-        """The doubt of the parts of a row of P times the corrections that are flushed."""
-        parts = []
-        for p, d in zip(row, deltas, strict=True):
-            small = (jnp.abs(p * d) < certificate.LEAST) & (jnp.abs(d) >= certificate.LEAST)
-            parts.append(jnp.where(small, certificate.doubt_of_part(p, d), zero))
-        return functools.reduce(operator.add, parts)
-
     def rated(size, inside, sound, recent, came, floor=certificate.FLOOR):
-        scale = functools.reduce(jnp.maximum, recent)
-        scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(*recent[:2]))
-        scale = jnp.minimum(scale, certificate.SLACK * came) if sized else scale
+        scale = certificate.scale_of(recent, came if sized else None)
         here = zero + FAR
         for limit, kind in kinds:
             # A NaN fails the first comparison, an infinite end the second.

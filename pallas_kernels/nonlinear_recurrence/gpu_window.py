@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic
-from pallas_kernels.cell import Arrays, became, lacked, moved
+from pallas_kernels.cell import Arrays
 from pallas_kernels.compat import mosaic_gpu
 from pallas_kernels.nonlinear_recurrence.gpu_block import (
     Block,
@@ -40,6 +40,7 @@ from pallas_kernels.nonlinear_recurrence.gpu_link import (
     link,
     link_affine,
 )
+from pallas_kernels.products import became, lacked, moved
 
 
 class Outcome(NamedTuple):

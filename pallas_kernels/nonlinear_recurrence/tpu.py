@@ -19,9 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import certificate, tiles
-from pallas_kernels.cell import ElementwiseCell, became, lacked, moved
+from pallas_kernels.cell import ElementwiseCell
 from pallas_kernels.nonlinear_recurrence.tpu_backward import backward
 from pallas_kernels.nonlinear_recurrence.tpu_link import Chunks, correct, link
+from pallas_kernels.products import became, lacked, moved
 
 __all__ = ["backward", "forward"]
 

@@ -65,8 +65,11 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
             return [jnp.zeros(plan.row, jnp.float32)] * size, doubt
         units = [certificate.LEAST * jnp.where(u > 0.0, jnp.maximum(u, 1.0), 0.0) for u in doubt]
         sizes = [jnp.abs(d) + u for d, u in zip(delta, units, strict=True)]
-        most = _grown(chunks.peaks, place, sizes)
-        parts = [_grown(chunks.products, place, doubt), _lost(chunks.products, place, delta)]
+        most = _by_rows(certificate.grown, chunks.peaks, place, sizes)
+        parts = [
+            _by_rows(certificate.grown, chunks.products, place, doubt),
+            _by_rows(certificate.lost, chunks.products, place, delta),
+        ]
         if chunks.lacking:
             peaks = [ref[place] for ref in chunks.peaks]
             rows = [(ref[place], peaks[size * i :][:size]) for i, ref in enumerate(chunks.lacking)]
@@ -75,8 +78,8 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
 
     def arrived(place, came):
         """What the magnitudes of all states before the end of a chunk have become there."""
-        own = zip(chunks.sizes, _grown(chunks.products, place, came), strict=True)
-        return [jnp.maximum(ref[place], moved) for ref, moved in own]
+        moved = _by_rows(certificate.grown, chunks.products, place, came)
+        return [jnp.maximum(ref[place], m) for ref, m in zip(chunks.sizes, moved, strict=True)]
 
     def small(within, sound, off, most, height, end, recent, came, floor=nothing):
         """`within`, where corrections of this size are within the limits of an end, or a floor.
@@ -84,10 +87,7 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
         On its way through the chunk the correction is held to the second limit, relative to the
         states there.
         """
-        now = jnp.abs(end)
-        scale = functools.reduce(jnp.maximum, recent, now)
-        scale = jnp.minimum(scale, certificate.SLACK * jnp.maximum(now, recent[0]))
-        scale = jnp.minimum(scale, certificate.SLACK * came) if chunks.sizes else scale
+        scale = certificate.scale_of((jnp.abs(end), *recent), came if chunks.sizes else None)
         sound = sound & tiles.finite(end)
         allowed = limits[1] * jnp.maximum(scale, height)
         sound = sound & (most <= jnp.maximum(allowed, nothing))
@@ -163,28 +163,11 @@ def link(plan, limits, chunks, before, affine) -> tuple[Any, Any, Any, Any]:
     return exact, fine, coarse, largest
 
 
-def _grown(products: Sequence[Any], chunk: Any, sizes: Sequence[jax.Array]) -> list[jax.Array]:
-    """`|P| sizes` of one chunk: at least what corrections of these sizes become; row-major."""
-    found = []
-    for i in range(len(sizes)):
-        row = [jnp.abs(product[chunk]) for product in products[len(sizes) * i :][: len(sizes)]]
-        # Nothing grows from zero, through an infinite product neither.
-        parts = [jnp.where(s == 0.0, s, p * s) for p, s in zip(row, sizes, strict=True)]
-        found.append(functools.reduce(operator.add, parts))
-    return found
-
-
-def _lost(products: Sequence[Any], chunk: Any, delta: Sequence[jax.Array]) -> list[jax.Array]:
-    """The doubt of the parts of `P delta` of one chunk that are flushed; row-major."""
-    found = []
-    for i in range(len(delta)):
-        total = jnp.zeros_like(delta[0])
-        for product, d in zip(products[len(delta) * i :][: len(delta)], delta, strict=True):
-            p = product[chunk]
-            small = (jnp.abs(p * d) < certificate.LEAST) & (jnp.abs(d) >= certificate.LEAST)
-            total = total + jnp.where(small, certificate.doubt_of_part(p, d), 0.0)
-        found.append(total)
-    return found
+def _by_rows(rule: Any, products: Sequence[Any], chunk: Any, sizes: Sequence[jax.Array]):
+    """A rule of `certificate` for each row of P of one chunk, with the same sizes."""
+    count = len(sizes)
+    entries = [product[chunk] for product in products]
+    return [rule(entries[count * i :][:count], sizes) for i in range(count)]
 
 
 def correct(plan, chunks, done, dtypes):
