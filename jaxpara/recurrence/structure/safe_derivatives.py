@@ -6,8 +6,9 @@ answer, and `y**-2` times an overflow is a NaN. So the step that solvers differe
 our own in these places. They make a tangent relative to its operand before they scale it by the
 value: `(x / y) * (dy / y)`. Values stay the same bit for bit.
 
-Only of first order: these rules are differentiated by JAX's. And a number that is itself no
-normal one is lost, as the derivative of `1 / x` at 1e20 is, whatever scales it later.
+Only of first order: these rules are differentiated by JAX's. A derivative below the normal numbers
+is lost, as that of `1 / x` at 1e20 is, whatever scales it later. Where the value overflows, the
+derivative is no number, also where JAX's is 0.
 """
 
 import functools
@@ -37,10 +38,12 @@ def ours(eqn: Any) -> bool:
 
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Runs one equation as `compat.bind` does, with a safe derivative."""
-    function = _function(eqn)
-    if function is None:
+    if not _unsafe(eqn):
         return compat.bind(eqn, operands)
-    return [function(*(operands[i] for i in _given(eqn)))]
+    given = _given(eqn)
+    # Its literals as they are given: they may be wider than in the equation.
+    fixed = [None if i in given else operand for i, operand in enumerate(operands)]
+    return [_function(eqn, fixed)(*(operands[i] for i in given))]
 
 
 @functools.lru_cache(maxsize=512)
@@ -66,9 +69,9 @@ def _rewritten(eqn: Any, skip: str) -> Any:
         inner = {key: _each(value, skip) for key, value in eqn.params.items()}
         changed = any(inner[key] is not value for key, value in eqn.params.items())
         return eqn.replace(params=inner) if changed else eqn
-    function = _function(eqn)
-    if function is None:
+    if not _unsafe(eqn):
         return eqn
+    function = _function(eqn, _fixed(eqn))
     given = [eqn.invars[i] for i in _given(eqn)]
     with compat.context(eqn):
         traced = jax.make_jaxpr(function)(*(traceable(v.aval) for v in given))
@@ -107,11 +110,9 @@ def _unsafe(eqn: Any) -> bool:
     return True
 
 
-def _function(eqn: Any) -> Callable[..., jax.Array] | None:
-    """An equation as a function, with a rule of ours, of what is given; None if it is safe."""
-    if not _unsafe(eqn):
-        return None
-    fixed, given = _fixed(eqn), _given(eqn)
+def _function(eqn: Any, fixed: Sequence[Any]) -> Callable[..., jax.Array]:
+    """An equation as a function, with a rule of ours, of what is not fixed."""
+    given = _given(eqn)
 
     def whole(operands: Sequence[Any]) -> list[Any]:
         filled = list(fixed)
@@ -172,9 +173,10 @@ def _pow(eqn: Any, out: Any, operands: Any, tangents: Any) -> jax.Array:
     total = []
     if dx is not None:
         # Of an exponent that is not negative, the power of one less is no smaller than `out / x`.
+        # It stays an integer if that is one: of `x ** 0.0` JAX's second derivative at 0 is a NaN.
         falls, power = y < 0, jnp.asarray(y, out.dtype)
         flat = y == 0 if jnp.issubdtype(jnp.result_type(y), jnp.integer) else False
-        less = jnp.where(falls | flat, 1, power) - 1
+        less = jnp.where(falls | flat, 1, y) - 1
         factor = jnp.where(falls, out, lax.pow(*jnp.broadcast_arrays(x, less)))
         total.append(power * lax.div(dx * factor, jnp.where(falls, x, 1)))
     if dy is not None:
@@ -189,7 +191,7 @@ def _area(offset: int) -> Callable[..., jax.Array]:
         del eqn, out
         (x,), (dx,) = operands, tangents
         size = jnp.abs(x)
-        large = size > 1 / float(jnp.finfo(x.dtype).eps)
+        large = size > float(jnp.finfo(x.dtype).eps) ** -0.5  # from here on the 1 is rounding
         near = jnp.where(large, 2, x)
         square = near * near + 1 if offset > 0 else (near - 1) * (near + 1)
         return _divided(dx, jnp.where(large, size, jnp.sqrt(square)))
