@@ -7,6 +7,13 @@ PY := $(VENV)/bin/python
 # PYTHON on make's command line or in the environment names the interpreter; see tools/python.sh.
 export PYTHON
 
+# A setting of a program that is given to make would be ignored: `make run steps=20`.
+given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+unknown := $(filter-out ARGS VENV PYTHON,$(given))
+ifneq ($(unknown),)
+$(error make does not pass on $(firstword $(unknown)); type make $(MAKECMDGOALS) ARGS="$(firstword $(unknown))=$($(firstword $(unknown)))")
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup run test check bench reproduce notebooks docs types compile gpu format clean
 

@@ -64,6 +64,10 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_configure(config):
+    # Of two processes neither would say so.
+    for place in (argument.partition("::")[0] for argument in config.args):
+        if not pathlib.Path(place).exists():
+            raise pytest.UsageError(f"there is no {place}")
     # A shell that starts us in the background has told us to ignore Ctrl-C, and everything that
     # we start would too: the tests of it need what a person at the keyboard has.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

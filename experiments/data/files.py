@@ -1,6 +1,7 @@
 """Finds the files that a user names by file, folder or glob, and reads their text with checks."""
 
 import glob
+import os
 from pathlib import Path
 
 from experiments.run import litter, trust
@@ -31,7 +32,7 @@ def find_files(path: str, *, endings: tuple[str, ...]) -> list[Path]:
       FileNotFoundError: there is none; says what to give instead.
     """
     path = str(path)  # a file may be called 2024
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if place.is_file():
         return [place]
     if place.is_dir():

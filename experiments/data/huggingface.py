@@ -8,6 +8,7 @@ buffer, which is therefore not used.
 import contextlib
 import glob
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def local_files(path: str, data_files: Any) -> list[Path]:
     Returns:
       The files, sorted; without files on the Hub or elsewhere.
     """
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if isinstance(data_files, Mapping):
         data_files = list(data_files.values())
     if isinstance(data_files, str | Path) or data_files is None:
@@ -221,7 +222,7 @@ def local_files(path: str, data_files: Any) -> list[Path]:
         elif name is None:
             found |= set(root.rglob("*")) if root.is_dir() else set()
         elif "://" not in str(name):
-            place = str(root / str(name)) if root.is_dir() else str(Path(name).expanduser())
+            place = str(root / str(name)) if root.is_dir() else os.path.expanduser(str(name))
             found |= {Path(place), *map(Path, glob.glob(place, recursive=True))}
     return sorted(file for file in litter.without(found) if file.is_file())
 
@@ -256,7 +257,7 @@ def _open(path: str, name: str | None, data_files: Any, split: str, where: str) 
         raise ValueError(
             "data=huggingface needs the library datasets: pip install '.[datasets]'"
         ) from error
-    folder = Path(path).expanduser().is_dir()
+    folder = Path(os.path.expanduser(path)).is_dir()
     if folder or local_files(path, data_files):
         with _opening(where, split, datasets):
             described = datasets.load_dataset_builder(path, name=name, data_files=data_files)
@@ -290,7 +291,7 @@ def _files_of(described: Any) -> list[str]:
 
 def _check_inside(described: Any, path: str, data_files: Any, where: str) -> None:
     """Refuses a folder whose card, or whose kind of file, leads to other files than its own."""
-    root = Path(path).expanduser().resolve()
+    root = Path(os.path.expanduser(path)).resolve()
     given = {str(one) for one in local_files(path, data_files)} if data_files else set()
     for file in _files_of(described):
         inside = "://" not in file and Path(file).resolve().is_relative_to(root)

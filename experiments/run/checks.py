@@ -139,6 +139,8 @@ def instead(value: Any, rule: Rule) -> str:
             return value
         near = difflib.get_close_matches(str(value), rule.choices, n=1, cutoff=0.0)
         return near[0] if near else "TEXT"
+    if rule.example is not None:
+        return f"{rule.example:g}"
     whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= BIGGEST
     usable = whole or (isinstance(value, float) and math.isfinite(value))
     if rule.kind == "whole":

@@ -55,8 +55,8 @@ def replace_data(arguments: Sequence[str]) -> list[str]:
 def quote_folders(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
     """Quotes the values of keys that are files or folders.
 
-    `run=runs/a[1],b=2` reaches the program unchanged. Lists, globs and quoted values are left
-    alone.
+    `run=runs/a[1],b=2` reaches the program unchanged, if it exists. Lists, globs and quoted values
+    are left alone.
 
     Args:
       arguments: of the command line, without the program.
@@ -68,7 +68,9 @@ def quote_folders(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key.lstrip("+") in keys and os.path.exists(os.path.expanduser(value)):
+        # Hydra cannot read a ~, wherever it leads.
+        typed = value.startswith("~") or os.path.exists(value)
+        if equals and key.lstrip("+") in keys and typed:
             argument = f"{key}={quote_value(value)}"
         quoted.append(argument)
     return quoted

@@ -269,7 +269,7 @@ def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
     )
     if not run:
         raise RunError(f"give {key}=FOLDER, the folder of a training run; {hint}")
-    folder = Path(str(run)).expanduser()  # a folder may be called 2024
+    folder = Path(os.path.expanduser(str(run)))  # a folder may be called 2024
     if folder.is_file():
         raise RunError(f"{key}={run!r} is a file: give the run's folder, {key}={folder.parent}")
     if not folder.is_dir():

@@ -25,6 +25,7 @@ class Rule(NamedTuple):
       null: whether null is allowed.
       many: whether it is a list, at any depth, of such values; it must not be empty.
       choices: the allowed texts, if not all are.
+      example: a usual number; None: the nearest one that is allowed is as good.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Rule(NamedTuple):
     null: bool = False
     many: bool = False
     choices: tuple[str, ...] = ()
+    example: float | None = None
 
 
 def shortened(text: str) -> str:
@@ -93,7 +95,7 @@ RULES: dict[str, Rule] = {
     "trace.steps": whole(1, "steps"),
     "peak_flops": Rule("number", unit="FLOP/s", null=True, **POSITIVE),
     # optimisers and projections
-    "learning_rate": Rule("number", unit="a step size", **POSITIVE),
+    "learning_rate": Rule("number", unit="a step size", example=1e-3, **POSITIVE),
     "warmup": number(0, 1, "a share of the steps"),
     "floor": number(0, 1, "a share of the peak rate"),
     "b1": number(0, 1, "a decay a step", below=True),

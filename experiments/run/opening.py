@@ -31,7 +31,7 @@ def opened(folder: Path, cfg: DictConfig) -> Iterator[None]:
         try:
             folders.open_run(folder, cfg)
             yield
-        except (RunError, OSError, MemoryError):
+        except (RunError, OSError, MemoryError, KeyboardInterrupt):
             if ours and not _begun(folder):
                 with contextlib.suppress(OSError):
                     _undo(folder)

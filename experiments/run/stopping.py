@@ -19,6 +19,36 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
+_NOTED: list[int] = []  # a Ctrl-C that nothing has acted on yet
+
+
+@contextmanager
+def noting() -> Iterator[None]:
+    """Notes a Ctrl-C, beside the KeyboardInterrupt that it raises.
+
+    Python drops an exception that is raised in a callback of its garbage collector, and JAX has
+    one: while a program starts, the interrupt may be lost. `stop_signal` begins with what is noted.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+
+    def handle(signum: int, frame: object) -> None:
+        del frame
+        _NOTED.append(signum)
+        raise KeyboardInterrupt
+
+    _NOTED.clear()
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], int | None]]:
     """Catches the first Ctrl-C, SIGTERM or awaited warning while the context is open.
@@ -26,7 +56,8 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
     Yields:
       A function that returns the number of the received signal, or None.
     """
-    came: list[int] = []
+    came = list(_NOTED)
+    _NOTED.clear()
 
     def which() -> int | None:
         return came[0] if came else None

@@ -214,7 +214,7 @@ def train(
             f"  {checkpoints.resume_command(folder)}",
             flush=True,
         )
-        raise
+        raise KeyboardInterrupt("the run has said so") from None
     except OSError as error:
         claim.check_ours(folder)
         if error.errno not in disk.UNWRITABLE:

@@ -336,10 +336,10 @@ def _is_inside(value: str, folder: Path) -> bool:
     if "://" in value or "\0" in value:
         return False
     try:
-        whole = Path(value).expanduser().resolve()
+        whole = Path(os.path.expanduser(value)).resolve()
     except (RuntimeError, OSError):  # a link to itself, or an unknown home folder
         return False
-    return whole.is_relative_to(folder.expanduser().resolve())
+    return whole.is_relative_to(Path(os.path.expanduser(folder)).resolve())
 
 
 def is_of_a_run(file: Path) -> bool:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.run import records, trust, unicode
 from experiments.run.checks import check_settings, check_text
 from experiments.run.folder_arguments import quoted
+from experiments.run.stopping import noting
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
 from experiments.shell.overrides import misread
@@ -94,7 +95,7 @@ def check(cfg: DictConfig) -> None:
     if known.mode != RunMode.MULTIRUN:  # which checks its own before it begins
         check_text("hydra.run.dir", known.run.dir)
     check_settings(cfg, str(known.job.config_name))
-    check_additions(list(known.overrides.task), cfg)
+    check_additions(list(known.overrides.task), cfg, hydra=known)
 
 
 def launch(main: Callable[[], Any]) -> Any:
@@ -116,7 +117,8 @@ def launch(main: Callable[[], Any]) -> Any:
     token = _short.set(before != "1")
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
     try:
-        return main()
+        with noting():
+            return main()
     except BrokenPipeError:  # the reader, such as head, has closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None

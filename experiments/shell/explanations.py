@@ -21,9 +21,11 @@ from omegaconf.errors import (
 )
 
 from experiments.run.checks import settings_of
+from experiments.run.folder_arguments import PLACES
 from experiments.run.folders import RunError
+from experiments.run.names import CONF
 from experiments.run.plain_files import printable
-from experiments.shell.near_misses import near_misses
+from experiments.shell.near_misses import near_misses, readers
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks instead of messages
 LINES = 3  # the most lines of a message
@@ -120,6 +122,8 @@ def _of_config(error: BaseException) -> str:
         asked = str(getattr(cause, "full_key", None) or wrong[1])
         groups = [str(key) for key in root if isinstance(root._get_node(key), DictConfig)]
         there = list(dict.fromkeys([key for key, _ in settings_of(root)] + groups))
+        if (meant := _addable(asked, root)) is not None:
+            return f"{asked}: there is no such setting; {meant}"
         near = near_misses(asked, [key for key in there if not key.startswith("hydra")])
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
         outer = asked.rpartition(".")[0]
@@ -129,14 +133,23 @@ def _of_config(error: BaseException) -> str:
             f"{asked}: there is no such setting{meant}\n"
             "--cfg job shows all settings, --help the groups"
         )
+    if group := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", text):
+        others = readers(group[1])
+        by = f"; {' and '.join(others)} has it" if others else ""
+        at = re.match(r"In '([^']+)'", text)
+        return f"{at[1] + ': ' if at else ''}{group[1]}: this command has no such group{by}"
     if several := re.search(r"Ambiguous value for argument '(([^=]+)=([^']*))'", text):
         return (
             f"{several[1]}: several values need -m, for a run each; "
             f"a list is typed {several[2]}=[{several[3]}]"
         )
     if isinstance(error, OverrideParseException):
-        told = repr(error.override)
-        return f"{told}: this cannot be read; give KEY=VALUE, and text as KEY=\"'TEXT'\""
+        text = str(error.override)
+        if "=" not in text:
+            key = "run" if os.path.exists(text) else "KEY" if "/" in text else text
+            like = f"{key}={text}" if key != text else f"{key}=VALUE"
+            return f"{text!r}: settings are KEY=VALUE; type for example {like}"
+        return f"{text!r}: this cannot be read; give KEY=VALUE, and text as KEY=\"'TEXT'\""
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing and (options := re.search(r"Available options in '[^']*':\n((?:\t.*\n?)+)", text)):
         group, _, member = missing[1].rpartition("/")
@@ -149,6 +162,26 @@ def _of_config(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("full_key", "object_type", "See "))]
     return (f"{key}: " if key else "") + "\n".join(kept[:LINES])
+
+
+def _addable(key: str, cfg: DictConfig) -> str | None:
+    """What to type for a setting that a constructor has and its config does not list."""
+    outer, _, last = key.rpartition(".")
+    node = OmegaConf.select(cfg, outer) if outer else None
+    if isinstance(node, DictConfig) and last in _parameters(str(node.get("_target_", ""))):
+        return f"{node['_target_']} has one; type +{key}=VALUE"
+    if key in PLACES:
+        sources = sorted(
+            path.stem
+            for path in (CONF / "data").glob("*.yaml")
+            if last in yaml.safe_load(path.read_text(encoding="utf-8"))
+        )
+        example = "text" if "text" in sources else sources[0]
+        return (
+            f"give its source with it, {' or '.join(sources)};\n"
+            f"type for example data={example} {key}=PLACE"
+        )
+    return None
 
 
 def _of_absence(error: OmegaConfBaseException) -> str:

@@ -1,13 +1,22 @@
 """Suggestions for misspelt keys."""
 
 import difflib
+import re
 from collections.abc import Sequence
+from typing import Any
 
+import yaml
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run.checks import settings_of
+from experiments.run.folder_arguments import PLACES
 from experiments.run.folders import RunError
-from experiments.run.limits import RULES, rule_for
+from experiments.run.limits import RULES
+from experiments.run.names import CONF
+
+OPEN = ("grid",)  # sections of which the user gives the names
 
 
 def near_misses(name: str, there: Sequence[str], *, count: int = 3) -> list[str]:
@@ -27,6 +36,7 @@ def near_misses(name: str, there: Sequence[str], *, count: int = 3) -> list[str]
         return max(
             difflib.SequenceMatcher(None, name, key).ratio(),
             difflib.SequenceMatcher(None, last, key.split(".")[-1]).ratio() - 0.01,
+            0.9 if last == _initials(key.split(".")[-1]) else 0.0,
         )
 
     # Of equally good ones the outermost comes first: inner ones often refer to it.
@@ -35,32 +45,93 @@ def near_misses(name: str, there: Sequence[str], *, count: int = 3) -> list[str]
     return [key for key in ranked[:count] if likeness(key) > least]
 
 
-def check_additions(overrides: Sequence[str], cfg: DictConfig) -> None:
-    """Refuses `+KEY=VALUE` if the key is nearly a known one: nothing would read it.
+def _initials(name: str) -> str:
+    """`lr` of `learning_rate`; nothing of a single word."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
+
+
+def check_additions(overrides: Sequence[str], cfg: DictConfig, *, hydra: Any = None) -> None:
+    """Refuses `+KEY=VALUE` if nothing would read the key.
+
+    Constructors refuse what they do not have. Left over are keys outside of their settings; one
+    that another setting refers to (`model.width=${mine}`) is read.
 
     Args:
       overrides: of the command line.
       cfg: composed with them.
+      hydra: Hydra's own config, which may refer to a key too.
 
     Raises:
-      RunError: suggests a key.
+      RunError: suggests a key, or the command that reads it.
     """
-    added = [one[1:].partition("=") for one in overrides if one.startswith("+")]
-    known = [key for key, _ in settings_of(cfg)]
-    there = known + list(RULES)
-    for key, _, value in added:
-        key = key.lstrip("+")
+    for override in overrides:
+        if not override.startswith("+"):
+            continue
+        typed, _, value = override.partition("=")
+        name, _, package = typed.lstrip("+").partition("@")
+        key = (package or name).replace("/", ".")
         parent, _, last = key.rpartition(".")
+        if key in PLACES or parent in OPEN:
+            continue
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        read_by_name = isinstance(node, DictConfig) and "_target_" in node
-        if "@" in key or "/" in key or read_by_name or not isinstance(node, DictConfig):
+        if not isinstance(node, DictConfig) or "_target_" in node:
             continue
-        if isinstance(node.get(last), DictConfig) or rule_for(key) is not None:
+        added = node.get(last)
+        if parent and isinstance(added, DictConfig) and "_target_" in added:
+            continue  # one more object beside others, by its name
+        if _refers([cfg, hydra], key) or (typed.startswith("++") and _is_old(overrides, key)):
             continue
-        others = [name for name in there if name not in (key, last)]
-        if near := near_misses(key, others, count=1):
-            ends = [name for name in known if f".{name}".endswith(f".{near[0]}")]
-            meant = min(ends, key=lambda name: name.count("."), default=f"+{near[0]}")
-            raise RunError(
-                f"+{key}={value}: nothing reads {key}; did you mean {meant}?\ntype {meant}={value}"
-            )
+        raise RunError(f"{typed}={value}: nothing reads {key}{_instead(key, value, cfg)}")
+
+
+def _refers(configs: Sequence[Any], key: str) -> bool:
+    """Whether a setting refers to a key, or to a part of it."""
+    plain = [OmegaConf.to_container(c, resolve=False) for c in configs if c is not None]
+    path = re.escape(key)
+    return re.search(rf"\$\{{\.*{path}[.\[}}]", repr(plain)) is not None
+
+
+def _is_old(overrides: Sequence[str], key: str) -> bool:
+    """Whether a key is there without the additions of the command line."""
+    rest = [override for override in overrides if not override.startswith("+")]
+    cfg = compose(HydraConfig.get().job.config_name, rest)
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return isinstance(node, DictConfig) and last in node
+
+
+def _instead(key: str, value: str, cfg: DictConfig) -> str:
+    known = [name for name, _ in settings_of(cfg) if name != key]
+    if near := near_misses(key, [*known, *RULES], count=1):
+        ends = [name for name in known if f".{name}".endswith(f".{near[0]}")]
+        meant = min(ends, key=lambda name: name.count("."), default="")
+        if meant:
+            return f"; did you mean {meant}?\ntype {meant}={value}"
+    if others := readers(key):
+        return f" here; {' and '.join(others)} does\n--cfg job shows all settings"
+    return "\n--cfg job shows all settings, --help the groups"
+
+
+def readers(key: str) -> list[str]:
+    """Finds the commands that have a setting or a group at their top.
+
+    Args:
+      key: its name.
+
+    Returns:
+      Names such as `experiments.finetune`.
+    """
+    found = []
+    for path in sorted(CONF.glob("*.yaml")):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        named = config.get("hydra", {}).get("help", {}).get("app_name")
+        groups = [
+            name
+            for entry in config.get("defaults", ())
+            if isinstance(entry, dict)
+            for name in entry
+        ]
+        if named and key in (*config, *groups):
+            found.append(named)
+    return found

@@ -114,7 +114,7 @@ def expand(patterns: str | Iterable[str] | None) -> list[Path]:
         )
     found: dict[Path, None] = {}
     for pattern in given:
-        place = Path(pattern).expanduser()
+        place = Path(os.path.expanduser(pattern))
         # A folder's name may look like a glob.
         places = [place] if place.is_dir() else [Path(p) for p in sorted(glob.glob(str(place)))]
         inside = [

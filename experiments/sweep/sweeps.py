@@ -290,7 +290,9 @@ def start(
         launch(main)
     except SystemExit as end:
         code = end.code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:
+            print("interrupted", file=sys.stderr)
         code = 130
     except Exception:
         # A launcher raises it if a process was killed, once all others have ended.

@@ -1,5 +1,6 @@
 """The parts that training is made of: loop, watch, sampling, judging, figures, command line."""
 
+import gc
 import io
 import math
 import os
@@ -18,7 +19,7 @@ from rich.text import Text
 from experiments.run import figures, folders, metrics, progress
 from experiments.run.loop import Diverged, Hooks, Pace, run_loop
 from experiments.run.speed import Speedometer
-from experiments.run.stopping import pass_on, stop_signal
+from experiments.run.stopping import noting, pass_on, stop_signal
 from experiments.shell.commandline import quote_text
 from experiments.text.judging import bits_per_byte
 from jaxpara.nn import decoder, mixers
@@ -168,6 +169,35 @@ def test_first_signal_is_a_flag_and_the_second_is_the_old_behaviour(handlers, wh
         assert stopped() == which
         os.kill(os.getpid(), which)
     assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is handlers
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_python_drops_stops_the_loop_that_follows():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    calls = []
+
+    def collected(phase, info):
+        if not calls:
+            calls.append(phase)
+            signal.raise_signal(signal.SIGINT)
+            sum(range(10))  # the handler runs between two instructions
+
+    try:
+        with noting():
+            gc.callbacks.append(collected)
+            gc.collect()
+            gc.callbacks.remove(collected)
+            with stop_signal() as stopped:
+                assert calls and stopped() == signal.SIGINT
+            with stop_signal() as stopped:
+                assert stopped() is None
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with noting(), stop_signal() as stopped:
+            assert stopped() is None, "of another program"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_only_a_warning_with_a_handler_is_passed_on():

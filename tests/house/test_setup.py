@@ -105,3 +105,25 @@ def test_make_alone_lists_the_commands():
     assert out.returncode == 0, out.stderr
     for command in ("run", "test", "check", "bench", "notebooks", "gpu", "clean", "help"):
         assert f"make {command} " in out.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the Makefile needs a POSIX shell")
+def test_make_refuses_a_setting_that_it_would_not_pass_on():
+    def made(*arguments):
+        return subprocess.run(
+            ["make", "-n", "-C", str(ROOT), *arguments], capture_output=True, text=True
+        )
+
+    said = made("run", "steps=20")
+    assert said.returncode == 2
+    assert 'make does not pass on steps; type make run ARGS="steps=20"' in said.stderr
+    given = made("run", "ARGS=steps=20 mixer=attention", "VENV=v", "PYTHON=p")
+    assert (
+        "v/bin/python -m experiments.train experiment=lm steps=20 mixer=attention" in given.stdout
+    )
+
+
+def test_tests_that_are_not_there_are_named():
+    command = [sys.executable, "-m", "pytest", "-n", "2", "tests/house/test_hous.py::x"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode != 0 and "there is no tests/house/test_hous.py" in out.stderr + out.stdout
