@@ -96,8 +96,9 @@ def check_overrides(
             shown = {k: other.get(k) for k in differing}
         if given != known:
             key, known = next(iter(shown.items()))
+            typed = override.lstrip("+").replace("'", "")  # before it was made Hydra's
             raise RunError(
-                f"{override} contradicts the run in {folder}, which has {key}={known}: leave it "
+                f"{typed} contradicts the run in {folder}, which has {key}={known}: leave it "
                 "out to continue that run, or start a new one without resume"
             )
 
