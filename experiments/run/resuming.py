@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def check_overrides(
         given = _plain(OmegaConf.select(cfg, path))
         known = _plain(OmegaConf.select(stored, path))
         if key in PLACES and known is not None:  # it may have moved: its content is compared
+            continue
+        if key == "from" and os.path.realpath(str(given)) == os.path.realpath(str(known)):
             continue
         if given is None and key in choices:  # a group that writes to the top level
             given, known = value, choices[key]

@@ -1,5 +1,6 @@
 """`resume=` on the command line: the folder's own config is what counts."""
 
+import contextlib
 import errno
 import json
 import re
@@ -149,6 +150,16 @@ def test_a_contradiction_inside_a_group_names_the_setting(tmp_path):
         check_overrides(["data=text"], cfg=cfg, stored=stored, folder=tmp_path)
     cfg.data.share = 0.3
     check_overrides(["data=text", "data.path=b"], cfg=cfg, stored=stored, folder=tmp_path)
+
+
+def test_a_base_may_be_named_in_another_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored = OmegaConf.create({"from": "runs/base"})
+    for place, same in ((tmp_path / "runs/base", True), ("runs/../runs/base", True), ("b", False)):
+        cfg = OmegaConf.create({"from": str(place)})
+        refused = contextlib.nullcontext() if same else pytest.raises(folders.RunError)
+        with refused:
+            check_overrides([f"from={place}"], cfg=cfg, stored=stored, folder=tmp_path)
 
 
 def test_resume_of_no_run_makes_no_folder(tmp_path, monkeypatch, capsys):
