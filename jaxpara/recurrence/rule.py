@@ -68,7 +68,8 @@ def pick(
     where = (
         f"{gain:.3g} times as fast as lax.scan with its own derivative, measured at "
         f"block {point['block']}, {point['steps']} steps, {point['elements']} elements and inputs "
-        f"{point['inputs']:g} times as wide as the state, on {measured['device']} with JAX {measured['jax']}"
+        f"{point['inputs']:g} times as wide as the state, on {measured['device']} "
+        f"with JAX {measured['jax']}"
     )
     if gain < _WORTH:
         return None, f"{PATHS[name].name} is only {where}"

@@ -14,6 +14,7 @@ from jax import lax
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence.solve import explicit_meshes
 from jaxpara.recurrence.solve.body import SOLVE_NAME, Body
+from jaxpara.tree import short
 
 
 class Traced(NamedTuple):
@@ -47,6 +48,24 @@ class Traced(NamedTuple):
         return jax.tree.unflatten(self.carry_tree, leaves)
 
 
+def need_step(f: Any, init: Any, order: str = "newton_scan(step, init, xs)") -> None:
+    """Refuses a step that is no function, such as the carry in its place.
+
+    Args:
+      f, init: as they were given.
+      order: the right call.
+
+    Raises:
+      TypeError: `f` is no function.
+    """
+    if not callable(f):
+        swapped = "; the step comes before init" if callable(init) else ""
+        raise TypeError(
+            f"the step is {short(f)}{swapped}; expected a function (carry, x) -> (carry, y): "
+            f"{order}"
+        )
+
+
 def trace(
     f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool
 ) -> Traced:
@@ -54,7 +73,9 @@ def trace(
 
     Raises:
       What `lax.scan` raises for these arguments.
+      TypeError: `f` is no function.
     """
+    need_step(f, init)
     if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(xs)):
         # Tracing makes arrays of numbers, and `lax.scan` has a message for numbers.
         lax.scan(f, init, xs, length, reverse, unroll)
