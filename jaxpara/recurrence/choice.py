@@ -23,7 +23,7 @@ from jaxpara.recurrence.structure.kinds import Dense
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
 from jaxpara.recurrence.structure.true_derivative import certain, kinked
 from jaxpara.recurrence.system import Choice, Solver
-from jaxpara.recurrence.traced_scan import Traced, need_step, trace
+from jaxpara.recurrence.traced_scan import Traced, need_order, trace
 from pallas_kernels import unfit
 
 DERIVATIVES = ("general", "reverse")
@@ -61,7 +61,7 @@ def explain_choice(
     Raises:
       TypeError, ValueError: as for `newton_scan`.
     """
-    need_step(f, init, "explain_choice(step, init, xs)")
+    need_order(f, init, "explain_choice(step, init, xs)")
     found = []
 
     def look(init, xs):

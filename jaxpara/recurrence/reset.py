@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxpara.recurrence.traced_scan import need_step
+from jaxpara.recurrence.traced_scan import need_order
 
 
 def with_reset(
@@ -29,10 +29,10 @@ def with_reset(
       batch axes that it shares with every leaf of the carry.
 
     Raises:
-      TypeError: `f` is no function; `reset` is not boolean.
+      TypeError: `f` and `init` are in each other's place; `reset` is not boolean.
       ValueError: the shape of `reset` does not lead the carry's.
     """
-    need_step(f, init, "with_reset(step, init)")
+    need_order(f, init, "with_reset(step, init)")
 
     def step(carry, inputs):
         reset, x = inputs

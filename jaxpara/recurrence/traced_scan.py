@@ -48,21 +48,20 @@ class Traced(NamedTuple):
         return jax.tree.unflatten(self.carry_tree, leaves)
 
 
-def need_step(f: Any, init: Any, order: str = "newton_scan(step, init, xs)") -> None:
-    """Refuses a step that is no function, such as the carry in its place.
+def need_order(f: Any, init: Any, order: str = "newton_scan(step, init, xs)") -> None:
+    """Refuses a carry in the place of the step; of other mistakes `lax.scan` speaks itself.
 
     Args:
       f, init: as they were given.
       order: the right call.
 
     Raises:
-      TypeError: `f` is no function.
+      TypeError: `init` is a function and `f` is none.
     """
-    if not callable(f):
-        swapped = "; the step comes before init" if callable(init) else ""
+    if callable(init) and not callable(f):
         raise TypeError(
-            f"the step is {short(f)}{swapped}; expected a function (carry, x) -> (carry, y): "
-            f"{order}"
+            f"the step is {short(f)} and init a function; expected the step first, a function "
+            f"(carry, x) -> (carry, y): {order}"
         )
 
 
@@ -73,9 +72,9 @@ def trace(
 
     Raises:
       What `lax.scan` raises for these arguments.
-      TypeError: `f` is no function.
+      TypeError: `f` and `init` are in each other's place.
     """
-    need_step(f, init)
+    need_order(f, init)
     if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(xs)):
         # Tracing makes arrays of numbers, and `lax.scan` has a message for numbers.
         lax.scan(f, init, xs, length, reverse, unroll)
