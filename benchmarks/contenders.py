@@ -73,7 +73,7 @@ def refusing() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-    refusals = [line for line in said if line.startswith("kernel=off")]
+    refusals = [line for line in said if line.startswith(linear_kernel.OFF)]
     if refusals:
         raise NotImplementedError(" ".join(refusals[0].split()))
 

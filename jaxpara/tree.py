@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxpara import compat
 
 Where = str | re.Pattern[str] | Callable[[str, Any], bool] | None
 IsLeaf = Callable[[Any], bool] | None
@@ -61,6 +64,40 @@ def shapes_of(tree: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     return jax.tree.map(one, tree)
+
+
+class _Text(str):
+    """Text that prints without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _has_numbers(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array | np.ndarray) or compat.is_tracer(leaf):
+        return False
+    gone = isinstance(leaf, jax.Array) and leaf.is_deleted()
+    return not gone and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def short(tree: Any, most: int = 0) -> str:
+    """A tree as text, with types such as `float32[8,3]` in place of arrays.
+
+    Args:
+      tree: any pytree.
+      most: arrays of up to this many numbers are printed as they are.
+
+    Returns:
+      The text.
+    """
+
+    def one(leaf):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            return leaf
+        if leaf.size <= most and _has_numbers(leaf):
+            return _Text(np.asarray(leaf))
+        return _Text(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
+
+    return repr(jax.tree.map(one, tree))
 
 
 def matcher(where: Where) -> Callable[[str, Any], bool]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxpara import compat, jaxprs
@@ -14,14 +15,15 @@ from jaxpara.recurrence.lanes import shaped
 from jaxpara.recurrence.solve import cost, explicit_meshes, fused
 from jaxpara.recurrence.solve.body import SOLVE_NAME, Body
 from jaxpara.recurrence.solve.claimed_structure import require
-from jaxpara.recurrence.solve.records import SEQUENTIAL
+from jaxpara.recurrence.solve.problem import Problem, system_of
+from jaxpara.recurrence.solve.records import SEQUENTIAL, SHOOTING
 from jaxpara.recurrence.structure import linear_rules
 from jaxpara.recurrence.structure.jacobian_blocks import block_size, elements, is_number
 from jaxpara.recurrence.structure.kinds import Dense
 from jaxpara.recurrence.structure.proof import Structure, Unchecked, structure_of
 from jaxpara.recurrence.structure.true_derivative import certain, kinked
 from jaxpara.recurrence.system import Choice, Solver
-from jaxpara.recurrence.traced_scan import Traced, trace
+from jaxpara.recurrence.traced_scan import Traced, need_order, trace
 from pallas_kernels import unfit
 
 DERIVATIVES = ("general", "reverse")
@@ -59,10 +61,18 @@ def explain_choice(
     Raises:
       TypeError, ValueError: as for `newton_scan`.
     """
+    need_order(f, init, "explain_choice(step, init, xs)")
     found = []
 
     def look(init, xs):
-        found.append(decide(trace(f, init, xs, length, reverse, 1), solver, derivative))
+        traced = trace(f, init, xs, length, reverse, 1)
+        choice = decide(traced, solver, derivative)
+        if isinstance(solver, Solver) and (why := _no_kernel(traced, choice, reverse)):
+            # As `fused` does, which finds out while it runs.
+            instead = SHOOTING._replace(settings=solver.settings)
+            reason = f"fused was asked for, but no kernel runs: {why}"
+            choice = choice._replace(solver=instead, reason=reason, refused=True)
+        found.append(choice)
 
     jax.eval_shape(look, init, xs)
     return found[0]
@@ -156,6 +166,7 @@ def decide(traced: Traced, solver: Solver | Auto | None, derivative: str | None)
         traced.length,
         reason,
         refused=too_dear is not None,
+        block=size,
     )
 
 
@@ -205,6 +216,21 @@ def _step_by_step(traced: Traced, axis: str | None, why: str) -> Choice:
             "gather the sequence first"
         )
     return Choice(None, "general", None, (), False, False, False, traced.length, why)
+
+
+def _no_kernel(traced: Traced, choice: Choice, reverse: bool) -> str | None:
+    """Why a choice of `fused` gives way to `shooting`, or None."""
+    if choice.solver is None or choice.solver.solve is not fused.fused:
+        return None
+    body, settings = traced.body, choice.solver.settings
+    if explicit_meshes.explicit_mesh(explicit_meshes.avals_of(body.jaxpr)[0]) is not None:
+        return explicit_meshes.no_kernel(body.jaxpr) or _refusal(body)
+    state = [traced.init[i] for i in body.floats]
+    others = [traced.init[i] for i in body.others]
+    ahead = [jnp.broadcast_to(leaf, (traced.length, *leaf.shape)) for leaf in others]
+    rows = [*ahead, *traced.xs] or [jnp.zeros((traced.length, 0), jnp.float32)]
+    problem = Problem(body, choice, reverse, 1)
+    return fused.obstacle(system_of(problem, traced.consts, state, rows), settings)
 
 
 @functools.lru_cache(maxsize=512)

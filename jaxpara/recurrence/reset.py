@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxpara.recurrence.traced_scan import need_order
+
 
 def with_reset(
     f: Callable[[Any, Any], tuple[Any, Any]], init: PyTree
@@ -27,8 +29,10 @@ def with_reset(
       batch axes that it shares with every leaf of the carry.
 
     Raises:
-      TypeError: `reset` is not boolean. ValueError: its shape does not lead the carry's.
+      TypeError: `f` and `init` are in each other's place; `reset` is not boolean.
+      ValueError: the shape of `reset` does not lead the carry's.
     """
+    need_order(f, init, "with_reset(step, init)")
 
     def step(carry, inputs):
         reset, x = inputs

@@ -21,6 +21,7 @@ from jaxpara.recurrence.solve.problem import Problem
 from jaxpara.recurrence.solve.sequential import sequential
 from jaxpara.recurrence.system import Solver
 from jaxpara.recurrence.traced_scan import Traced, trace
+from jaxpara.tree import short
 
 
 class SolveInfo(NamedTuple):
@@ -43,6 +44,10 @@ class SolveInfo(NamedTuple):
     residual: Float[Array, ""]
     fallback_steps: Int[Array, ""]
     starts: PyTree
+
+    def __repr__(self) -> str:
+        fields = (f"{name}={short(value, 4)}" for name, value in self._asdict().items())
+        return f"SolveInfo({', '.join(fields)})"
 
 
 def newton_scan(

@@ -130,8 +130,9 @@ class Choice(NamedTuple):
       vjp_only: the step holds a `custom_vjp`.
       length: number of (local) steps.
       reason: one sentence for `explain_choice`.
-      refused: whether the log says so: a solver that was asked for would take too much, or JAX
-        traced no scan.
+      refused: whether the log says so: a solver that was asked for would take too much or has no
+        kernel for the step, or JAX traced no scan.
+      block: K, the size of the largest block of the Jacobian.
     """
 
     solver: Solver | None
@@ -144,9 +145,13 @@ class Choice(NamedTuple):
     length: int
     reason: str
     refused: bool = False
+    block: int = 1
 
     def __str__(self) -> str:
         if self.solver is None:
             return f"lax.scan with its own derivative: {self.reason}"
         how = self.solver.name
-        return f"{how}, implicit adjoint ({self.derivative}), {self.structure}: {self.reason}"
+        jacobian = f"{type(self.structure).__name__} Jacobian"
+        if self.block > 1:
+            jacobian += f" in blocks of {self.block} x {self.block}"
+        return f"{how}, implicit adjoint ({self.derivative}), {jacobian}: {self.reason}"

@@ -14,6 +14,7 @@ from jax import lax
 from jaxpara import compat, jaxprs
 from jaxpara.recurrence.solve import explicit_meshes
 from jaxpara.recurrence.solve.body import SOLVE_NAME, Body
+from jaxpara.tree import short
 
 
 class Traced(NamedTuple):
@@ -47,6 +48,23 @@ class Traced(NamedTuple):
         return jax.tree.unflatten(self.carry_tree, leaves)
 
 
+def need_order(f: Any, init: Any, order: str = "newton_scan(step, init, xs)") -> None:
+    """Refuses a carry in the place of the step; of other mistakes `lax.scan` speaks itself.
+
+    Args:
+      f, init: as they were given.
+      order: the right call.
+
+    Raises:
+      TypeError: `init` is a function and `f` is none.
+    """
+    if callable(init) and not callable(f):
+        raise TypeError(
+            f"the step is {short(f)} and init a function; expected the step first, a function "
+            f"(carry, x) -> (carry, y): {order}"
+        )
+
+
 def trace(
     f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool
 ) -> Traced:
@@ -54,7 +72,9 @@ def trace(
 
     Raises:
       What `lax.scan` raises for these arguments.
+      TypeError: `f` and `init` are in each other's place.
     """
+    need_order(f, init)
     if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(xs)):
         # Tracing makes arrays of numbers, and `lax.scan` has a message for numbers.
         lax.scan(f, init, xs, length, reverse, unroll)

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.types import Model
+from jaxpara.weights.matrices import matrices_of
+from jaxpara.weights.method import Method
+from jaxpara.weights.weight import is_weight
 
 
 def need_key(key: Any, given_to: str = "attach(key, params)") -> None:
@@ -62,6 +65,30 @@ def need_model(model: Any) -> None:
         raise TypeError(
             f"expected a jp.Model, got {model!r}; a function of parameters is lifted by "
             "jp.lift(function), and its parameters are given to attach(key, params)"
+        )
+
+
+def need_own(own: Sequence[Method], state: Any) -> None:
+    """Refuses a state all of whose weights are of other methods.
+
+    A method over several leaves names their methods itself (`Method.share`), and anything passes.
+
+    Args:
+      own: a reparameterisation's methods.
+      state: to be merged by it.
+
+    Raises:
+      ValueError: it has weights, and none is of these methods.
+    """
+    names, found = [method.name for method in own], []
+    for leaf in jax.tree.leaves(state, is_leaf=is_weight):
+        while is_weight(leaf):
+            found.append(matrices_of(leaf)[0].method.name)
+            leaf = leaf.base
+    if found and not {*names} & {*found} and all(method.share is None for method in own):
+        raise ValueError(
+            f"merge: the state is of {' and '.join(dict.fromkeys(found))}, not of "
+            f"{' and '.join(names)}: give a state that this reparameterisation attached"
         )
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxpara import compat
-from jaxpara.tree import by_path, path_of
+from jaxpara.tree import by_path, path_of, short
 from jaxpara.weights.lazy import array, is_lazy
 from jaxpara.weights.matrices import lazy_leaf, matrices_of
 from jaxpara.weights.pools import is_pooled, resolved
@@ -60,6 +60,10 @@ class _Call(NamedTuple):
     function: Callable[[Any, list[Any]], Any]
     arrays: list[Any]
     signature: Any
+
+
+def _has_weights(tree: Any) -> bool:
+    return any(map(is_weight, jax.tree.leaves(tree, is_leaf=is_weight)))
 
 
 def _is_array(leaf: Any) -> bool:
@@ -153,7 +157,8 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
       TypeError: `function` cannot be called; when called, for an input that is neither an array
-        nor hashable.
+        nor hashable, or a state that does not come first.
+      ValueError: when called, for one of the two parts of a state that `jp.split` makes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxpara as jp
@@ -172,7 +177,12 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def lifted(state, *args, **kwargs):
-        if not any(map(is_weight, jax.tree.leaves(state, is_leaf=is_weight))):
+        if not _has_weights(state):
+            if _is_array(state) and any(map(_has_weights, args)):
+                raise TypeError(
+                    f"lift got {short(state)} first and the state after it; expected "
+                    "jp.lift(function)(state, *inputs)"
+                )
             return function(state, *args, **kwargs)
         call = _bind(function, args, kwargs)
         arguments = call.signature, _signature((state, call.arrays))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxpara.sizes import needed
 from jaxpara.weights.lazy import Atom, Axes, Lazy, arranged, lazy, reshaped
 from jaxpara.weights.method import Method
-from jaxpara.weights.weight import Weight, is_weight, shape_of
+from jaxpara.weights.weight import Weight, dense, is_weight, shape_of
 
 
 class Layout(NamedTuple):
@@ -166,6 +166,15 @@ def matrices_of(leaf: Any) -> tuple[Any, Axes | None]:
     if is_weight(leaf) and leaf.method.effective is _effective:
         return leaf.base, leaf.method.settings
     return leaf, None
+
+
+def merged(leaf: Any) -> Any:
+    """What is deployed of a leaf of a state: an array, or a weight of integers with scales."""
+    leaf, axes = matrices_of(leaf)
+    if not is_weight(leaf) or leaf.method.merge is None:
+        return put_back(dense(leaf), axes)
+    base = jnp.asarray(dense(leaf.base))
+    return put_back(leaf.method.merge(leaf.method.settings, base, leaf.parts), axes)
 
 
 def lazy_leaf(leaf: Weight, path: str) -> Lazy:

@@ -6,14 +6,15 @@ from typing import Any
 
 import jax
 
+from jaxpara.weights.unlifted import Unlifted
 from jaxpara.weights.weight import is_weight
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("params", "pools"), meta_fields=()
 )
-@dataclasses.dataclass(frozen=True)
-class Pooled:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pooled(Unlifted):
     """Parameters some of whose weights have parts in common.
 
     Attributes:
@@ -38,6 +39,9 @@ def resolved(state: Any) -> Any:
 
     Returns:
       The tree. Each weight of a pool holds it, so its gradient is the sum over these weights.
+
+    Raises:
+      ValueError: the state is one of the two parts that `jp.split` makes.
     """
 
     def of(pools):
@@ -50,11 +54,23 @@ def resolved(state: Any) -> Any:
         return one
 
     def opened(node):
+        _need_whole(node)
         if not is_pooled(node):
             return node
         return jax.tree.map(of(node.pools), node.params, is_leaf=is_weight)
 
     return jax.tree.map(opened, state, is_leaf=lambda node: is_pooled(node) or is_weight(node))
+
+
+def _need_whole(node: Any) -> None:
+    """Refuses a weight with the holes that `jp.split` leaves."""
+    if is_weight(node) or is_pooled(node):
+        leaves = jax.tree.leaves(node, is_leaf=lambda leaf: leaf is None)
+        if any(leaf is None for leaf in leaves):
+            raise ValueError(
+                "this state lacks the leaves that jp.split put into its other part: give "
+                "jp.combine(trained, frozen)"
+            )
 
 
 def unresolved(weight: Any) -> Any:

@@ -17,7 +17,7 @@ from jaxpara.types import Key, Model, Params
 from jaxpara.weights import arguments, notice, trained
 from jaxpara.weights.lazy import Axes
 from jaxpara.weights.lift import Report, lift, report
-from jaxpara.weights.matrices import Layout, axes_for, in_matrices, matrices_of, put_back
+from jaxpara.weights.matrices import Layout, axes_for, in_matrices, matrices_of, merged, put_back
 from jaxpara.weights.method import Method, without_window
 from jaxpara.weights.parts import owned
 from jaxpara.weights.pools import Pooled, resolved, unresolved
@@ -281,18 +281,14 @@ class Reparam(NamedTuple):
           state: from `attach`.
 
         Returns:
-          The tree; `lift` runs it.
+          The tree: of arrays, which need no jaxpara, or of `Weight`s with integers, which are used
+          through `lift`.
+
+        Raises:
+          ValueError: another reparameterisation attached the state; it is one part of a `split`.
         """
-
-        def one(leaf):
-            leaf, axes = matrices_of(leaf)
-            if not is_weight(leaf) or leaf.method.merge is None:
-                return put_back(dense(leaf), axes)
-            base = jnp.asarray(dense(leaf.base))
-            merged = leaf.method.merge(leaf.method.settings, base, leaf.parts)
-            return put_back(merged, axes)
-
-        return jax.tree.map(one, resolved(state), is_leaf=is_weight)
+        arguments.need_own([member.method for member in self.members], state)
+        return jax.tree.map(merged, resolved(state), is_leaf=is_weight)
 
     def report(self, state: Any, function: Callable[..., Any], *inputs: Any) -> Report:
         """Every use of every matched leaf: by a rule, or densified.

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpara.tree import short
 from jaxpara.weights.factors import product, spread
 from jaxpara.weights.method import Method
 from jaxpara.weights.precision import narrowed, unfused, wide
+from jaxpara.weights.unlifted import Unlifted
 
 
 @functools.partial(
@@ -18,8 +20,8 @@ from jaxpara.weights.precision import narrowed, unfused, wide
     data_fields=("base", "parts"),
     meta_fields=("method", "shared"),
 )
-@dataclasses.dataclass(frozen=True)
-class Weight:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Weight(Unlifted):
     """A weight that is computed from a base and parts.
 
     Attributes:
@@ -33,6 +35,11 @@ class Weight:
     parts: dict[str, Any]
     method: Method
     shared: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        shared = f", shared={self.shared}" if self.shared else ""
+        parts = f"base={short(self.base)}, parts={short(self.parts)}"
+        return f"Weight({self.method.name}: {parts}{shared})"
 
 
 def is_weight(leaf: Any) -> bool:

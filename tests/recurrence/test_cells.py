@@ -357,6 +357,23 @@ def test_bad_input_says_what_was_given_and_what_is_expected(call, message):
         call()
 
 
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda cell, params: cell.start(params, 4), r"batch_shape=4; .*start\(params, \(4,\)\)"),
+        (
+            lambda cell, params: cells.run(params, cell, jnp.zeros((2, 4)), jnp.zeros((9, 2, 3))),
+            r"got a dict in place of the cell; the cell comes first: expected run\(cell, params, ",
+        ),
+    ],
+)
+def test_arguments_of_cells_in_another_order_are_named(call, message):
+    cell = cells.para_gru(3, 4)
+    with pytest.raises(TypeError, match=message):
+        call(cell, cell.init(jax.random.key(0)))
+
+
 @pytest.mark.parametrize("decays", [(0.5, 0.5), (-1.5, 1.0), (0.0, 1.01)])
 def test_decays_out_of_order_or_beyond_one_are_refused(decays):
     with pytest.raises(ValueError, match="-1 <= low < high <= 1"):

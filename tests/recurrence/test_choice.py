@@ -13,6 +13,7 @@ import jaxpara as jp
 from experiments.fit_choice import fit
 from jaxpara import compat
 from jaxpara.recurrence import choice, rule
+from jaxpara.recurrence.solve import linear_kernel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -172,6 +173,58 @@ def test_the_explanation_is_of_what_runs():
     assert choice.solver == jp.newton(linear="sequential")  # what is best on a CPU
     assert isinstance(choice.structure, jp.structure.Diagonal) and not choice.refused
     assert "newton" in str(choice) and "asked for" in str(choice)
+
+
+def dense_step(h, x):
+    h = jnp.tanh(h @ jnp.full((4, 4), 0.1) + x[0])
+    return h, h
+
+
+# What the log says of a step that no kernel takes, and of a platform without kernels.
+NO_KERNEL = {
+    "a product": (dense_step, {}, r"no kernel runs: the step uses 'dot_general' at .*test_choice"),
+    "a product, by XLA": (dense_step, {"implementation": "xla"}, "uses 'dot_general'"),
+    "the platform": (gru_step, {}, r"no kernel runs: there is none for the platform 'cpu'$"),
+    "the window": (
+        gru_step,
+        {"implementation": "mosaic_tpu_interpret", "window": 10**6},
+        r"no kernel runs: mosaic_tpu_interpret: .*1000000",
+    ),
+    "none": (gru_step, {"implementation": "xla"}, "^fused.*: asked for$"),
+}
+
+
+@pytest.mark.parametrize("name", NO_KERNEL)
+def test_the_explanation_of_fused_says_what_the_log_says(name, caplog, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    step, options, says = NO_KERNEL[name]
+    linear_kernel.say.cache_clear()
+    shapes = jax.eval_shape(lambda: (jnp.zeros((2, 4)), gates(10**6, 2, 4)))
+    solver = jp.fused(**options)
+    found = jp.explain_choice(step, *shapes, solver=solver)
+    assert re.search(says, str(found)) and not caplog.records
+    assert found.refused == (name != "none")
+    jax.eval_shape(lambda *call: jp.newton_scan(step, *call, solver=solver), *shapes)
+    said = [r.message for r in caplog.records]
+    why = found.reason.removeprefix("fused was asked for, but no kernel runs: ")
+    assert said == ([f"no kernel runs, shooting instead: {why}"] if found.refused else [])
+    assert found.solver is not None and found.solver.name == ("shooting" if said else "fused")
+
+
+def test_a_gain_is_worded_as_speed_and_a_jacobian_by_its_blocks(monkeypatch):
+    point = {"block": 2, "steps": 64, "elements": 8, "inputs": 1, "speedup": {"implicit": 1.03}}
+    measured = {"points": [point], "device": "a machine", "jax": "0.12.0"}
+    monkeypatch.setattr(rule, "_map", lambda platform: measured)
+    call = gru_step, jnp.zeros((2, 4)), gates(64, 2, 4)
+    scan = str(jp.explain_choice(*call, solver=jp.auto(platform="cpu")))
+    assert "sequential is only 1.03 times as fast as lax.scan with its own derivative" in scan
+    point["speedup"]["implicit"] = 3.6
+    gain = str(jp.explain_choice(*call, solver=jp.auto(platform="cpu")))
+    assert "Diagonal Jacobian: 3.6 times as fast as lax.scan with its own" in gain
+    both = lambda carry, x: ((jnp.sin(carry[0] + carry[1]), carry[0]), None)  # noqa: E731
+    pair = (jnp.zeros(4), jnp.zeros(4))
+    blocks = str(jp.explain_choice(both, pair, jnp.zeros(64), solver=jp.shooting()))
+    assert "Block Jacobian in blocks of 2 x 2: asked for" in blocks and "(" not in blocks[30:]
 
 
 def test_auto_equals_lax_scan_in_values_and_gradients():

@@ -93,7 +93,7 @@ def test_a_dense_cell_of_256_units_is_the_very_program_of_lax_scan(name):
     # The negative control: without a limit the solver is there.
     forced = PARALLEL[name](limit=math.inf)
     assert program(lambda *a: jp.newton_scan(*a, solver=forced)) != program(lax.scan)
-    assert jp.explain_choice(step(weights), init, xs, solver=forced).reason == "asked for"
+    assert "limit" not in jp.explain_choice(step(weights), init, xs, solver=forced).reason
 
 
 @pytest.mark.parametrize("solver", [jp.shooting(), jp.newton(), jp.quasi_newton()])

@@ -135,3 +135,16 @@ def test_the_info_of_a_solve_names_what_the_documents_say():
     assert info.starts.shape == (8, 3)
     _, again = jp.solve_scan(step, jnp.ones(3), xs, solver=jp.shooting(chunks=8), guess=info.starts)
     assert again.iterations == 1
+
+
+def test_the_info_of_a_solve_prints_as_one_line():
+    def solve(xs):
+        return jp.solve_scan(step, jnp.ones(3), xs, solver=jp.shooting(chunks=8))[1]
+
+    xs = jax.random.normal(KEY, (64, 3))
+    text = repr(solve(xs))
+    assert text.startswith("SolveInfo(converged=True, iterations=") and "\n" not in text
+    assert text.endswith("starts=float32[8,3])")
+    assert "converged=bool[5]" in repr(jax.vmap(solve)(jnp.stack([xs] * 5)))
+    assert "residual=float32[]" in repr(jax.eval_shape(solve, xs))
+    assert len(jax.tree.leaves(solve(xs))) == 5 and solve(xs)._replace(starts=None).starts is None

@@ -209,6 +209,17 @@ def test_explain_choice_says_what_and_why():
     assert ":" in text and len(text.split(":", 1)[1]) > 10
 
 
+@pytest.mark.untyped
+@pytest.mark.parametrize("call", [jp.newton_scan, jp.solve_scan, jp.explain_choice])
+def test_a_step_behind_the_carry_is_put_first(call):
+    step, carry = lambda h, x: (jnp.sin(h + x), h), jnp.zeros(3)
+    order = r"the step is float32\[3\] and init a function; expected .*\(step, init"
+    with pytest.raises(TypeError, match=order):
+        call(carry, step, jnp.ones((9, 3)))
+    with pytest.raises(TypeError, match=order):
+        jp.with_reset(carry, step)
+
+
 def test_a_wrong_structure_is_caught_by_debug():
     weights = 0.3 * np.ones((WIDTH, WIDTH), np.float32)
     f = lambda h, x: (jnp.tanh(h @ weights + x), h)  # noqa: E731

@@ -6,7 +6,7 @@ over them trains about twice as fast as a scan over one `[time, batch, gates, hi
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,8 +48,15 @@ def run(
       The carry after the last step, and the outputs `[time, *batch, hidden]`.
 
     Raises:
+      TypeError: if `cell` is no cell.
       ValueError: if `reset` does not have the leading axes of `x`.
     """
+    if not hasattr(cell, "project"):
+        order = "; the cell comes first" if hasattr(params, "project") else ""
+        raise TypeError(
+            f"run got a {type(cell).__name__} in place of the cell{order}: expected "
+            "run(cell, params, carry, x)"
+        )
     gates = cell.project(params, x)
     if reset is None:
         return scan(lambda carry, gates_t: cell.step(params, carry, gates_t), carry, gates)
@@ -135,6 +142,11 @@ def assemble(
         return params
 
     def start(params, batch_shape):
+        if not isinstance(batch_shape, Iterable):
+            raise TypeError(
+                f"start got batch_shape={batch_shape!r}; expected a tuple, such as "
+                f"cell.start(params, ({batch_shape!r},)), or () for one sequence"
+            )
         # At least float32 whatever the parameters are stored in.
         dtype = jnp.promote_types(params["bias"].dtype, jnp.float32)
         zero = jnp.zeros((*batch_shape, *units), dtype)

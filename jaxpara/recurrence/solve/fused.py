@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxpara.recurrence.kernel.elementwise import prepare
 from jaxpara.recurrence.lanes import vary_like
 from jaxpara.recurrence.solve import explicit_meshes, sharded_time
-from jaxpara.recurrence.solve.linear_kernel import KERNELS, say
+from jaxpara.recurrence.solve.linear_kernel import KERNELS, in_words, say
 from jaxpara.recurrence.solve.shooting import shooting
 from jaxpara.recurrence.solve.tangent_leaves import floating
 from jaxpara.recurrence.system import Leaves, Settings, Solution, System
@@ -29,10 +29,19 @@ def fused(system: System, settings: Settings, guess: Leaves | None = None) -> So
     try:
         return _by_kernel(system, settings)
     except NotImplementedError as refusal:
-        say(str(refusal), "shooting")
+        say(in_words(refusal), "shooting")
     if guess is not None and guess[0].shape[0] == 1:
         guess = None  # of a solve that did run in a kernel
     return shooting(system, settings, guess)
+
+
+def obstacle(system: System, settings: Settings) -> str | None:
+    """Why `shooting` runs instead, found by tracing the kernel, or None; arguments as for that."""
+    try:
+        jax.eval_shape(lambda: _by_kernel(system, settings).states)
+    except NotImplementedError as refusal:
+        return in_words(refusal)
+    return None
 
 
 def _by_kernel(system: System, settings: Settings) -> Solution:
@@ -133,7 +142,7 @@ def gradients(
             implementation=settings.implementation or KERNELS,
         )
     except NotImplementedError as refusal:
-        say(str(refusal), "chunked adjoint")
+        say(in_words(refusal), "chunked adjoint")
         return None
     found = vary_like(found, states)
 

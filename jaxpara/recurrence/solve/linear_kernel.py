@@ -14,15 +14,31 @@ from jaxpara.recurrence.solve import explicit_meshes, jacobian_products
 from jaxpara.recurrence.structure.jacobian_blocks import block_size
 from jaxpara.recurrence.system import Leaves
 from pallas_kernels import linear_recurrence
+from pallas_kernels.dispatch import PLATFORMS
 
 # Tried if no implementation is asked for; without "xla", whose place the caller's own path takes.
 KERNELS = ("mosaic_gpu", "mosaic_tpu")
 
 
+OFF = "no kernel runs"
+
+
+def in_words(refusal: NotImplementedError) -> str:
+    """Why no kernel takes a call, in one line: of several, what those of this platform say."""
+    reasons = getattr(refusal, "reasons", None)
+    if reasons is None:
+        return " ".join(str(refusal).split())
+    platform = jax.default_backend()
+    here = {n: e for n, e in reasons.items() if platform in PLATFORMS.get(n, (platform,))}
+    if not here:
+        return f"there is none for the platform {platform!r}"
+    return " ".join("; ".join(f"{name}: {error}" for name, error in here.items()).split())
+
+
 @functools.cache
 def say(refusal: str, instead: str) -> None:
     """Logs why a kernel does not run, once."""
-    logging.getLogger("jaxpara").warning("kernel=off, %s instead: %s", instead, refusal)
+    logging.getLogger("jaxpara").warning("%s, %s instead: %s", OFF, instead, refusal)
 
 
 def solve(
@@ -55,7 +71,7 @@ def solve(
             return _blocks(operator, b, init, run)
         raise NotImplementedError("a Jacobian that is not materialised")
     except NotImplementedError as refusal:
-        say(str(refusal), "chunked linear recurrence")
+        say(in_words(refusal), "chunked linear recurrence")
         return None
 
 
