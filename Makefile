@@ -26,7 +26,7 @@ setup: ## make or refresh the environment in .venv
 	@sh tools/setup.sh $(VENV)
 
 run: setup ## train the default language model (ARGS="steps=4000" and other Hydra overrides)
-	$(PY) -m experiments.train experiment=lm $(ARGS)
+	$(PY) -m experiments.train $(if $(findstring experiment=,$(ARGS)),,experiment=lm) $(ARGS)
 
 test: setup ## run all tests (on a CPU; the GPU ones are skipped), two processes, a file to each
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)

@@ -26,11 +26,13 @@ from experiments.contest.contest import Row, contest
 from experiments.contest.machine import machine
 from experiments.contest.recurrence_problem import PASSES, make_problem
 from experiments.contest.rivals import RIVALS
-from experiments.run import figures, folders, records, trust
+from experiments.run import figures, folders, opening, records, trust
 from experiments.run.plain_files import write_text
 from experiments.run.progress import clock
 from experiments.shell.commandline import command, guarded
 
+# What a folder of times holds, see `opening.WRITTEN`.
+WRITTEN = (bench_rows.TABLE, "results.md", "results.png", folders.SUMMARY, folders.ENVIRONMENT)
 COLUMNS = (
     "T, B, D",
     "pass",
@@ -258,7 +260,7 @@ def place(cfg: DictConfig, folder: Path) -> Path:
     trust.check_links(folder, written=True)
     found = None if cfg.fresh else bench_rows.find(folder, cfg)
     if found is None:
-        folders.open_run(folder, cfg)
+        opening.open_run(folder, cfg, writes=WRITTEN)
         return folder
     if found != folder:
         records.discard(folder)

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.adapt.shared_numbers import unused
-from experiments.run import folders, trust
+from experiments.run import folders, opening, trust
 from experiments.run.folder_arguments import PLACES, quote_folders
 from experiments.run.plain_files import replacing
 from experiments.run.resuming import resume_arguments
@@ -135,7 +135,7 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
 def _copy(twin: Path, folder: Path, cfg: DictConfig) -> None:
     """Copies the run of a twin under this config and marks it."""
     trust.check_links(folder, written=True)
-    folders.open_run(folder, cfg)
+    opening.open_run(folder, cfg)
     with replacing(folder / folders.METRICS) as part:
         shutil.copyfile(twin / folders.METRICS, part)
     summary = folders.read_summary(twin)

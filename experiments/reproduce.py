@@ -32,6 +32,7 @@ from experiments.run import unicode
 from experiments.run.folders import REPOSITORY, RunError, read_summary
 from experiments.run.tables import show
 from experiments.shell.explanations import explain
+from experiments.shell.overrides import replaced
 
 EXPERIMENTS = REPOSITORY / "experiments" / "conf" / "experiment"
 COMMAND = re.compile(r"# python -m (experiments\.\w+)(.*)")
@@ -139,7 +140,9 @@ def read_head(path: Path) -> dict[str, Trial]:
     def trial(more: list[str], minutes: str, figures: str) -> Trial:
         own = [one for one in more if not one.startswith(FIRST)]
         theirs = [one.removeprefix(FIRST) for one in more if one.startswith(FIRST)]
-        found = Trial(module, overrides.split() + own, float(minutes), read_figures(figures))
+        found = Trial(
+            module, replaced(overrides.split(), own), float(minutes), read_figures(figures)
+        )
         if before is None:
             if theirs:
                 raise ValueError(
@@ -149,7 +152,7 @@ def read_head(path: Path) -> dict[str, Trial]:
             return found
         # Its folder and `from=` are for users who type the commands.
         given = [one for one in before[1].split() if not one.startswith("hydra.run.dir=")]
-        return found._replace(first=Trial(before[0], given + theirs, found.minutes, []))
+        return found._replace(first=Trial(before[0], replaced(given, theirs), found.minutes, []))
 
     try:
         return {

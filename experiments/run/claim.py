@@ -26,18 +26,26 @@ LOCK, HOLDER = ".lock", ".lock.json"
 _HELD: dict[Path, tuple[int, int]] = {}
 
 
+class InUse(RunError):
+    """Another process holds the folder: nothing may be written to it."""
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Locks a run's folder, which is made if missing; nothing is written if its links lead out.
 
     Args:
-      folder: of the run.
+      folder: of the run. One that this process has locked already stays locked.
 
     Raises:
-      RunError: another process holds it, it cannot be written to, or as `trust.check_links`; at
-        once.
+      InUse: another process holds it; at once.
+      RunError: it cannot be written to, or as `trust.check_links`.
     """
     trust.check_links(folder, written=True)
+    if folder in _HELD:
+        check_ours(folder)
+        yield
+        return
     lock = FileLock(folder / LOCK)
     try:
         _take(folder, lock)
@@ -67,7 +75,7 @@ def _take(folder: Path, lock: FileLock) -> None:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
         write_text(regular(folder / HOLDER), json.dumps(about) + "\n")
     except Timeout:  # an OSError, so before it
-        raise RunError(
+        raise InUse(
             f"{folder} is in use{_holder(folder)}, and only one process at a time trains in a "
             "folder: wait for it, stop it, or give another folder"
         ) from None
@@ -75,6 +83,33 @@ def _take(folder: Path, lock: FileLock) -> None:
         raise RunError(
             f"{folder} cannot be written to: {error.strerror}; give another hydra.run.dir"
         ) from error
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process trains in a folder at this moment.
+
+    Args:
+      folder: of a run; nothing is written.
+    """
+    if folder in _HELD or not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # no locks, or not ours to open: nobody is kept out
+        return False
+
+
+def unclaim(folder: Path) -> None:
+    """Takes the lock's files out of a folder that is to be removed.
+
+    Args:
+      folder: which this process holds; the next process makes new ones.
+    """
+    for name in (LOCK, HOLDER):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _number(path: Path) -> tuple[int, int]:

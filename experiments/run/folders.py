@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,9 +16,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.run import records
-from experiments.run.folder_arguments import TRUST
-from experiments.run.plain_files import aside, printable, read_text, replacing, write_text
+from experiments.run.plain_files import aside, printable, read_text, write_text
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
@@ -155,41 +152,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def open_run(folder: Path, cfg: DictConfig) -> None:
-    """Writes the config, tokenizer and environment of a run before it begins.
-
-    `trust=` is not written: a folder cannot grant trust.
-
-    Args:
-      folder: made if missing.
-      cfg: the composed config.
-
-    Raises:
-      RunError: the folder already holds a run, or the config could not be read back.
-    """
-    if (folder / CONFIG).exists():
-        raise RunError(
-            f"{folder} already holds a run, and each run needs its own folder: "
-            "leave hydra.run.dir out, or give a folder that does not exist; "
-            f"`python -m experiments.train resume={folder}` continues it"
-        )
-    kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key != TRUST])
-    check_inert(OmegaConf.to_container(kept, resolve=True), "the config")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = OmegaConf.select(cfg, "data.tokenizer")
-    if tokenizer is not None and Path(tokenizer).is_file():
-        with replacing(folder / TOKENIZER) as part:
-            shutil.copyfile(tokenizer, part)
-    write_text(folder / CONFIG, OmegaConf.to_yaml(kept, resolve=True))
-    records.write(folder, cfg)
-    write_json(folder / ENVIRONMENT, environment())
-
-
 def reopen_run(folder: Path, moved: DictConfig | None = None) -> None:
     """Records that a run continues, on which machine and with which versions.
 
     Args:
-      folder: of a run that `open_run` opened.
+      folder: of a run that `opening.open_run` opened.
       moved: its config, if its data is in another place now.
     """
     if moved is not None:
@@ -349,11 +316,11 @@ def load_config(folder: Path) -> DictConfig:
       folder: from `find_run`.
 
     Returns:
-      The config that `open_run` wrote: only values, no interpolations.
+      The config that `opening.open_run` wrote: only values, no interpolations.
 
     Raises:
       RunError: the file is missing, truncated or not a config, or it holds an interpolation, which
-        `open_run` never writes.
+        `opening.open_run` never writes.
     """
     path = folder / CONFIG
     cfg = read_yaml(path)

@@ -24,25 +24,32 @@ FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 class Notes(Callback):
     """Notes which folders a command makes: `hydra.callbacks.notes` in the config."""
 
-    made: Collection[Path] = ()  # by this command; empty ones of a user's stay
+    made: Collection[Path] = ()  # by this command, its record among them; a user's own stay
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra makes the run's folder after this."""
         del kwargs
         Notes.made = ()
         with contextlib.suppress(OmegaConfBaseException, OSError):  # Hydra reports it
-            Notes.made = _missing(Path(config.hydra.run.dir))
+            Notes.made = missing(Path(config.hydra.run.dir) / FOLDER)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra makes the sweep's folder after this."""
         del kwargs
         Notes.made = ()
         with contextlib.suppress(OmegaConfBaseException, OSError):
-            Notes.made = _missing(Path(config.hydra.sweep.dir))
+            Notes.made = missing(Path(config.hydra.sweep.dir))
 
 
-def _missing(folder: Path) -> list[Path]:
-    """A folder and those above it that are not there yet."""
+def missing(folder: Path) -> list[Path]:
+    """Lists a folder and those above it that are not there yet.
+
+    Args:
+      folder: of a run, or its record.
+
+    Returns:
+      Absolute paths.
+    """
     whole = Path(os.path.abspath(folder))  # without ".."
     return [path for path in (whole, *whole.parents) if not path.exists()]
 
@@ -68,18 +75,18 @@ def discard(folder: Path, *, made: Collection[Path] | None = None) -> None:
 
     Args:
       folder: empty, or with only a record; any other is left alone.
-      made: the folders that may be removed; None: those that this command has made. Others, even
-        empty ones, are somebody's.
+      made: the folders that may be removed, the record `.hydra` among them, see `missing`; None:
+        those that this command has made. Others, even empty ones, are somebody's.
     """
     ours = Notes.made if made is None else {Path(os.path.abspath(path)) for path in made}
     with contextlib.suppress(OSError):
-        inside = [path.name for path in folder.iterdir()]
-        record = folder / FOLDER
-        if inside == [FOLDER] and all(_is_ours(path) for path in record.iterdir()):
-            for path in record.iterdir():
-                path.unlink()
-            record.rmdir()
         whole = Path(os.path.abspath(folder))
+        record = whole / FOLDER
+        if record in ours and [path.name for path in folder.iterdir()] == [FOLDER]:
+            if all(_is_ours(path) for path in record.iterdir()):
+                for path in record.iterdir():
+                    path.unlink()
+                record.rmdir()
         for path in (whole, *whole.parents):
             if path in ours:
                 path.rmdir()

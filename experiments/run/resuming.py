@@ -34,21 +34,38 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
       started is left as it is.
 
     Raises:
-      RunError: the folder does not hold a run.
+      RunError: the folder does not hold a run, or `hydra.run.dir` gives another one.
     """
+    named = [one for one in arguments if _names_a_folder(one)]
+    if not named:
+        return list(arguments)
     changed = []
-    named = [one for one in arguments if one.partition("=")[0] == "resume"]
-    if named and named[-1].partition("=")[2].lower() not in ("true", "false", ""):
-        arguments = replace_data(arguments)  # the source is the run's
-    for argument in arguments:
+    for argument in replace_data(arguments):  # the source is the run's
         key, _, value = argument.partition("=")
-        if key == "resume" and value.lower() not in ("true", "false", ""):
-            name = value if Path(value).is_dir() else value.strip("'\"")
-            folder = quote_value(str(find_run(name, key="resume")))
-            changed += ["resume=true", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
-        else:
+        if _names_a_folder(argument):
+            folder = find_run(_folder_of(argument), key="resume")
+            place = f"hydra.run.dir={quote_value(str(folder))}"
+            changed += ["resume=true", place, "hydra.output_subdir=null"]
+        elif key.lstrip("+") != "hydra.run.dir":
             changed.append(argument)
+        elif Path(_folder_of(argument)).resolve() != Path(_folder_of(named[0])).resolve():
+            raise RunError(
+                f"{named[0]} continues the run in that folder, and {argument} puts a run into "
+                f"another one:\ngive only {named[0]} to continue it, or only {argument} to start "
+                "a new run there"
+            )
     return changed
+
+
+def _names_a_folder(argument: str) -> bool:
+    key, _, value = argument.partition("=")
+    return key.lstrip("+") == "resume" and value.lower() not in ("true", "false", "")
+
+
+def _folder_of(argument: str) -> str:
+    """Without the quotes of Hydra's grammar, unless the name of the folder has them."""
+    value = argument.partition("=")[2]
+    return value if Path(value).is_dir() else value.strip("'\"")
 
 
 def _plain(node: Any) -> Any:

@@ -83,7 +83,7 @@ def train(
       optimizer: of optax.
       projection: applied to the parameters after each step, or None.
       settings: numbers.
-      folder: of the run, opened by `folders.open_run`.
+      folder: of the run, opened by `opening.open_run`.
       sinks: of numbers, besides `metrics.csv`.
       config: resolved, for the sinks that keep it.
       resume: continue from the folder's last checkpoint, if there is one.

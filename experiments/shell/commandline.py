@@ -22,7 +22,7 @@ from experiments.run.folder_arguments import quoted
 from experiments.run.stopping import noting
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
-from experiments.shell.overrides import misread
+from experiments.shell.overrides import check_repeated, misread
 
 _short = contextvars.ContextVar("short", default=False)  # whether errors end as lines
 
@@ -146,13 +146,18 @@ def command(main: Callable[[], Any]) -> Callable[[], Any]:
       main: decorated by `hydra.main`.
 
     Returns:
-      A function that ends with the exit codes shells expect: 130 after Ctrl-C.
+      A function that ends with the exit codes shells expect: 130 after Ctrl-C. It refuses a key
+      that is given twice.
     """
+
+    def checked() -> Any:
+        check_repeated(sys.argv[1:])
+        return main()
 
     @functools.wraps(main)
     def run() -> Any:
         try:
-            return launch(main)
+            return launch(checked)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None

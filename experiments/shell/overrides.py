@@ -1,10 +1,12 @@
 """Finds overrides that Hydra refuses or ignores without naming them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from experiments.run.folders import RunError
 from experiments.run.names import CONF
 
 
@@ -34,3 +36,57 @@ def misread(arguments: Sequence[str]) -> str | None:
                 f"{', '.join(there)}\nor leave it out for the default"
             )
     return None
+
+
+def check_repeated(arguments: Sequence[str]) -> None:
+    """Refuses a key that is given twice with different values: Hydra takes the last silently.
+
+    Mappings (`+a={b:1} +a={c:2}`), which Hydra merges, may be repeated.
+
+    Args:
+      arguments: of the command line, without the program.
+
+    Raises:
+      RunError: names the key and both arguments.
+    """
+    first: dict[str, str] = {}
+    for argument in arguments:
+        if "=" not in argument or argument.startswith(("-", "~")):  # a flag, or what is deleted
+            continue
+        before = first.setdefault(_key(argument), argument)
+        if before.lstrip("+") == argument.lstrip("+"):
+            continue
+        one, other = _value(before), _value(argument)
+        if one == other or (isinstance(one, dict) and isinstance(other, dict)):
+            continue
+        raise RunError(
+            f"{_key(argument)} is given twice, as {before} and as {argument}:\n"
+            "leave one of them out"
+        )
+
+
+def replaced(arguments: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Adds arguments to a command line in place of those with the same keys.
+
+    Args:
+      arguments: of the command line, without the program.
+      more: further ones.
+
+    Returns:
+      A command line that gives no key twice because of them.
+    """
+    anew = set(map(_key, more))
+    return [one for one in arguments if _key(one) not in anew] + list(more)
+
+
+def _key(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("+")
+
+
+def _value(argument: str) -> Any:
+    """As Hydra reads it; the text itself if that cannot be read yet, such as an unquoted path."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return argument.partition("=")[2]
+    return argument.partition("=")[2] if override.is_sweep_override() else override.value()

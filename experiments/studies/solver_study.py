@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.run import figures, folders, trust
+from experiments.run import figures, folders, opening, trust
 from experiments.shell.commandline import command, guarded
 from experiments.studies.study_figure import draw
 from experiments.tasks.answers import answer_loss, correct, last_answers, share
@@ -33,6 +33,7 @@ from jaxpara.train import init_state, make_step
 from jaxpara.types import Model, Params
 
 EXACT = "exact"
+WRITTEN = ("study.csv", "study.png", folders.SUMMARY, folders.ENVIRONMENT)
 
 
 class Way(NamedTuple):
@@ -228,7 +229,7 @@ def main(cfg: DictConfig) -> None:
         )
         models = {way: model_of(way) for way in ways(list(cfg.solvers), cfg.budgets, cfg.tols)}
         trust.check_links(folder, written=True)
-        folders.open_run(folder, cfg)
+        opening.open_run(folder, cfg, writes=WRITTEN)
         began = time.perf_counter()
         table = folder / "study.csv"
         with table.open("x", newline="", encoding="utf-8") as file:

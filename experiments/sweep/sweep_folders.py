@@ -7,8 +7,10 @@ the whole resolved config. The same command gives the same folders, another conf
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,6 +18,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from experiments.run.folders import CONFIG, RunError
 
 LONGEST = 100  # characters of a readable name; file systems allow 255 bytes
 GIVEN_BY_THE_PATH = ("experiment", "sweep")  # NAME and SWEEP contain these
@@ -108,6 +112,66 @@ def name_sweep(arguments: Sequence[str]) -> list[str]:
         f"hydra.sweep.subdir=${{job_folder:{','.join(map(short, swept))}}}",
     ]
     return given
+
+
+OWN = re.compile(r"\$\{(job_folder:|hydra\.job\.(num|id|override_dirname)\})")  # differ in each job
+EXAMPLE = "'hydra.sweep.subdir=${hydra.job.num}'"
+
+
+def check_places(config: DictConfig) -> None:
+    """Refuses a sweep in a run's folder, and jobs that would share a folder or leave the sweep's.
+
+    Args:
+      config: of a sweep, with Hydra's part.
+
+    Raises:
+      RunError: says what to type.
+    """
+    sweep = config.hydra.sweep
+    if (Path(sweep.dir) / CONFIG).is_file():
+        raise RunError(
+            f"hydra.sweep.dir={sweep.dir} is the folder of a run, for it holds {CONFIG};\n"
+            "a sweep needs a folder of its own, with one in it for each job: give another, or "
+            "leave it out"
+        )
+    given = str(sweep._get_node("subdir")._value())  # its references as they are
+    referred, rest = re.findall(r"\$\{[^}]*\}", given), given
+    while (shorter := re.sub(r"\$\{[^{}]*\}", "x", rest)) != rest:
+        rest = shorter
+    below = not os.path.isabs(rest) and os.pardir not in Path(rest).parts
+    differs = OWN.search(given) or all(
+        re.search(rf"\b{re.escape(short(key))}\b", " ".join(referred)) for key in _swept(config)
+    )
+    if not (below and differs and os.path.normpath(rest or ".") != os.curdir):
+        raise RunError(
+            f"hydra.sweep.subdir={given}: expected a folder below the sweep's, another one for "
+            f"each job;\nleave it out, or type for example {EXAMPLE}"
+        )
+
+
+def _swept(config: DictConfig) -> list[str]:
+    """The keys that vary."""
+    task = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    return [o.get_key_element() for o in task if _is_swept(o)] + [str(key) for key in params]
+
+
+def check_inside(folder: Path, sweep: Path) -> None:
+    """Refuses a job's folder outside of the sweep's, as values in `hydra.sweep.subdir` may make it.
+
+    Args:
+      folder: of the job.
+      sweep: of all jobs.
+
+    Raises:
+      RunError: says what to type.
+    """
+    whole, outer = (Path(os.path.abspath(path)) for path in (folder, sweep))
+    if outer not in whole.parents:
+        raise RunError(
+            f"hydra.sweep.subdir leads to {folder}, which is not below the sweep's {sweep};\n"
+            f"leave it out, or type for example {EXAMPLE}"
+        )
 
 
 def job_folder(*keys: str, _root_: DictConfig) -> str:

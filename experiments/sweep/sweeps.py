@@ -6,6 +6,7 @@ continues it. Repeating the command therefore does the remaining work.
 
 import contextlib
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -18,18 +19,24 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from experiments.run import folders, given_folders, litter, records, trust
+from experiments.run import claim, folders, given_folders, litter, records, trust
 from experiments.run.checks import check_text
 from experiments.run.plain_files import read_text, write_text
 from experiments.run.tables import show
 from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
-from experiments.sweep.sweep_folders import name_sweep
+from experiments.shell.overrides import check_repeated
+from experiments.sweep.sweep_folders import check_inside, check_places, name_sweep
 
 ERROR = "error.txt"
 REFUSED = "refused"  # holds a file for each refused job, which has no folder
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 RECORD = "multirun.yaml"  # Hydra's, of the sweep
+# What to do about jobs that were not run.
+ADVICE = {
+    "refused": "change the settings that the lines above name",
+    "in use": "wait until the other process has ended",
+}
 # The Hydra plugin that each choice needs; all are in the extra `sweeps`.
 PLUGINS = {
     "hydra/launcher=joblib": "hydra_joblib_launcher",
@@ -49,11 +56,11 @@ class Job(NamedTuple):
       number: in the sweep.
       folder: of its run.
       overrides: as Hydra was given them.
-      status: "finished", "finished before", "interrupted", "failed", "refused" before it began, or
-        "no ending" if it was killed or is still running.
+      status: "finished", "finished before", "interrupted", "failed", "refused" before it began,
+        "in use" by another process, or "no ending" if it was killed or is still running.
       figure: by which the run is judged, after its last evaluation; None without one.
       column: the name of that figure.
-      error: one line, for a job that failed or was refused.
+      error: one line, for a job that failed, was refused or is in use.
     """
 
     number: int
@@ -80,9 +87,10 @@ class Announce(Callback):
         HydraConfig.instance().set_config(config)
         with given_folders.ended(HydraConfig.instance()):
             check_text("hydra.sweep.dir", config.hydra.sweep.dir)
+            check_places(config)
             trust.check_links(Path(config.hydra.sweep.dir), written=True)
             with contextlib.suppress(OSError):  # Hydra reports it
-                Announce.before = _stamps(Path(config.hydra.sweep.dir).absolute())
+                Announce.before = _stamps(_place())
 
 
 def _stamps(sweep: Path) -> dict[Path, Stamp]:
@@ -112,36 +120,64 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     """
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return job(cfg)
-    known = HydraConfig.get()
-    folder = Path(known.runtime.output_dir)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        check_inside(folder, _place())
+        with claim.claimed(folder):  # nothing is written to a folder that another process holds
+            _note(folder).unlink(missing_ok=True)
+            return _attempt(cfg, job, folder)
+    except folders.RunError as error:
+        _refuse(folder, "in use" if isinstance(error, claim.InUse) else "refused", str(error))
+        records.discard(folder, made=[folder])  # Hydra has made it
+        return None
+
+
+def _attempt(cfg: DictConfig, job: Callable[[DictConfig], None], folder: Path) -> float | None:
+    """Runs a job in its folder, which is locked; an error is written down."""
     (folder / ERROR).unlink(missing_ok=True)
     if (folder / folders.CONFIG).is_file():
         with open_dict(cfg):
             cfg.resume = True
-    refused = Path(known.sweep.dir) / REFUSED / f"{folder.name}.json"
-    refused.unlink(missing_ok=True)
-    safe = False
+    made = [folder, *records.missing(folder / records.FOLDER)]
     try:
-        trust.check_links(folder, written=True)
-        safe = True
-        records.write(folder, cfg)
         check(cfg)
+        records.write(folder, cfg)
         job(cfg)
     except Exception as error:
         text = explain(error, cfg)
-        said = text or f"{type(error).__name__}: {error}"
-        sys.stdout.flush()
-        if text is not None and not (safe and (folder / folders.CONFIG).is_file()):
-            refused.parent.mkdir(exist_ok=True)
-            job_of = {"number": known.job.num, "overrides": list(known.overrides.task)}
-            folders.write_json(refused, {**job_of, "folder": str(folder), "error": text})
-            records.discard(folder, made=[folder])
-            print(f"error: {said}", file=sys.stderr, flush=True)
+        if text is not None and not (folder / folders.CONFIG).is_file():
+            _refuse(folder, "refused", text)
+            claim.unclaim(folder)
+            records.discard(folder, made=made)
             return None
+        said = text or f"{type(error).__name__}: {error}"
         write_text(folder / ERROR, f"{said}\n\n{traceback.format_exc()}")
+        sys.stdout.flush()
         print(f"error: {said}\nthe traceback is in {folder / ERROR}", file=sys.stderr, flush=True)
         return None
     return judge(folder)[1]
+
+
+def _note(folder: Path) -> Path:
+    """Where it is written why a job did not begin: beside the jobs, for its folder is not ours."""
+    sweep = _place()
+    parts = folder.relative_to(sweep).parts if folder.is_relative_to(sweep) else (folder.name,)
+    return sweep / REFUSED / f"{'+'.join(parts)}.json"
+
+
+def _place() -> Path:
+    """The sweep's folder."""
+    return Path(os.path.abspath(HydraConfig.get().sweep.dir))
+
+
+def _refuse(folder: Path, status: str, error: str) -> None:
+    """Notes and says why a job did not begin."""
+    known, note = HydraConfig.get(), _note(folder)
+    note.parent.mkdir(exist_ok=True)
+    about = {"number": known.job.num, "overrides": list(known.overrides.task), "status": status}
+    folders.write_json(note, {**about, "folder": str(folder), "error": error})
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def judge(folder: Path) -> tuple[str | None, float | None]:
@@ -170,24 +206,34 @@ def jobs_since(sweep: Path, before: Mapping[Path, Stamp]) -> list[Job]:
       The jobs, in order.
     """
     new = {path for path, stamp in _stamps(sweep).items() if before.get(path) != stamp}
-    launched = [path for path in sweep.rglob(str(OVERRIDES)) if path in new]
-    jobs = [_read_job(path, new) for path in launched]
-    jobs += [_read_refused(path) for path in _refusals(sweep) if path in new]
+    notes = [_read_note(path) for path in _refusals(sweep) if path in new]
+    # A job that another process held may have ended meanwhile: its folder tells.
+    known = {job.folder / OVERRIDES: job for job in notes}
+    ended = {path for path, job in known.items() if _has_ended(job)}
+    launched = [path for path in sweep.rglob(str(OVERRIDES)) if path in ended | new]
+    jobs = [_read_job(path, new) for path in launched if path in ended or path not in known]
+    jobs += [job for path, job in known.items() if path not in ended]
     return sorted(jobs, key=lambda job: job.number)
 
 
-def _read_refused(path: Path) -> Job:
+def _read_note(path: Path) -> Job:
     known = folders.read_json(path)
     told = (known["number"], Path(known["folder"]), known["overrides"])
-    return Job(*told, "refused", None, None, known["error"].replace("\n", " "))
+    return Job(*told, known["status"], None, None, known["error"].replace("\n", " "))
+
+
+def _has_ended(job: Job) -> bool:
+    free = job.status == "in use" and not claim.in_use(job.folder)
+    return free and (job.folder / OVERRIDES).is_file()
 
 
 def _read_job(record: Path, new: set[Path]) -> Job:
     folder = record.parent.parent
     status, error = folders.status(folder) or "no ending", None
-    if (folder / ERROR).is_file():
-        status, error = "failed", read_text(folder / ERROR).split("\n")[0]
-    elif status == "finished" and folder / folders.SUMMARY not in new:
+    failure, summary = folder / ERROR, folder / folders.SUMMARY
+    if failure.is_file() and not (status == "finished" and _is_newer(summary, failure)):
+        status, error = "failed", read_text(failure).split("\n")[0]
+    elif status == "finished" and summary not in new:
         status = "finished before"
     overrides = []
     with contextlib.suppress(folders.RunError):  # a damaged record costs the row its second column
@@ -196,6 +242,10 @@ def _read_job(record: Path, new: set[Path]) -> Job:
     # The file is long, and OmegaConf is slow to read it.
     number = re.search(r"^    num: (\d+)$", read_text(record.with_name("hydra.yaml")), re.M)
     return Job(int(number[1]) if number else 0, folder, overrides, status, figure, column, error)
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    return path.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 def report(sweep: Path, jobs: Sequence[Job]) -> bool:
@@ -226,8 +276,11 @@ def report(sweep: Path, jobs: Sequence[Job]) -> bool:
         print("next:")
         print(f"  python -m experiments.compare runs={shown}")
         print(f"  python -m experiments.plot runs={shown}")
-    if len(done) < len(jobs):
-        print(f"{len(jobs) - len(done)} of {len(jobs)} jobs are not finished: repeat the command")
+    for ending, advice in ADVICE.items():
+        if found := sum(job.status == ending for job in jobs):
+            print(f"{found} of {len(jobs)} jobs are {ending}: {advice}")
+    if left := sum(job not in done and job.status not in ADVICE for job in jobs):
+        print(f"{left} of {len(jobs)} jobs are not finished: repeat the command")
         print("to run them from their last checkpoints; finished jobs are not run again")
     return len(done) == len(jobs)
 
@@ -281,6 +334,7 @@ def start(
     HydraConfig.instance().cfg = None  # of an earlier program in this process
 
     def prepared() -> None:
+        check_repeated(sys.argv[1:])
         sys.argv[1:] = name_sweep(prepare(sys.argv[1:]))
 
     Announce.before, code = {}, None
@@ -301,7 +355,7 @@ def start(
         traceback.print_exc()
         code = 1
     if _sweeps():
-        sweep = Path(HydraConfig.get().sweep.dir).absolute()
+        sweep = _place()
         jobs = jobs_since(sweep, Announce.before)
         if not (jobs and report(sweep, jobs)):
             code = code or (1 if jobs else "error: the sweep has begun no job: give values")

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import tasks, train
 from experiments.run import checkpoints, metrics
+from experiments.shell.overrides import replaced
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/contributing/task.md").read_text()
 
@@ -52,7 +53,9 @@ def test_the_command_trains_and_continues(followed, monkeypatch, capsys):
     few = ["steps=4", "eval_every=2", "batch_size=4", "task.length=4", "task.test_length=5"]
     conf = f"hydra.searchpath=[file://{followed}/experiments/conf]"
     monkeypatch.setattr(
-        sys, "argv", ["train", *shlex.split(command), *few, f"hydra.run.dir={folder}", conf]
+        sys,
+        "argv",
+        ["train", *replaced(shlex.split(command), few), f"hydra.run.dir={folder}", conf],
     )
     train.main()
     assert "right at length 5" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from experiments.contest import bench_figure, bench_rows
 from experiments.contest.contest import REFERENCE, Row
 from experiments.run import folders
 from experiments.run.folders import RunError
+from experiments.shell.overrides import replaced
 from tests.experiments.programs import ending
 
 SUITE = ["suite.shapes=[[4,1,2],[8,1,2]]", "suite.rivals=[]", "rounds=3", "budget_s=0.1"]
@@ -79,7 +80,7 @@ def test_other_work_has_a_folder_of_its_own(tmp_path, contests, monkeypatch):
     asked, _ = contests
     place = f"hydra.run.dir={tmp_path / 'run'}"
     assert ending(bench, tmp_path, *SUITE, place) is None
-    assert "already holds a run" in ending(bench, tmp_path, *SUITE, "rounds=4", place)
+    assert "already holds a run" in ending(bench, tmp_path, *replaced(SUITE, ["rounds=4"]), place)
     here = f"hydra.run.dir={tmp_path / 'other'}"
     assert ending(bench, tmp_path, *SUITE, "seed=1", here) is None and len(asked) == 8
     monkeypatch.setattr(folders, "_git", lambda *arguments: "1" * 40)  # other code

@@ -17,6 +17,7 @@ from experiments import evaluate, generate, train
 from experiments.run import checkpoints, folders, metrics
 from experiments.run.trainer import metric_columns
 from experiments.shell.build import build, build_model, make
+from experiments.shell.overrides import replaced
 from experiments.text.language_model import SOLVER_COLUMNS
 from tests.experiments.programs import call
 
@@ -203,7 +204,11 @@ def test_generate_streams_a_continuation_of_the_prompt(finished, capsys):
         (train, ["window=99999", "data.root={text}"], "error: a window of 99999 . 1 tokens"),
         (train, ["check.length=99999", "data.root={text}"], "error: held-out text: a window of"),
         (train, [*TINY, "data.root={text}", "accumulate=4"], "accumulate=4 does not divide batch_"),
-        (train, [*TINY, "data.root={text}", "log_every=0"], "error: log_every=0: expected a whole"),
+        (
+            train,
+            [*replaced(TINY, ["log_every=0"]), "data.root={text}"],
+            "error: log_every=0: expected a whole",
+        ),
         (
             train,
             [*TINY, "data.root={text}", "sample.top_k=0"],
@@ -230,9 +235,7 @@ def test_user_errors_are_explained_and_end_with_an_error(
 def test_a_loss_that_is_not_a_number_ends_the_run_and_says_where(tmp_path, text, capsys):
     arguments = (
         f"data.root={text}",
-        *TINY,
-        "steps=50",
-        "checkpoint.every=1",
+        *replaced(TINY, ["steps=50", "checkpoint.every=1"]),
         "optim.learning_rate=1e30",
     )
     assert call(train, tmp_path, *arguments) == 1

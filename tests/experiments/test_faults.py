@@ -105,9 +105,11 @@ def test_a_folder_is_held_as_the_children_hold_it(tmp_path, monkeypatch):
     said = []
 
     def look(seconds):
-        with pytest.raises(RunError, match="is in use by process"):
-            with claim.claimed(tmp_path):
-                pass
+        with monkeypatch.context() as another:  # process, which holds nothing
+            another.setattr(claim, "_HELD", {})
+            with pytest.raises(RunError, match="is in use by process"):
+                with claim.claimed(tmp_path):
+                    pass
         said.append(seconds)
 
     monkeypatch.setattr(fault_children.time, "sleep", look)

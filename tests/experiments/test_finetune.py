@@ -19,6 +19,7 @@ from experiments.adapt.finetuning import slow_scales, started_from
 from experiments.adapt.storage import bits_per_weight
 from experiments.run import checkpoints, folders
 from experiments.shell import build
+from experiments.shell.overrides import replaced
 from jaxpara.types import TrainState
 from tests.experiments.programs import ending
 from tests.experiments.saved_run import MODEL, random_params, save_run
@@ -46,7 +47,8 @@ def place(tmp_path_factory):
 def tuned(place, name, *overrides):
     """Runs the program in a folder of its own; returns that folder."""
     folder = place / name
-    given = [*SMALL, f"data.root={place / 'text'}", f"from={place / 'base'}", *overrides]
+    places = [f"data.root={place / 'text'}", f"from={place / 'base'}"]
+    given = replaced([*SMALL, *places], overrides)
     code = ending(finetune, place, *given, f"hydra.run.dir={folder}")
     assert code is None, code
     return folder

@@ -17,7 +17,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.inject import injection
-from experiments.run import checkpoints, claim, folders, metrics, resuming, seals, trainer
+from experiments.run import (
+    checkpoints,
+    claim,
+    folders,
+    metrics,
+    opening,
+    resuming,
+    seals,
+    trainer,
+)
 from experiments.run.loggers import Logger
 from experiments.run.settings import make_settings
 from experiments.run.task import Table, Task
@@ -90,7 +99,7 @@ def toy():
 
 def run_toy(folder, *, resume=False, sinks=(), config=NUMBERS, **changes):
     if not resume:
-        folders.open_run(folder, OmegaConf.create(NUMBERS))
+        opening.open_run(folder, OmegaConf.create(NUMBERS))
     return trainer.train(
         toy()._replace(**changes),
         optimizer=OPTIMIZER,

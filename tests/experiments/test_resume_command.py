@@ -16,13 +16,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from experiments import evaluate, finetune, generate, train
-from experiments.run import claim, folders
+from experiments.run import claim, folders, opening
 from experiments.run.folder_arguments import quote_folders, quote_value
 from experiments.run.resuming import check_overrides, cut_table, resume_arguments
 from experiments.shell.build import build, build_data
 from jaxpara.train import init_state
 from tests.experiments.interrupted_runs import check_same_files, check_same_state, stopper
-from tests.experiments.programs import call
+from tests.experiments.programs import call, ending
 
 TINY = (
     "steps=10 mixer=attention mixer.heads=2 model.width=8 model.layers=1 batch_size=2 window=16 "
@@ -77,6 +77,7 @@ def test_resume_true_starts_a_run_or_leaves_a_finished_one(tmp_path, text, whole
     assert call(train, ".", *arguments) == 0
     assert "the run is finished, there is nothing left to do" in capsys.readouterr().out
     arguments[0] = f"hydra.run.dir={tmp_path / 'new'}"
+    arguments.remove("steps=10")
     assert call(train, ".", *arguments, "steps=0") == 1
     assert "steps=0: expected a whole number" in capsys.readouterr().err, "it goes about a new run"
 
@@ -174,6 +175,35 @@ def test_only_a_folder_is_turned_into_arguments(whole):
     assert resume_arguments(plain) == plain
     changed = resume_arguments([f"resume={whole}"])
     assert changed == ["resume=true", f"hydra.run.dir={whole}", "hydra.output_subdir=null"]
+
+
+def test_a_folder_to_continue_and_another_one_for_a_run_are_refused(whole, tmp_path):
+    other = tmp_path / "other"
+    given = [f"resume={whole}", f"hydra.run.dir={other}"]
+    for arguments in (given, given[::-1], [f"+{given[0]}", f"++{given[1]}"]):
+        with pytest.raises(folders.RunError, match="another one:\ngive only .*resume=") as refused:
+            resume_arguments(arguments)
+        assert str(refused.value).count("\n") < 3
+        assert "another one" in ending(train, tmp_path, *arguments) and not other.exists()
+    assert resume_arguments([f"hydra.run.dir={whole}/", given[0]]) == resume_arguments(given[:1])
+
+
+def test_a_run_writes_what_a_new_run_refuses_to_find(whole):
+    """The list of names is complete, as far as this run goes."""
+    found = {path.name for path in whole.iterdir()}
+    assert found - set(opening.WRITTEN) <= {"config.yaml", ".hydra", ".lock", ".lock.json"}
+
+
+def test_a_run_that_has_lost_its_config_is_not_begun_anew(tmp_path, whole, text, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "config.yaml").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    given = [f"hydra.run.dir={folder}", f"data.root={text}", *TINY]
+    for resume in ("true", "false"):
+        assert call(train, ".", *given, f"resume={resume}") == 1
+        assert f"{folder} holds metrics.csv but no config.yaml" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_keys_that_hydra_alone_reads_contradict_nothing():

@@ -236,7 +236,9 @@ def test_an_existing_folder_keeps_what_is_in_it(tmp_path):
 def test_a_refused_job_of_a_sweep_leaves_no_folder_and_is_reported(tmp_path, capsys):
     assert call(train, tmp_path, "-m", "steps=0,1.5") == 1
     printed = capsys.readouterr().out
-    assert printed.count("refused") == 2 and "job 1: steps=1.5: expected a whole number" in printed
+    assert printed.count("│ refused") == 2 and "job 1: steps=1.5: expected a whole" in printed
+    assert "2 of 2 jobs are refused: change the settings" in printed
+    assert "repeat the command" not in printed, "it would refuse them again"
     [sweep] = tmp_path.glob("multirun/lm/*")
     assert sorted(path.name for path in sweep.iterdir()) == ["multirun.yaml", "refused"]
 

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from omegaconf import OmegaConf
 
-from experiments.run import folders, metrics, profiling, step_cost, trainer
+from experiments.run import folders, metrics, opening, profiling, step_cost, trainer
 from experiments.run.profiling import Operation, Program, Trace, divide, read_program
 from experiments.run.settings import make_settings
 from experiments.run.task import Task
@@ -300,7 +300,7 @@ def test_a_run_records_its_cost_and_its_profile(tmp_path, capsys):
         finish=lambda folder, params, summary: None,
         about="a toy",
     )
-    folders.open_run(tmp_path, OmegaConf.create(SETTINGS))
+    opening.open_run(tmp_path, OmegaConf.create(SETTINGS))
     trainer.train(
         task,
         optimizer=optax.sgd(0.1),

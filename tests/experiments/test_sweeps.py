@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from experiments.sweep import sweeps
 from experiments.sweep.sweep_folders import job_folder, name_sweep
 from tests.experiments import sweep_program
+from tests.experiments.programs import statuses, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "experiments" / "conf"
@@ -29,21 +30,6 @@ def needs(plugin):
     there = there and importlib.util.find_spec(f"hydra_plugins.{plugin}")
     package = plugin.replace("_", "-")
     return pytest.mark.skipif(not there, reason=f"{package} is not installed: extra sweeps")
-
-
-def sweep(folder, *arguments):
-    """Runs the program in this process; returns its exit code."""
-    before, cwd = sys.argv, os.getcwd()
-    sys.argv = [str(PROGRAM), *arguments]
-    os.chdir(folder)
-    try:
-        sweeps.start(sweep_program.compose)
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = before
-        os.chdir(cwd)
-    return 0
 
 
 def launch(folder, *arguments):
@@ -64,15 +50,6 @@ def jobs(folder):
     return {
         path.parent.name.rpartition("-")[0]: path.read_text().split("\n")[:-1]
         for path in folder.rglob("visits")
-    }
-
-
-def statuses(text):
-    """The table's status of each job, by its overrides."""
-    return {
-        line.split("│")[2].strip(): line.split("│")[3].strip()
-        for line in text.splitlines()
-        if line.startswith("│")
     }
 
 

@@ -12,7 +12,7 @@ from experiments.data.corpus import judged_by
 from experiments.data.packing import PACKED
 from experiments.data.streaming import StreamBatches
 from experiments.inject import injection
-from experiments.run import checkpoints, folders, trust
+from experiments.run import checkpoints, opening, trust
 from experiments.run.folders import RunError
 from experiments.text.trained import tokenizer_of
 from experiments.train_tokenizer import job as train_job
@@ -148,7 +148,7 @@ def test_a_run_keeps_its_tokenizer_and_refuses_another(tokenizer, tmp_path):
         {"data": {"_target_": "experiments.data.text.load", "path": "x", "tokenizer": tokenizer}}
     )
     folder = tmp_path / "run"
-    folders.open_run(folder, cfg)
+    opening.open_run(folder, cfg)
     assert (folder / "tokenizer.json").read_bytes() == Path(tokenizer).read_bytes()
     opened = trust.open_config(folder)
     assert opened.data.tokenizer == str(folder / "tokenizer.json")

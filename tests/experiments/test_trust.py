@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 import jaxpara
 from experiments import evaluate, export_adapters, finetune, generate, train
 from experiments.inject import hostile
-from experiments.run import folders, names, trust
+from experiments.run import folders, names, opening, trust
 from experiments.run.folder_arguments import quote_value
 from experiments.run.resuming import _choices
 from experiments.shell import build, commandline
@@ -211,7 +211,7 @@ def test_nothing_in_a_folder_is_interpolated(tmp_path, run, monkeypatch, text):
 def test_a_config_with_an_interpolated_text_is_refused_before_its_run_begins(tmp_path):
     cfg = OmegaConf.create({"sample": {"prompt": "\\${x}"}})
     with pytest.raises(folders.RunError, match="the config: sample.prompt holds"):
-        folders.open_run(tmp_path / "new", cfg)
+        opening.open_run(tmp_path / "new", cfg)
     assert not (tmp_path / "new").exists()
 
 

@@ -1,0 +1,153 @@
+"""Folders of a sweep's jobs: one for each, inside the sweep's, and locked while a job runs."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments.run import claim, folders
+from experiments.sweep import sweeps
+from tests.experiments.programs import statuses, sweep
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Another process trains in a folder; yields how to end it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder / claim.LOCK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        yield lambda: other.communicate()
+        other.kill()
+
+
+def everything(folder):
+    """All files with their contents and times."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a sweep's first job, which has begun; the second has not."""
+    assert sweep(tmp_path, "-m", "act=stop,finish", "hydra.sweep.dir=s") == 130
+    [folder] = tmp_path.glob("s/act-stop-*")
+    (tmp_path / "mended").touch()
+    (folder / "error.txt").write_text("of the other process")
+    return folder
+
+
+def test_a_job_that_another_process_runs_is_in_use_and_left_alone(tmp_path, begun, capfd):
+    with held(begun):
+        before = everything(begun)
+        assert sweep(tmp_path, "-m", "act=stop,finish", "hydra.sweep.dir=s") == 1
+        after = everything(begun)
+        after[begun / claim.LOCK] = before[begun / claim.LOCK]  # trying it is no writing
+        assert after == before
+    shown = capfd.readouterr()
+    assert statuses(shown.out) == {"act=stop": "in use", "act=finish": "finished"}
+    assert "is in use, and only one process" in shown.err and "Traceback" not in shown.err
+    assert "1 of 2 jobs are in use: wait" in shown.out and "repeat the command" not in shown.out
+    assert sweep(tmp_path, "-m", "act=stop,finish", "hydra.sweep.dir=s") == 0
+    shown = capfd.readouterr().out
+    assert statuses(shown) == {"act=stop": "finished", "act=finish": "finished before"}
+    assert not list((tmp_path / "s" / sweeps.REFUSED).iterdir())
+
+
+@pytest.mark.parametrize("ending", ["finished", "no ending"])
+def test_a_job_that_another_process_has_ended_meanwhile_is_shown_so(
+    tmp_path, begun, capfd, monkeypatch, ending
+):
+    read = sweeps.jobs_since
+    with held(begun) as end:
+
+        def ended(*given):
+            (begun / "error.txt").unlink()
+            if ending == "finished":
+                summary = {"status": "finished", "judged_by": ["loss", "min"], "loss": 1.0}
+                folders.write_json(begun / folders.SUMMARY, summary)
+            end()
+            return read(*given)
+
+        monkeypatch.setattr(sweeps, "jobs_since", ended)
+        code = sweep(tmp_path, "-m", "act=stop,finish", "hydra.sweep.dir=s")
+    assert code == (ending != "finished")
+    shown = capfd.readouterr().out
+    assert statuses(shown) == {"act=stop": ending, "act=finish": "finished"}
+    assert ("repeat the command" in shown) == (ending != "finished")
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_an_error_is_that_of_the_job_unless_it_has_finished_since(tmp_path, capfd, later):
+    assert sweep(tmp_path, "-m", "x=1", "hydra.sweep.dir=s") == 0
+    [folder] = tmp_path.glob("s/x-*")
+    (folder / "error.txt").write_text("of an earlier attempt")
+    now = (folder / folders.SUMMARY).stat().st_mtime
+    os.utime(folder / "error.txt", (now, now + (10 if later else -10)))
+    [job] = sweeps.jobs_since(tmp_path / "s", {})
+    assert job.status == ("failed" if later else "finished")
+
+
+def test_a_refused_job_takes_its_lock_away(tmp_path):
+    assert sweep(tmp_path, "-m", "steps=0,1", "hydra.sweep.dir=s") == 1
+    names = {path.name.partition("-")[0] for path in (tmp_path / "s").iterdir()}
+    assert names == {"steps", "refused", "multirun.yaml"}
+
+
+@pytest.mark.parametrize(
+    "subdir",
+    ["", ".", "./", "same", "..", "../esc${hydra.job.num}", "a/../../${hydra.job.num}"]
+    + ["/tmp/${hydra.job.num}", "${name}", "${act}", "x", "${hydra.job.num}/.."],
+)
+def test_jobs_that_would_share_a_folder_or_leave_the_sweeps_are_refused(tmp_path, capfd, subdir):
+    given = f"hydra.sweep.subdir={subdir}"
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s", given) == 1
+    said = capfd.readouterr().err
+    assert "error: hydra.sweep.subdir=" in said and "type for example" in said
+    assert said.count("\n") <= 3 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "subdir, expected",
+    [
+        ("${hydra.job.num}", {"0", "1"}),
+        ("jobs/${hydra.job.num}/run", {"jobs/0/run", "jobs/1/run"}),
+        ("x-${x}", {"x-1", "x-2"}),
+        ("${hydra.job.override_dirname}", {"x=1", "x=2"}),
+    ],
+)
+def test_jobs_in_folders_of_their_own_names(tmp_path, capfd, subdir, expected):
+    given = ("-m", "x=1,2", "hydra.sweep.dir=s", f"hydra.sweep.subdir={subdir}")
+    assert sweep(tmp_path, *given) == 0
+    found = {path.parent for path in (tmp_path / "s").rglob("visits")}
+    assert {str(path.relative_to(tmp_path / "s")) for path in found} == expected
+
+
+def test_a_value_does_not_lead_a_job_out_of_the_sweep(tmp_path, capfd):
+    given = ("-m", "+up=../a,b", "hydra.sweep.dir=s", "hydra.sweep.subdir=${up}")
+    assert sweep(tmp_path, *given) == 1
+    shown = capfd.readouterr()
+    assert statuses(shown.out) == {"+up=../a": "refused", "+up=b": "finished"}
+    assert "hydra.sweep.subdir leads to" in shown.err and not (tmp_path / "a").exists()
+
+
+def test_a_runs_own_folder_is_no_place_for_a_sweep(tmp_path, capfd):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / folders.CONFIG).write_text("name: x\n")
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=run") == 1
+    said = capfd.readouterr().err
+    assert "error: hydra.sweep.dir=run is the folder of a run" in said and said.count("\n") <= 3
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", folders.CONFIG]
