@@ -32,9 +32,9 @@ boundary adds up, and a guess that is constant in time has the residual of one s
      the product lack, because products below the floats are 0. It grows as they do, and by some
      `LEAST` at each step where the Jacobian leads from a part of the product, or from what one
      lacks, to the row; a reset lacks nothing. `T` times the magnitudes of those `d` that ever led
-     to the row is a doubt. A Jacobian that is itself below the floats counts as a reset. An affine
-     step has no `T`: its starts themselves went through the product, and gaps show where that
-     vanished.
+     to the row is a doubt. A Jacobian of 0 may itself be one below the floats: where one step takes
+     a state below `FALL` times the largest before it, but not to 0, it leads too. An affine step
+     has no `T`: its starts themselves went through the product, and gaps show where that vanished.
    - Outside of kernels `TINY` is added to the magnitude of each entry at every step of a chunk.
      Beside a product that counts it is nothing. Where the product falls below it and grows again,
      `TINY` grows along, and what it makes of `d` is too large to count. At the end of a chunk a
@@ -88,6 +88,9 @@ CAP = 4.0
 LEAST = 2.0**-126
 # Scales what may be flushed to doubts, exactly.
 PER_LEAST = 1 / LEAST
+# A part of a state that one step makes so small may be what an entry below `LEAST` left of it: half
+# of what `COARSE` allows.
+FALL = 2.0**18 * LEAST
 # A correction below this is within any limit: a few gaps that were flushed.
 FLOOR = 4 * LEAST
 # Solvers outside of kernels carry corrections times `RAISE`, so that those of a state that is a

@@ -23,6 +23,8 @@ def lacked(
     pushed: Sequence[Arrays],
     lacking: Arrays,
     most: Sequence[Arrays],
+    states: Arrays,
+    new: Arrays,
 ) -> tuple[list[jax.Array], list[list[jax.Array]]]:
     """What the entries of each row of `J P` may lack, for products below the floats are 0.
 
@@ -30,13 +32,20 @@ def lacked(
       jacobian, columns, pushed: of J, of P, and of `J P`.
       lacking: what the entries of P may lack, by row.
       most: the largest magnitudes that those of P may have had; 0 where nothing ever led to one.
+      states, new: before and after the step.
 
     Returns:
       What those of `J P` may lack, by row; and at most what they are, by column.
     """
     grown = moved([[jnp.abs(entry) for entry in column] for column in jacobian], lacking)
-    # What is a sum of products with 0 lacks nothing: a reset.
-    leads = [[entry != 0.0 for entry in row] for row in zip(*jacobian, strict=True)]
+    # What is a sum of products with 0 lacks nothing: a reset. But a 0 may be an entry below the
+    # floats, which counts where it takes a state to almost nothing.
+    tallest = functools.reduce(jnp.maximum, map(jnp.abs, states))
+    fallen = [(jnp.abs(n) < certificate.FALL * tallest) & (n != 0.0) for n in new]
+    leads = [
+        [(entry != 0.0) | fell for entry in row]
+        for row, fell in zip(zip(*jacobian, strict=True), fallen, strict=True)
+    ]
     there = [
         [
             (p != 0.0) | ((lack != 0.0) & (m > 0.0))

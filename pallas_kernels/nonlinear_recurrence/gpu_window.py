@@ -95,7 +95,7 @@ def _roll(
             new, jacobian = cell.push(states, inputs, params, identity)
             pushed = [moved(jacobian, column) for column in products]
             arriving = became(jacobian, came, new)
-            lacks, full = lacked(jacobian, products, pushed, lacking, most)
+            lacks, full = lacked(jacobian, products, pushed, lacking, most, states, new)
         elif columns:
             new, pushed = cell.push(states, inputs, params, products)
         else:

@@ -178,7 +178,7 @@ def _kernel(cell, plan, limits, budget, affine, refs):
                 new, jacobian = cell.push(h, inputs, p, unit)
                 pushed = [moved(jacobian, column) for column in columns]
                 arriving = became(jacobian, came, new)
-                lacks, full = lacked(jacobian, columns, pushed, lacking, most)
+                lacks, full = lacked(jacobian, columns, pushed, lacking, most, h, new)
             else:
                 new, pushed = cell.push(h, inputs, p, columns)
                 arriving, lacks, full = came, lacking, pushed
