@@ -93,7 +93,7 @@ def short(tree: Any, most: int = 0) -> str:
     def one(leaf):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             return leaf
-        if leaf.size <= most and _has_numbers(leaf):
+        if _has_numbers(leaf) and leaf.size <= most:
             return _Text(np.asarray(leaf))
         return _Text(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
 

@@ -83,7 +83,9 @@ def need_own(own: Sequence[Method], state: Any) -> None:
     names, found = [method.name for method in own], []
     for leaf in jax.tree.leaves(state, is_leaf=is_weight):
         while is_weight(leaf):
-            found.append(matrices_of(leaf)[0].method.name)
+            method = matrices_of(leaf)[0].method
+            if method.init is not None or method.share is not None:  # what is merged has neither
+                found.append(method.name)
             leaf = leaf.base
     if found and not {*names} & {*found} and all(method.share is None for method in own):
         raise ValueError(

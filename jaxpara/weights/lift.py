@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from jaxpara import compat
-from jaxpara.tree import by_path, path_of, short
+from jaxpara.tree import by_path, path_of
 from jaxpara.weights.lazy import array, is_lazy
 from jaxpara.weights.matrices import lazy_leaf, matrices_of
-from jaxpara.weights.pools import is_pooled, resolved
+from jaxpara.weights.pools import is_pooled, whole
 from jaxpara.weights.walk import Use, Walk
 from jaxpara.weights.weight import is_weight, shape_of
 
@@ -62,10 +62,6 @@ class _Call(NamedTuple):
     signature: Any
 
 
-def _has_weights(tree: Any) -> bool:
-    return any(map(is_weight, jax.tree.leaves(tree, is_leaf=is_weight)))
-
-
 def _is_array(leaf: Any) -> bool:
     # NumPy's integers and truth values may be sizes and branches, as Python's are.
     kinds = (float, complex, np.ndarray, np.inexact, jax.Array, jax.ShapeDtypeStruct)
@@ -102,7 +98,7 @@ class _Traced(NamedTuple):
 
 
 def _trace(function, state, arrays) -> _Traced:
-    shapes = jax.tree.map(shape_of, resolved(state), is_leaf=is_weight)
+    shapes = jax.tree.map(shape_of, whole(state), is_leaf=is_weight)
     closed, out = jax.make_jaxpr(function, return_shape=True)(shapes, arrays)
     return _Traced(closed, jax.tree.structure(out))
 
@@ -130,7 +126,7 @@ def _evaluate(trace: _Traced, uses: dict[Any, Use], consts, state, arrays):
     def lazy(keys, leaf):
         return lazy_leaf(leaf, path_of(keys)) if is_weight(leaf) else leaf
 
-    state = jax.tree_util.tree_map_with_path(lazy, resolved(state), is_leaf=is_weight)
+    state = jax.tree_util.tree_map_with_path(lazy, whole(state), is_leaf=is_weight)
     flat = [*jax.tree.leaves(state, is_leaf=is_lazy), *arrays]
     outs = Walk(uses).run(compat.open_jaxpr(trace.jaxpr), consts, flat)
     return jax.tree.unflatten(trace.out_tree, list(map(array, outs)))
@@ -157,7 +153,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
       TypeError: `function` cannot be called; when called, for an input that is neither an array
-        nor hashable, or a state that does not come first.
+        nor hashable.
       ValueError: when called, for one of the two parts of a state that `jp.split` makes.
 
     Examples:
@@ -177,12 +173,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def lifted(state, *args, **kwargs):
-        if not _has_weights(state):
-            if _is_array(state) and any(map(_has_weights, args)):
-                raise TypeError(
-                    f"lift got {short(state)} first and the state after it; expected "
-                    "jp.lift(function)(state, *inputs)"
-                )
+        if not any(map(is_weight, jax.tree.leaves(state, is_leaf=is_weight))):
             return function(state, *args, **kwargs)
         call = _bind(function, args, kwargs)
         arguments = call.signature, _signature((state, call.arrays))
@@ -221,7 +212,7 @@ def report(function: Callable[..., Any], state: Any, *args: Any, **kwargs: Any) 
     pools = [node.pools for node in jax.tree.leaves(state, is_leaf=is_pooled) if is_pooled(node)]
     leaves, bases = {}, 0
     parts = sum(pool.size for pool in jax.tree.leaves(pools))
-    for path, leaf in by_path(resolved(state), is_leaf=is_weight).items():
+    for path, leaf in by_path(whole(state), is_leaf=is_weight).items():
         if not is_weight(leaf):
             continue
         methods, inner, held = [], matrices_of(leaf)[0], 0

@@ -39,9 +39,6 @@ def resolved(state: Any) -> Any:
 
     Returns:
       The tree. Each weight of a pool holds it, so its gradient is the sum over these weights.
-
-    Raises:
-      ValueError: the state is one of the two parts that `jp.split` makes.
     """
 
     def of(pools):
@@ -54,7 +51,6 @@ def resolved(state: Any) -> Any:
         return one
 
     def opened(node):
-        _need_whole(node)
         if not is_pooled(node):
             return node
         return jax.tree.map(of(node.pools), node.params, is_leaf=is_weight)
@@ -62,15 +58,27 @@ def resolved(state: Any) -> Any:
     return jax.tree.map(opened, state, is_leaf=lambda node: is_pooled(node) or is_weight(node))
 
 
-def _need_whole(node: Any) -> None:
-    """Refuses a weight with the holes that `jp.split` leaves."""
-    if is_weight(node) or is_pooled(node):
+def whole(state: Any) -> Any:
+    """As `resolved`, where every part of a weight is needed.
+
+    Args:
+      state: from `attach`.
+
+    Returns:
+      The tree.
+
+    Raises:
+      ValueError: a weight has the holes that `jp.split` leaves.
+    """
+    tree = resolved(state)
+    for node in filter(is_weight, jax.tree.leaves(tree, is_leaf=is_weight)):
         leaves = jax.tree.leaves(node, is_leaf=lambda leaf: leaf is None)
         if any(leaf is None for leaf in leaves):
             raise ValueError(
                 "this state lacks the leaves that jp.split put into its other part: give "
                 "jp.combine(trained, frozen)"
             )
+    return tree
 
 
 def unresolved(weight: Any) -> Any:

@@ -20,7 +20,7 @@ from jaxpara.weights.lift import Report, lift, report
 from jaxpara.weights.matrices import Layout, axes_for, in_matrices, matrices_of, merged, put_back
 from jaxpara.weights.method import Method, without_window
 from jaxpara.weights.parts import owned
-from jaxpara.weights.pools import Pooled, resolved, unresolved
+from jaxpara.weights.pools import Pooled, resolved, unresolved, whole
 from jaxpara.weights.sampling import key_of, sampled
 from jaxpara.weights.uses import Layouts, given
 from jaxpara.weights.weight import Weight, dense, is_weight
@@ -238,7 +238,7 @@ class Reparam(NamedTuple):
         Returns:
           Parameters as the model knows them.
         """
-        return jax.tree.map(dense, resolved(state), is_leaf=is_weight)
+        return jax.tree.map(dense, whole(state), is_leaf=is_weight)
 
     def penalty(self, state: Any) -> jax.Array:
         """The term that the methods add to the loss, such as the decay of pruned weights.
@@ -288,7 +288,7 @@ class Reparam(NamedTuple):
           ValueError: another reparameterisation attached the state; it is one part of a `split`.
         """
         arguments.need_own([member.method for member in self.members], state)
-        return jax.tree.map(merged, resolved(state), is_leaf=is_weight)
+        return jax.tree.map(merged, whole(state), is_leaf=is_weight)
 
     def report(self, state: Any, function: Callable[..., Any], *inputs: Any) -> Report:
         """Every use of every matched leaf: by a rule, or densified.

@@ -61,3 +61,32 @@ def test_numbers_in_a_narrow_step_are_as_wide_as_what_they_divide(name, carry, s
         # The states that the derivatives are taken at are rounded to 8 bits.
         limit = 0.03 * np.abs(wanted).max()
         np.testing.assert_allclose(np.float32(ours), wanted, rtol=0, atol=limit)
+
+
+TWICE = {
+    "0.6 / (1.5 + h)": lambda h: 0.6 / (1.5 + h),
+    "2 ** -h": lambda h: 2.0**-h,
+    "(1.5 + h) ** -1.5": lambda h: (1.5 + h) ** -1.5,
+}
+
+
+@pytest.mark.parametrize("within", [lambda f: f, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("name", TWICE)
+def test_a_literals_rule_outlives_the_trace_that_made_it(name, within):
+    """Second derivatives, and one checkpointed block that a step calls twice."""
+    f = within(TWICE[name])
+
+    def step(h, x):
+        new = (f(h) + x).astype(h.dtype)
+        return new, f(h).astype(h.dtype) + new
+
+    def loss(scan, h):
+        xs = jnp.full((8, 3), 0.1, jnp.bfloat16)
+        return jnp.sum(jnp.sin(scan(step, h, xs)[1].astype(F32)))
+
+    h = jnp.asarray([0.5, 0.7, 0.9])
+    for mode in (jax.grad, lambda f: jax.jvp(jax.grad(f), (h,), (jnp.ones(3),))[1]):
+        found, wanted = (mode(functools.partial(loss, scan)) for scan in (jp.newton_scan, lax.scan))
+        if mode is jax.grad:
+            found, wanted = found(h), wanted(h)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)

@@ -125,10 +125,32 @@ def test_a_state_of_another_method_is_not_merged():
     jax.tree.map(np.testing.assert_array_equal, jp.lora(rank=2).merge(PARAMS), PARAMS)
 
 
-def test_a_state_behind_its_inputs_is_refused():
+def test_a_state_behind_its_inputs_is_theirs():
     state = STATES["lora"]()
-    with pytest.raises(TypeError, match=r"lift got float32\[3,8\] first and the state after it"):
-        jp.lift(product)(X, state)
-    # A tree of plain parameters may come before a state that the function lifts itself.
+    wanted = jp.lift(product)(state, X)
+    swapped = jp.lift(lambda x, state: jp.lift(product)(state, x))
+    np.testing.assert_array_equal(swapped(X, state), wanted)
     inner = jp.lift(lambda params, state: jp.lift(product)(state, X) * params["scale"])
-    np.testing.assert_array_equal(inner({"scale": 1.0}, state), jp.lift(product)(state, X))
+    np.testing.assert_array_equal(inner({"scale": 1.0}, state), wanted)
+
+
+@pytest.mark.parametrize("t", [jp.rtn(bits=4), jp.fake_quant(bits=4), jp.lora(rank=2)])
+def test_what_is_merged_may_be_merged_again(t):
+    state = t.attach(jax.random.key(0), PARAMS)
+    again = t.effective(t.merge(t.merge(state)))
+    jax.tree.map(np.testing.assert_array_equal, again, t.effective(state))
+
+
+def test_a_tree_without_a_leaf_is_no_half_of_a_state():
+    t = jp.mos(rank=2, shards=2)
+    state = t.attach(jax.random.key(0), {"w": jnp.ones((8, 8)), "bias": None})
+    assert t.merge(state)["bias"] is None and t.effective(state)["w"].shape == (8, 8)
+    trained, _ = jp.split(state, t.trainable(state))
+    assert t.penalty(trained) == 0.0
+    with pytest.raises(ValueError, match="jp.combine"):
+        t.merge(trained)
+
+
+def test_a_state_in_a_module_of_nnx_prints():
+    nnx = pytest.importorskip("flax.nnx")
+    assert "lora" in repr(nnx.Param(STATES["lora"]()["w"]))

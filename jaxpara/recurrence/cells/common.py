@@ -142,7 +142,7 @@ def assemble(
         return params
 
     def start(params, batch_shape):
-        if not isinstance(batch_shape, Iterable):
+        if not isinstance(batch_shape, Iterable) or getattr(batch_shape, "ndim", 1) == 0:
             raise TypeError(
                 f"start got batch_shape={batch_shape!r}; expected a tuple, such as "
                 f"cell.start(params, ({batch_shape!r},)), or () for one sequence"

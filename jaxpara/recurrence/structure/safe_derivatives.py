@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
@@ -41,8 +42,11 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     if not _unsafe(eqn):
         return compat.bind(eqn, operands)
     given = _given(eqn)
-    # Its literals as they are given: they may be wider than in the equation.
-    fixed = [None if i in given else operand for i, operand in enumerate(operands)]
+    # Its literals are as wide as they are given, and constants: the rule outlives this trace.
+    fixed = [
+        None if value is None else np.asarray(value).astype(operand.dtype)
+        for value, operand in zip(_fixed(eqn), operands, strict=True)
+    ]
     return [_function(eqn, fixed)(*(operands[i] for i in given))]
 
 

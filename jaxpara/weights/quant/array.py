@@ -162,10 +162,6 @@ def _separable(stored: Stored, ndim: int):
     return separable(stored.grid, ndim)
 
 
-def _none(stored: Stored, key, base):
-    raise TypeError("integers are made by merging a quantised weight, not attached to one")
-
-
 def store(
     grid: Grid,
     values: jax.Array,
@@ -188,7 +184,7 @@ def store(
     """
     more = "" if activations is None else f", activations={activations}"
     stored = Stored(grid, activations, None, None if dtype is None else jnp.dtype(dtype).name)
-    method = stored_method(f"int{grid.bits}{more}", stored, _none)
+    method = stored_method(f"int{grid.bits}{more}", stored, None)  # merged, never attached
     return Weight(values, parts, method)
 
 
