@@ -7,9 +7,11 @@ PY := $(VENV)/bin/python
 # PYTHON on make's command line or in the environment names the interpreter; see tools/python.sh.
 export PYTHON
 
-# A setting of a program that is given to make would be ignored: `make run steps=20`.
+# A setting of a program that is given to make would be ignored: `make run steps=20`. Names in
+# capitals are make's own, or reach the programs as environment variables.
 given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
-unknown := $(filter-out ARGS VENV PYTHON,$(given))
+upper := A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+unknown := $(filter-out $(addsuffix %,$(upper)),$(given))
 ifneq ($(unknown),)
 $(error make does not pass on $(firstword $(unknown)); type make $(MAKECMDGOALS) ARGS="$(firstword $(unknown))=$($(firstword $(unknown)))")
 endif

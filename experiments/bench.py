@@ -261,6 +261,7 @@ def place(cfg: DictConfig, folder: Path) -> Path:
     found = None if cfg.fresh else bench_rows.find(folder, cfg)
     if found is None:
         opening.open_run(folder, cfg, writes=WRITTEN)
+        bench_rows.append(folder / bench_rows.TABLE, [])  # by which the same command finds it
         return folder
     if found != folder:
         records.discard(folder)
@@ -282,7 +283,8 @@ def main(cfg: DictConfig) -> None:
         try:
             bench(suite, folder, rounds=cfg.rounds, budget_s=cfg.budget_s, seed=cfg.seed)
         except KeyboardInterrupt:
-            print(f"\nwhat was timed is in {folder / bench_rows.TABLE}; the same command continues")
+            table = folder / bench_rows.TABLE
+            print(f"\nwhat was timed is in {table}; the same command continues")
             raise
 
     guarded(program, cfg)

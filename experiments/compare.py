@@ -267,7 +267,7 @@ def compare(runs: Sequence[Run], *, output: str | None, **settings: Any) -> None
     if target is not None and target.suffix not in SUFFIXES:
         raise RunError(f"output={output!r}: give a file that ends in {' or '.join(SUFFIXES)}")
     if target is not None:
-        header = {".csv": "run", ".md": "| run |"}[target.suffix]
+        header = {".csv": r"run(,|\s)", ".md": r"\d+ runs; final and best"}[target.suffix]
         figure_files.check_table(target, header, output=output)
     table = tabulate(runs, **settings)
     show(table)

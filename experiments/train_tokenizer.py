@@ -58,6 +58,8 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
         ) from error
     if output.is_dir():
         raise RunError(f"output={output} is a folder: give a file, such as {output}/tokenizer.json")
+    if output.exists() and b'"merges"' not in output.read_bytes():
+        raise RunError(f"output={output} is another kind of file: give a new name")
     output.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

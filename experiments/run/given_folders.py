@@ -6,16 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run.folders import RunError
 
 KEY = "hydra.run.dir"
+OUTER = {"hydra": ("run", "dir"), "hydra.run": ("dir",)}  # mappings in which it may be
+OF_A_SWEEP = ("hydra.sweep.", "hydra.sweeper", "hydra.launcher")
 
 
 class OneRun(Callback):
     """For commands with a folder for each run: `hydra.callbacks.one_run` in the config."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuses what only a sweep reads."""
+        del kwargs
+        _check_no_sweep(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuses one run's folder in a sweep, whose jobs have their own."""
@@ -34,27 +42,52 @@ class NoFolder(Callback):
     """For commands without a folder of their own: `hydra.callbacks.no_folder` in the config."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuses a folder, which would stay empty."""
+        """Refuses a folder, which would stay empty, and what only a sweep reads."""
+        _check_no_sweep(config)
+        self.on_multirun_start(config, **kwargs)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuses a folder for one run."""
         del kwargs
         value = _given(config)
         with ended(HydraConfig.instance()):
-            if value is not None:
+            if value not in (None, "."):
                 raise RunError(
                     f"{KEY}={value}: this command makes no folder; leave it out.\n"
                     "Settings with which a file is named are shown by --help"
                 )
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """As for one run."""
-        self.on_run_start(config, **kwargs)
+
+def _overrides(config: DictConfig) -> list[str]:
+    given = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+    assert isinstance(given, dict)
+    whole = [one for one in given["task"] if one.lstrip("+").startswith("hydra=")]  # a mapping
+    return [*given["hydra"], *whole]
+
+
+def _check_no_sweep(config: DictConfig) -> None:
+    for override in _overrides(config):
+        key = override.lstrip("+").partition("=")[0]
+        with ended(HydraConfig.instance()):
+            if key.replace("/", ".").startswith(OF_A_SWEEP):
+                raise RunError(
+                    f"{override} is for a sweep, and this is one run: add -m, or leave it out"
+                )
 
 
 def _given(config: DictConfig) -> str | None:
-    for override in OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False):
+    """The folder that the command line gives, by itself or in a mapping."""
+    found = None
+    for override in _overrides(config):
         key, _, value = override.lstrip("+").partition("=")
         if key == KEY:
-            return value
-    return None
+            found = value
+        elif key in OUTER:
+            node = OverridesParser.create().parse_override(override).value()
+            for name in OUTER[key]:
+                node = node.get(name) if isinstance(node, dict) else None
+            found = found if node is None else str(node)
+    return found
 
 
 @contextlib.contextmanager

@@ -46,6 +46,10 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             folder = find_run(_folder_of(argument), key="resume")
             place = f"hydra.run.dir={quote_value(str(folder))}"
             changed += ["resume=true", place, "hydra.output_subdir=null"]
+        elif key.lstrip("+") in ("hydra", "hydra.run"):
+            raise RunError(
+                f"{argument} beside {named[0]}, which gives the run's folder: leave it out"
+            )
         elif key.lstrip("+") != "hydra.run.dir":
             changed.append(argument)
         elif Path(_folder_of(argument)).resolve() != Path(_folder_of(named[0])).resolve():

@@ -15,38 +15,28 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from experiments.run import interrupts
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
-_NOTED: list[int] = []  # a Ctrl-C that nothing has acted on yet
-
-
 @contextmanager
 def noting() -> Iterator[None]:
-    """Notes a Ctrl-C, beside the KeyboardInterrupt that it raises.
+    """Notes a Ctrl-C while a command runs, see `interrupts`; one that was lost before ends it.
 
-    Python drops an exception that is raised in a callback of its garbage collector, and JAX has
-    one: while a program starts, the interrupt may be lost. `stop_signal` begins with what is noted.
+    Raises:
+      KeyboardInterrupt: one was noted while modules were imported.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
+    if not interrupts.note():
         yield
         return
-
-    def handle(signum: int, frame: object) -> None:
-        del frame
-        _NOTED.append(signum)
-        raise KeyboardInterrupt
-
-    _NOTED.clear()
-    signal.signal(signal.SIGINT, handle)
     try:
+        if interrupts.NOTED:
+            raise KeyboardInterrupt
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupts.forget()
 
 
 @contextmanager
@@ -56,8 +46,8 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
     Yields:
       A function that returns the number of the received signal, or None.
     """
-    came = list(_NOTED)
-    _NOTED.clear()
+    came = list(interrupts.NOTED)
+    interrupts.NOTED.clear()
 
     def which() -> int | None:
         return came[0] if came else None

@@ -16,7 +16,7 @@ from experiments.run.folders import RunError
 from experiments.run.limits import RULES
 from experiments.run.names import CONF
 
-OPEN = ("grid",)  # sections of which the user gives the names
+OPEN = ("grid",)  # sections of which the user gives the names, where they are
 
 
 def near_misses(name: str, there: Sequence[str], *, count: int = 3) -> list[str]:
@@ -72,7 +72,7 @@ def check_additions(overrides: Sequence[str], cfg: DictConfig, *, hydra: Any = N
         name, _, package = typed.lstrip("+").partition("@")
         key = (package or name).replace("/", ".")
         parent, _, last = key.rpartition(".")
-        if key in PLACES or parent in OPEN:
+        if key in PLACES:
             continue
         node = OmegaConf.select(cfg, parent) if parent else cfg
         if not isinstance(node, DictConfig) or "_target_" in node:
@@ -80,7 +80,7 @@ def check_additions(overrides: Sequence[str], cfg: DictConfig, *, hydra: Any = N
         added = node.get(last)
         if parent and isinstance(added, DictConfig) and "_target_" in added:
             continue  # one more object beside others, by its name
-        if _refers([cfg, hydra], key) or (typed.startswith("++") and _is_old(overrides, key)):
+        if _refers([cfg, hydra], key) or _is_old(overrides, key):
             continue
         raise RunError(f"{typed}={value}: nothing reads {key}{_instead(key, value, cfg)}")
 
@@ -88,17 +88,17 @@ def check_additions(overrides: Sequence[str], cfg: DictConfig, *, hydra: Any = N
 def _refers(configs: Sequence[Any], key: str) -> bool:
     """Whether a setting refers to a key, or to a part of it."""
     plain = [OmegaConf.to_container(c, resolve=False) for c in configs if c is not None]
-    path = re.escape(key)
-    return re.search(rf"\$\{{\.*{path}[.\[}}]", repr(plain)) is not None
+    last = re.escape(key.rpartition(".")[2])
+    return re.search(rf"\$\{{[^}}]*\b{last}\b", repr(plain)) is not None
 
 
 def _is_old(overrides: Sequence[str], key: str) -> bool:
-    """Whether a key is there without the additions of the command line."""
+    """Whether a key is there without the additions of the command line, perhaps as null."""
     rest = [override for override in overrides if not override.startswith("+")]
     cfg = compose(HydraConfig.get().job.config_name, rest)
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
-    return isinstance(node, DictConfig) and last in node
+    return isinstance(node, DictConfig) and (last in node or parent in OPEN)
 
 
 def _instead(key: str, value: str, cfg: DictConfig) -> str:
@@ -108,8 +108,9 @@ def _instead(key: str, value: str, cfg: DictConfig) -> str:
         meant = min(ends, key=lambda name: name.count("."), default="")
         if meant:
             return f"; did you mean {meant}?\ntype {meant}={value}"
-    if others := readers(key):
-        return f" here; {' and '.join(others)} does\n--cfg job shows all settings"
+    if others := readers(key)[:2]:
+        does = "does" if len(others) == 1 else "do"
+        return f" here; {' and '.join(others)} {does}\n--cfg job shows all settings"
     return "\n--cfg job shows all settings, --help the groups"
 
 

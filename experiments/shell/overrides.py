@@ -1,11 +1,13 @@
 """Finds overrides that Hydra refuses or ignores without naming them."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from experiments.run.folder_arguments import PLACES
 from experiments.run.folders import RunError
 from experiments.run.names import CONF
 
@@ -57,7 +59,7 @@ def check_repeated(arguments: Sequence[str]) -> None:
         if before.lstrip("+") == argument.lstrip("+"):
             continue
         one, other = _value(before), _value(argument)
-        if one == other or (isinstance(one, dict) and isinstance(other, dict)):
+        if one == other or isinstance(other, dict):  # a mapping is merged into what is there
             continue
         raise RunError(
             f"{_key(argument)} is given twice, as {before} and as {argument}:\n"
@@ -89,4 +91,9 @@ def _value(argument: str) -> Any:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
         return argument.partition("=")[2]
-    return argument.partition("=")[2] if override.is_sweep_override() else override.value()
+    if override.is_sweep_override():
+        return argument.partition("=")[2].replace(" ", "")
+    value = override.value()
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value  # x and [x] are one
+    places = (*PLACES, "run", "runs", "from", "trust")
+    return os.path.realpath(value) if _key(argument) in places and isinstance(value, str) else value

@@ -1,6 +1,7 @@
 """A figure on disk with its numbers beside it. They replace an earlier figure's, no other file."""
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,31 +31,47 @@ def check_output(output: str | Path, columns: Sequence[str], *, markdown: bool =
     """
     target = Path(output)
     if target.suffix.lower() not in SUFFIXES:
-        raise RunError(f"output={str(output)!r}: give a file that ends in {', '.join(SUFFIXES)}")
+        raise RunError(
+            f"output={str(output)!r}: give a file that ends in {', '.join(SUFFIXES)},\n"
+            f"for example output={output}.png"
+        )
     first = columns[:2]  # tell tables apart
-    check_table(target.with_suffix(".csv"), ",".join(first), output=output)
+    table = target.with_suffix(".csv")
+    check_table(table, re.escape(",".join(first)), output=output)
     if markdown:
-        check_table(target.with_suffix(".md"), f"| {' | '.join(first)} |", output=output)
+        head = re.escape(f"| {' | '.join(first)} |")
+        check_table(target.with_suffix(".md"), head, line=2, output=output)
+    if _there(target) and not _there(table):
+        raise RunError(
+            f"output={output}: {target} is there, with no table of a figure beside it;\n"
+            "give a new name"
+        )
     return target
 
 
-def check_table(path: Path, header: str, *, output: str | Path) -> None:
+def _there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def check_table(path: Path, header: str, *, output: str | Path, line: int = 0) -> None:
     """Refuses to write over a file that is no such table.
 
     Args:
       path: of the table; it may be missing.
-      header: with which one of its first three lines begins: Markdown has a title above.
+      header: a pattern of the beginning of one of its lines.
       output: what was given.
+      line: which one; Markdown has a title above.
 
     Raises:
       RunError: the file is another one.
     """
-    if not (path.exists() or path.is_symlink()):
+    if not _there(path):
         return
     if path.is_file() and not path.is_symlink():
         with path.open("rb") as file:
-            if any(file.readline(10_000).startswith(header.encode()) for _ in range(3)):
-                return
+            lines = [file.readline(10_000).decode(errors="replace") for _ in range(line + 1)]
+        if re.match(header, lines[line]):
+            return
     raise RunError(
         f"output={output} would write over {path}, which is another kind of file;\ngive a new name"
     )

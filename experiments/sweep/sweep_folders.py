@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, ValueNode
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run.folders import CONFIG, RunError
@@ -114,7 +114,8 @@ def name_sweep(arguments: Sequence[str]) -> list[str]:
     return given
 
 
-OWN = re.compile(r"\$\{(job_folder:|hydra\.job\.(num|id|override_dirname)\})")  # differ in each job
+# Differ in each job.
+OWN = re.compile(r"\$\{(job_folder:|hydra[.:]job\.(num|id|override_dirname)\})")
 EXAMPLE = "'hydra.sweep.subdir=${hydra.job.num}'"
 
 
@@ -135,25 +136,40 @@ def check_places(config: DictConfig) -> None:
             "leave it out"
         )
     given = str(sweep._get_node("subdir")._value())  # its references as they are
-    referred, rest = re.findall(r"\$\{[^}]*\}", given), given
+    rest = given
     while (shorter := re.sub(r"\$\{[^{}]*\}", "x", rest)) != rest:
         rest = shorter
     below = not os.path.isabs(rest) and os.pardir not in Path(rest).parts
-    differs = OWN.search(given) or all(
-        re.search(rf"\b{re.escape(short(key))}\b", " ".join(referred)) for key in _swept(config)
+    referred = " ".join(re.findall(r"\$\{[^}]*\}", _with_references(given, config)))
+    varies = OWN.search(referred) or all(
+        re.search(rf"\b{re.escape(short(key))}\b", referred) for key in _swept(config)
     )
-    if not (below and differs and os.path.normpath(rest or ".") != os.curdir):
+    if not (below and varies and os.path.normpath(rest or ".") != os.curdir):
         raise RunError(
             f"hydra.sweep.subdir={given}: expected a folder below the sweep's, another one for "
             f"each job;\nleave it out, or type for example {EXAMPLE}"
         )
 
 
+def _with_references(text: str, config: DictConfig) -> str:
+    """A text and, behind each of its references, the text that this one stands for."""
+    for _ in range(4):  # `name` may refer to `seed`
+        for key in re.findall(r"\$\{([\w.]+)\}", text):
+            parent, _, last = key.rpartition(".")
+            node = OmegaConf.select(config, parent) if parent else config
+            there = isinstance(node, DictConfig) and last in node
+            raw = node._get_node(last) if there else None
+            if isinstance(raw, ValueNode) and "${" in str(raw._value()):
+                text = f"{text} {raw._value()}"
+    return text
+
+
 def _swept(config: DictConfig) -> list[str]:
-    """The keys that vary."""
+    """The settings that vary; a group may change any of them."""
     task = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    return [o.get_key_element() for o in task if _is_swept(o)] + [str(key) for key in params]
+    given = [o.get_key_element() for o in task if _is_swept(o)] + [str(key) for key in params]
+    return [key for key in given if key not in config.hydra.runtime.choices]
 
 
 def check_inside(folder: Path, sweep: Path) -> None:

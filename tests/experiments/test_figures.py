@@ -90,12 +90,14 @@ def test_a_figure_that_fails_does_not_spoil_the_end_of_a_run(tmp_path, monkeypat
         (plot, "run/notes.PDF", "run/notes.csv"),
         (compare, "run/metrics.csv", "run/metrics.csv"),
         (compare, "README.md", "README.md"),
+        (compare, "running.csv", "running.csv"),
     ],
 )
 def test_a_table_of_another_kind_is_not_written_over(tmp_path, program, output, lost):
     folder = run_named(tmp_path / "run", "a")
     (folder / "notes.csv").symlink_to(folder / "metrics.csv")
-    (tmp_path / "README.md").write_text("mine\n")
+    (tmp_path / "README.md").write_text("mine\n\n| run | what I think |\n")
+    (tmp_path / "running.csv").write_text("runner,time\n")
     before = (tmp_path / lost).read_bytes()
     said = ending(program, tmp_path, f"runs={folder}", f"output={output}")
     assert said == (
@@ -105,6 +107,15 @@ def test_a_table_of_another_kind_is_not_written_over(tmp_path, program, output, 
     assert (tmp_path / lost).read_bytes() == before and not (tmp_path / "run/metrics.png").exists()
     for _ in range(2):  # the second time over its own
         assert ending(program, tmp_path, f"runs={folder}", f"output=x{output[-4:]}") is None
+
+
+@pytest.mark.parametrize("output", ["run/loss.png", "thesis.pdf"])
+def test_a_picture_that_is_no_figures_is_not_written_over(tmp_path, output):
+    folder = run_named(tmp_path / "run", "a")
+    (tmp_path / output).write_text("mine")
+    said = ending(plot, tmp_path, f"runs={folder}", f"output={output}")
+    assert f"{output} is there, with no table of a figure beside it" in said
+    assert (tmp_path / output).read_text() == "mine"
 
 
 @pytest.mark.parametrize("module", [finetune_figure, mixers, state_tracking_figure])

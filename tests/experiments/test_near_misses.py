@@ -28,6 +28,7 @@ from tests.experiments.programs import ending
         (["+bits=3"], "+bits=3: nothing reads bits here; experiments.finetune does"),
         (["+lr=3"], "nothing reads lr; did you mean optim.learning_rate?\ntype optim"),
         (["lr=3"], "lr: there is no such setting; did you mean optim.learning_rate?"),
+        (["+grid.mine=3"], "+grid.mine=3: nothing reads grid.mine"),
         (["+mine=3"], "+mine=3: nothing reads mine\n--cfg job shows all"),
         (["++mine=3"], "++mine=3: nothing reads mine"),
         (["+checkpoint.mine=3"], "nothing reads checkpoint.mine"),
@@ -73,6 +74,8 @@ def test_a_new_key_that_something_reads_is_let_through(tmp_path):
     read = [
         ["+mine=3", "name=run-${mine}"],
         ["++steps=3"],
+        ["+peak_flops=1e12"],  # null by default
+        ["+mine=3", "name=run-${oc.select:mine,4}"],
         ["solver=shooting", "+solver.chunks=4"],
         ["+logger.own={_target_: experiments.run.loggers.csv}"],
         ["++data.path=x", "data=text"],

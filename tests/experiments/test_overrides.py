@@ -24,6 +24,8 @@ def test_a_key_with_two_values_is_refused(tmp_path, program, given, said):
 def test_what_may_be_repeated():
     for given in (
         ["steps=1", "+steps=1", "name=a", "name='a'", "a=1,2", "a=1,2"],
+        ["optim=adamw", "optim={learning_rate: 1}", "transform=lora", "transform=[lora]"],
+        ["seed=0,1", "seed=0, 1", "from=base", "from=./base/", "runs=[base]", "runs=base"],
         ["+a={b: 1}", "+a={c: 2}", "~data", "data=text", "+a.b=1", "+a.c=2", "--cfg", "job"],
     ):
         check_repeated(given)

@@ -332,3 +332,20 @@ def test_a_folder_that_a_command_would_not_use_is_refused(tmp_path, capfd, name)
     assert "hydra.run.dir=new are for one run" in said if sweep else "makes no folder" in said
     assert said.count("\n") <= 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("given", ["hydra.sweep.dir=s", "hydra/sweeper=basic"])
+def test_settings_of_a_sweep_need_one(tmp_path, capfd, name, given):
+    assert call(COMMANDS[name], tmp_path, given) == 1
+    assert f"error: {given} is for a sweep, and this is one run: add -m" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["hydra.run={dir: new}", "hydra={run: {dir: new}}"])
+def test_a_folder_in_a_mapping_is_one_too(tmp_path, capfd, given):
+    assert call(plot, tmp_path, given) == 1
+    assert "hydra.run.dir=new: this command makes no folder" in capfd.readouterr().err
+    assert call(train, tmp_path, "-m", "seed=0,1", given) == 1
+    assert "hydra.run.dir=new are for one run" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []

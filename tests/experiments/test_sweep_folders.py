@@ -127,11 +127,14 @@ def test_jobs_that_would_share_a_folder_or_leave_the_sweeps_are_refused(tmp_path
         ("jobs/${hydra.job.num}/run", {"jobs/0/run", "jobs/1/run"}),
         ("x-${x}", {"x-1", "x-2"}),
         ("${hydra.job.override_dirname}", {"x=1", "x=2"}),
+        ("${hydra:job.num}", {"0", "1"}),
+        ("${name}", {"n1", "n2"}),
     ],
 )
 def test_jobs_in_folders_of_their_own_names(tmp_path, capfd, subdir, expected):
     given = ("-m", "x=1,2", "hydra.sweep.dir=s", f"hydra.sweep.subdir={subdir}")
-    assert sweep(tmp_path, *given) == 0
+    named = ["name=n${x}"] if "name}" in subdir and "dir" not in subdir else []
+    assert sweep(tmp_path, *given, *named) == 0
     found = {path.parent for path in (tmp_path / "s").rglob("visits")}
     assert {str(path.relative_to(tmp_path / "s")) for path in found} == expected
 
