@@ -1,6 +1,8 @@
 """A figure on disk with its numbers beside it. They replace an earlier figure's, no other file."""
 
 import csv
+import errno
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -50,6 +52,8 @@ def check_output(output: str | Path, columns: Sequence[str], *, markdown: bool =
 
 
 def _there(path: Path) -> bool:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return path.exists() or path.is_symlink()
 
 
