@@ -115,7 +115,7 @@ def computed(
     name: str,
     settings: Any,
     *,
-    init: Callable[..., tuple[Any, ...]],
+    init: Callable[..., tuple[Any, ...]] | None,
     effective: Callable[..., jax.Array],
     axes: Callable[..., Mapping[str, Axes]],
     separable: Callable[..., frozenset[int]],
