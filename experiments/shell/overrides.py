@@ -1,7 +1,7 @@
 """Finds overrides that Hydra refuses or ignores without naming them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,7 +43,7 @@ def misread(arguments: Sequence[str]) -> str | None:
 def check_repeated(arguments: Sequence[str]) -> None:
     """Refuses a key that is given twice with different values: Hydra takes the last silently.
 
-    Mappings (`+a={b:1} +a={c:2}`), which Hydra merges, may be repeated.
+    A mapping gives the keys in it: `'a={b: 1}' a.b=2` gives `a.b` twice.
 
     Args:
       arguments: of the command line, without the program.
@@ -51,20 +51,27 @@ def check_repeated(arguments: Sequence[str]) -> None:
     Raises:
       RunError: names the key and both arguments.
     """
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, Any]] = {}
     for argument in arguments:
         if "=" not in argument or argument.startswith(("-", "~")):  # a flag, or what is deleted
             continue
-        before = first.setdefault(_key(argument), argument)
-        if before.lstrip("+") == argument.lstrip("+"):
-            continue
-        one, other = _value(before), _value(argument)
-        if one == other or isinstance(other, dict):  # a mapping is merged into what is there
-            continue
-        raise RunError(
-            f"{_key(argument)} is given twice, as {before} and as {argument}:\n"
-            "leave one of them out"
-        )
+        for key, value in _settings(_key(argument), _value(argument)):
+            before, known = first.setdefault(key, (argument, value))
+            same = before.lstrip("+") == argument.lstrip("+")
+            if not same and known != value and repr(known) != repr(value):  # nan is not nan
+                raise RunError(
+                    f"{key} is given twice, as {before} and as {argument}:\n"
+                    "leave one of them out"
+                )
+
+
+def _settings(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings of a value, by their keys: those of a mapping, or itself."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, child in value.items():
+        yield from _settings(f"{key}.{name}", child)
 
 
 def replaced(arguments: Sequence[str], more: Sequence[str]) -> list[str]:

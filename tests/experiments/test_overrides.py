@@ -15,6 +15,8 @@ from tests.experiments.programs import ending
         (["resume=y", "seed=3", "resume=x"], "resume is given twice, as resume=y and as resume=x"),
         (["from=a", "++from='b c'"], "from is given twice, as from=a and as ++from='b c'"),
         (["-m", "seed=0,1", "seed=0,2"], "seed is given twice, as seed=0,1 and as seed=0,2"),
+        (["+a={b: {c: 1}}", "+a.b.c=2"], "a.b.c is given twice, as +a={b: {c: 1}} and as +a.b.c=2"),
+        (["+a={b: 1}", "a={b: 2, c: 3}"], "a.b is given twice, as +a={b: 1} and as a={b: 2, c: 3}"),
     ],
 )
 def test_a_key_with_two_values_is_refused(tmp_path, program, given, said):
