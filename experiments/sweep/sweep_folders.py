@@ -115,7 +115,8 @@ def name_sweep(arguments: Sequence[str]) -> list[str]:
 
 
 # Differ in each job.
-OWN = re.compile(r"\$\{(job_folder:|hydra[.:]job\.(num|id|override_dirname)\})")
+OWN = re.compile(r"\$\{(job_folder:|hydra[.:]job\.(num|id)\})")
+BY_OVERRIDES = re.compile(r"\$\{hydra[.:]job\.override_dirname\}")
 EXAMPLE = "'hydra.sweep.subdir=${hydra.job.num}'"
 
 
@@ -141,8 +142,11 @@ def check_places(config: DictConfig) -> None:
         rest = shorter
     below = not os.path.isabs(rest) and os.pardir not in Path(rest).parts
     referred = " ".join(re.findall(r"\$\{[^}]*\}", _with_references(given, config)))
+    left_out = config.hydra.job.config.override_dirname.exclude_keys
     varies = OWN.search(referred) or all(
-        re.search(rf"\b{re.escape(short(key))}\b", referred) for key in _swept(config)
+        re.search(rf"\b{re.escape(short(key))}\b", referred)
+        or (BY_OVERRIDES.search(referred) and key not in left_out)
+        for key in _swept(config, groups=bool(BY_OVERRIDES.search(referred)))
     )
     if not (below and varies and os.path.normpath(rest or ".") != os.curdir):
         raise RunError(
@@ -164,12 +168,12 @@ def _with_references(text: str, config: DictConfig) -> str:
     return text
 
 
-def _swept(config: DictConfig) -> list[str]:
-    """The settings that vary; a group may change any of them."""
+def _swept(config: DictConfig, groups: bool) -> list[str]:
+    """The settings that vary, with or without groups, which may change any of them."""
     task = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     given = [o.get_key_element() for o in task if _is_swept(o)] + [str(key) for key in params]
-    return [key for key in given if key not in config.hydra.runtime.choices]
+    return [key for key in given if groups or key not in config.hydra.runtime.choices]
 
 
 def check_inside(folder: Path, sweep: Path) -> None:

@@ -139,6 +139,14 @@ def test_jobs_in_folders_of_their_own_names(tmp_path, capfd, subdir, expected):
     assert {str(path.relative_to(tmp_path / "s")) for path in found} == expected
 
 
+@pytest.mark.parametrize("left_out, ok", [("seed", True), ("x", False)])
+def test_a_name_of_all_overrides_leaves_out_none_that_varies(tmp_path, capfd, left_out, ok):
+    named = "hydra.sweep.subdir=${hydra.job.override_dirname}"
+    excluded = f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s", named, excluded) == (not ok)
+    assert ok or "another one for each job" in capfd.readouterr().err
+
+
 def test_a_value_does_not_lead_a_job_out_of_the_sweep(tmp_path, capfd):
     given = ("-m", "+up=../a,b", "hydra.sweep.dir=s", "hydra.sweep.subdir=${up}")
     assert sweep(tmp_path, *given) == 1
