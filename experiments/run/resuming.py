@@ -19,7 +19,7 @@ from experiments.run.plain_files import aside, replacing
 # What may differ: whether to continue, where, and with which trust.
 FREE = ("resume", "hydra", TRUST)
 # Sections of a config for outputs and logging, which do not change what a run computes.
-NOT_COMPARED = ("checkpoint", "logger", "profile", "trace", "resume")
+NOT_COMPARED = ("checkpoint", "logger", "profile", "trace")
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:

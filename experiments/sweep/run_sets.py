@@ -26,7 +26,7 @@ from experiments.run.folders import (
     read_json,
 )
 from experiments.run.plain_files import printable
-from experiments.run.resuming import NOT_COMPARED
+from experiments.run.resuming import FREE, NOT_COMPARED
 from experiments.shell.foreign import content_of
 
 ABSENT = ""  # the value of a key that a run's config lacks
@@ -249,7 +249,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
         key
         for key in every
         if not _is_seed(runs, key)
-        and key.split(".")[0] not in NOT_COMPARED
+        and key.split(".")[0] not in (*FREE, *NOT_COMPARED)
         and len(set(_values(runs, key))) > 1
     ]
     kept: dict[str, None] = {}

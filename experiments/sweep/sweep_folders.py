@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf, ValueNode
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run.folders import CONFIG, RunError
+from experiments.run.resuming import FREE
 
 LONGEST = 100  # characters of a readable name; file systems allow 255 bytes
 GIVEN_BY_THE_PATH = ("experiment", "sweep")  # NAME and SWEEP contain these
-NOT_OF_THE_RESULT = ("resume", "trust")  # keys that do not change the result
 
 
 def short(key: str) -> str:
@@ -53,7 +53,7 @@ def digest(value: Any, length: int = 6) -> str:
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
-    """Resolves the config of a job, without Hydra's part and keys that do not change the result.
+    """Resolves the config of a job, without Hydra's part and what may differ between attempts.
 
     Args:
       cfg: composed.
@@ -61,7 +61,7 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     Returns:
       Plain Python values.
     """
-    kept = [key for key in cfg if key != "hydra" and key not in NOT_OF_THE_RESULT]
+    kept = [key for key in cfg if key not in FREE]
     values = OmegaConf.to_container(OmegaConf.masked_copy(cfg, kept), resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
