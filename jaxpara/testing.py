@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from jaxpara.arguments import need_model
 from jaxpara.types import Model, Scan
 
 
@@ -68,8 +69,10 @@ def check_model(model: Model, tokens: Int[Array, "batch time"], *, tolerance: fl
 
     Raises:
       AssertionError: a law that does not hold, by name.
+      TypeError: `model` is no `Model`.
       ValueError: a model without `start` or `run`, or fewer than two steps.
     """
+    need_model(model, "check_model(model, tokens)")
     if model.start is None or model.run is None:
         raise ValueError("model has no start or no run; check_model checks sequence models")
     batch, time = tokens.shape

@@ -202,6 +202,18 @@ def marked(tree: Any, where: Where) -> Any:
     return jax.tree_util.tree_map_with_path(lambda keys, _: path_of(keys) in found, tree)
 
 
+def _differ(first: Any, second: Any, is_leaf: IsLeaf = None) -> str:
+    """Where the structures of two trees differ."""
+    one, other = (
+        [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+        for tree in (first, second)
+    )
+    for path in [*one, *other]:
+        if (path in one) != (path in other):
+            return f"only the {'first' if path in one else 'second'} has a leaf at {path!r}"
+    return "in the types of their nodes"
+
+
 def split(tree: Any, mask: Any) -> tuple[Any, Any]:
     """Takes a tree apart by a mask, so that gradients see only one part.
 
@@ -218,11 +230,17 @@ def split(tree: Any, mask: Any) -> tuple[Any, Any]:
     """
     have, want = jax.tree.structure(tree), jax.tree.structure(mask)
     if have != want:
-        raise ValueError(f"split got a tree {have} and a mask {want}: they must be alike")
+        raise ValueError(
+            f"split got a tree and a mask that differ in structure ({_differ(tree, mask)}): give a "
+            "mask of booleans in the structure of the tree, such as t.trainable(state)"
+        )
     for keys, take in jax.tree_util.tree_leaves_with_path(mask):
         if getattr(take, "dtype", type(take)) not in (bool, jnp.bool_):
             where = path_of(keys)
-            raise ValueError(f"split got {take!r} at {where!r} of the mask: give True or False")
+            raise ValueError(
+                f"split got {short(take)} at {where!r} of the mask: give split(tree, mask), with "
+                "True or False in the mask"
+            )
     return (
         jax.tree.map(lambda leaf, take: leaf if take else None, tree, mask),
         jax.tree.map(lambda leaf, take: None if take else leaf, tree, mask),
@@ -252,5 +270,8 @@ def combine(first: Any, second: Any) -> Any:
 
     have, other = (jax.tree.structure(tree, is_leaf=hole) for tree in (first, second))
     if have != other:
-        raise ValueError(f"combine got trees {have} and {other}: they must be alike")
+        raise ValueError(
+            f"combine got trees that differ in structure ({_differ(first, second, hole)}): give "
+            "the two that split returned"
+        )
     return jax.tree_util.tree_map_with_path(one, first, second, is_leaf=hole)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib.util
 import inspect
 import os
 import re
@@ -274,6 +275,8 @@ def _of_name(key: str, path: str) -> str:
     there = [name for name in vars(place) if name[0] != "_"] if hasattr(place, "__dict__") else []
     near = near_misses(last, there)
     meant = f"; did you mean {' or '.join(f'{outer}.{name}' for name in near)}?" if near else ""
+    if parts[0].isidentifier() and importlib.util.find_spec(parts[0]) is None:
+        meant = f"; Python does not find {parts[0]}: put its folder on PYTHONPATH"
     return f"{key}={path}: there is no such name{meant}"
 
 

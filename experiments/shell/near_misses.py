@@ -30,6 +30,7 @@ def near_misses(name: str, there: Sequence[str], *, count: int = 3) -> list[str]
     Returns:
       The nearest, best first; a key of which only the last name is near also counts.
     """
+    name = name.lower()
     last = name.split(".")[-1]
 
     def likeness(key: str) -> float:

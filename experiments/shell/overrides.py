@@ -60,8 +60,7 @@ def check_repeated(arguments: Sequence[str]) -> None:
             same = before.lstrip("+") == argument.lstrip("+")
             if not same and known != value and repr(known) != repr(value):  # nan is not nan
                 raise RunError(
-                    f"{key} is given twice, as {before} and as {argument}:\n"
-                    "leave one of them out"
+                    f"{key} is given twice, as {before} and as {argument}:\nleave one of them out"
                 )
 
 

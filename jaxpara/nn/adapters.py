@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxpara.nn.layers import linear
-from jaxpara.nn.mixers import Mixer
+from jaxpara.nn.mixers import Mixer, made
 from jaxpara.sizes import flag, positive
 from jaxpara.types import AnyArray, Model
 
@@ -187,7 +187,7 @@ def adapted_mixer(
     biases = flag(biases=biases)
 
     def make(width: int) -> Mixer:
-        layer = mixer(width)
+        layer = made(mixer, width)
         features = width if reads == "input" else layer.outputs
         adapter = bottleneck(features, layer.outputs, hidden=hidden, biases=biases)
 

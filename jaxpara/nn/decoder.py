@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from jaxpara.matmul import matmul
 from jaxpara.nn.conv import short_conv
 from jaxpara.nn.layers import embedding, linear, rms_norm, swiglu
-from jaxpara.nn.mixers import Mixer
+from jaxpara.nn.mixers import Mixer, made, need_mixer
 from jaxpara.sizes import flag, positive
 from jaxpara.types import AnyArray, Model
 
@@ -46,12 +46,13 @@ def block(
       A `Mixer` from width to width, whose state is `{"conv", "mixer"}`.
 
     Raises:
+      TypeError: `mixer` is no such function.
       ValueError: if a size is not positive.
 
     References: [prenorm], [swiglu].
     """
     positive(width=width, mlp_hidden=mlp_hidden, conv_taps=conv_taps, depth=depth)
-    norm, conv, mix = rms_norm(width), short_conv(width, taps=conv_taps), mixer(width)
+    norm, conv, mix = rms_norm(width), short_conv(width, taps=conv_taps), made(mixer, width)
     small = (2 * depth) ** -0.5
     gate, out = linear(width, mix.outputs), linear(mix.outputs, width, scale=small)
     mlp = swiglu(width, mlp_hidden, scale=small)
@@ -127,13 +128,19 @@ def decoder(
       `reset[batch, time]` is true a document starts and does not see what came before.
 
     Raises:
+      TypeError: a mixer is no such function.
       ValueError: if a size is not positive, `tied` is neither True nor False, or `layers` is not a
         multiple of the pattern's length; from the functions, if tokens are not integers
         `[batch, time]`, or the parameters embed another vocabulary.
     """
     positive(vocab_size=vocab_size, width=width, layers=layers, conv_taps=conv_taps)
     tied = flag(tied=tied)
+    given: Any = mixer
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        need_mixer(given)
     pattern = (mixer,) if callable(mixer) else tuple(mixer)
+    for each in pattern:
+        need_mixer(each)
     if not pattern or layers % len(pattern):
         raise ValueError(
             f"layers={layers} is not a multiple of the {len(pattern)} mixers of the pattern: "

@@ -145,6 +145,9 @@ def solve_scan(
       True
     """
     given = init, xs
+    for name, value in (("length", length), ("reverse", reverse), ("unroll", unroll)):
+        if isinstance(value, Solver | Auto):
+            raise TypeError(f"{name} got {value!r}: write solver= before a solver")
     if isinstance(solver, Solver) and solver.settings.axis is not None:
         sharded_time.require_axis(solver.settings.axis)
         # Each device starts its own steps from a state of its own.

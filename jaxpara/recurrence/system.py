@@ -115,6 +115,11 @@ class Solver(NamedTuple):
         """Its name in `jp`; a user's own solver has the name of its function."""
         return getattr(self.solve, "__name__", repr(self.solve))
 
+    def __repr__(self) -> str:
+        own = zip(self.settings._asdict().items(), Settings(), strict=True)
+        changed = ", ".join(f"{name}={value}" for (name, value), usual in own if value != usual)
+        return f"Solver({self.name}{changed and f': {changed}'})"
+
 
 class Choice(NamedTuple):
     """What will run, hashable.
@@ -146,6 +151,9 @@ class Choice(NamedTuple):
     reason: str
     refused: bool = False
     block: int = 1
+
+    def __repr__(self) -> str:
+        return f"Choice({self})"
 
     def __str__(self) -> str:
         if self.solver is None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Integer
 
+from jaxpara.arguments import need_model
 from jaxpara.types import AnyArray, Key, Loss, Model, Params
 
 
@@ -40,9 +41,11 @@ def next_token_loss(model: Model) -> Loss:
         a `key=`, as reparameterised ones have for dropout and stochastic rounding.
 
     Raises:
+      TypeError: `model` is no `Model`.
       ValueError: from the loss, if windows are not `[batch, time + 1]` with time positive.
     """
 
+    need_model(model, "next_token_loss(model)")
     random = "key" in inspect.signature(model.apply).parameters
 
     def loss(params, windows, key):
@@ -67,8 +70,11 @@ def evaluate(
       every token but the first of each window, and their number.
 
     Raises:
+      TypeError: `model` is no `Model`.
       ValueError: from that function, if windows are not `[batch, time + 1]` with time positive.
     """
+
+    need_model(model, "evaluate(model)")
 
     def totals(params, windows):
         nats = _nats(model, params, windows)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpara.arguments import need_loss, need_model, need_optimizer
 from jaxpara.sizes import positive
 from jaxpara.tree import combine, split
 from jaxpara.types import Key, Loss, Model, Params, Step, TrainState
@@ -37,7 +38,13 @@ def init_state(
     Returns:
       The state that `make_step`'s function takes. Its arrays are its own, so that it may be
       donated.
+
+    Raises:
+      TypeError: `model` is no `Model`, or `optimizer` none of optax.
     """
+    call = "init_state(model, optimizer, key)"
+    need_model(model, call)
+    need_optimizer(optimizer, call)
     k_params, k_steps = jax.random.split(key)
     params = model.init(k_params)
     train, _ = split(params, trainable(params))
@@ -72,8 +79,11 @@ def make_step(
       metrics are those of the loss, and `grad_norm` before any clipping.
 
     Raises:
+      TypeError: `loss` is no function, or `optimizer` none of optax.
       ValueError: if `accumulate` is not positive; from the step, if it does not divide a batch.
     """
+    need_loss(loss)
+    need_optimizer(optimizer, "make_step(loss, optimizer)")
     positive(accumulate=accumulate)
 
     def gradient(params, frozen, batch, key):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpara.arguments import kind_of
 from jaxpara.types import Model
 from jaxpara.weights.matrices import matrices_of
 from jaxpara.weights.method import Method
@@ -63,8 +64,8 @@ def need_model(model: Any) -> None:
     """
     if not isinstance(model, Model):
         raise TypeError(
-            f"expected a jp.Model, got {model!r}; a function of parameters is lifted by "
-            "jp.lift(function), and its parameters are given to attach(key, params)"
+            f"expected a jp.Model, got {kind_of(model)}; a function of parameters is lifted by "
+            "jp.lift(function), and its parameters are given to t.attach(key, params)"
         )
 
 
@@ -110,6 +111,6 @@ def need_reparams(reparams: Sequence[Any], kind: type) -> None:
     for each in reparams:
         if not isinstance(each, kind):
             raise TypeError(
-                f"chain got {each!r}; expected reparameterisations, such as "
+                f"chain got {kind_of(each)}; expected reparameterisations, such as "
                 "jp.chain(jp.lora(rank=4), jp.fake_quant(bits=4)), each configured by a call"
             )

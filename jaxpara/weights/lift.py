@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxpara import compat
+from jaxpara.arguments import kind_of
 from jaxpara.tree import by_path, path_of
 from jaxpara.weights.lazy import array, is_lazy
 from jaxpara.weights.matrices import lazy_leaf, matrices_of
@@ -97,8 +98,21 @@ class _Traced(NamedTuple):
     out_tree: Any
 
 
+def _shape(keys: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    if not is_weight(leaf) and not hasattr(leaf, "dtype"):
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            raise TypeError(
+                f"lift: the leaf {path_of(keys)!r} of the state is a {kind_of(leaf)}, not an "
+                "array: attach to the arrays only, as eqx.partition(module, eqx.is_array) gives "
+                "them, and put the rest back in the function"
+            ) from None
+    return shape_of(leaf)
+
+
 def _trace(function, state, arrays) -> _Traced:
-    shapes = jax.tree.map(shape_of, whole(state), is_leaf=is_weight)
+    shapes = jax.tree_util.tree_map_with_path(_shape, whole(state), is_leaf=is_weight)
     closed, out = jax.make_jaxpr(function, return_shape=True)(shapes, arrays)
     return _Traced(closed, jax.tree.structure(out))
 
@@ -134,7 +148,11 @@ def _evaluate(trace: _Traced, uses: dict[Any, Use], consts, state, arrays):
 
 def _signature(tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple(map(jax.typeof, leaves))
+    try:
+        return structure, tuple(map(jax.typeof, leaves))
+    except TypeError:  # some are no arrays
+        jax.tree_util.tree_map_with_path(_shape, whole(tree), is_leaf=is_weight)
+        raise
 
 
 def lift(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,7 +171,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
       TypeError: `function` cannot be called; when called, for an input that is neither an array
-        nor hashable.
+        nor hashable, or a leaf of the state that is no array.
       ValueError: when called, for one of the two parts of a state that `jp.split` makes.
 
     Examples:
@@ -176,7 +194,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
         if not any(map(is_weight, jax.tree.leaves(state, is_leaf=is_weight))):
             return function(state, *args, **kwargs)
         call = _bind(function, args, kwargs)
-        arguments = call.signature, _signature((state, call.arrays))
+        arguments = call.signature, _signature(state), _signature(call.arrays)
         signature = arguments, compat.trace_context()
         if signature not in known:
             trace = _trace(call.function, state, call.arrays)

@@ -66,6 +66,9 @@ class Method(NamedTuple):
     remark: Callable[..., str] | None = None
     beyond: str = ""
 
+    def __repr__(self) -> str:
+        return f"Method({self.name})"
+
 
 def every_axis(settings: Any, ndim: int) -> frozenset[int]:
     """`separable` of a method that computes a slice along any axis from slices."""

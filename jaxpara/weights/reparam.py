@@ -49,6 +49,12 @@ class Reparam(NamedTuple):
 
     members: tuple[Member, ...]
 
+    def __repr__(self) -> str:
+        flow = (
+            m.method.name + ("" if m.where is None else f" where={m.where!r}") for m in self.members
+        )
+        return f"Reparam({' then '.join(flow)})"
+
     def __call__(self, model: Model) -> Model:
         """The same model, whose parameters are the state of this reparameterisation.
 
@@ -170,14 +176,12 @@ class Reparam(NamedTuple):
                 is_leaf=is_weight,
             )
         state = owned(Pooled(state, pools) if pools else state)
-        for line in notice.about_sizes(state, layouts.known):
+        told = layout is not None or function is not None
+        sizes = notice.about_sizes(state, told=told)
+        unknown = self._not_known(params, layouts) if told else []
+        uses = report(function, state, *inputs).uses if function is not None else ()
+        for line in notice.lines(sizes, unknown, notice.about_uses(uses, told=True)):
             notice.warn(f"attach: {line}")
-        if layout is not None or function is not None:
-            for line in self._not_known(params, layouts):
-                notice.warn(f"attach: {line}")
-        if function is not None:
-            for line in notice.about_uses(report(function, state, *inputs).uses, told=True):
-                notice.warn(f"attach: {line}")
         return state
 
     def _keyed(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,19 +219,13 @@ class Reparam(NamedTuple):
         arguments.need_key(key, "sample(state, key)")
         return sampled(state, key)
 
-    def _not_known(self, params: Params, layouts: Layouts) -> list[str]:
+    def _not_known(self, params: Params, layouts: Layouts) -> list[notice.Notice]:
         """What is to be said of selected leaves whose layout is not known."""
-        lines = []
+        found = []
         for member in self.members:
-            for path, leaf in select(params, member.where).items():
-                if path in layouts.unknown:
-                    shape = jnp.shape(leaf)
-                    lines.append(
-                        f"{path!r} of shape {shape}: {layouts.unknown[path]}; {member.method.name} "
-                        f"takes axis {len(shape) - 2} as what is summed over; pass layout="
-                        f"{{{path!r}: jp.weights.Layout(inputs=.., outputs=..)}}, or narrow where="
-                    )
-        return lines
+            leaves = select(params, member.where)
+            found += notice.about_layouts(member.method.name, leaves, layouts.unknown)
+        return found
 
     def effective(self, state: Any) -> Params:
         """The dense weights: the definition of everything else here.
@@ -306,7 +304,7 @@ class Reparam(NamedTuple):
             what it is multiplied with is not quantised, the backward pass is not sparse.
         """
         found = report(function, state, *inputs)
-        for line in notice.about_uses(found.uses, told=_any_layout(state)):
+        for line in notice.lines(notice.about_uses(found.uses, told=_any_layout(state))):
             notice.warn(f"report: {line}")
         return found
 

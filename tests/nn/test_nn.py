@@ -348,3 +348,29 @@ def overlong_call():
 def test_bad_input_says_what_was_given_and_what_to_change(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        "recurrent",
+        ["attention"],
+        cells.para_gru,
+        nn.mixers.recurrent,
+        nn.mixers.attention,
+        nn.mixers.attention(heads=1)(8),
+        lambda width: width,
+        None,
+        {},
+    ],
+)
+def test_what_is_no_mixer_is_refused(mixer):
+    with pytest.raises(TypeError, match="expected a (function width -> Mixer|factory)"):
+        nn.decoder(8, 8, 1, mixer=mixer)
+
+
+@pytest.mark.untyped
+def test_a_cell_in_place_of_its_factory_is_refused():
+    with pytest.raises(TypeError, match="recurrent.cell. got Cell; .*such as jp.cells.para_gru"):
+        nn.mixers.recurrent(cells.para_gru(8, 8))  # type: ignore

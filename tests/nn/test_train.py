@@ -245,3 +245,31 @@ def test_schedule_rises_falls_and_ends_at_the_floor():
 def test_bad_input_says_what_was_given_and_what_to_change(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train.next_token_loss(len), "got a model of type len .*; expected a jp.Model"),
+        (lambda: train.evaluate({}), "evaluate.model. got a model of type dict"),
+        (
+            lambda: train.make_step(Model(len, len), optax.sgd(1.0)),
+            "a loss of type Model.*next_token_loss",
+        ),
+        (lambda: train.make_step(optax.sgd(1.0), len), "a loss of type GradientTransformation"),
+        (lambda: train.make_step(len, len), "an optimizer of type len .*optax.adamw"),
+        (
+            lambda: train.init_state(jax.random.key(0), Model(len, len), optax.sgd(1.0)),
+            "init_state.*model of",
+        ),
+        (
+            lambda: train.init_state(Model(len, len), jax.random.key(0), optax.sgd(1.0)),
+            "optimizer of type",
+        ),
+        (lambda: jp.testing.check_model(len, None), "check_model.*expected a jp.Model"),
+    ],
+)
+def test_arguments_in_the_wrong_place_are_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

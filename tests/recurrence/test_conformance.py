@@ -176,7 +176,7 @@ def test_every_pair_of_solver_structure_and_column_has_a_row():
         assert found == set(itertools.product(*names))
 
 
-@pytest.mark.parametrize(("solver", "structure", "column"), rows())
+@pytest.mark.parametrize(("solver", "structure", "column"), list(rows()))
 def test_every_solver_gives_what_lax_scan_gives(solver, structure, column):
     assert_equals_the_oracle(structure, column, TABLE[solver])
 

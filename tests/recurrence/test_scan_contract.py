@@ -1,5 +1,6 @@
 """`newton_scan` keeps `lax.scan`'s contract, whatever the step and the carry are."""
 
+import functools
 import re
 
 import jax
@@ -363,3 +364,18 @@ def test_an_axis_that_no_shard_map_binds_is_named():
         jp.linear_recurrence(jnp.ones(4), jnp.ones(4), axis="time")
     with pytest.raises(TypeError, match="axis is 0; expected the name of a mesh axis"):
         jp.shooting(axis=0)  # type: ignore
+
+
+@pytest.mark.untyped
+def test_a_solver_in_the_place_of_another_argument_is_named():
+    step = lambda h, x: (jnp.tanh(h + x), h)  # noqa: E731
+    call = functools.partial(jp.newton_scan, step, jnp.ones(3), jnp.ones((4, 3)))
+    for given in (jp.shooting(chunks=2), jp.auto()):
+        with pytest.raises(TypeError, match="length got .*: write solver= before"):
+            call(given)
+    with pytest.raises(
+        TypeError, match="unroll got Solver.newton: tol=0.1, max_iters=16.*write solver="
+    ):
+        call(unroll=jp.newton(tol=0.1))
+    with pytest.raises(TypeError, match="unchecked got .*Diagonal'>; expected a structure"):
+        jp.unchecked(jp.structure.Diagonal)

@@ -42,8 +42,8 @@ def test_an_adapter_larger_than_its_weight_is_warned_of():
     _, lines = said(lambda: t.attach(KEY, heads))
     assert lines == [
         "attach: 'w': lora(rank=4) has 512 numbers for the 256 of the weight, as matrices "
-        "(4, 4) of (16, 4, 4); give a smaller rank, or pass attach function= and inputs=, which "
-        "say what is summed over"
+        "(4, 4) of (16, 4, 4); give a smaller rank, or narrow where=, or pass attach function= and "
+        "inputs=, which say what is summed over"
     ]
     state, lines = said(lambda: t.attach(KEY, heads, function=function, inputs=(normal(1, 2, 16),)))
     assert not lines and sum(part.size for part in state["w"].base.parts.values()) == 128
@@ -51,6 +51,27 @@ def test_an_adapter_larger_than_its_weight_is_warned_of():
     assert "368 numbers for the 240 of the weight" in lines[0] and "a smaller rank" in lines[0]
     pool = jp.mos(rank=8, budget=6, shards=2)
     assert "pools" in said(lambda: pool.attach(KEY, W))[1][0]
+
+
+def test_a_leaf_is_warned_of_once_and_leaves_alike_share_a_line():
+    names = [f"bias{i}" for i in range(6)]
+    p = {"w": normal(0, 6, 40), **{name: normal(1, 1, 40) for name in names}}
+    function = lambda p, x: x @ p["w"] + sum(p[name] for name in names)  # noqa: E731
+    t = jp.lora(rank=1)
+    sized = (
+        "attach: 'bias0': lora(rank=1) has 41 numbers for the 40 of the weight, as matrices "
+        "(1, 40) of (1, 40) (likewise 'bias1', 'bias2', 'bias3' and 2 more); give a smaller rank, "
+        "or narrow where="
+    )
+    _, lines = said(lambda: t.attach(KEY, p))
+    assert len(lines) == 1 and lines[0].startswith(sized) and lines[0].endswith("summed over")
+    # Their layouts are not known either, and each is built whole: it is all the same advice.
+    _, lines = said(lambda: t.attach(KEY, p, function=function, inputs=(ROW,)))
+    assert lines == [sized]
+    p = {"w": p["w"], **{name: normal(1, 3, 40) for name in names}}  # no larger, yet no products
+    _, lines = said(lambda: t.attach(KEY, p, function=function, inputs=(normal(2, 3, 6),)))
+    assert len(lines) == 1 and lines[0].startswith("attach: 'bias0' of shape (3, 40): no product ")
+    assert "(likewise 'bias1', 'bias2', 'bias3' and 2 more); pass layout=" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,8 @@ def test_what_is_given_in_the_wrong_place_is_named():
         t(product)  # type: ignore
     with pytest.raises(TypeError, match="a key of type dict; expected attach"):
         t.attach(params, KEY)  # type: ignore
+    with pytest.raises(TypeError, match="leaf 'act' of the state is a relu .* not an array"):
+        jp.lift(product)({"act": jax.nn.relu, **t.attach(KEY, params)}, normal(1, 2, 8))
     with pytest.raises(TypeError, match="lift got 3; expected a function"):
         jp.lift(3)  # type: ignore
     with pytest.raises(ValueError, match="bits=None: give a whole number"):
@@ -281,7 +283,7 @@ def test_what_is_given_in_the_wrong_place_is_named():
     ):
         t.attach(KEY, {"w": normal(0, 8)})
     for wrong in (2, "no", np.float32(1)):
-        with pytest.raises(ValueError, match="at 'a' of the mask: give True or False"):
+        with pytest.raises(ValueError, match="at .a. of the mask: give split.tree, mask"):
             jp.split({"a": 1}, {"a": wrong})
     assert jp.split({"a": 1, "b": 2}, {"a": np.True_, "b": False})[0] == {"a": 1, "b": None}
     for keys in (jax.random.split(KEY), np.zeros((2, 2), np.uint32)):
@@ -291,7 +293,7 @@ def test_what_is_given_in_the_wrong_place_is_named():
         t.sample(t.attach(KEY, params), 0)  # type: ignore
     with pytest.raises(TypeError, match="attach got function=5; expected a function"):
         t.attach(KEY, params, function=5)  # type: ignore
-    with pytest.raises(ValueError, match="combine got trees .*must be alike"):
+    with pytest.raises(ValueError, match="only the first has a leaf at 'a'.: give the two"):
         jp.combine({"a": 1}, {"b": None})
 
 

@@ -80,6 +80,8 @@ def _group(
 ) -> list[jax.Array]:
     """One group of coupled leaves `[time, *shape]`; `a[i][j]` is row i, column j."""
     shape = init[0].shape
+    if not init[0].size:
+        return list(b)
     lead = min(1, max(0, len(shape) - 1))
     flat = lambda leaf: rows(leaf, shape, lead)  # noqa: E731
     a, b, init = vary_like((a, b, init), a, b, init)
@@ -113,6 +115,9 @@ def _blocks(operator: Any, b: Leaves, init: Leaves, run: Any) -> list[jax.Array]
         operator.data, offsets, jacobian_products.to_lanes(groups, init), strict=True
     ):
         every = range(start.shape[0])
+        if not every:  # the entries of leaves without elements
+            lanes.append(offset)
+            continue
         a = [[matrix[:, i, j] for j in every] for i in every]
         solved = run(a, [offset[:, i] for i in every], [start[i] for i in every])
         lanes.append(jnp.stack(solved, axis=1))

@@ -118,7 +118,14 @@ def unchecked(structure: Structure) -> Unchecked:
 
     Returns:
       What `structure=` of every solver takes.
+
+    Raises:
+      TypeError: it is no structure, such as the class itself.
     """
+    if not isinstance(structure, Structure):
+        raise TypeError(
+            f"unchecked got {structure!r}; expected a structure, such as jp.structure.Diagonal()"
+        )
     return Unchecked(structure)
 
 
