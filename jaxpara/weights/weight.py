@@ -41,13 +41,6 @@ class Weight(Unlifted):
         parts = f"base={short(self.base)}, parts={short(self.parts)}"
         return f"Weight({self.method.name}: {parts}{shared})"
 
-    def __pdoc__(self, **kwargs: Any) -> Any:
-        """The same for Equinox, which would print all fields of a dataclass and of its method."""
-        import wadler_lindig  # Equinox's printer, which alone asks for this
-
-        del kwargs
-        return wadler_lindig.TextDoc(repr(self))
-
 
 def is_weight(leaf: Any) -> bool:
     """Whether a leaf is a `Weight`, as `is_leaf` of `jax.tree` functions."""

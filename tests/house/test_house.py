@@ -23,7 +23,15 @@ ALLOWED = {
     "jaxpara": {"jax", "numpy", "optax", "jaxtyping", "jaxpara", "pallas_kernels"},
 }
 ADAPTERS = {"jaxpara/linen.py", "jaxpara/nnx.py"}  # the only two that know Flax
-SHARED = {"types", "compat", "jaxprs", "tree", "sizes", "matmul"}  # what every wing may import
+SHARED = {
+    "types",
+    "compat",
+    "jaxprs",
+    "tree",
+    "sizes",
+    "arguments",
+    "matmul",
+}  # what every wing may import
 NOT_WINGS = {"nn", "train"}  # folders that may import wings
 # The rooms of a house, from the ground up: a folder or files; what is not named is above them all.
 FLOORS = {

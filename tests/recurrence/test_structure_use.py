@@ -383,21 +383,3 @@ def test_equinox_cells_are_dense():
         lambda h, x: (jax.vmap(gru)(x, h), None), jnp.ones((2, 4)), jnp.ones((2, 3))
     )
     assert batched.resolve([(2, 4)]) == (Group((0,), ((0,),)),)
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
-@pytest.mark.parametrize("solver", [jp.fused(implementation="xla"), jp.newton(linear="kernel")])
-@pytest.mark.parametrize("derivative", [None, "reverse"])
-def test_leaves_without_elements_have_gradients(shape, solver, derivative):
-    step = lambda c, x: ((jnp.tanh(c[0] * 0.5 + x), c[1] * 2.0), c[0])  # noqa: E731
-    init, xs = (jnp.ones(3), jnp.zeros(shape)), jnp.ones((7, 3))
-
-    def loss(scan, c):
-        (_, empty), ys = scan(step, c, xs)
-        return jnp.sum(ys) + jnp.sum(empty)
-
-    scan = functools.partial(jp.newton_scan, solver=solver, derivative=derivative)
-    found = jax.grad(functools.partial(loss, scan))(init)
-    exact = jax.grad(functools.partial(loss, jax.lax.scan))(init)
-    np.testing.assert_allclose(found[0], exact[0], rtol=1e-6)
-    assert found[1].shape == shape
