@@ -6,6 +6,7 @@ Each run has a row: the keys of the config in which runs differ, seeds included,
 import csv
 import io
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -252,6 +253,14 @@ def show(table: Comparison) -> None:
     console.print(printed)
 
 
+def _beginning(table: Comparison, suffix: str) -> str:
+    """A pattern of the first line of such a table: with these columns, or any results."""
+    if suffix == ".md":
+        return r"\d+ runs; final and best"
+    line = as_csv(table).partition("\n")[0]
+    return rf"({re.escape(line)}|run,(.*,)?({'|'.join(RESULTS)}))[,_\s]"
+
+
 def compare(runs: Sequence[Run], *, output: str | None, **settings: Any) -> None:
     """Prints the table, and writes it to a file if one is given.
 
@@ -266,10 +275,9 @@ def compare(runs: Sequence[Run], *, output: str | None, **settings: Any) -> None
     target = None if output is None else Path(output)
     if target is not None and target.suffix not in SUFFIXES:
         raise RunError(f"output={output!r}: give a file that ends in {' or '.join(SUFFIXES)}")
-    if target is not None:
-        header = {".csv": r"run(,|\s)", ".md": r"\d+ runs; final and best"}[target.suffix]
-        figure_files.check_table(target, header, output=output)
     table = tabulate(runs, **settings)
+    if target is not None:
+        figure_files.check_table(target, _beginning(table, target.suffix), output=output)
     show(table)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)

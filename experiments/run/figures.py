@@ -1,5 +1,6 @@
 """Figures of a run, drawn only from the files in its folder."""
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from experiments.run import folders, metrics
 from experiments.run.drawing import Figure
 from experiments.run.plain_files import replacing
+
+CREATOR = "jaxpara experiments.run.figures"  # in every picture, by which we know it again
 
 
 def _pairs(columns: Mapping[str, list[float | None]], x: str, y: str) -> tuple[list, list]:
@@ -146,7 +149,20 @@ def save(figure: Figure, path: Path) -> None:
       path: a PNG, PDF or SVG file.
     """
     with replacing(path) as part:
-        figure.savefig(part, dpi=120, format=path.suffix[1:].lower())
+        kind = path.suffix[1:].lower()
+        figure.savefig(part, dpi=120, format=kind, metadata={"Creator": CREATOR})
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a picture was written by `save`, which says so in it.
+
+    Args:
+      path: of the file.
+    """
+    if path.is_symlink() or not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(CREATOR.encode()) >= 0
 
 
 def draw_run(folder: Path) -> list[Path]:

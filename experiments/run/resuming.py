@@ -211,6 +211,31 @@ def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where
         )
 
 
+def check_job(stored: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a job of a sweep in the folder of a run with other settings.
+
+    Args:
+      stored: the config of the run, as plain values. What it lacks is of a later version.
+      config: of the job, resolved, as plain values.
+      folder: of the run.
+
+    Raises:
+      RunError: names the first setting that differs, and both values.
+    """
+    then, now = ({k: v for k, v in one.items() if k not in FREE} for one in (stored, config))
+    then, now = (dict(_leaves(json.loads(json.dumps(one)))) for one in (then, now))
+    for key, before in then.items():
+        after = now.get(key)
+        if before == after or repr(before) == repr(after):
+            continue
+        raise RunError(
+            f"{folder} holds a run with {key}={shortened(str(before))}, and this job has "
+            f"{key}={shortened(str(after))}:\n"
+            "give another hydra.sweep.dir, or leave hydra.sweep.subdir out: then jobs of other "
+            "settings have other folders"
+        )
+
+
 def _choices(folder: Path) -> dict[str, Any]:
     """Reads the members of groups that the run started with; empty without a complete record."""
     try:

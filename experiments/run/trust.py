@@ -268,6 +268,8 @@ def paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
         return
     here = f"{key}." if key else ""
     for name in FILES if "_target_" in node and node["_target_"] not in names.GETTERS else ():
+        if name == "base" and isinstance(node.get(name), int | float):
+            continue  # of rotary angles
         for text in _texts(node.get(name)):
             if not (name == "path" and node.get("data_files") and text in KINDS):
                 yield f"{here}{name}", text

@@ -39,14 +39,13 @@ def check_output(output: str | Path, columns: Sequence[str], *, markdown: bool =
         )
     first = columns[:2]  # tell tables apart
     table = target.with_suffix(".csv")
-    check_table(table, re.escape(",".join(first)), output=output)
+    check_table(table, re.escape(",".join(first)) + r"(,|\s)", output=output)
     if markdown:
         head = re.escape(f"| {' | '.join(first)} |")
         check_table(target.with_suffix(".md"), head, line=2, output=output)
-    if _there(target) and not _there(table):
+    if _there(target) and not figures.is_ours(target):
         raise RunError(
-            f"output={output}: {target} is there, with no table of a figure beside it;\n"
-            "give a new name"
+            f"output={output}: {target} is there, and no figure of this program;\ngive a new name"
         )
     return target
 

@@ -142,11 +142,14 @@ def check_places(config: DictConfig) -> None:
         rest = shorter
     below = not os.path.isabs(rest) and os.pardir not in Path(rest).parts
     referred = " ".join(re.findall(r"\$\{[^}]*\}", _with_references(given, config)))
+    all_overrides = BY_OVERRIDES.search(referred) is not None
     left_out = config.hydra.job.config.override_dirname.exclude_keys
+    # A group may change whatever is referred to.
+    swept = _swept(config, groups=all_overrides or not referred)
     varies = OWN.search(referred) or all(
-        re.search(rf"\b{re.escape(short(key))}\b", referred)
-        or (BY_OVERRIDES.search(referred) and key not in left_out)
-        for key in _swept(config, groups=bool(BY_OVERRIDES.search(referred)))
+        re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", referred)
+        or (all_overrides and key not in left_out)
+        for key in swept
     )
     if not (below and varies and os.path.normpath(rest or ".") != os.curdir):
         raise RunError(
@@ -169,10 +172,11 @@ def _with_references(text: str, config: DictConfig) -> str:
 
 
 def _swept(config: DictConfig, groups: bool) -> list[str]:
-    """The settings that vary, with or without groups, which may change any of them."""
+    """The settings that vary, with or without groups."""
     task = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     given = [o.get_key_element() for o in task if _is_swept(o)] + [str(key) for key in params]
+    given = [key.lstrip("+") for key in given]
     return [key for key in given if groups or key not in config.hydra.runtime.choices]
 
 

@@ -17,16 +17,23 @@ from typing import Any, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import claim, folders, given_folders, litter, records, trust
 from experiments.run.checks import check_text
 from experiments.run.plain_files import read_text, write_text
+from experiments.run.resuming import check_job
 from experiments.run.tables import show
 from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
 from experiments.shell.overrides import check_repeated
-from experiments.sweep.sweep_folders import check_inside, check_places, name_sweep
+from experiments.sweep.sweep_folders import (
+    check_inside,
+    check_places,
+    name_sweep,
+    plain_config,
+)
 
 ERROR = "error.txt"
 REFUSED = "refused"  # holds a file for each refused job, which has no folder
@@ -125,11 +132,21 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
         check_inside(folder, _place())
         with claim.claimed(folder):  # nothing is written to a folder that another process holds
             _note(folder).unlink(missing_ok=True)
+            _check_same(cfg, folder)
             return _attempt(cfg, job, folder)
     except folders.RunError as error:
         _refuse(folder, "in use" if isinstance(error, claim.InUse) else "refused", str(error))
         records.discard(folder, made=[folder])  # Hydra has made it
         return None
+
+
+def _check_same(cfg: DictConfig, folder: Path) -> None:
+    """Refuses a folder with a run of other settings, before anything is written there."""
+    if (folder / folders.CONFIG).is_file():
+        with contextlib.suppress(OmegaConfBaseException):  # the job itself reports it
+            stored = OmegaConf.to_container(folders.read_yaml(folder / folders.CONFIG))
+            if isinstance(stored, dict):
+                check_job(stored, plain_config(cfg), folder)
 
 
 def _attempt(cfg: DictConfig, job: Callable[[DictConfig], None], folder: Path) -> float | None:
@@ -210,8 +227,9 @@ def jobs_since(sweep: Path, before: Mapping[Path, Stamp]) -> list[Job]:
     # A job that another process held may have ended meanwhile: its folder tells.
     known = {job.folder / OVERRIDES: job for job in notes}
     ended = {path for path, job in known.items() if _has_ended(job)}
+    held = {path for path, job in known.items() if job.status == "in use"} - ended
     launched = [path for path in sweep.rglob(str(OVERRIDES)) if path in ended | new]
-    jobs = [_read_job(path, new) for path in launched if path in ended or path not in known]
+    jobs = [_read_job(path, new) for path in launched if path not in held]
     jobs += [job for path, job in known.items() if path not in ended]
     return sorted(jobs, key=lambda job: job.number)
 

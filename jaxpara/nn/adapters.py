@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxpara.nn.layers import linear
-from jaxpara.nn.mixers import Mixer, made
+from jaxpara.nn.making import made
+from jaxpara.nn.mixers import Mixer
 from jaxpara.sizes import flag, positive
 from jaxpara.types import AnyArray, Model
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Integer
 from jaxpara.matmul import matmul
 from jaxpara.nn.conv import short_conv
 from jaxpara.nn.layers import embedding, linear, rms_norm, swiglu
-from jaxpara.nn.mixers import Mixer, made, need_mixer
+from jaxpara.nn.making import made, need_mixer
+from jaxpara.nn.mixers import Mixer
 from jaxpara.sizes import flag, positive
 from jaxpara.types import AnyArray, Model
 

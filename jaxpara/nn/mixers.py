@@ -11,16 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpara.arguments import kind_of, takes
+from jaxpara.arguments import kind_of
 from jaxpara.nn.attention import rotary_attention
 from jaxpara.recurrence import cells
 from jaxpara.recurrence.scan import newton_scan
 from jaxpara.types import Cell, Key, Params
-
-_NO_MIXER = (
-    "mixer={}: expected a function width -> Mixer, such as jp.nn.mixers.attention(heads=4) or "
-    "jp.nn.mixers.recurrent(jp.cells.para_gru), or for decoder a sequence of them"
-)
 
 
 class Mixer(NamedTuple):
@@ -39,36 +34,6 @@ class Mixer(NamedTuple):
     start: Callable[[Params, int, int, Any], Any]
     run: Callable[[Params, Any, jax.Array, jax.Array | None], tuple[Any, jax.Array]]
     outputs: int
-
-
-def need_mixer(make: Any) -> None:
-    """Refuses what is no function from the width, such as a factory that was not called.
-
-    Args:
-      make: given as a mixer.
-
-    Raises:
-      TypeError: it is no function of one argument.
-    """
-    if not callable(make) or not takes(make, 1):
-        raise TypeError(_NO_MIXER.format(kind_of(make)))
-
-
-def made(make: Callable[[int], Mixer], width: int) -> Mixer:
-    """The mixer of a width.
-
-    Args:
-      make: a function `width -> Mixer`.
-      width: size of the last axis of its inputs.
-
-    Raises:
-      TypeError: it is no such function.
-    """
-    need_mixer(make)
-    mixer = make(width)
-    if not isinstance(mixer, Mixer):
-        raise TypeError(_NO_MIXER.format(kind_of(make)))
-    return mixer
 
 
 def recurrent(

@@ -109,12 +109,45 @@ def test_a_table_of_another_kind_is_not_written_over(tmp_path, program, output, 
         assert ending(program, tmp_path, f"runs={folder}", f"output=x{output[-4:]}") is None
 
 
+@pytest.mark.parametrize("suffix", figure_files.SUFFIXES)
+def test_a_picture_beside_a_figure_of_ours_is_not_written_over(tmp_path, suffix):
+    folder, output = run_named(tmp_path / "run", "a"), tmp_path / f"x{suffix}"
+    given = (f"runs={folder}", f"output={output.name}")
+    assert ending(plot, tmp_path, f"runs={folder}", "output=x.png") is None
+    for content in ("mine", ""):
+        output.write_text(content)
+        assert f"x{suffix} is there, and no figure of this" in ending(plot, tmp_path, *given)
+        assert output.read_text() == content
+    output.unlink()
+    for _ in range(2):  # the second time over its own
+        assert ending(plot, tmp_path, *given) is None and output.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "name, line", [("x.csv", "group,runs_of_mine"), ("c.csv", "run,loss"), ("c.csv", "run,finals")]
+)
+def test_a_table_that_begins_alike_is_not_written_over(tmp_path, name, line):
+    folder = run_named(tmp_path / "run", "a")
+    (tmp_path / name).write_text(f"{line}\n1,2\n")
+    program, output = (plot, "x.png") if name == "x.csv" else (compare, name)
+    said = ending(program, tmp_path, f"runs={folder}", f"output={output}")
+    assert f"would write over {name}" in said
+    assert (tmp_path / name).read_text() == f"{line}\n1,2\n"
+
+
+def test_a_comparison_replaces_one_of_results(tmp_path):
+    folder = run_named(tmp_path / "run", "a")
+    for columns in ("[final]", "null", "[name]", "[name]"):
+        said = ending(compare, tmp_path, f"runs={folder}", "output=x.csv", f"columns={columns}")
+        assert said is None
+
+
 @pytest.mark.parametrize("output", ["run/loss.png", "thesis.pdf"])
 def test_a_picture_that_is_no_figures_is_not_written_over(tmp_path, output):
     folder = run_named(tmp_path / "run", "a")
     (tmp_path / output).write_text("mine")
     said = ending(plot, tmp_path, f"runs={folder}", f"output={output}")
-    assert f"{output} is there, with no table of a figure beside it" in said
+    assert f"{output} is there, and no figure of this program" in said
     assert (tmp_path / output).read_text() == "mine"
 
 
