@@ -190,7 +190,8 @@ def marked(tree: Any, where: Where) -> Any:
 
     Args:
       tree: any pytree.
-      where: see `matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       Booleans in the structure of the tree.

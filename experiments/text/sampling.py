@@ -2,6 +2,8 @@
 
 A continuation is a function of the parameters, the seed, the prompt and the number of the sample.
 It does not depend on the other prompts of its batch, up to the rounding of the logits.
+
+`experiments` is not installed. Import it in the root of the checkout, or with it on `PYTHONPATH`.
 """
 
 import hashlib

@@ -58,7 +58,8 @@ def dora(
       rank: of the update.
       alpha: `s = alpha / rank`; None means `2 rank`, so `s = 2`.
       window: of a convolution, see `lora`; the norm is then over the window too.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation.

@@ -35,7 +35,8 @@ def ia3(*, axis: int = -1, where: Where = None) -> Reparam:
 
     Args:
       axis: of the weight: -1 for columns, which are outputs, -2 for rows, which are inputs.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; the factors start at one.

@@ -124,7 +124,8 @@ def lora(
       dropout: the probability with which a call with a key (see `t.sample`) leaves out an input
         of A. The others are scaled by `1 / (1 - dropout)`. All rows of a batch lose the same
         inputs, so a dropped adapter is still a weight. Each layer of a stack loses its own.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation.

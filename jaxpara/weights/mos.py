@@ -131,7 +131,9 @@ def mos(
       shards: the number of shards that a vector is cut into.
       private: the number of vectors, of the `rank`, that no other matrix uses.
       alpha: `s = alpha / rank`; None means `2 rank`, so `s = 2`.
-      where: the leaves that share, see `jaxpara.tree.matcher`; `chain` several for several pools.
+      where: the leaves that share: a glob (`*` within a name, `**` across names), a compiled
+        regular expression, or a function of (path, leaf); None: floating leaves of two or more
+        axes. `chain` several for several pools.
 
     Returns:
       The reparameterisation.

@@ -76,7 +76,8 @@ def paca(*, rank: int = 8, alpha: float | None = None, where: Where = None) -> R
       rank: r, the number of rows; leading axes of a leaf (layers, experts) have rows of their own.
       alpha: the change is scaled by `s = alpha / r`, as in the authors' code; None means `r`, so 1.
         SGD then moves the rows `s^2` times as far, Adam `s` times.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; `merge` writes the rows.

@@ -361,7 +361,7 @@ def reparam(method: Method, where: Where) -> Reparam:
 
     Args:
       method: how.
-      where: which leaves, see `jaxpara.tree.matcher`.
+      where: the leaves, as for `lora`.
 
     Returns:
       The reparameterisation.

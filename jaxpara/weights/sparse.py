@@ -141,7 +141,8 @@ def sparse_nm(*, n: int = 2, m: int = 4, decay: float = 2e-4, where: Where = Non
       n: how many remain.
       m: consecutive entries along the contraction axis -2 that are a group.
       decay: of the pruned entries, in `penalty`; zero is the plain straight-through estimator.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; every floating leaf is trained, `merge` gives the masked weights.
@@ -175,7 +176,8 @@ def bdwp(*, n: int = 2, m: int = 4, where: Where = None) -> Reparam:
     Args:
       n: how many remain.
       m: consecutive entries that are a group, along each of the last two axes.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; every floating leaf is trained, `merge` gives `W * M`.

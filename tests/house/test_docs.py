@@ -110,6 +110,26 @@ def test_is_annotated(name):
     assert signature.return_annotation is not signature.empty, f"{name}: no return annotation"
 
 
+WHERE = (
+    "a glob (`*` within a name, `**` across names), a compiled regular expression, or a function "
+    "of (path, leaf); None: floating leaves of two or more axes"
+)
+CHOOSING = [
+    n
+    for n, v in PUBLIC.items()
+    if inspect.isfunction(v) and "where" in inspect.signature(v).parameters
+]
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_says_what_its_where_takes(name):
+    assert WHERE in " ".join(inspect.getdoc(PUBLIC[name]).split())
+
+
+def test_many_functions_take_a_where():
+    assert {"lora", "nf4", "fake_quant", "marked"} <= set(CHOOSING)
+
+
 @EVERY
 def test_has_an_entry_in_methods(name):
     heading = rf"^## .*`(jp\.)?{re.escape(name)}`"

@@ -1,8 +1,9 @@
 """What all cells share: the hoisted input projection, initialisation, clipping, running.
 
 A cell is split: everything that does not depend on the carry, `x_t W + b`, is one matmul over
-all time steps. Its result is a tuple of *separate* gate arrays `[time, batch, hidden]`. A scan
-over them trains about twice as fast as a scan over one `[time, batch, gates, hidden]` array.
+all time steps. Its result is a tuple of *separate* gate arrays `[time, batch, hidden]`. At
+batch 64 and width 256 the gradient of `newton_scan` is then nearly twice as fast on a CPU as with
+one `[time, batch, gates, hidden]` array that the step cuts. Small cells gain little or nothing.
 """
 
 import math

@@ -171,7 +171,8 @@ def easy_quant(
         published: wherever in the matrix the outliers are.
       steps: of descent; each goes to the minimum for the integers that it finds. The best scale
         on the way is taken, so the error is never above that of `rtn`.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; `merge` keeps integers, scales and outliers.

@@ -151,7 +151,8 @@ def fake_quant(
       rounding: "nearest"; or "stochastic", to one of the two neighbours, so that the mean is the
         weight, where a call is given a key (see `t.sample`). Without one, and in `merge`, the
         nearest is taken.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; `merge` gives integers and scales that reproduce the forward pass
@@ -191,7 +192,8 @@ def ternary(*, group: int | None = None, where: Where = None) -> Reparam:
     Args:
       group: consecutive entries along the contraction axis -2 that share a scale, one for each
         output channel; None: one scale for both last axes, as in BitNet.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; `merge` gives integers of two bits with scales.

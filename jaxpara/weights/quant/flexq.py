@@ -19,11 +19,12 @@ def flexq(
     weight: give `jp.weights.unit_grid` to the attention.
 
     Args:
-      sensitive: leaves whose activations get eight bits, of those that `where` selects, for
-        example "blocks/*/down"; None: none.
+      sensitive: leaves whose activations get eight bits, of those that `where` selects and
+        given in the same way, for example "blocks/*/down"; None: none.
       group: consecutive entries along the axis -2 that share a scale; None: all.
       bits: of the weights and of the other activations.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation, `chain(fake_quant(...), fake_quant(...))`; merged weights are

@@ -48,7 +48,8 @@ def rtn(
 
     Args:
       bits, group, affine, ranges, activations: as for `fake_quant`.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; only scales and offsets can be trained.

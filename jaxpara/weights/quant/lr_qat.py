@@ -135,7 +135,8 @@ def lr_qat(
       downcast: how the frozen weight is stored: "float32", "bfloat16", "fixed8", a byte with
         `8 - bits` binary places, or "int8", its integers, to which the rounded update is added
         (the authors' `lr_qat_int`).
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; `merge` gives the integers of the forward pass.

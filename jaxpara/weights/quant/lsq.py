@@ -104,7 +104,8 @@ def lsq(
       affine: with an offset as well [lsqplus].
       full: without an offset, the integers `-2^(bits-1)` to `2^(bits-1) - 1`, as in the paper: at
         2 bits four levels, where a symmetric grid has three. With an offset it is always so.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; `merge` reproduces the forward pass bit for bit. Gradients of the
@@ -145,7 +146,8 @@ def l4q(
     Args:
       bits, group: of the grid.
       rank, alpha: of the adapters.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation.

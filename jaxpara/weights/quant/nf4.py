@@ -149,7 +149,8 @@ def nf4(*, block: int = 64, scale_block: int | None = None, where: Where = None)
       scale_block: the scales are kept as bytes, less their mean over the matrix, and this many of
         them, row by row of blocks, share a step (double quantisation; the paper has 256 and floats
         of 8 bits, here they are integers); None: the scales are floats.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; `merge` keeps codes and scales. Without an adapter it trains the

@@ -77,7 +77,8 @@ def number_format(
       number_format: a name such as `"float8_e4m3fn"`, `"float6_e2m3fn"`, `"mxfp4"`, or a format.
       rounding: of `jp.weights.round_to`. The random ones draw where a call is given a key, see
         `t.sample`; without one, and in `merge`, the nearest number is taken.
-      where: the leaves, see `jaxpara.tree.matcher`.
+      where: the leaves: a glob (`*` within a name, `**` across names), a compiled regular
+        expression, or a function of (path, leaf); None: floating leaves of two or more axes.
 
     Returns:
       The reparameterisation; `merge` gives the rounded weights, in their own dtype.
