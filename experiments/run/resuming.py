@@ -224,8 +224,8 @@ def check_job(stored: Mapping[str, Any], config: Mapping[str, Any], folder: Path
     """
     then, now = ({k: v for k, v in one.items() if k not in FREE} for one in (stored, config))
     then, now = (dict(_leaves(json.loads(json.dumps(one)))) for one in (then, now))
-    for key, before in then.items():
-        after = now.get(key)
+    for key in sorted(then, key=lambda key: key.startswith("task.")):  # it repeats the others
+        before, after = then[key], now.get(key)
         if before == after or repr(before) == repr(after):
             continue
         raise RunError(

@@ -139,6 +139,46 @@ def test_jobs_in_folders_of_their_own_names(tmp_path, capfd, subdir, expected):
     assert {str(path.relative_to(tmp_path / "s")) for path in found} == expected
 
 
+@pytest.mark.parametrize(
+    "subdir, swept",
+    [("fixed", "+optim=adamw,slow_scales"), ("s${x}", "+data.x=1,2"), ("s${xs}", "x=1,2")],
+)
+def test_a_folder_that_names_none_of_what_varies_is_refused(tmp_path, capfd, subdir, swept):
+    given = ("-m", swept, "hydra.sweep.dir=s", f"hydra.sweep.subdir={subdir}", "+xs=1")
+    assert sweep(tmp_path, *given) == 1
+    assert "another one for each job" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("other", ["x=5,6", "x=1,2 steps=9", "x=1,2 name=other"])
+def test_a_job_in_the_folder_of_another_run_is_refused_and_writes_nothing(
+    tmp_path, capfd, ended, other
+):
+    numbered = ("hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}")
+    act = [] if ended else ["act=fail"]
+    assert sweep(tmp_path, "-m", "x=1,2", *act, *numbered) == (not ended)
+    runs = [tmp_path / "s" / number for number in "01"]
+    before = [everything(folder) for folder in runs]
+    capfd.readouterr()
+    assert sweep(tmp_path, "-m", *other.split(), *act, *numbered) == 1
+    shown = capfd.readouterr()
+    assert list(statuses(shown.out).values()) == ["refused"] * 2
+    assert "holds a run with" in shown.err and "give another hydra.sweep.dir" in shown.err
+    for folder, then in zip(runs, before, strict=True):
+        now = everything(folder)
+        now[folder / claim.LOCK] = then[folder / claim.LOCK]  # trying it is no writing
+        assert now == then
+    assert sweep(tmp_path, "-m", "x=1,2", *act, *numbered) == (not ended)  # its own settings
+
+
+def test_of_jobs_that_share_a_folder_all_but_the_first_are_refused(tmp_path, capfd):
+    # What varies is in the name, which is the same for both nevertheless.
+    shared = ("hydra.sweep.dir=s", "hydra.sweep.subdir='f${oc.select:none_${x},same}'")
+    assert sweep(tmp_path, "-m", "x=1,2", "act=fail", *shared) == 1
+    shown = capfd.readouterr()
+    assert sorted(statuses(shown.out).values()) == ["failed", "refused"]
+
+
 @pytest.mark.parametrize("left_out, ok", [("seed", True), ("x", False)])
 def test_a_name_of_all_overrides_leaves_out_none_that_varies(tmp_path, capfd, left_out, ok):
     named = "hydra.sweep.subdir=${hydra.job.override_dirname}"

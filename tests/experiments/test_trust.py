@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 import jaxpara
 from experiments import evaluate, export_adapters, finetune, generate, train
 from experiments.inject import hostile
-from experiments.run import folders, names, opening, trust
+from experiments.run import folders, names, opening, resuming, trust
 from experiments.run.folder_arguments import quote_value
 from experiments.run.resuming import _choices
 from experiments.shell import build, commandline
@@ -387,3 +387,13 @@ def test_paths_with_characters_of_hydras_grammar_come_through(text):
         value = OverridesParser.create().parse_override(f"k={quote_value(path)}").value()
         assert OmegaConf.create({"k": value}).k == path
     assert json.dumps(quote_value("./runs/a-b_1.c")) == '"./runs/a-b_1.c"'
+
+
+def test_the_base_of_rotary_angles_is_a_number_and_no_path():
+    mixer = {"_target_": "jaxpara.nn.mixers.attention", "base": 500}
+    task = {"_target_": "experiments.tasks.finetune", "base": "runs/a"}
+    assert list(trust.paths({"mixer": mixer, "task": task}, "")) == [("task.base", "runs/a")]
+    now = {"mixer": mixer}
+    assert resuming.compared(now)["mixer.base"] == 500
+    with pytest.raises(folders.RunError, match="mixer.base=3, and it was trained with 500"):
+        resuming.check_same(resuming.compared(now), {"mixer": {**mixer, "base": 3}}, "it")
