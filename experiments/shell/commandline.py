@@ -22,7 +22,7 @@ from experiments.run.folder_arguments import quoted
 from experiments.run.stopping import noting
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
-from experiments.shell.overrides import check_repeated, misread
+from experiments.shell.overrides import check_arguments, check_repeated, misread
 
 _short = contextvars.ContextVar("short", default=False)  # whether errors end as lines
 
@@ -118,6 +118,7 @@ def launch(main: Callable[[], Any]) -> Any:
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
     try:
         with noting():
+            check_arguments(sys.argv[1:])
             return main()
     except BrokenPipeError:  # the reader, such as head, has closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

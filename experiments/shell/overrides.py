@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 
 from experiments.run.folder_arguments import PLACES
@@ -30,7 +31,7 @@ def misread(arguments: Sequence[str]) -> str | None:
         except HydraException:
             continue  # a flag, or what Hydra names itself
         group, value = override.key_or_group, override.value()
-        there = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        there = _members(group)
         member = isinstance(value, dict) or (isinstance(value, str | list) and value)
         if there and not member and not override.is_delete() and not override.is_sweep_override():
             return (
@@ -38,6 +39,43 @@ def misread(arguments: Sequence[str]) -> str | None:
                 f"{', '.join(there)}\nor leave it out for the default"
             )
     return None
+
+
+RERUN = "--experimental-rerun"  # of a file of a run's folder, which Hydra unpickles: it runs code
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuses what Hydra would do something dangerous with, or fail on without naming it.
+
+    Args:
+      arguments: of the command line, without the program.
+
+    Raises:
+      RunError: a flag that unpickles a file, or a list for a group that holds more than names.
+    """
+    parser = OverridesParser.create()
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag != "--" and RERUN.startswith(flag):  # or shortened
+            raise RunError(f"{argument}: no command runs a pickled job; type its KEY=VALUE instead")
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:
+            continue  # a flag, or what Hydra names itself
+        group, value = override.key_or_group, override.value()
+        there = _members(group)
+        for one in value.list if isinstance(value, ChoiceSweep) else [value]:
+            names = not isinstance(one, list) or all(isinstance(name, str) and name for name in one)
+            if (there or "/" in group) and not names:
+                raise RunError(
+                    f"{argument}: expected names of members of group {group}"
+                    + (f": choose from {', '.join(there)}" if there else "")
+                    + "\nor leave it out for the default"
+                )
+
+
+def _members(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def check_repeated(arguments: Sequence[str]) -> None:
