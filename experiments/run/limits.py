@@ -176,6 +176,7 @@ RULES: dict[str, Rule] = {
     "modulus": whole(2, "numbers"),
     # texts that are drawn
     "prompt": OPTIONAL_TEXT._replace(empty=True),  # the command says what a model needs
+    "sample.prompt": TEXT._replace(empty=True),
     "prompts": OPTIONAL_TEXT,
     "generate.field": TEXT,
     "temperature": number(0, FINITE, "a temperature"),

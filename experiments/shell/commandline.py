@@ -20,6 +20,7 @@ from experiments.run import records, trust, unicode
 from experiments.run.checks import check_settings, check_text
 from experiments.run.folder_arguments import quoted
 from experiments.run.stopping import noting
+from experiments.shell.deletions import check_deletions
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
 from experiments.shell.overrides import check_arguments, check_repeated, misread
@@ -83,7 +84,7 @@ def guarded(program: Callable[[], Any], cfg: DictConfig | None = None) -> Any:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuses settings that break the rules of the table of `limits`.
+    """Refuses settings that break the rules of the table of `limits`, or are deleted or missing.
 
     Args:
       cfg: composed by Hydra, whose record holds the command and its overrides.
@@ -94,8 +95,10 @@ def check(cfg: DictConfig) -> None:
     known = HydraConfig.get()
     if known.mode != RunMode.MULTIRUN:  # which checks its own before it begins
         check_text("hydra.run.dir", known.run.dir)
-    check_settings(cfg, str(known.job.config_name))
-    check_additions(list(known.overrides.task), cfg, hydra=known)
+    overrides, command = list(known.overrides.task), str(known.job.config_name)
+    check_deletions(overrides, cfg, command)
+    check_settings(cfg, command)
+    check_additions(overrides, cfg, hydra=known)
 
 
 def launch(main: Callable[[], Any]) -> Any:

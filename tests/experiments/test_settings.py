@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-import pickle
 from pathlib import Path
 
 import jax
@@ -129,22 +128,6 @@ def test_every_command_refuses_in_three_lines_and_leaves_nothing(tmp_path, comma
     said = ending(COMMANDS[command], tmp_path, FIRST.get(command, "outptu=x"))
     assert isinstance(said, str) and said.startswith("error: ") and said.count("\n") <= 2, said
     assert list(tmp_path.iterdir()) == []  # no folder, no record
-
-
-class Harm:
-    """Unpickling it makes a file."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("harm"),)
-
-
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_no_flag_makes_a_command_unpickle_a_file(tmp_path, command):
-    (tmp_path / "job.pickle").write_bytes(pickle.dumps(Harm()))
-    for flag in (["--experimental-rerun=job.pickle"], ["--exp", "job.pickle"]):
-        said = ending(COMMANDS[command], tmp_path, *flag)
-        assert said == f"error: {flag[0]}: no command runs a pickled job; type its KEY=VALUE instead"
-    assert [path.name for path in tmp_path.iterdir()] == ["job.pickle"]
 
 
 def composed(command, *overrides):
