@@ -23,7 +23,7 @@ from experiments.run.stopping import noting
 from experiments.shell.deletions import check_deletions
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
-from experiments.shell.overrides import check_arguments, check_repeated, misread
+from experiments.shell.overrides import check_arguments, check_repeated, misread, of_a_flag
 
 _short = contextvars.ContextVar("short", default=False)  # whether errors end as lines
 
@@ -127,9 +127,7 @@ def launch(main: Callable[[], Any]) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
-        text = explain(error)
-        if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
-            text = str(error)
+        text = of_a_flag(error) or explain(error)
         if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
             text = misread(sys.argv[1:]) or text  # Hydra does not say which argument it was
         if text is None or before == "1":

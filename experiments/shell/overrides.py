@@ -41,6 +41,24 @@ def misread(arguments: Sequence[str]) -> str | None:
     return None
 
 
+def of_a_flag(error: Exception) -> str | None:
+    """Explains what Hydra raises about its flags.
+
+    Args:
+      error: of Hydra.
+
+    Returns:
+      One line; None if it is about something else.
+    """
+    if isinstance(error, ValueError) and "Expecting one subcommand" in str(error):
+        return "--shell-completion: give install=SHELL or uninstall=SHELL: bash, fish or zsh"
+    if isinstance(error, KeyError) and error.args == ("COMP_LINE",):
+        return "--shell-completion query=SHELL: only a shell asks this; give install=SHELL"
+    if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
+        return str(error)
+    return None
+
+
 RERUN = "--experimental-rerun"  # of a file of a run's folder, which Hydra unpickles: it runs code
 
 
@@ -51,7 +69,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
       arguments: of the command line, without the program.
 
     Raises:
-      RunError: a flag that unpickles a file, or a list for a group that holds more than names.
+      RunError: a flag that unpickles a file, a variable of the environment that is not set, or a
+        list for a group that holds more than names.
     """
     parser = OverridesParser.create()
     for argument in arguments:
@@ -63,6 +82,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
         except HydraException:
             continue  # a flag, or what Hydra names itself
         group, value = override.key_or_group, override.value()
+        for key, names in _settings(group, value):
+            unset = names if key == "hydra.job.env_copy" and isinstance(names, list) else []
+            if unset := [str(name) for name in unset if str(name) not in os.environ]:
+                raise RunError(f"{argument}: {unset[0]} is not set in the environment; leave it out")
         there = _members(group)
         for one in value.list if isinstance(value, ChoiceSweep) else [value]:
             names = not isinstance(one, list) or all(isinstance(name, str) and name for name in one)

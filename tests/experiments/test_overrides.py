@@ -63,3 +63,20 @@ def test_every_program_refuses_members_without_a_name(tmp_path, program, given):
 def test_lists_of_names_and_other_lists_are_let_through():
     for given in ("transform=[lora]", "transform=[]", "logger=['tensorboard',csv]", "seeds=[1]"):
         check_arguments([given, "-m", "solver=[shooting],auto", "--cfg", "job", "--e2e=x"])
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--shell-completion"], "--shell-completion: give install=SHELL or uninstall=SHELL: bash,"),
+        (["-sc", "query=bash"], "--shell-completion query=SHELL: only a shell asks this; give"),
+        (["--run", "--multirun"], "Only one of --"),
+        (["hydra.job.env_copy=[NOPE]"], "hydra.job.env_copy=[NOPE]: NOPE is not set in the"),
+        (["hydra.job={env_copy: [PATH, 1]}"], "hydra.job={env_copy: [PATH, 1]}: 1 is not set"),
+    ],
+)
+def test_what_hydra_fails_on_is_said_in_a_line(tmp_path, monkeypatch, given, said):
+    monkeypatch.delenv("COMP_LINE", raising=False)
+    ended = ending(train, tmp_path, *given)
+    assert ended.startswith(f"error: {said}") and "\n" not in ended
+    assert list(tmp_path.iterdir()) == []
