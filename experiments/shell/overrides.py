@@ -85,7 +85,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
         for key, names in _settings(group, value):
             unset = names if key == "hydra.job.env_copy" and isinstance(names, list) else []
             if unset := [str(name) for name in unset if str(name) not in os.environ]:
-                raise RunError(f"{argument}: {unset[0]} is not set in the environment; leave it out")
+                raise RunError(f"{argument}: {unset[0]} is not set in the environment")
         there = _members(group)
         for one in value.list if isinstance(value, ChoiceSweep) else [value]:
             names = not isinstance(one, list) or all(isinstance(name, str) and name for name in one)
