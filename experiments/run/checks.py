@@ -49,7 +49,7 @@ def fits(value: Any, rule: Rule) -> bool:
         return each and all(fits(v, rule if isinstance(v, list) else single) for v in value)
     if rule.kind == "any":
         return True
-    if rule.kind == "section":
+    if rule.kind in ("section", "object"):
         return False  # a mapping is entered, and never gets here
     if rule.kind == "words":
         words = value if isinstance(value, list) else [value]
@@ -102,6 +102,8 @@ def expected(rule: Rule) -> str:
         text = "true or false"
     elif rule.kind == "section":
         text = "a group of settings, not a value"
+    elif rule.kind == "object":
+        text = "an object, with its _target_"
     elif rule.kind == "words":
         text = "text or a list of texts, none of them empty"
     elif rule.kind == "text" and rule.many:
@@ -136,7 +138,7 @@ def instead(value: Any, rule: Rule) -> str:
         return f"[{','.join(near)}]"
     if rule.kind == "switch":
         return "true" if str(value).lower() in ("1", "yes", "on", "ture") else "false"
-    if rule.kind in ("words", "section"):
+    if rule.kind in ("words", "section", "object"):
         return "TEXT" if rule.kind == "words" else ""
     if rule.kind == "text":
         if not rule.choices and isinstance(value, str) and value:
@@ -284,6 +286,8 @@ def _check(key: str, value: Any, rule: Rule, place: Path | None = None) -> None:
         key, shown = f"{key}._target_", shortened(str(value["_target_"]))
         wanted = "no object in place of a group of settings"
         near = f"leave {key} out"
+    elif rule.kind == "object":
+        near = f"leave {key} out for the default"
     elif rule.kind == "section":
         near = f"type for example {key}.KEY=VALUE, as --cfg job shows them"
     if place is not None:

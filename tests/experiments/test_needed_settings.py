@@ -127,8 +127,20 @@ def test_a_group_of_settings_is_no_object(tmp_path, key, value):
     [
         ("++optim._partial_=true", "error: optim makes _DeferredTarget: expected an optimiser of"),
         ("optim._target_=builtins.dict", "error: optim makes dict: expected an optimiser of optax"),
+        ("task._target_=builtins.dict", "error: task makes dict: expected a Task, as experiments."),
+        ("++data._partial_=true", "cannot use what it is given: '_DeferredTarget' object has no"),
+        ("model._target_=builtins.dict", "leave out what you have changed of it; --cfg job"),
         ("projection._target_=builtins.dict", "projection makes dict: expected a function of the"),
     ],
 )
 def test_a_part_of_another_kind_is_named_before_a_folder_is_made(tmp_path, given, said):
     assert said in ending(train, tmp_path, given) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["null", "1", "abc"])
+@pytest.mark.parametrize("key", ["parallel", "data.sampler", "mixer.cell"])
+def test_an_object_is_expected_where_one_is_needed(tmp_path, key, value):
+    said = ending(train, tmp_path, f"{key}={value}")
+    assert said.startswith(f"error: {key}=") and ": expected an object, with its _target_;" in said
+    assert said.endswith(f"\nleave {key} out for the default")
+    assert list(tmp_path.iterdir()) == []
