@@ -12,3 +12,4 @@ from experiments.run import interrupts
 if sys.argv[0] == "-m":
     interrupts.note()
     sys.excepthook = interrupts.in_one_line
+    sys.unraisablehook = interrupts.dropped

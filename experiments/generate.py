@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import hydra
@@ -57,12 +57,12 @@ def write_lines(sampler: Sampler, params: Params, requests: list[Request], cfg: 
       requests: the requests.
       cfg: `output` is the file; null: stdout.
     """
-    output = (
-        nullcontext(sys.stdout) if cfg.output is None else open(cfg.output, "x", encoding="utf-8")
-    )
-    with output as lines:
-        drawn = complete(sampler, params, requests, seed=cfg.seed, batch_size=cfg.batch_size)
+    drawn = complete(sampler, params, requests, seed=cfg.seed, batch_size=cfg.batch_size)
+    with ExitStack() as held:
+        lines = sys.stdout if cfg.output is None else None
         for request, continuation in zip(requests, drawn, strict=True):
+            if lines is None:  # not before the first is there: a refused command leaves no file
+                lines = held.enter_context(open(cfg.output, "x", encoding="utf-8"))
             record: dict[str, Any] = {
                 "prompt": request.prompt.decode(errors="replace"),
                 "sample": request.sample,

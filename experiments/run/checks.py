@@ -12,12 +12,14 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from experiments.run.folder_arguments import PLACES
 from experiments.run.folders import RunError
 from experiments.run.limits import (
     BIGGEST,
     FINITE,
     LARGEST,
     RULES,
+    SECTION,
     TEXT,
     Rule,
     rule_for,
@@ -25,6 +27,8 @@ from experiments.run.limits import (
 )
 from experiments.run.plain_files import printable
 
+# What the shipped configs leave to the user with `???`.
+MEANT = ("from", *PLACES)
 # The table holds for objects of these packages; a user's own objects may use the names otherwise.
 OURS = ("jaxpara.", "experiments.", "builtins.tuple", "hydra.utils.get_")
 
@@ -45,7 +49,7 @@ def fits(value: Any, rule: Rule) -> bool:
         return each and all(fits(v, rule if isinstance(v, list) else single) for v in value)
     if rule.kind == "any":
         return True
-    if rule.kind == "section":
+    if rule.kind in ("section", "object"):
         return False  # a mapping is entered, and never gets here
     if rule.kind == "words":
         words = value if isinstance(value, list) else [value]
@@ -98,6 +102,8 @@ def expected(rule: Rule) -> str:
         text = "true or false"
     elif rule.kind == "section":
         text = "a group of settings, not a value"
+    elif rule.kind == "object":
+        text = "an object, with its _target_"
     elif rule.kind == "words":
         text = "text or a list of texts, none of them empty"
     elif rule.kind == "text" and rule.many:
@@ -132,7 +138,7 @@ def instead(value: Any, rule: Rule) -> str:
         return f"[{','.join(near)}]"
     if rule.kind == "switch":
         return "true" if str(value).lower() in ("1", "yes", "on", "ture") else "false"
-    if rule.kind in ("words", "section"):
+    if rule.kind in ("words", "section", "object"):
         return "TEXT" if rule.kind == "words" else ""
     if rule.kind == "text":
         if not rule.choices and isinstance(value, str) and value:
@@ -174,10 +180,12 @@ def settings_of(node: DictConfig, prefix: str = "", command: str = "") -> Iterat
             continue
         value = node[key]
         if isinstance(value, DictConfig):
-            rule = None if "_target_" in value else rule_for(path, command)
-            if rule is None or rule.kind in ("section", "any"):
+            rule = rule_for(path, command)
+            if "_target_" in value and not (rule == SECTION and not prefix):
+                rule = None
+            if rule is None or (rule.kind in ("section", "any") and "_target_" not in value):
                 yield from settings_of(value, f"{path}.", command)
-            else:  # a mapping where a number or a text belongs
+            else:  # a mapping where a number or a text belongs, or an object in place of a group
                 yield path, OmegaConf.to_container(value, resolve=False)
         elif isinstance(value, ListConfig):
             inner = dict(_objects_in(value, path))
@@ -213,6 +221,39 @@ def check_text(key: str, value: Any) -> None:
     _check(key, value, TEXT)
 
 
+def check_missing(cfg: DictConfig, *, place: Path | None = None) -> None:
+    """Refuses settings that have no value (`???`), except those that must be given anyway.
+
+    Args:
+      cfg: composed.
+      place: the file that it was read from; None: the command line.
+
+    Raises:
+      RunError: names the first of them.
+    """
+    missing = next((key for key in _missing(cfg, "") if key not in MEANT), None)
+    if missing is not None and place is None:
+        raise RunError(
+            f"{missing}=???: expected a value;\n"
+            f"give {missing}=VALUE, or leave it out for the default"
+        )
+    if missing is not None:
+        raise RunError(
+            f"{place}: {printable(missing)} has no value (???);\n"
+            "put back a copy of that file, or give another run"
+        )
+
+
+def _missing(node: DictConfig | ListConfig, prefix: str) -> Iterator[str]:
+    for key in range(len(node)) if isinstance(node, ListConfig) else node:
+        if OmegaConf.is_missing(node, key):
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_interpolation(node, key):
+            child = node[key]
+            if isinstance(child, DictConfig | ListConfig) and not (not prefix and key == "hydra"):
+                yield from _missing(child, f"{prefix}{key}.")
+
+
 def check_settings(cfg: DictConfig, command: str = "", *, place: Path | None = None) -> None:
     """Refuses a config whose settings break the rules of the table.
 
@@ -224,6 +265,8 @@ def check_settings(cfg: DictConfig, command: str = "", *, place: Path | None = N
     Raises:
       RunError: what was given, what was expected, what to type or to write there.
     """
+    if place is None:  # of a folder's, only what is read must be there
+        check_missing(cfg)
     for key, value in settings_of(cfg, command=command):
         if (rule := rule_for(key, command)) is not None:
             _check(key, value, rule, place)
@@ -238,11 +281,18 @@ def _check(key: str, value: Any, rule: Rule, place: Path | None = None) -> None:
     shown = {True: "true", False: "false", None: "null"}.get(value) if _plain(value) else None
     shown = shortened(shown or (f"{value!r}" if isinstance(value, str) else str(value)))
     near = f"type for example {key}={instead(value, rule)}"
-    if rule.kind == "section":
+    wanted = expected(rule)
+    if rule.kind == "section" and isinstance(value, dict):
+        key, shown = f"{key}._target_", shortened(str(value["_target_"]))
+        wanted = "no object in place of a group of settings"
+        near = f"leave {key} out"
+    elif rule.kind == "object":
+        near = f"leave {key} out for the default"
+    elif rule.kind == "section":
         near = f"type for example {key}.KEY=VALUE, as --cfg job shows them"
     if place is not None:
         near = "put back a copy of that file, or give another run"
-    raise RunError(f"{where}{printable(key)}={shown}: expected {expected(rule)};\n{near}")
+    raise RunError(f"{where}{printable(key)}={shown}: expected {wanted};\n{near}")
 
 
 def _as_text(cfg: DictConfig, key: str, value: Any) -> None:

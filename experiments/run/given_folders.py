@@ -13,8 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.run.folders import RunError
 
 KEY = "hydra.run.dir"
-OUTER = {"hydra": ("run", "dir"), "hydra.run": ("dir",)}  # mappings in which it may be
-OF_A_SWEEP = ("hydra.sweep.", "hydra.sweeper", "hydra.launcher")
+OF_A_SWEEP = ("hydra.sweep.", "hydra.sweeper.", "hydra.launcher.")
 
 
 class OneRun(Callback):
@@ -65,11 +64,27 @@ def _overrides(config: DictConfig) -> list[str]:
     return [*given["hydra"], *whole]
 
 
-def _check_no_sweep(config: DictConfig) -> None:
+def _settings(config: DictConfig) -> Iterator[tuple[str, str, Any]]:
+    """What the command line gives Hydra: the override, and each key in it with its value."""
     for override in _overrides(config):
-        key = override.lstrip("+").partition("=")[0]
+        key, _, value = override.lstrip("+").partition("=")
+        if value.lstrip().startswith("{"):  # others may be paths, of which nothing is to be parsed
+            value = OverridesParser.create().parse_override(override).value()
+        yield from ((override, *one) for one in _leaves(key.replace("/", "."), value))
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, child in value.items():
+            yield from _leaves(f"{key}.{name}", child)
+    else:
+        yield key, value
+
+
+def _check_no_sweep(config: DictConfig) -> None:
+    for override, key, _ in _settings(config):
         with ended(HydraConfig.instance()):
-            if key.replace("/", ".").startswith(OF_A_SWEEP):
+            if f"{key}.".startswith(OF_A_SWEEP):
                 raise RunError(
                     f"{override} is for a sweep, and this is one run: add -m, or leave it out"
                 )
@@ -77,17 +92,8 @@ def _check_no_sweep(config: DictConfig) -> None:
 
 def _given(config: DictConfig) -> str | None:
     """The folder that the command line gives, by itself or in a mapping."""
-    found = None
-    for override in _overrides(config):
-        key, _, value = override.lstrip("+").partition("=")
-        if key == KEY:
-            found = value
-        elif key in OUTER:
-            node = OverridesParser.create().parse_override(override).value()
-            for name in OUTER[key]:
-                node = node.get(name) if isinstance(node, dict) else None
-            found = found if node is None else str(node)
-    return found
+    found = [value for _, key, value in _settings(config) if key == KEY and value is not None]
+    return str(found[-1]) if found else None
 
 
 @contextlib.contextmanager

@@ -39,6 +39,12 @@ def in_one_line(kind: type[BaseException], error: BaseException, traceback: Any)
         sys.__excepthook__(kind, error, traceback)
 
 
+def dropped(unraisable: Any) -> None:
+    """A `sys.unraisablehook` without a traceback for a Ctrl-C, which is noted."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+
+
 def _handle(signum: int, frame: object) -> None:
     del frame
     NOTED.append(signum)

@@ -15,7 +15,7 @@ class Rule(NamedTuple):
 
     Attributes:
       kind: "whole", "number", "switch", "text", "words" (a text or a list of texts), "section"
-        (a group of keys) or "any".
+        (a group of keys), "object" (with its `_target_`) or "any".
       low: the smallest value.
       high: the largest value.
       unit: of the value, for the message.
@@ -60,6 +60,7 @@ SEED = whole(0, "a seed", high=2**32 - 1)
 SWITCH, TEXT, ANY = Rule("switch"), Rule("text"), Rule("any", null=True)
 OPTIONAL_TEXT = Rule("text", null=True)
 TEXTS, WORDS, SECTION = Rule("text", many=True), Rule("words"), Rule("section")
+OBJECT = Rule("object")
 FINITE = 3.4e38  # float32's largest
 POSITIVE = {"low": 0.0, "high": FINITE, "inside": True}
 
@@ -70,6 +71,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("evaluation", "check", "sample", "checkpoint", "trace"), SECTION),
     **dict.fromkeys((".data", ".model", ".transform"), SECTION._replace(null=True)),
     ".rounding": SECTION,
+    # objects
+    **dict.fromkeys((".parallel", "models.parallel", "data.sampler", "mixer.cell"), OBJECT),
+    "mixer.solver": OBJECT._replace(null=True),
     "trust": WORDS._replace(null=True),
     # what is trained, and for how long
     "name": TEXT,
@@ -176,6 +180,7 @@ RULES: dict[str, Rule] = {
     "modulus": whole(2, "numbers"),
     # texts that are drawn
     "prompt": OPTIONAL_TEXT._replace(empty=True),  # the command says what a model needs
+    "sample.prompt": TEXT._replace(empty=True),
     "prompts": OPTIONAL_TEXT,
     "generate.field": TEXT,
     "temperature": number(0, FINITE, "a temperature"),

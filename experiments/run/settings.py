@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from experiments.run.checks import check_settings
+from experiments.run.checks import check_missing, check_settings
 from experiments.run.folders import RunError
 
 
@@ -56,12 +56,16 @@ def make_settings(values: Mapping[str, Any], *, place: Path | None = None) -> Se
     """
     where = "" if place is None else f"{place}: "
     missing = [name for name in Settings._fields if name not in values]
+    for name, fields in (("checkpoint", Keep._fields), ("trace", Traced._fields)):
+        if isinstance(given := values.get(name), Mapping):
+            missing += [f"{name}.{field}" for field in fields if field not in given]
     if missing:
         raise RunError(
             f"{where}the config has no {', '.join(missing)}: another version of this program "
             "wrote it, and that version can continue it"
         )
     ours = OmegaConf.create({name: values[name] for name in Settings._fields})
+    check_missing(ours, place=place)
     check_settings(ours, place=place)
     settings = Settings(**{name: values[name] for name in Settings._fields})
     settings = settings._replace(

@@ -217,6 +217,13 @@ def build_data(cfg: DictConfig) -> Data:
     return make(cfg.data)
 
 
+def _other(key: str, made: Any, expected: str) -> RunError:
+    return RunError(
+        f"{key} makes {type(made).__name__}: expected {expected};\n"
+        f"give {key}._target_=NAME of one, without _partial_, as --cfg job shows for {key}"
+    )
+
+
 def build(cfg: DictConfig) -> Parts:
     """Builds all objects of a training run.
 
@@ -225,15 +232,25 @@ def build(cfg: DictConfig) -> Parts:
 
     Returns:
       The parts.
+
+    Raises:
+      RunError: a part is something else than is expected there.
     """
     chosen = cfg.get("logger") or {}
     if not isinstance(chosen, Mapping):
         raise RunError(
             f"logger={chosen}: expected loggers by name;\ntype for example logger=tensorboard"
         )
+    task, optimizer, projection = make(cfg.task), make(cfg.optim), make(cfg.projection)
+    if not hasattr(task, "batch_like"):
+        raise _other("task", task, "a Task, as experiments.run.task describes it")
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise _other("optim", optimizer, "an optimiser of optax")
+    if projection is not None and not callable(projection):
+        raise _other("projection", projection, "a function of the parameters")
     return Parts(
-        task=make(cfg.task),
-        optimizer=make(cfg.optim),
-        projection=make(cfg.projection),
+        task=task,
+        optimizer=optimizer,
+        projection=projection,
         sinks=[make(one) for one in chosen.values()],
     )

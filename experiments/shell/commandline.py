@@ -20,9 +20,10 @@ from experiments.run import records, trust, unicode
 from experiments.run.checks import check_settings, check_text
 from experiments.run.folder_arguments import quoted
 from experiments.run.stopping import noting
+from experiments.shell.deletions import check_deletions
 from experiments.shell.explanations import FULL_ERROR, explain
 from experiments.shell.near_misses import check_additions
-from experiments.shell.overrides import check_repeated, misread
+from experiments.shell.overrides import check_arguments, check_repeated, misread, of_a_flag
 
 _short = contextvars.ContextVar("short", default=False)  # whether errors end as lines
 
@@ -83,7 +84,7 @@ def guarded(program: Callable[[], Any], cfg: DictConfig | None = None) -> Any:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuses settings that break the rules of the table of `limits`.
+    """Refuses settings that break the rules of the table of `limits`, or are deleted or missing.
 
     Args:
       cfg: composed by Hydra, whose record holds the command and its overrides.
@@ -94,8 +95,10 @@ def check(cfg: DictConfig) -> None:
     known = HydraConfig.get()
     if known.mode != RunMode.MULTIRUN:  # which checks its own before it begins
         check_text("hydra.run.dir", known.run.dir)
-    check_settings(cfg, str(known.job.config_name))
-    check_additions(list(known.overrides.task), cfg, hydra=known)
+    overrides, command = list(known.overrides.task), str(known.job.config_name)
+    check_deletions(overrides, cfg, command)
+    check_settings(cfg, command)
+    check_additions(overrides, cfg, hydra=known)
 
 
 def launch(main: Callable[[], Any]) -> Any:
@@ -118,14 +121,13 @@ def launch(main: Callable[[], Any]) -> Any:
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
     try:
         with noting():
+            check_arguments(sys.argv[1:])
             return main()
     except BrokenPipeError:  # the reader, such as head, has closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
-        text = explain(error)
-        if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
-            text = str(error)
+        text = of_a_flag(error) or explain(error)
         if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
             text = misread(sys.argv[1:]) or text  # Hydra does not say which argument it was
         if text is None or before == "1":

@@ -259,6 +259,12 @@ def _of_target(error: InstantiationException, cfg: DictConfig | None) -> str | N
         if name and isinstance(node, DictConfig) and name[1] in node:
             return f"{key}.{text}\nchange it with {key}.{name[1]}=VALUE"
         return text if text.startswith(f"{key}.") else f"{key}: {text}"
+    called = re.match(r"Error in call to target '([\w.<>]+)'", str(error))
+    if called and isinstance(cause, AttributeError):  # it was given an object of another kind
+        return (
+            f"{key}: {called[1]} cannot use what it is given: {cause}\n"
+            "leave out what you have changed of it; --cfg job shows the settings"
+        )
     if cause is None or isinstance(cause, ImportError | AttributeError | InstantiationException):
         return f"{key}: {' '.join(str(error).splitlines()[:2])}"
     return None

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 
 from experiments.run.folder_arguments import PLACES
@@ -30,7 +31,7 @@ def misread(arguments: Sequence[str]) -> str | None:
         except HydraException:
             continue  # a flag, or what Hydra names itself
         group, value = override.key_or_group, override.value()
-        there = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        there = _members(group)
         member = isinstance(value, dict) or (isinstance(value, str | list) and value)
         if there and not member and not override.is_delete() and not override.is_sweep_override():
             return (
@@ -38,6 +39,66 @@ def misread(arguments: Sequence[str]) -> str | None:
                 f"{', '.join(there)}\nor leave it out for the default"
             )
     return None
+
+
+def of_a_flag(error: Exception) -> str | None:
+    """Explains what Hydra raises about its flags.
+
+    Args:
+      error: of Hydra.
+
+    Returns:
+      One line; None if it is about something else.
+    """
+    if isinstance(error, ValueError) and "Expecting one subcommand" in str(error):
+        return "--shell-completion: give install=SHELL or uninstall=SHELL: bash, fish or zsh"
+    if isinstance(error, KeyError) and error.args == ("COMP_LINE",):
+        return "--shell-completion query=SHELL: only a shell asks this; give install=SHELL"
+    if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
+        return str(error)
+    return None
+
+
+RERUN = "--experimental-rerun"  # of a file of a run's folder, which Hydra unpickles: it runs code
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuses what Hydra would do something dangerous with, or fail on without naming it.
+
+    Args:
+      arguments: of the command line, without the program.
+
+    Raises:
+      RunError: a flag that unpickles a file, a variable of the environment that is not set, or a
+        list for a group that holds more than names.
+    """
+    parser = OverridesParser.create()
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag != "--" and RERUN.startswith(flag):  # or shortened
+            raise RunError(f"{argument}: no command runs a pickled job; type its KEY=VALUE instead")
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:
+            continue  # a flag, or what Hydra names itself
+        group, value = override.key_or_group, override.value()
+        for key, names in _settings(group, value):
+            unset = names if key == "hydra.job.env_copy" and isinstance(names, list) else []
+            if unset := [str(name) for name in unset if str(name) not in os.environ]:
+                raise RunError(f"{argument}: {unset[0]} is not set in the environment")
+        there = _members(group)
+        for one in value.list if isinstance(value, ChoiceSweep) else [value]:
+            names = not isinstance(one, list) or all(isinstance(name, str) and name for name in one)
+            if (there or "/" in group) and not names:
+                raise RunError(
+                    f"{argument}: expected names of members of group {group}"
+                    + (f": choose from {', '.join(there)}" if there else "")
+                    + "\nor leave it out for the default"
+                )
+
+
+def _members(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def check_repeated(arguments: Sequence[str]) -> None:

@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 
 from experiments.run import figures
 from experiments.run.drawing import Figure
+from experiments.run.plain_files import regular
 
+USAGE = "python -m experiments.studies.study_figure FOLDER/study.csv"
 LINES = {
     ("stopped", "exact"): ("trained stopping early, tested exactly", "-", "o"),
     ("stopped", "stopped"): ("trained and tested stopping early", "--", "s"),
@@ -74,6 +76,22 @@ def _panel(axes: Axes, rows: Sequence[dict[str, str]], key: str) -> None:
     axes.grid(alpha=0.3)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line: a table, beside which the figure is written.
+
+    Raises:
+      SystemExit: no table is given, or it is not one of a study; says what to type.
+    """
+    if len(sys.argv) != 2:
+        raise SystemExit(f"error: give the table of one study: {USAGE}")
     source = Path(sys.argv[1])
-    figures.save(draw(source), source.with_suffix(".png"))
+    try:
+        figure = draw(regular(source))
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, csv.Error) as error:
+        told = error.strerror if isinstance(error, OSError) else "it is no table of a study"
+        raise SystemExit(f"error: {source} cannot be drawn ({told}): {USAGE}") from error
+    figures.save(figure, source.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

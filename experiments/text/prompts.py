@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import ListConfig
 
 from experiments.run.folders import RunError
+from experiments.run.plain_files import regular
 
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -24,10 +25,10 @@ def read_prompts(path: str, *, field: str) -> list[str]:
       The prompts, at least one and none of them empty.
 
     Raises:
-      RunError: the file is missing or not text, or a line is not a prompt; says which.
+      RunError: the file is missing, no file or not text, or a line is not a prompt; says which.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = regular(Path(path)).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise RunError(
             f"prompts={path!r} cannot be read ({error.strerror}): give a file with a prompt on "
@@ -71,6 +72,14 @@ def _of_record(line: str, field: str, where: str) -> str:
             f"{where} has no text in the field {field!r} ({there}): give field=NAME, "
             'or an object on each line, such as {"prompt": "def "}'
         )
+    try:
+        record[field].encode()
+    except UnicodeEncodeError as error:
+        half = ascii(record[field][error.start])[1:-1]
+        raise RunError(
+            f"{where} holds {half}, half of a character: leave it out, or give both halves, "
+            "such as \\ud83d\\ude00"
+        ) from error
     return record[field]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -116,6 +117,9 @@ def test_prompts_are_read_as_they_stand(tmp_path, name, content, expected):
     assert read_prompts(write(tmp_path, name, content), field="prompt") == expected
 
 
+HALF = r"a\.jsonl', line 2 holds \\ud800, half of a character: leave it out, or give both"
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -127,11 +131,20 @@ def test_prompts_are_read_as_they_stand(tmp_path, name, content, expected):
         ("a.jsonl", '{"prompt": 3}', "line 1 has no text in the field 'prompt'"),
         ("a.jsonl", '["a"]', r"line 1 has no text in the field 'prompt' \(list\)"),
         ("a.jsonl", '{"prompt": ""}', "line 1 is empty, and the model needs one token"),
+        ("a.jsonl", '{"prompt": "p"}\n{"prompt": "\\ud800x"}', HALF),
+        ("a.jsonl", '{"prompt": "p"}\n{"prompt": "x\\udcff"}', HALF.replace("d800", "dcff")),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_refused_by_line(tmp_path, name, content, message):
     with pytest.raises(RunError, match=message):
         read_prompts(write(tmp_path, name, content), field="prompt")
+
+
+def test_a_pipe_and_a_device_are_no_files_of_prompts(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (str(tmp_path / "pipe.jsonl"), "/dev/zero"):
+        with pytest.raises(RunError, match=r"cannot be read \(it is neither a file nor a folder\)"):
+            read_prompts(path, field="prompt")
 
 
 def test_a_missing_file_of_prompts_is_named(tmp_path):
@@ -263,6 +276,14 @@ def test_stop_strings_reach_the_model_as_typed(run, tmp_path, capsys):
 )
 def test_what_a_person_can_put_right_is_one_line(run, tmp_path, arguments, message):
     assert re.search(message, call(generate, tmp_path, f"run={run}", *arguments) or "no error")
+
+
+def test_a_refused_command_leaves_no_output(run, tmp_path):
+    common = (f"run={run}", "output=o.jsonl", "length=4", "temperature=0")
+    assert str(call(generate, tmp_path, *common, "prompt=")).startswith("error: the prompt is")
+    assert list(tmp_path.iterdir()) == []
+    assert call(generate, tmp_path, *common, "prompt=a") is None
+    assert (tmp_path / "o.jsonl").read_text().count("\n") == 1
 
 
 def test_an_output_is_never_written_over(tmp_path):

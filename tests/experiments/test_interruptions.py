@@ -213,3 +213,32 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word(monkeypatch, capfd):
         commandline.launch(main)
     assert end.value.code == 141 and len(turned) == 1 and capfd.readouterr().err == ""
     assert explain(BrokenPipeError(32, "Broken pipe")) is None
+
+
+# Python imports a module of this name before anything else.
+DROPPED = """
+import gc, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sent = []
+
+def collected(phase, info):
+    if "jax" in sys.modules and not sent:
+        sent.append(True)
+        print("sent", flush=True)
+        signal.raise_signal(signal.SIGINT)
+        sum(range(10))  # the handler runs between two instructions
+
+gc.callbacks.append(collected)
+"""
+
+
+def test_a_ctrl_c_that_python_drops_while_modules_are_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(DROPPED)
+    process = subprocess.run(
+        [sys.executable, "-m", "experiments.plot"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert (process.stdout, process.stderr, process.returncode) == ("sent\n", "interrupted\n", 130)

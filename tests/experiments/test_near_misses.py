@@ -54,7 +54,7 @@ from tests.experiments.programs import ending
         (["task="], "task=: expected a member of group task: choose from a5, "),
         (["solver@parallel=null"], "solver@parallel=null: expected a member of group"),
         (["=5"], "=5: the name before = is missing; type KEY=5"),
-        (["~steps"], "leave ~steps out if that is what you typed"),
+        (["~steps"], "~steps: this command needs steps; leave ~steps out"),
         (["~optim"], "optim: this command reads it, but it is missing"),
         (["name=${nope}"], "name=${nope}: nope: hydra.run.dir reads it"),
         (["steps={a: 1}"], "steps={'a': 1}: expected a whole number, at least 1"),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments import evaluate, train
-from experiments.shell.overrides import check_repeated
+from experiments import bench, evaluate, finetune, train
+from experiments.shell.overrides import check_arguments, check_repeated
 from tests.experiments.programs import ending
 
 
@@ -31,3 +31,52 @@ def test_what_may_be_repeated():
         ["+a={b: 1}", "+a={c: 2}", "~data", "data=text", "+a.b=1", "+a.c=2", "--cfg", "job"],
     ):
         check_repeated(given)
+
+
+GROUPS = ("task", "data", "cell", "mixer", "solver", "solver@parallel", "model", "optim")
+GROUPS += ("projection", "logger", "experiment", "contender", "sweep", "hydra/launcher")
+
+
+@pytest.mark.parametrize("value", ["[1]", "[null]", "[[text]]", "[text,1]", "['']"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_member_of_a_group_is_named_by_text(tmp_path, group, value):
+    name = group.partition("@")[0]
+    said = ending(train, tmp_path, f"{group}={value}")
+    assert said.startswith(f"error: {group}={value}: expected names of members of group {name}")
+    assert said.count("\n") <= 2 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "program, given",
+    [
+        (evaluate, ["data=[1]"]),
+        (finetune, ["transform=[null]"]),
+        (bench, ["suite=[1]"]),
+        (train, ["-m", "solver=[1],shooting"]),
+    ],
+)
+def test_every_program_refuses_members_without_a_name(tmp_path, program, given):
+    assert f"error: {given[-1]}: expected names of members of" in ending(program, tmp_path, *given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lists_of_names_and_other_lists_are_let_through():
+    for given in ("transform=[lora]", "transform=[]", "logger=['tensorboard',csv]", "seeds=[1]"):
+        check_arguments([given, "-m", "solver=[shooting],auto", "--cfg", "job", "--e2e=x"])
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--shell-completion"], "--shell-completion: give install=SHELL or uninstall="),
+        (["-sc", "query=bash"], "--shell-completion query=SHELL: only a shell asks this; give"),
+        (["--run", "--multirun"], "Only one of --"),
+        (["hydra.job.env_copy=[NOPE]"], "hydra.job.env_copy=[NOPE]: NOPE is not set in the env"),
+        (["hydra.job={env_copy: [PATH, 1]}"], "hydra.job={env_copy: [PATH, 1]}: 1 is not set"),
+    ],
+)
+def test_what_hydra_fails_on_is_said_in_a_line(tmp_path, monkeypatch, given, said):
+    monkeypatch.delenv("COMP_LINE", raising=False)
+    ended = ending(train, tmp_path, *given)
+    assert ended.startswith(f"error: {said}") and "\n" not in ended
+    assert list(tmp_path.iterdir()) == []

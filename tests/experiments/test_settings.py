@@ -334,8 +334,12 @@ def test_a_folder_that_a_command_would_not_use_is_refused(tmp_path, capfd, name)
     assert list(tmp_path.iterdir()) == []
 
 
+OF_SWEEPS = ["hydra.sweep.dir=s", "hydra/sweeper=basic", "hydra.sweep={dir: s}"]
+OF_SWEEPS += ["hydra={sweep: {dir: s}}", "hydra.sweeper={max_batch_size: 1}"]
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-@pytest.mark.parametrize("given", ["hydra.sweep.dir=s", "hydra/sweeper=basic"])
+@pytest.mark.parametrize("given", OF_SWEEPS)
 def test_settings_of_a_sweep_need_one(tmp_path, capfd, name, given):
     assert call(COMMANDS[name], tmp_path, given) == 1
     assert f"error: {given} is for a sweep, and this is one run: add -m" in capfd.readouterr().err

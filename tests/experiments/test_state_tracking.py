@@ -33,6 +33,7 @@ from experiments.tasks.recall import recall
 from experiments.tasks.state_tracking import state_tracking
 from experiments.tasks.words import parity
 from jaxpara.types import Model
+from tests.experiments.programs import ending
 from tests.experiments.run_folders import make_run
 
 CONF = Path(__file__).resolve().parents[2] / "experiments" / "conf"
@@ -272,6 +273,20 @@ def test_the_study_trains_each_way_and_judges_both_ways(tmp_path):
     for one, other in zip(exact, stopped, strict=True):
         assert one.train_loss != pytest.approx(other.train_loss, rel=1e-4)
         assert other.max_iters == 1 and one.max_iters is None and one.length == 16
+
+
+def test_the_study_figure_needs_the_table_of_a_study(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty.csv").write_text("")
+    for given, said in (
+        ([], "error: give the table of one study: python -m experiments.studies.study_figure FOL"),
+        (["gone.csv"], r"error: gone.csv cannot be drawn \(No such file or directory\): python"),
+        (["."], r"error: \. cannot be drawn \(Is a directory\)"),
+        (["other.csv"], r"error: other.csv cannot be drawn \(it is no table of a study\)"),
+        (["empty.csv"], r"error: empty.csv cannot be drawn \(it is no table of a study\)"),
+    ):
+        assert re.match(said, ending(study_figure, tmp_path, *given))
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_the_study_figure_shows_what_the_table_says(tmp_path):
