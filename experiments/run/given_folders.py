@@ -70,13 +70,22 @@ def _settings(config: DictConfig) -> Iterator[tuple[str, str, Any]]:
         key, _, value = override.lstrip("+").partition("=")
         if value.lstrip().startswith("{"):  # others may be paths, of which nothing is to be parsed
             value = OverridesParser.create().parse_override(override).value()
-        yield from ((override, *one) for one in _leaves(key.replace("/", "."), value))
+        yield from ((override, *one) for one in leaves(key.replace("/", "."), value))
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Lists the settings of a value by their keys: those of a mapping, or itself.
+
+    Args:
+      key: of the value.
+      value: as Hydra reads it.
+
+    Yields:
+      A key and its value.
+    """
     if isinstance(value, dict) and value:
         for name, child in value.items():
-            yield from _leaves(f"{key}.{name}", child)
+            yield from leaves(f"{key}.{name}", child)
     else:
         yield key, value
 

@@ -1,7 +1,7 @@
 """Finds overrides that Hydra refuses or ignores without naming them."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 
 from experiments.run.folder_arguments import PLACES
 from experiments.run.folders import RunError
+from experiments.run.given_folders import leaves
 from experiments.run.names import CONF
 
 
@@ -82,7 +83,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
         except HydraException:
             continue  # a flag, or what Hydra names itself
         group, value = override.key_or_group, override.value()
-        for key, names in _settings(group, value):
+        for key, names in leaves(group, value):
             unset = names if key == "hydra.job.env_copy" and isinstance(names, list) else []
             if unset := [str(name) for name in unset if str(name) not in os.environ]:
                 raise RunError(f"{argument}: {unset[0]} is not set in the environment")
@@ -116,22 +117,13 @@ def check_repeated(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if "=" not in argument or argument.startswith(("-", "~")):  # a flag, or what is deleted
             continue
-        for key, value in _settings(_key(argument), _value(argument)):
+        for key, value in leaves(_key(argument), _value(argument)):
             before, known = first.setdefault(key, (argument, value))
             same = before.lstrip("+") == argument.lstrip("+")
             if not same and known != value and repr(known) != repr(value):  # nan is not nan
                 raise RunError(
                     f"{key} is given twice, as {before} and as {argument}:\nleave one of them out"
                 )
-
-
-def _settings(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The settings of a value, by their keys: those of a mapping, or itself."""
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, child in value.items():
-        yield from _settings(f"{key}.{name}", child)
 
 
 def replaced(arguments: Sequence[str], more: Sequence[str]) -> list[str]:
