@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.adapt.shared_numbers import unused
-from experiments.run import folders, opening, trust
+from experiments.run import checkpoints, folders, opening, trust
 from experiments.run.folder_arguments import PLACES, quote_folders
 from experiments.run.plain_files import replacing
 from experiments.run.resuming import resume_arguments
@@ -102,6 +102,12 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     tokenizer_of(base, trained)
 
 
+def _changed(base: Path) -> float:
+    """When a base run last changed, at the latest, by the clock of its disk."""
+    places = [base, base / checkpoints.FOLDER, *base.glob(f"{checkpoints.FOLDER}/*")]
+    return max((path.stat().st_ctime for path in places if path.exists()), default=0.0)
+
+
 def twin(cfg: DictConfig, folder: Path) -> Path | None:
     """Finds a finished run beside a folder that differs only in numbers that no transform uses.
 
@@ -115,11 +121,15 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
     idle = unused(cfg)
 
     def used(config: DictConfig) -> dict[str, Any]:
-        return {key: value for key, value in plain_config(config).items() if key not in idle}
+        kept = {key: value for key, value in plain_config(config).items() if key not in idle}
+        return {**kept, "transform": list((kept.get("transform") or {}).items())}  # in their order
 
+    since = _changed(Path(cfg["from"])) if cfg.get("from") else 0.0
     for path in sorted(folder.parent.glob(f"*/{folders.CONFIG}")) if idle else []:
         other = path.parent
         if other == folder or folders.status(other) != "finished":
+            continue
+        if path.stat().st_mtime <= since:  # it may have adapted what was there before
             continue
         try:
             trust.check_links(other)

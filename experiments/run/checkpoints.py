@@ -22,13 +22,15 @@ from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from omegaconf import OmegaConf
 from orbax.checkpoint import args as items
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from experiments.run import disk, saved_values, seals, trust
 from experiments.run import frozen as frozen_part
+from experiments.run import saved_values, seals, trust
 from experiments.run.disk import by_plain_name, quiet, read_items, reason, remedy, target
-from experiments.run.folders import RunError
+from experiments.run.folders import CONFIG, RunError, load_config
+from experiments.run.resuming import check_same
 from experiments.run.seals import Damaged
 from jaxpara import split
 from jaxpara.types import Params, TrainState
@@ -70,26 +72,13 @@ def _score(run: dict[str, Any]) -> float:
     return value * (1 if mode == "max" else -1) if math.isfinite(value) else -math.inf
 
 
-def _read_run(path: Path) -> dict[str, Any]:
-    """Reads the values that a step was saved with besides arrays; the files must be checked."""
-    try:
-        run = disk.read_record(path, "run")
-        whole = isinstance(run, dict) and run.pop("digest", None) == seals.of_text(run)
-    except RecursionError:
-        whole = False
-    if not whole:
-        raise Damaged(f"{path / 'run'} is damaged: it is not what was saved")
-    saved_values.check(run, str(path / "run"))
-    return run
-
-
 def _readable_runs(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields intact steps, newest first, with the values that they were saved with."""
     for step in steps(folder)[::-1]:
         with contextlib.suppress(Damaged):
             with _still_there(path := path_of(folder, step)):
                 seals.check(path, ["run"])
-                run = _read_run(path)
+                run = saved_values.read(path)
             yield step, run
 
 
@@ -321,7 +310,7 @@ def restore(folder: Path, step: int, like: TrainState) -> tuple[TrainState, dict
     trained, frozen = frozen_part.apart(folder, like.params)
     path = path_of(folder, step)
     seals.check(path)
-    run = _read_run(path)
+    run = saved_values.read(path)
     frozen_part.check_belongs(folder, run, str(path))
     run.pop("frozen", None)
     read = read_items(
@@ -390,8 +379,11 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
         trained, frozen = frozen_part.apart(folder, like)
         with _still_there(path):
             seals.check(path, ["run", "params"])
-            run = _read_run(path)
+            run = saved_values.read(path)
             frozen_part.check_belongs(folder, run, str(path))
+            if (folder / CONFIG).is_file():
+                config: Any = OmegaConf.to_container(load_config(folder))
+                check_same(run.get("settings"), config, str(path))
             found = read_items(path, params=items.StandardRestore(target(trained)))["params"]
         seals.check_arrays(found, run["digests"]["params"], str(path / "params"))
         return frozen_part.together(folder, found, frozen)

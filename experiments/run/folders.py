@@ -303,6 +303,7 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
         OmegaConfBaseException,
         RecursionError,
         AssertionError,
+        *(LookupError, AttributeError, TypeError),  # of YAML's own tags, such as !!int ''
     ) as error:
         raise RunError(
             f"{path} is damaged ({_first_line(error)}): put back a copy of it, or give another run"

@@ -15,10 +15,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.run.plain_files import write_text
+from experiments.run.plain_files import read_text, write_text
 
 FOLDER = ".hydra"
 FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
+JOB = "job.yaml"  # of a sweep's job, as it was first started
 
 
 class Notes(Callback):
@@ -70,6 +71,32 @@ def write(folder: Path, cfg: DictConfig) -> None:
         write_text(folder / FOLDER / name, OmegaConf.to_yaml(node))
 
 
+def write_job(folder: Path, settings: str) -> None:
+    """Writes as what a sweep's job was first started.
+
+    Args:
+      folder: of its run.
+      settings: its config in YAML, references as they are.
+    """
+    write_text(folder / FOLDER / JOB, f"# {os.getcwd()}\n{settings}")
+
+
+def read_job(folder: Path) -> tuple[str, str] | None:
+    """Reads as what a sweep's job was first started.
+
+    Args:
+      folder: of its run.
+
+    Returns:
+      The working directory, and the config in YAML; None if there is no record.
+    """
+    path = folder / FOLDER / JOB
+    if not path.is_file():
+        return None
+    first, _, settings = read_text(path).partition("\n")
+    return first.removeprefix("# "), settings
+
+
 def discard(folder: Path, *, made: Collection[Path] | None = None) -> None:
     """Removes a folder in which no run was opened, and empty folders above it.
 
@@ -93,4 +120,4 @@ def discard(folder: Path, *, made: Collection[Path] | None = None) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name in FILES and not path.is_symlink()
+    return path.name in (*FILES, JOB) and not path.is_symlink()

@@ -14,7 +14,7 @@ from experiments.run import metrics, names, seals, trust
 from experiments.run.folder_arguments import PLACES, TRUST, quote_value, replace_data
 from experiments.run.folders import CONFIG, RunError, find_run, read_yaml
 from experiments.run.limits import shortened
-from experiments.run.plain_files import aside, replacing
+from experiments.run.plain_files import aside, printable, replacing
 
 # What may differ: whether to continue, where, and with which trust.
 FREE = ("resume", "hydra", TRUST)
@@ -211,29 +211,21 @@ def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where
         )
 
 
-def check_job(stored: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a job of a sweep in the folder of a run with other settings.
+def difference(then: Any, now: Any) -> str:
+    """Names a setting in which two configs differ.
 
     Args:
-      stored: the config of the run, as plain values. What it lacks is of a later version.
-      config: of the job, resolved, as plain values.
-      folder: of the run.
+      then, now: plain values.
 
-    Raises:
-      RunError: names the first setting that differs, and both values.
+    Returns:
+      `KEY=BEFORE, and this job has KEY=AFTER`, or what else it is.
     """
-    then, now = ({k: v for k, v in one.items() if k not in FREE} for one in (stored, config))
-    then, now = (dict(_leaves(json.loads(json.dumps(one)))) for one in (then, now))
-    for key in sorted(then, key=lambda key: key.startswith("task.")):  # it repeats the others
-        before, after = then[key], now.get(key)
-        if before == after or repr(before) == repr(after):
-            continue
-        raise RunError(
-            f"{folder} holds a run with {key}={shortened(str(before))}, and this job has "
-            f"{key}={shortened(str(after))}:\n"
-            "give another hydra.sweep.dir, or leave hydra.sweep.subdir out: then jobs of other "
-            "settings have other folders"
-        )
+    before, after = dict(_leaves(then)), dict(_leaves(now))
+    for key in before | after:
+        one, other = (shortened(str(each.get(key, "something else"))) for each in (before, after))
+        if repr(before.get(key, before)) != repr(after.get(key, after)):
+            return f"{printable(key)}={printable(one)}, and this job has {key}={printable(other)}"
+    return "the same settings in another order"
 
 
 def _choices(folder: Path) -> dict[str, Any]:

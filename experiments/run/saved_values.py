@@ -5,8 +5,10 @@ anything uses it.
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from experiments.run import disk
 from experiments.run.fits import (
     Fits,
     fields,
@@ -22,7 +24,7 @@ from experiments.run.fits import (
     some,
 )
 from experiments.run.limits import shortened
-from experiments.run.seals import Damaged
+from experiments.run.seals import Damaged, of_text
 
 is_digests = mapping_of(is_text)
 # The fields of `loop.Memory`; a missing one has its default.
@@ -49,6 +51,32 @@ FIELDS: dict[str, tuple[Fits, str]] = {
 }
 SAVED = ("key_impl", "best", "figures", "digests")  # in every checkpoint
 CONTINUED = ("data", "memory")  # in one from which training continues
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads the values that a step was saved with besides arrays.
+
+    Args:
+      path: of the step; its files must be checked.
+
+    Returns:
+      The values by field.
+
+    Raises:
+      Damaged: they are not what was saved, or of another step.
+    """
+    where = path / "run"
+    try:
+        run = disk.read_record(path, "run")
+        whole = isinstance(run, dict) and run.pop("digest", None) == of_text(run)
+    except RecursionError:
+        whole = False
+    if not whole:
+        raise Damaged(f"{where} is damaged: it is not what was saved")
+    check(run, str(where))
+    if "data" in run:
+        check_position(run["data"], int(path.name), str(path))
+    return run
 
 
 def check(run: Mapping[str, Any], where: str, *, need: tuple[str, ...] = SAVED) -> None:

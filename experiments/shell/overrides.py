@@ -53,6 +53,8 @@ def of_a_flag(error: Exception) -> str | None:
     """
     if isinstance(error, ValueError) and "Expecting one subcommand" in str(error):
         return "--shell-completion: give install=SHELL or uninstall=SHELL: bash, fish or zsh"
+    if isinstance(error, AssertionError) and "Unexpected type for root" in str(error):
+        return f"{SWEPT}: {BY_ITSELF}, as KEY=VALUES"
     if isinstance(error, KeyError) and error.args == ("COMP_LINE",):
         return "--shell-completion query=SHELL: only a shell asks this; give install=SHELL"
     if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
@@ -60,6 +62,8 @@ def of_a_flag(error: Exception) -> str | None:
     return None
 
 
+SWEPT = "hydra.sweeper.params"  # of a sweep's config; into none Hydra cannot merge anything
+BY_ITSELF = "give what varies by itself"
 RERUN = "--experimental-rerun"  # of a file of a run's folder, which Hydra unpickles: it runs code
 
 
@@ -70,8 +74,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
       arguments: of the command line, without the program.
 
     Raises:
-      RunError: a flag that unpickles a file, a variable of the environment that is not set, or a
-        list for a group that holds more than names.
+      RunError: a flag that unpickles a file, a variable of the environment that is not set, a
+        mapping of what is swept, or a list for a group that holds more than names.
     """
     parser = OverridesParser.create()
     for argument in arguments:
@@ -87,6 +91,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
             unset = names if key == "hydra.job.env_copy" and isinstance(names, list) else []
             if unset := [str(name) for name in unset if str(name) not in os.environ]:
                 raise RunError(f"{argument}: {unset[0]} is not set in the environment")
+            if key.startswith(f"{SWEPT}.") and group.lstrip("+") != key:
+                raise RunError(f"{argument}: {BY_ITSELF}, as {key.removeprefix(SWEPT)[1:]}=VALUES")
         there = _members(group)
         for one in value.list if isinstance(value, ChoiceSweep) else [value]:
             names = not isinstance(one, list) or all(isinstance(name, str) and name for name in one)

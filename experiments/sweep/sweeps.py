@@ -18,22 +18,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
-from experiments.run import claim, folders, given_folders, litter, records, trust
+from experiments.run import claim, folders, given_folders, litter, record_fields, records, trust
 from experiments.run.checks import check_text
-from experiments.run.plain_files import read_text, write_text
-from experiments.run.resuming import check_job
+from experiments.run.plain_files import printable, read_text, write_text
+from experiments.run.resuming import FREE, difference
 from experiments.run.tables import show
 from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
 from experiments.shell.overrides import check_repeated
-from experiments.sweep.sweep_folders import (
-    check_inside,
-    check_places,
-    name_sweep,
-    plain_config,
-)
+from experiments.sweep.sweep_folders import check_inside, check_places, name_sweep
 
 ERROR = "error.txt"
 REFUSED = "refused"  # holds a file for each refused job, which has no folder
@@ -140,13 +134,28 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
         return None
 
 
+def _settings(cfg: DictConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in FREE]))
+
+
 def _check_same(cfg: DictConfig, folder: Path) -> None:
     """Refuses a folder with a run of other settings, before anything is written there."""
-    if (folder / folders.CONFIG).is_file():
-        with contextlib.suppress(OmegaConfBaseException):  # the job itself reports it
-            stored = OmegaConf.to_container(folders.read_yaml(folder / folders.CONFIG))
-            if isinstance(stored, dict):
-                check_job(stored, plain_config(cfg), folder)
+    if not (folder / folders.CONFIG).is_file():
+        return
+    known, now = records.read_job(folder), _settings(cfg)
+    if known is None:
+        found = f"a run that no sweep has started, or has lost {records.FOLDER}/{records.JOB}"
+    elif known[1] != now:
+        both = folders.read_yaml(folder / records.FOLDER / records.JOB), OmegaConf.create(now)
+        found = f"a run with {difference(*map(OmegaConf.to_container, both))}"
+    else:
+        if known[0] != os.getcwd() and folders.status(folder) == "finished":
+            print(f"{folder} was trained in {printable(known[0])}: relative paths led there")
+        return
+    raise folders.RunError(
+        f"{folder} holds {found}:\ngive another hydra.sweep.dir, or leave hydra.sweep.subdir out: "
+        "then jobs of other settings have other folders"
+    )
 
 
 def _attempt(cfg: DictConfig, job: Callable[[DictConfig], None], folder: Path) -> float | None:
@@ -159,6 +168,8 @@ def _attempt(cfg: DictConfig, job: Callable[[DictConfig], None], folder: Path) -
     try:
         check(cfg)
         records.write(folder, cfg)
+        if not (folder / folders.CONFIG).is_file():
+            records.write_job(folder, _settings(cfg))
         job(cfg)
     except Exception as error:
         text = explain(error, cfg)
@@ -204,10 +215,16 @@ def judge(folder: Path) -> tuple[str | None, float | None]:
       folder: of a run.
 
     Returns:
-      The figure's name and its last value; None if the run left none.
+      The figure's name and its last value; None if the run left none, or is damaged.
     """
-    summary = folders.read_summary(folder)
-    column = (summary.get("judged_by") or [None])[0]
+    summary, path = folders.read_summary(folder), folder / folders.SUMMARY
+    try:
+        record_fields.check(path, summary, record_fields.RESULTS)
+        column = (summary.get("judged_by") or [None])[0]
+        record_fields.check(path, summary, {column: record_fields.NUMBER} if column else {})
+    except folders.RunError as error:
+        print(error)
+        return None, None
     return column, summary.get(column)
 
 

@@ -154,6 +154,23 @@ def test_a_run_without_a_sound_config_is_refused(tmp_path, program, key, fault):
     assert [path.name for path in tmp_path.iterdir()] == ["run [1] é"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!bool abc",
+        "!!int ''",
+        "!!float ''",
+        "!!timestamp abc",
+        "!!binary 1",
+        "!!python/name:os.fork",
+    ],
+)
+def test_a_tag_of_yaml_that_does_not_fit_is_damage(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(f"a: {text}\n")
+    with pytest.raises(RunError, match="config.yaml"):
+        folders.load_config(tmp_path)
+
+
 def test_yaml_that_stands_for_more_than_memory_holds_is_refused(tmp_path):
     lines = ["a0: &a0 [x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]

@@ -21,7 +21,7 @@ from experiments.run import checkpoints, folders
 from experiments.shell import build
 from experiments.shell.overrides import replaced
 from jaxpara.types import TrainState
-from tests.experiments.programs import ending
+from tests.experiments.programs import ending, statuses
 from tests.experiments.saved_run import MODEL, random_params, save_run
 
 KEY = jax.random.key(0)
@@ -286,3 +286,11 @@ def test_a_run_of_lora_is_exported_for_peft(tmp_path, capsys):
     head = state.params["head"]["kernel"].parts["b"]
     np.testing.assert_array_equal(tensors["base_model.model.head.lora_B.weight"], head.T)
     assert len(tensors) == 2 * 6
+
+
+@pytest.mark.slow
+def test_a_sweep_finds_its_jobs_again_whatever_the_model_of_the_base(place, capfd):
+    given = [*SMALL, f"data.root={place / 'text'}", f"from={place / 'base'}", "hydra.sweep.dir=s"]
+    for expected in ("finished", "finished before"):
+        assert ending(finetune, place, *given, "transform=[lora],[ia3]", "-m") is None
+        assert list(statuses(capfd.readouterr().out).values())[-2:] == [expected] * 2

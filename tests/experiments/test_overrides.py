@@ -71,6 +71,11 @@ def test_lists_of_names_and_other_lists_are_let_through():
         (["--shell-completion"], "--shell-completion: give install=SHELL or uninstall="),
         (["-sc", "query=bash"], "--shell-completion query=SHELL: only a shell asks this; give"),
         (["--run", "--multirun"], "Only one of --"),
+        (
+            ["-m", 'hydra.sweeper.params={seed: "0,1"}'],
+            "hydra.sweeper.params={seed: ",
+        ),
+        (["-m", "+hydra.sweeper.params.seed='0,1'"], "hydra.sweeper.params: give wh"),
         (["hydra.job.env_copy=[NOPE]"], "hydra.job.env_copy=[NOPE]: NOPE is not set in the env"),
         (["hydra.job={env_copy: [PATH, 1]}"], "hydra.job={env_copy: [PATH, 1]}: 1 is not set"),
     ],

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
-from experiments.run import claim, folders
+from experiments.run import claim, folders, records
 from experiments.sweep import sweeps
 from tests.experiments.programs import statuses, sweep
 
@@ -150,7 +152,10 @@ def test_a_folder_that_names_none_of_what_varies_is_refused(tmp_path, capfd, sub
 
 
 @pytest.mark.parametrize("ended", [True, False])
-@pytest.mark.parametrize("other", ["x=5,6", "x=1,2 steps=9", "x=1,2 name=other"])
+@pytest.mark.parametrize(
+    "other",
+    ["x=5,6", "x=1,2 steps=9", "x=1,2 name=other", "x=1,2 +more=3", "x=1,2 +y={a: 1}"],
+)
 def test_a_job_in_the_folder_of_another_run_is_refused_and_writes_nothing(
     tmp_path, capfd, ended, other
 ):
@@ -160,7 +165,7 @@ def test_a_job_in_the_folder_of_another_run_is_refused_and_writes_nothing(
     runs = [tmp_path / "s" / number for number in "01"]
     before = [everything(folder) for folder in runs]
     capfd.readouterr()
-    assert sweep(tmp_path, "-m", *other.split(), *act, *numbered) == 1
+    assert sweep(tmp_path, "-m", *other.split(maxsplit=1), *act, *numbered) == 1
     shown = capfd.readouterr()
     assert list(statuses(shown.out).values()) == ["refused"] * 2
     assert "holds a run with" in shown.err and "give another hydra.sweep.dir" in shown.err
@@ -169,6 +174,58 @@ def test_a_job_in_the_folder_of_another_run_is_refused_and_writes_nothing(
         now[folder / claim.LOCK] = then[folder / claim.LOCK]  # trying it is no writing
         assert now == then
     assert sweep(tmp_path, "-m", "x=1,2", *act, *numbered) == (not ended)  # its own settings
+
+
+@pytest.mark.parametrize(
+    "then, now, said",
+    [
+        ({"of": None}, {"of": {"a": 1}}, "of=None, and this job has of=something else"),
+        ({"of": None}, {"of": None, "b": 1}, "b=something else, and this job has b=1"),
+        ({"some": [1, 2]}, {"some": [2, 1]}, "some[0]=1, and this job has some[0]=2"),
+        ({"some": [1]}, {"some": [1, 2]}, "some[1]=something else"),
+        ({"some": {"a": 1, "b": 2}}, {"some": {"b": 2, "a": 1}}, "in another order"),
+        ({"a": 1}, {"a": True}, "a=1, and this job has a=True"),
+        ({"a": 1}, {"a": 1.0}, "a=1, and this job has a=1.0"),
+        ({"a": "${b}", "b": 1}, {"a": 1, "b": 1}, "a=${b}, and this job has a=1"),
+    ],
+)
+def test_whatever_differs_is_another_job(tmp_path, then, now, said):
+    (tmp_path / folders.CONFIG).touch()
+    (tmp_path / records.FOLDER).mkdir()
+    records.write_job(tmp_path, sweeps._settings(OmegaConf.create({**then, "resume": False})))
+    sweeps._check_same(OmegaConf.create({**then, "resume": True}), tmp_path)
+    with pytest.raises(folders.RunError, match=re.escape(said)):
+        sweeps._check_same(OmegaConf.create(now), tmp_path)
+
+
+def test_a_run_that_no_sweep_has_started_is_left_alone(tmp_path, capfd):
+    here = ("hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}")
+    assert sweep(tmp_path, "-m", "x=1", *here) == 0
+    (tmp_path / "s/0/.hydra/job.yaml").unlink()
+    before = everything(tmp_path / "s/0")
+    assert sweep(tmp_path, "-m", "x=1", *here) == 1
+    assert "holds a run that no sweep has started" in capfd.readouterr().err
+    after = everything(tmp_path / "s/0")
+    assert after | {tmp_path / "s/0" / claim.LOCK: 0} == before | {tmp_path / "s/0" / claim.LOCK: 0}
+
+
+def test_a_finished_job_of_another_working_directory_says_where_it_was(tmp_path, capfd):
+    there = (tmp_path / "one", tmp_path / "two")
+    for place in there:
+        place.mkdir()
+        assert sweep(place, "-m", "x=1", f"hydra.sweep.dir={tmp_path / 's'}") == 0
+    assert f"was trained in {there[0]}: relative paths led there" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("figure", ['"text"', "[1]", "1" + "0" * 400, "{}"])
+def test_a_damaged_figure_ends_no_sweep(tmp_path, capfd, figure):
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s") == 0
+    first = sorted(tmp_path.glob("s/x-*"))[0]
+    text = f'{{"status": "finished", "judged_by": ["loss", "min"], "loss": {figure}}}'
+    (first / folders.SUMMARY).write_text(text)
+    sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s")
+    shown = capfd.readouterr().out
+    assert "is damaged: " in shown and len(statuses(shown)) == 2
 
 
 def test_of_jobs_that_share_a_folder_all_but_the_first_are_refused(tmp_path, capfd):

@@ -269,6 +269,7 @@ def test_only_what_does_not_build_reads_a_config_without_asking():
         "train",
         "trust",
         "evaluate",  # asks whether keys are there
+        "checkpoints",  # compares it with what they were trained with
         "bench_rows",  # its own settings, for whether rows are of them
     }  # `twin`, resume's check
     root = folders.REPOSITORY / "experiments"

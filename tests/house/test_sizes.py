@@ -5,6 +5,7 @@ import inspect
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import jaxpara as jp
@@ -25,7 +26,7 @@ GIVEN = {
     "loss": lambda params, batch, key: (0.0, {}),
     "mixer": mixers.attention(heads=1),
     "mlp_hidden": 4,
-    "optimizer": None,
+    "optimizer": optax.sgd(0.1),
     "outputs": 4,
     "scale": np.ones((1, 1, 4), np.float32),
     "steps": 3,

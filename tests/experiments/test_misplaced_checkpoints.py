@@ -1,0 +1,31 @@
+"""Checkpoints that are intact, and in the place of others."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.run import checkpoints
+from experiments.run.folders import RunError
+from jaxpara.types import TrainState
+
+PARAMS = {"w": jnp.arange(3.0)}
+
+
+def test_a_checkpoint_under_another_name_or_of_another_run_is_not_read(tmp_path):
+    with checkpoints.saver(tmp_path, keep_last=9, keep_best=0, best=("loss", "min")) as save:
+        for step in (1, 2):
+            run = {"data": {"next_index": step}, "settings": {"seed": 1}}
+            save(TrainState(PARAMS, (), jnp.int32(step), jax.random.key(0)), run, None)
+    OmegaConf.save({"seed": 1}, tmp_path / "config.yaml")
+    checkpoints.load_params(tmp_path, jax.eval_shape(lambda: PARAMS))
+    OmegaConf.save({"seed": 2}, tmp_path / "config.yaml")
+    with pytest.raises(RunError, match="has seed=2, and .*2 was trained with 1"):
+        checkpoints.load_params(tmp_path, jax.eval_shape(lambda: PARAMS))
+    (tmp_path / "config.yaml").unlink()
+    shutil.rmtree(tmp_path / "checkpoints/1")
+    (tmp_path / "checkpoints/2").rename(tmp_path / "checkpoints/5")
+    with pytest.raises(RunError, match="5 is damaged: data has next_index=2; expected 5"):
+        checkpoints.load_params(tmp_path, jax.eval_shape(lambda: PARAMS))
