@@ -13,21 +13,21 @@ def kind_of(value: Any) -> str:
     return f"{name} ({type(value).__name__})" if isinstance(name, str) else type(value).__name__
 
 
-def need_model(model: Any, call: str) -> None:
-    """Refuses a model that is no `Model`, such as a function.
+def need_model(
+    model: Any, call: str, advice: str = ", such as jp.nn.decoder(...) or jp.Model(init, apply)"
+) -> None:
+    """Refuses a model that is not a `Model`, such as a function.
 
     Args:
       model: the argument.
       call: that it was given to, with its arguments as they are expected.
+      advice: what to type.
 
     Raises:
-      TypeError: it is no `Model`.
+      TypeError: it is not a `Model`.
     """
     if not isinstance(model, Model):
-        raise TypeError(
-            f"{call} got a model of type {kind_of(model)}; expected a jp.Model, such as "
-            "jp.nn.decoder(...) or jp.Model(init, apply)"
-        )
+        raise TypeError(f"{call} got a model of type {kind_of(model)}; expected a jp.Model{advice}")
 
 
 def need_loss(loss: Any) -> None:
@@ -47,7 +47,7 @@ def need_loss(loss: Any) -> None:
 
 
 def need_optimizer(optimizer: Any, call: str) -> None:
-    """Refuses an optimiser that has not the functions of one of optax.
+    """Refuses an optimiser that lacks the functions of those of optax.
 
     Args:
       optimizer: the argument.

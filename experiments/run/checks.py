@@ -180,7 +180,7 @@ def settings_of(node: DictConfig, prefix: str = "", command: str = "") -> Iterat
             continue
         value = node[key]
         if isinstance(value, DictConfig):
-            rule = rule_for(path, command)
+            rule = rule_for(path, command) if ours else None  # others may use the names otherwise
             if "_target_" in value and not (rule == SECTION and not prefix):
                 rule = None
             if rule is None or (rule.kind in ("section", "any") and "_target_" not in value):
@@ -234,8 +234,7 @@ def check_missing(cfg: DictConfig, *, place: Path | None = None) -> None:
     missing = next((key for key in _missing(cfg, "") if key not in MEANT), None)
     if missing is not None and place is None:
         raise RunError(
-            f"{missing}=???: expected a value;\n"
-            f"give {missing}=VALUE, or leave it out for the default"
+            f"{missing} has no value (???);\ngive {missing}=VALUE, or leave out what sets it to ???"
         )
     if missing is not None:
         raise RunError(

@@ -15,11 +15,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.run.plain_files import read_text, write_text
+from experiments.run.plain_files import write_text
 
 FOLDER = ".hydra"
 FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
-JOB = "job.yaml"  # of a sweep's job, as it was first started
+JOB = "job.yaml"  # the settings with which a sweep's job was first started
 
 
 class Notes(Callback):
@@ -69,32 +69,6 @@ def write(folder: Path, cfg: DictConfig) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for name, node in zip(FILES, (cfg, known, known.hydra.overrides.task), strict=True):
         write_text(folder / FOLDER / name, OmegaConf.to_yaml(node))
-
-
-def write_job(folder: Path, settings: str) -> None:
-    """Writes as what a sweep's job was first started.
-
-    Args:
-      folder: of its run.
-      settings: its config in YAML, references as they are.
-    """
-    write_text(folder / FOLDER / JOB, f"# {os.getcwd()}\n{settings}")
-
-
-def read_job(folder: Path) -> tuple[str, str] | None:
-    """Reads as what a sweep's job was first started.
-
-    Args:
-      folder: of its run.
-
-    Returns:
-      The working directory, and the config in YAML; None if there is no record.
-    """
-    path = folder / FOLDER / JOB
-    if not path.is_file():
-        return None
-    first, _, settings = read_text(path).partition("\n")
-    return first.removeprefix("# "), settings
 
 
 def discard(folder: Path, *, made: Collection[Path] | None = None) -> None:

@@ -207,25 +207,27 @@ def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where
         raise RunError(
             f"{CONFIG} has {key}={shortened(str(after))}, and {where} was trained with "
             f"{shortened(str(before))}:\n"
-            f"write that into {CONFIG} to continue the run, or start a new one"
+            f"write that back into {CONFIG}, or start a new run"
         )
 
 
-def difference(then: Any, now: Any) -> str:
-    """Names a setting in which two configs differ.
+def difference(then: Any, now: Any) -> str | None:
+    """Names a setting in which two configs differ; of mappings only `transform` has an order.
 
     Args:
       then, now: plain values.
 
     Returns:
-      `KEY=BEFORE, and this job has KEY=AFTER`, or what else it is.
+      `KEY=BEFORE, and this job has KEY=AFTER`; None if nothing differs.
     """
     before, after = dict(_leaves(then)), dict(_leaves(now))
     for key in before | after:
-        one, other = (shortened(str(each.get(key, "something else"))) for each in (before, after))
         if repr(before.get(key, before)) != repr(after.get(key, after)):
-            return f"{printable(key)}={printable(one)}, and this job has {key}={printable(other)}"
-    return "the same settings in another order"
+            both = (str(each.get(key, "something else")) for each in (before, after))
+            one, other = (printable(shortened(text)) for text in both)
+            return f"{printable(key)}={one}, and this job has {printable(key)}={other}"
+    one, other = (list(each.get("transform") or {}) for each in (then, now))
+    return None if one == other else f"transform={one}, and this job has transform={other}"
 
 
 def _choices(folder: Path) -> dict[str, Any]:

@@ -59,6 +59,9 @@ def make_settings(values: Mapping[str, Any], *, place: Path | None = None) -> Se
     for name, fields in (("checkpoint", Keep._fields), ("trace", Traced._fields)):
         if isinstance(given := values.get(name), Mapping):
             missing += [f"{name}.{field}" for field in fields if field not in given]
+    if missing and place is None:
+        deleted = " ".join(f"~{one}" for one in missing)
+        raise RunError(f"this command needs {', '.join(missing)}: leave {deleted} out")
     if missing:
         raise RunError(
             f"{where}the config has no {', '.join(missing)}: another version of this program "

@@ -114,7 +114,7 @@ def train(
         check_same(run.get("settings"), config, where)
         if begin > settings.steps:
             raise seals.Damaged(f"{where} is of a later step than the last of {settings.steps}")
-        _go_to(task, run, where, begin)
+        _go_to(task, run, where)
         memory = Memory(**run["memory"])
         began -= memory.seconds
         known = run["figures"] or {}
@@ -230,10 +230,9 @@ def train(
         _close(folder, summary)
 
 
-def _go_to(task: Task, run: Mapping[str, Any], where: str, step: int) -> None:
+def _go_to(task: Task, run: Mapping[str, Any], where: str) -> None:
     """Moves the batches to a saved position."""
     saved_values.check(run, where, need=saved_values.CONTINUED)
-    saved_values.check_position(run["data"], step, where)
     try:
         task.batches.set_state(run["data"])
     except folders.RunError:

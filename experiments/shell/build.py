@@ -242,7 +242,7 @@ def build(cfg: DictConfig) -> Parts:
             f"logger={chosen}: expected loggers by name;\ntype for example logger=tensorboard"
         )
     task, optimizer, projection = make(cfg.task), make(cfg.optim), make(cfg.projection)
-    if not hasattr(task, "batch_like"):
+    if not all(hasattr(task, name) for name in ("model", "loss")):
         raise _other("task", task, "a Task, as experiments.run.task describes it")
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         raise _other("optim", optimizer, "an optimiser of optax")

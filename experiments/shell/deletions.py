@@ -18,7 +18,7 @@ def check_deletions(overrides: Sequence[str], cfg: DictConfig, command: str) -> 
     """Refuses the deletion of a setting that is needed.
 
     Of objects, settings may be deleted: their constructors have defaults, or name what they need.
-    So may those in a group of settings that can be null.
+    So may settings of a group that may be null.
 
     Args:
       overrides: of the command line.

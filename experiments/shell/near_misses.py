@@ -34,6 +34,7 @@ def near_misses(name: str, there: Sequence[str], *, count: int = 3) -> list[str]
     last = name.split(".")[-1]
 
     def likeness(key: str) -> float:
+        key = key.lower()
         return max(
             difflib.SequenceMatcher(None, name, key).ratio(),
             difflib.SequenceMatcher(None, last, key.split(".")[-1]).ratio() - 0.01,

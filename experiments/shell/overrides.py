@@ -13,6 +13,10 @@ from experiments.run.folders import RunError
 from experiments.run.given_folders import leaves
 from experiments.run.names import CONF
 
+SWEPT = "hydra.sweeper.params"  # of a sweep's config; into none Hydra cannot merge anything
+BY_ITSELF = "give what varies by itself"
+RERUN = "--experimental-rerun"  # of a file of a run's folder, which Hydra unpickles: it runs code
+
 
 def misread(arguments: Sequence[str]) -> str | None:
     """Finds the first argument that names no setting, or gives a group an invalid member.
@@ -62,11 +66,6 @@ def of_a_flag(error: Exception) -> str | None:
     return None
 
 
-SWEPT = "hydra.sweeper.params"  # of a sweep's config; into none Hydra cannot merge anything
-BY_ITSELF = "give what varies by itself"
-RERUN = "--experimental-rerun"  # of a file of a run's folder, which Hydra unpickles: it runs code
-
-
 def check_arguments(arguments: Sequence[str]) -> None:
     """Refuses what Hydra would do something dangerous with, or fail on without naming it.
 
@@ -95,8 +94,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
                 raise RunError(f"{argument}: {BY_ITSELF}, as {key.removeprefix(SWEPT)[1:]}=VALUES")
         there = _members(group)
         for one in value.list if isinstance(value, ChoiceSweep) else [value]:
-            names = not isinstance(one, list) or all(isinstance(name, str) and name for name in one)
-            if (there or "/" in group) and not names:
+            named = not isinstance(one, list) or all(isinstance(name, str) and name for name in one)
+            if (there or "/" in group) and not named:
                 raise RunError(
                     f"{argument}: expected names of members of group {group}"
                     + (f": choose from {', '.join(there)}" if there else "")
@@ -126,7 +125,7 @@ def check_repeated(arguments: Sequence[str]) -> None:
         for key, value in leaves(_key(argument), _value(argument)):
             before, known = first.setdefault(key, (argument, value))
             same = before.lstrip("+") == argument.lstrip("+")
-            if not same and known != value and repr(known) != repr(value):  # nan is not nan
+            if not same and repr(known) != repr(value):
                 raise RunError(
                     f"{key} is given twice, as {before} and as {argument}:\nleave one of them out"
                 )

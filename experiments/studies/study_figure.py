@@ -80,7 +80,8 @@ def main() -> None:
     """The command line: a table, beside which the figure is written.
 
     Raises:
-      SystemExit: no table is given, or it is not one of a study; says what to type.
+      SystemExit: no table is given, or it is not one of a study, or somebody else's picture is in
+        the place of the figure; says what to do.
     """
     if len(sys.argv) != 2:
         raise SystemExit(f"error: give the table of one study: {USAGE}")
@@ -90,7 +91,10 @@ def main() -> None:
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, csv.Error) as error:
         told = error.strerror if isinstance(error, OSError) else "it is no table of a study"
         raise SystemExit(f"error: {source} cannot be drawn ({told}): {USAGE}") from error
-    figures.save(figure, source.with_suffix(".png"))
+    target = source.with_suffix(".png")
+    if target.exists() and not figures.is_ours(target):
+        raise SystemExit(f"error: {target} is there, and no figure of this program; move it away")
+    figures.save(figure, target)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def check_places(config: DictConfig) -> None:
     # A group may change whatever is referred to.
     swept = _swept(config, groups=all_overrides or not referred)
     varies = OWN.search(referred) or all(
-        re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", referred)
+        re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", referred)
         or (all_overrides and key not in left_out)
         for key in swept
     )

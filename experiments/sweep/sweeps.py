@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from experiments.run import claim, folders, given_folders, litter, record_fields, records, trust
 from experiments.run.checks import check_text
-from experiments.run.plain_files import printable, read_text, write_text
-from experiments.run.resuming import FREE, difference
+from experiments.run.plain_files import read_text, write_text
 from experiments.run.tables import show
 from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
 from experiments.shell.overrides import check_repeated
+from experiments.sweep import first_start
 from experiments.sweep.sweep_folders import check_inside, check_places, name_sweep
 
 ERROR = "error.txt"
@@ -122,43 +122,22 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return job(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    settings = first_start.settings_of(cfg)
     try:
         check_inside(folder, _place())
         with claim.claimed(folder):  # nothing is written to a folder that another process holds
             _note(folder).unlink(missing_ok=True)
-            _check_same(cfg, folder)
-            return _attempt(cfg, job, folder)
+            first_start.check_same(settings, folder)
+            return _attempt(cfg, job, folder, settings)
     except folders.RunError as error:
         _refuse(folder, "in use" if isinstance(error, claim.InUse) else "refused", str(error))
         records.discard(folder, made=[folder])  # Hydra has made it
         return None
 
 
-def _settings(cfg: DictConfig) -> str:
-    return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in FREE]))
-
-
-def _check_same(cfg: DictConfig, folder: Path) -> None:
-    """Refuses a folder with a run of other settings, before anything is written there."""
-    if not (folder / folders.CONFIG).is_file():
-        return
-    known, now = records.read_job(folder), _settings(cfg)
-    if known is None:
-        found = f"a run that no sweep has started, or has lost {records.FOLDER}/{records.JOB}"
-    elif known[1] != now:
-        both = folders.read_yaml(folder / records.FOLDER / records.JOB), OmegaConf.create(now)
-        found = f"a run with {difference(*map(OmegaConf.to_container, both))}"
-    else:
-        if known[0] != os.getcwd() and folders.status(folder) == "finished":
-            print(f"{folder} was trained in {printable(known[0])}: relative paths led there")
-        return
-    raise folders.RunError(
-        f"{folder} holds {found}:\ngive another hydra.sweep.dir, or leave hydra.sweep.subdir out: "
-        "then jobs of other settings have other folders"
-    )
-
-
-def _attempt(cfg: DictConfig, job: Callable[[DictConfig], None], folder: Path) -> float | None:
+def _attempt(
+    cfg: DictConfig, job: Callable[[DictConfig], None], folder: Path, settings: str
+) -> float | None:
     """Runs a job in its folder, which is locked; an error is written down."""
     (folder / ERROR).unlink(missing_ok=True)
     if (folder / folders.CONFIG).is_file():
@@ -169,7 +148,7 @@ def _attempt(cfg: DictConfig, job: Callable[[DictConfig], None], folder: Path) -
         check(cfg)
         records.write(folder, cfg)
         if not (folder / folders.CONFIG).is_file():
-            records.write_job(folder, _settings(cfg))
+            first_start.write(folder, settings)
         job(cfg)
     except Exception as error:
         text = explain(error, cfg)

@@ -137,7 +137,7 @@ def decoder(
     positive(vocab_size=vocab_size, width=width, layers=layers, conv_taps=conv_taps)
     tied = flag(tied=tied)
     given: Any = mixer
-    if not isinstance(given, Sequence) or isinstance(given, str):
+    if isinstance(given, Mixer | str) or not isinstance(given, Sequence):
         need_mixer(given)
     pattern = (mixer,) if callable(mixer) else tuple(mixer)
     for each in pattern:

@@ -13,7 +13,7 @@ _NO_MIXER = (
 
 
 def need_mixer(make: Any) -> None:
-    """Refuses what is no function from the width, such as a factory that was not called.
+    """Refuses what is not a function of the width.
 
     Args:
       make: given as a mixer.

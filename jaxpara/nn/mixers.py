@@ -60,8 +60,8 @@ def recurrent(
     """
     if not callable(cell):
         raise TypeError(
-            f"recurrent(cell) got {kind_of(cell)}; expected a factory (features, hidden) -> Cell, "
-            "such as jp.cells.para_gru, not called"
+            f"recurrent(cell) got {kind_of(cell)}; expected recurrent(CELL) with a factory "
+            "(features, hidden) -> Cell that is not called, such as recurrent(jp.cells.para_gru)"
         )
     scan = partial(newton_scan, solver=solver, derivative="reverse")
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpara import compat
+from jaxpara.arguments import kind_of
 from jaxpara.recurrence.choice import Auto, decide, say
 from jaxpara.recurrence.lanes import vary_alike, vary_over
 from jaxpara.recurrence.solve import explicit_meshes, sharded_time
@@ -146,8 +147,9 @@ def solve_scan(
     """
     given = init, xs
     for name, value in (("length", length), ("reverse", reverse), ("unroll", unroll)):
-        if isinstance(value, Solver | Auto):
-            raise TypeError(f"{name} got {value!r}: write solver= before a solver")
+        if isinstance(value, Solver | Auto) or callable(value):
+            shown = value if isinstance(value, Solver | Auto) else kind_of(value)
+            raise TypeError(f"{name} got {shown}: write solver= before a solver")
     if isinstance(solver, Solver) and solver.settings.axis is not None:
         sharded_time.require_axis(solver.settings.axis)
         # Each device starts its own steps from a state of its own.

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxpara.arguments import kind_of
-from jaxpara.types import Model
 from jaxpara.weights.matrices import matrices_of
 from jaxpara.weights.method import Method
 from jaxpara.weights.weight import is_weight
@@ -50,22 +49,6 @@ def need_plain(selected: Iterable[str], paths: Iterable[str]) -> None:
         raise ValueError(
             f"attach got {inside[0]!r}, a part of a leaf that is reparameterised already: attach "
             "jp.chain(first, second) to the parameters themselves, or narrow where="
-        )
-
-
-def need_model(model: Any) -> None:
-    """Refuses a model that is no `Model`, such as a function.
-
-    Args:
-      model: the argument of a reparameterisation.
-
-    Raises:
-      TypeError: it is no `Model`.
-    """
-    if not isinstance(model, Model):
-        raise TypeError(
-            f"expected a jp.Model, got {kind_of(model)}; a function of parameters is lifted by "
-            "jp.lift(function), and its parameters are given to t.attach(key, params)"
         )
 
 

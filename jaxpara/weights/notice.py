@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -81,12 +81,13 @@ def about_uses(uses: Iterable[Use], told: bool) -> list[Notice]:
     ]
 
 
-def about_sizes(state: Any, told: bool) -> list[Notice]:
+def about_sizes(state: Any, told: bool, unknown: Collection[str] = ()) -> list[Notice]:
     """Parts that hold more numbers than their weight.
 
     Args:
       state: from `attach`.
       told: whether the leaves' layouts were given.
+      unknown: leaves of which they were asked, and are not known.
 
     Returns:
       One for each leaf and method, and for the pools.
@@ -94,6 +95,7 @@ def about_sizes(state: Any, told: bool) -> list[Notice]:
     found, shared = [], 0
     pools = state.pools if is_pooled(state) else {}
     advice = "give a smaller rank, or narrow where=" + ("" if told else f", or {PASS}")
+    layouts = ", or pass layout={{{!r}: jp.weights.Layout(inputs=.., outputs=..)}}"
     for keys, leaf in jax.tree_util.tree_leaves_with_path(resolved(state), is_leaf=is_weight):
         if not is_weight(leaf):
             continue
@@ -111,7 +113,8 @@ def about_sizes(state: Any, told: bool) -> list[Notice]:
                     f"{path!r}: {weight.method.name} has {parts:,} numbers for the {size:,} of the "
                     f"weight, as matrices {shape[-2:]} of {shape}"
                 )
-                found.append(Notice(path, weight.method.name, said, advice))
+                more = layouts.format(path) if path in unknown else ""
+                found.append(Notice(path, (weight.method.name, bool(more)), said, advice + more))
             weight = weight.base
     total = sum(math.prod(jnp.shape(pool)) for pool in pools.values())
     if total > shared > 0:
@@ -166,7 +169,7 @@ def lines(*notices: Iterable[Notice]) -> list[str]:
             groups.setdefault((kind, one.subject), []).append(one)
     found = []
     for first, *more in groups.values():
-        others = [repr(one.path) for one in more]
+        others = [repr(path) for path in dict.fromkeys(o.path for o in more) if path != first.path]
         rest = f" and {len(others) - MOST} more" if len(others) > MOST else ""
         also = f" (likewise {', '.join(others[:MOST])}{rest})" if others else ""
         found.append(f"{first.said}{also}; {first.advice}")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpara.arguments import need_model
 from jaxpara.tree import Where, is_matrix, matcher, path_of, select
 from jaxpara.types import Key, Model, Params
 from jaxpara.weights import arguments, notice, trained
@@ -24,6 +25,11 @@ from jaxpara.weights.pools import Pooled, resolved, unresolved, whole
 from jaxpara.weights.sampling import key_of, sampled
 from jaxpara.weights.uses import Layouts, given
 from jaxpara.weights.weight import Weight, dense, is_weight
+
+LIFT_IT = (
+    "; a function of parameters is lifted by jp.lift(function), and its parameters are given to "
+    "t.attach(key, params)"
+)
 
 
 class Member(NamedTuple):
@@ -69,7 +75,7 @@ class Reparam(NamedTuple):
         Raises:
           TypeError: it is no `Model`.
         """
-        arguments.need_model(model)
+        need_model(model, "t(model)", LIFT_IT)
 
         def init(key: Key) -> Any:
             k_params, k_attach = jax.random.split(key)
@@ -177,7 +183,7 @@ class Reparam(NamedTuple):
             )
         state = owned(Pooled(state, pools) if pools else state)
         told = layout is not None or function is not None
-        sizes = notice.about_sizes(state, told=told)
+        sizes = notice.about_sizes(state, told, layouts.unknown)
         unknown = self._not_known(params, layouts) if told else []
         uses = report(function, state, *inputs).uses if function is not None else ()
         for line in notice.lines(sizes, unknown, notice.about_uses(uses, told=True)):

@@ -101,3 +101,10 @@ def test_a_home_that_is_not_there_is_no_such_folder(tmp_path, monkeypatch):
     for typed in (place, "~/x y"):
         [quoted] = quote_folders([f"run={typed}"], keys=["run"])
         assert OverridesParser.create().parse_override(quoted).value() == typed
+
+
+@pytest.mark.parametrize(
+    "name, there", [("Modle", "Model"), ("LSTMCel", "LSTMCell"), ("LM", "lm"), ("modle", "Model")]
+)
+def test_capitals_are_no_difference(name, there):
+    assert near_misses.near_misses(name, ["other", there]) == [there]

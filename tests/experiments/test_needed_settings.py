@@ -87,14 +87,14 @@ ALL_LEFT_OUT = [(command, key) for command, keys in LEFT_OUT.items() for key in 
 def test_a_setting_without_a_value_is_refused_by_name(tmp_path, command, key):
     said = ending(COMMANDS[command], tmp_path, f"{key}=???")
     assert said == (
-        f"error: {key}=???: expected a value;\ngive {key}=VALUE, or leave it out for the default"
+        f"error: {key} has no value (???);\ngive {key}=VALUE, or leave out what sets it to ???"
     )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_value_that_is_missing_is_found_in_lists_and_files():
     cfg = OmegaConf.create({"hydra": {"a": "???"}, "from": "???", "a": [{"b": ["???"]}]})
-    with pytest.raises(RunError, match=r"^a.0.b.0=\?\?\?: "):
+    with pytest.raises(RunError, match=r"^a.0.b.0 has no value \("):
         checks.check_settings(cfg)
     values = {**OmegaConf.to_container(shipped("train"), resolve=True), "accumulate": "???"}
     with pytest.raises(RunError, match=r"^x/config.yaml: accumulate has no value \(\?"):
@@ -102,6 +102,8 @@ def test_a_value_that_is_missing_is_found_in_lists_and_files():
     del values["accumulate"], values["trace"]["start"]
     with pytest.raises(RunError, match="the config has no accumulate, trace.start: another"):
         make_settings(values, place=Path("x/config.yaml"))
+    with pytest.raises(RunError, match="^this command needs accumulate, trace.start: leave ~accum"):
+        make_settings(values)
 
 
 def test_only_what_the_user_must_give_is_shipped_without_a_value():

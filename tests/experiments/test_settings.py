@@ -353,3 +353,14 @@ def test_a_folder_in_a_mapping_is_one_too(tmp_path, capfd, given):
     assert call(train, tmp_path, "-m", "seed=0,1", given) == 1
     assert "hydra.run.dir=new are for one run" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_own_object_may_use_the_names_of_ours():
+    for node in (
+        {"mixer": {"_target_": "mine.mixer", "cell": {"hidden": 3}, "solver": {"k": 1}}},
+        {"data": {"_target_": "mine.data", "sampler": {"a": 1}}},
+    ):
+        checks.check_settings(OmegaConf.create(node))
+    ours = {"mixer": {"_target_": "jaxpara.nn.mixers.recurrent", "cell": {"hidden": 3}}}
+    with pytest.raises(RunError, match="mixer.cell=.*expected an object"):
+        checks.check_settings(OmegaConf.create(ours))

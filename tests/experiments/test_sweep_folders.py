@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.run import claim, folders, records
-from experiments.sweep import sweeps
+from experiments.sweep import first_start, sweeps
 from tests.experiments.programs import statuses, sweep
 
 HOLD = """
@@ -183,7 +183,11 @@ def test_a_job_in_the_folder_of_another_run_is_refused_and_writes_nothing(
         ({"of": None}, {"of": None, "b": 1}, "b=something else, and this job has b=1"),
         ({"some": [1, 2]}, {"some": [2, 1]}, "some[0]=1, and this job has some[0]=2"),
         ({"some": [1]}, {"some": [1, 2]}, "some[1]=something else"),
-        ({"some": {"a": 1, "b": 2}}, {"some": {"b": 2, "a": 1}}, "in another order"),
+        (
+            {"transform": {"a": {}, "b": {}}},
+            {"transform": {"b": {}, "a": {}}},
+            "transform=['a', 'b'], and this job has transform=['b', 'a']",
+        ),
         ({"a": 1}, {"a": True}, "a=1, and this job has a=True"),
         ({"a": 1}, {"a": 1.0}, "a=1, and this job has a=1.0"),
         ({"a": "${b}", "b": 1}, {"a": 1, "b": 1}, "a=${b}, and this job has a=1"),
@@ -192,10 +196,34 @@ def test_a_job_in_the_folder_of_another_run_is_refused_and_writes_nothing(
 def test_whatever_differs_is_another_job(tmp_path, then, now, said):
     (tmp_path / folders.CONFIG).touch()
     (tmp_path / records.FOLDER).mkdir()
-    records.write_job(tmp_path, sweeps._settings(OmegaConf.create({**then, "resume": False})))
-    sweeps._check_same(OmegaConf.create({**then, "resume": True}), tmp_path)
+    first_start.write(tmp_path, settings({**then, "resume": False}))
+    first_start.check_same(settings({**then, "resume": True}), tmp_path)
     with pytest.raises(folders.RunError, match=re.escape(said)):
-        sweeps._check_same(OmegaConf.create(now), tmp_path)
+        first_start.check_same(settings(now), tmp_path)
+
+
+def settings(values):
+    return first_start.settings_of(OmegaConf.create(values))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"# x\na: [", b"# x\n- 1\n", b"", None])
+def test_a_damaged_record_of_a_job_is_said_and_the_sweep_goes_on(tmp_path, capfd, content):
+    here = ("hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}")
+    assert sweep(tmp_path, "-m", "x=1", *here) == 0
+    path = tmp_path / "s/0/.hydra/job.yaml"
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert sweep(tmp_path, "-m", "x=1,2", *here) == 1
+    assert list(statuses(capfd.readouterr().out).values())[-2:] == ["refused", "finished"]
+
+
+def test_the_order_of_additions_and_what_checks_make_of_a_number_are_no_difference(tmp_path):
+    (tmp_path / folders.CONFIG).touch()
+    (tmp_path / records.FOLDER).mkdir()
+    first_start.write(tmp_path, settings({"grid": {"a": 1, "b": 2}}))
+    first_start.check_same(settings({"grid": {"b": 2, "a": 1}}), tmp_path)
+    for _ in range(2):
+        assert sweep(tmp_path, "-m", "x=1,2", "name=2024", "hydra.sweep.dir=s") == 0
 
 
 def test_a_run_that_no_sweep_has_started_is_left_alone(tmp_path, capfd):

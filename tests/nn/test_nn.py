@@ -366,7 +366,7 @@ def test_bad_input_says_what_was_given_and_what_to_change(call, message):
     ],
 )
 def test_what_is_no_mixer_is_refused(mixer):
-    with pytest.raises(TypeError, match="expected a (function width -> Mixer|factory)"):
+    with pytest.raises(TypeError, match="expected (a function width -> Mixer|recurrent)"):
         nn.decoder(8, 8, 1, mixer=mixer)
 
 

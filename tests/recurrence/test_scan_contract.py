@@ -377,5 +377,7 @@ def test_a_solver_in_the_place_of_another_argument_is_named():
         TypeError, match="unroll got Solver.newton: tol=0.1, max_iters=16.*write solver="
     ):
         call(unroll=jp.newton(tol=0.1))
+    with pytest.raises(TypeError, match="reverse got shooting .function.: write solver="):
+        call(None, jp.shooting)
     with pytest.raises(TypeError, match="unchecked got .*Diagonal'>; expected a structure"):
         jp.unchecked(jp.structure.Diagonal)

@@ -65,9 +65,13 @@ def test_a_leaf_is_warned_of_once_and_leaves_alike_share_a_line():
     )
     _, lines = said(lambda: t.attach(KEY, p))
     assert len(lines) == 1 and lines[0].startswith(sized) and lines[0].endswith("summed over")
-    # Their layouts are not known either, and each is built whole: it is all the same advice.
+    # Their layouts are not known either, and each is built whole: one line says what to do.
     _, lines = said(lambda: t.attach(KEY, p, function=function, inputs=(ROW,)))
-    assert lines == [sized]
+    layout = ", or pass layout={'bias0': jp.weights.Layout(inputs=.., outputs=..)}"
+    assert lines == [sized + layout]
+    twice = jp.chain(*[jp.lora(rank=4, where="w")] * 2)
+    _, lines = said(lambda: twice.attach(KEY, {"w": normal(0, 4, 4)}))
+    assert len(lines) == 1 and "likewise" not in lines[0]
     p = {"w": p["w"], **{name: normal(1, 3, 40) for name in names}}  # no larger, yet no products
     _, lines = said(lambda: t.attach(KEY, p, function=function, inputs=(normal(2, 3, 6),)))
     assert len(lines) == 1 and lines[0].startswith("attach: 'bias0' of shape (3, 40): no product ")

@@ -57,7 +57,7 @@ class _Part(NamedTuple):
         return chosen and bool(matcher(self.sensitive)(path, leaf)) == self.special
 
     def __repr__(self) -> str:
-        return repr(self.sensitive)
+        return repr(self.sensitive) if self.special else f"not {self.sensitive!r}"
 
     @property
     def pattern(self) -> str:

@@ -1,0 +1,66 @@
+"""The settings with which a sweep's job was first started: another job is not its repetition."""
+
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.run import folders, records
+from experiments.run.plain_files import printable, read_text, write_text
+from experiments.run.resuming import FREE, difference
+
+JOB = records.JOB
+
+
+def settings_of(cfg: DictConfig) -> str:
+    """The settings of a job in YAML, with references as they are.
+
+    Args:
+      cfg: as Hydra composed it: checks may make text of numbers, and a run takes its base's model.
+    """
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in FREE]))
+
+
+def write(folder: Path, settings: str) -> None:
+    """Writes the settings with which a job was first started.
+
+    Args:
+      folder: of its run.
+      settings: from `settings_of`.
+    """
+    write_text(folder / records.FOLDER / JOB, f"# {os.getcwd()}\n{settings}")
+
+
+def check_same(settings: str, folder: Path) -> None:
+    """Refuses a folder with a run of other settings, before anything is written there.
+
+    Args:
+      settings: of the job, from `settings_of`.
+      folder: of the job, with a run or not.
+
+    Raises:
+      RunError: names the first setting that differs, or says that the record is missing or damaged.
+    """
+    if not (folder / folders.CONFIG).is_file():
+        return
+    path = folder / records.FOLDER / JOB
+    alone = f"continue it alone with resume={folder}, or give another hydra.sweep.dir"
+    if not path.is_file():
+        raise folders.RunError(
+            f"{folder} holds a run that no sweep has started, or has lost {path.name}:\n{alone}"
+        )
+    try:
+        first, _, known = read_text(path).partition("\n")
+    except (OSError, ValueError) as error:
+        raise folders.RunError(f"{path} is damaged ({error}):\n{alone}") from error
+    if known != settings:
+        both = folders.read_yaml(path), OmegaConf.create(settings)
+        differs = difference(*map(OmegaConf.to_container, both))
+        if differs is not None:
+            raise folders.RunError(
+                f"{folder} holds a run with {differs}:\ngive another hydra.sweep.dir, or leave "
+                "hydra.sweep.subdir out: then jobs of other settings have other folders"
+            )
+    place = first.removeprefix("# ")
+    if place != os.getcwd() and folders.status(folder) == "finished":
+        print(f"{folder} was trained in {printable(place)}: relative paths led elsewhere there")
