@@ -12,11 +12,10 @@ from typing import Any
 import hydra
 import jax
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.adapt.shared_numbers import unused
-from experiments.run import checkpoints, folders, opening, trust
+from experiments.run import folders, opening, trust
 from experiments.run.folder_arguments import PLACES, quote_folders
 from experiments.run.plain_files import replacing
 from experiments.run.resuming import resume_arguments
@@ -24,8 +23,8 @@ from experiments.run.seals import say
 from experiments.shell.build import build_model
 from experiments.shell.commandline import guarded
 from experiments.shell.foreign import content_of
-from experiments.sweep.sweep_folders import plain_config
-from experiments.sweep.sweeps import once, start
+from experiments.sweep.sweep_folders import ordered, plain_config
+from experiments.sweep.sweeps import began, once, start
 from experiments.text.trained import tokenizer_of
 from experiments.train import job as train_job
 
@@ -102,18 +101,15 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     tokenizer_of(base, trained)
 
 
-def _changed(base: Path) -> float:
-    """When a base run last changed, at the latest, by the clock of its disk."""
-    places = [base, base / checkpoints.FOLDER, *base.glob(f"{checkpoints.FOLDER}/*")]
-    return max((path.stat().st_ctime for path in places if path.exists()), default=0.0)
-
-
-def twin(cfg: DictConfig, folder: Path) -> Path | None:
+def twin(cfg: DictConfig, folder: Path, *, since: float) -> Path | None:
     """Finds a finished run beside a folder that differs only in numbers that no transform uses.
+
+    Before this sweep was started its base and its data may have been others.
 
     Args:
       cfg: of the next run, with its model.
       folder: its folder; the jobs of a sweep are beside one another.
+      since: when the sweep was started, by the clock of its disk.
 
     Returns:
       The folder of this twin, if there is one.
@@ -121,15 +117,13 @@ def twin(cfg: DictConfig, folder: Path) -> Path | None:
     idle = unused(cfg)
 
     def used(config: DictConfig) -> dict[str, Any]:
-        kept = {key: value for key, value in plain_config(config).items() if key not in idle}
-        return {**kept, "transform": list((kept.get("transform") or {}).items())}  # in their order
+        return ordered({k: value for k, value in plain_config(config).items() if k not in idle})
 
-    since = _changed(Path(cfg["from"])) if cfg.get("from") else 0.0
     for path in sorted(folder.parent.glob(f"*/{folders.CONFIG}")) if idle else []:
         other = path.parent
         if other == folder or folders.status(other) != "finished":
             continue
-        if path.stat().st_mtime <= since:  # it may have adapted what was there before
+        if path.stat().st_mtime < since:
             continue
         try:
             trust.check_links(other)
@@ -168,7 +162,8 @@ def job(cfg: DictConfig) -> None:
         take_model(cfg, list(HydraConfig.get().overrides.task))
         chosen = " > ".join(cfg.get("transform") or {}) or "full"
         print(f"transforms, as the weight flows: {chosen}")
-        same = twin(cfg, folder) if HydraConfig.get().mode == RunMode.MULTIRUN else None
+        since = began()
+        same = None if since is None else twin(cfg, folder, since=since)
         if same is not None:
             return _copy(same, folder, cfg)
     train_job(cfg)

@@ -30,7 +30,7 @@ from experiments.run import frozen as frozen_part
 from experiments.run import saved_values, seals, trust
 from experiments.run.disk import by_plain_name, quiet, read_items, reason, remedy, target
 from experiments.run.folders import CONFIG, RunError, load_config
-from experiments.run.resuming import check_same
+from experiments.run.resuming import OF_PARAMETERS, check_same
 from experiments.run.seals import Damaged
 from jaxpara import split
 from jaxpara.types import Params, TrainState
@@ -72,14 +72,18 @@ def _score(run: dict[str, Any]) -> float:
     return value * (1 if mode == "max" else -1) if math.isfinite(value) else -math.inf
 
 
-def _readable_runs(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _readable_runs(folder: Path, tell: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields intact steps, newest first, with the values that they were saved with."""
     for step in steps(folder)[::-1]:
-        with contextlib.suppress(Damaged):
+        try:
             with _still_there(path := path_of(folder, step)):
                 seals.check(path, ["run"])
                 run = saved_values.read(path)
-            yield step, run
+        except Damaged as error:
+            if tell:
+                seals.say(f"{error}; it is passed over")
+            continue
+        yield step, run
 
 
 @contextmanager
@@ -260,16 +264,17 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / FOLDER / str(step)
 
 
-def best_step(folder: Path) -> int | None:
+def best_step(folder: Path, *, tell: bool = False) -> int | None:
     """Finds the checkpoint with the best figure among those that can be read.
 
     Args:
       folder: the run's folder.
+      tell: say which cannot.
 
     Returns:
       Its step; None where none was evaluated.
     """
-    scores = {step: _score(run) for step, run in _readable_runs(folder)}
+    scores = {step: _score(run) for step, run in _readable_runs(folder, tell)}
     best = max(sorted(scores), key=lambda step: scores[step], default=None)
     return None if best is None or scores[best] == -math.inf else best
 
@@ -383,10 +388,10 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
             frozen_part.check_belongs(folder, run, str(path))
             if (folder / CONFIG).is_file():
                 config: Any = OmegaConf.to_container(load_config(folder))
-                check_same(run.get("settings"), config, str(path))
+                check_same(run.get("settings"), config, str(path), only=OF_PARAMETERS)
             found = read_items(path, params=items.StandardRestore(target(trained)))["params"]
         seals.check_arrays(found, run["digests"]["params"], str(path / "params"))
         return frozen_part.together(folder, found, frozen)
 
-    best = best_step(folder) if which == "best" else None
+    best = best_step(folder, tell=True) if which == "best" else None
     return seals.first_whole(order if best is None else [best, *order], read)

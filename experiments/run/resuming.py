@@ -20,6 +20,9 @@ from experiments.run.plain_files import aside, printable, replacing
 FREE = ("resume", "hydra", TRUST)
 # Sections of a config for outputs and logging, which do not change what a run computes.
 NOT_COMPARED = ("checkpoint", "logger", "profile", "trace")
+LEFT_OUT = (*FREE, *NOT_COMPARED, "from")  # the place of a base is not read again
+# Sections that tell the parameters of one run from those of another.
+OF_PARAMETERS = ("seed", "model", "transform", "optim")
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
@@ -169,7 +172,7 @@ def compared(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       Values by key, JSON-able; without places of files, whose contents are compared.
     """
-    kept = {key: value for key, value in config.items() if key not in (*FREE, *NOT_COMPARED)}
+    kept = {key: value for key, value in config.items() if key not in LEFT_OUT}
     places = {key for key, _ in trust.paths(kept, "")}
     found = {
         key: value
@@ -184,13 +187,20 @@ def _single(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {one: leaf for key, value in saved.items() for one, leaf in _leaves(value, key)}
 
 
-def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where: str) -> None:
+def check_same(
+    saved: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    only: Sequence[str] | None = None,
+) -> None:
     """Refuses a config that was changed since a checkpoint was written.
 
     Args:
       saved: from `compared`, then; None in a checkpoint of an earlier version: nothing is known.
       config: now.
       where: the checkpoint, for the message.
+      only: the sections that count; None: all.
 
     Raises:
       RunError: names the first setting that was changed, and both values.
@@ -199,6 +209,9 @@ def check_same(saved: Mapping[str, Any] | None, config: Mapping[str, Any], where
         return
     now, then = compared(config), _single(saved)
     for key in now | then:
+        section = key.split(".")[0]
+        if section in LEFT_OUT or (only is not None and section not in only):
+            continue
         before, after = then.get(key), now.get(key)
         # Names of an earlier version are to be replaced by those of this one, see `trust`.
         same = before == after or repr(before) == repr(after)  # also nan

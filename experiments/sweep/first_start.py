@@ -1,5 +1,6 @@
 """The settings with which a sweep's job was first started: another job is not its repetition."""
 
+import json
 import os
 from pathlib import Path
 
@@ -28,15 +29,16 @@ def write(folder: Path, settings: str) -> None:
       folder: of its run.
       settings: from `settings_of`.
     """
-    write_text(folder / records.FOLDER / JOB, f"# {os.getcwd()}\n{settings}")
+    write_text(folder / records.FOLDER / JOB, f"# {json.dumps(os.getcwd())}\n{settings}")
 
 
-def check_same(settings: str, folder: Path) -> None:
+def check_same(settings: str, folder: Path, *, named: bool = False) -> None:
     """Refuses a folder with a run of other settings, before anything is written there.
 
     Args:
       settings: of the job, from `settings_of`.
       folder: of the job, with a run or not.
+      named: whether its name has the digest of the settings, which then need no record.
 
     Raises:
       RunError: names the first setting that differs, or says that the record is missing or damaged.
@@ -45,6 +47,8 @@ def check_same(settings: str, folder: Path) -> None:
         return
     path = folder / records.FOLDER / JOB
     alone = f"continue it alone with resume={folder}, or give another hydra.sweep.dir"
+    if not path.exists() and named:
+        return
     if not path.is_file():
         raise folders.RunError(
             f"{folder} holds a run that no sweep has started, or has lost {path.name}:\n{alone}"
@@ -54,7 +58,10 @@ def check_same(settings: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise folders.RunError(f"{path} is damaged ({error}):\n{alone}") from error
     if known != settings:
-        both = folders.read_yaml(path), OmegaConf.create(settings)
+        then = folders.read_yaml(path)
+        if not isinstance(then, DictConfig):
+            raise folders.RunError(f"{path} is damaged (it holds no settings):\n{alone}")
+        both = (then, OmegaConf.create(settings))
         differs = difference(*map(OmegaConf.to_container, both))
         if differs is not None:
             raise folders.RunError(
@@ -62,5 +69,6 @@ def check_same(settings: str, folder: Path) -> None:
                 "hydra.sweep.subdir out: then jobs of other settings have other folders"
             )
     place = first.removeprefix("# ")
-    if place != os.getcwd() and folders.status(folder) == "finished":
-        print(f"{folder} was trained in {printable(place)}: relative paths led elsewhere there")
+    if place != json.dumps(os.getcwd()) and folders.status(folder) == "finished":
+        there = printable(place.strip('"'))
+        print(f"{folder} was trained in {there}: relative paths led elsewhere there")

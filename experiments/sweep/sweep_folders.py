@@ -67,6 +67,20 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
+def ordered(config: dict[str, Any]) -> dict[str, Any]:
+    """Keeps the order of transforms, which is that of the chain, where mappings have none.
+
+    Args:
+      config: plain values.
+
+    Returns:
+      The same, with a list in place of more than one transform.
+    """
+    chain = config.get("transform")
+    several = isinstance(chain, dict) and len(chain) > 1
+    return {**config, "transform": list(chain.items())} if several else config
+
+
 def _plain_name(text: str) -> str:
     """Replaces characters that file systems, shells or Hydra need quotes for."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")
@@ -222,7 +236,7 @@ def job_folder(*keys: str, _root_: DictConfig) -> str:
     if len(readable) > LONGEST:
         readable = readable[:LONGEST].rpartition("+")[0] or readable[:LONGEST]
     try:
-        config = plain_config(_root_)
+        config = ordered(plain_config(_root_))
     except OmegaConfBaseException:  # the job itself will report what does not resolve
         config = list(_root_.hydra.overrides.task)
     return f"{readable or 'job'}-{digest(config)}"

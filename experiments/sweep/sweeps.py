@@ -27,7 +27,14 @@ from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
 from experiments.shell.overrides import check_repeated
 from experiments.sweep import first_start
-from experiments.sweep.sweep_folders import check_inside, check_places, name_sweep
+from experiments.sweep.sweep_folders import (
+    check_inside,
+    check_places,
+    digest,
+    name_sweep,
+    ordered,
+    plain_config,
+)
 
 ERROR = "error.txt"
 REFUSED = "refused"  # holds a file for each refused job, which has no folder
@@ -122,12 +129,12 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return job(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    settings = first_start.settings_of(cfg)
+    settings, name = first_start.settings_of(cfg), f"-{digest(ordered(plain_config(cfg)))}"
     try:
         check_inside(folder, _place())
         with claim.claimed(folder):  # nothing is written to a folder that another process holds
             _note(folder).unlink(missing_ok=True)
-            first_start.check_same(settings, folder)
+            first_start.check_same(settings, folder, named=folder.name.endswith(name))
             return _attempt(cfg, job, folder, settings)
     except folders.RunError as error:
         _refuse(folder, "in use" if isinstance(error, claim.InUse) else "refused", str(error))
@@ -175,6 +182,17 @@ def _note(folder: Path) -> Path:
 def _place() -> Path:
     """The sweep's folder."""
     return Path(os.path.abspath(HydraConfig.get().sweep.dir))
+
+
+def began() -> float | None:
+    """When this sweep was started, by the clock of its disk.
+
+    Returns:
+      Seconds; None outside of a sweep, or if Hydra has left no record.
+    """
+    if HydraConfig.get().mode != RunMode.MULTIRUN or not (_place() / RECORD).is_file():
+        return None
+    return (_place() / RECORD).stat().st_mtime
 
 
 def _refuse(folder: Path, status: str, error: str) -> None:

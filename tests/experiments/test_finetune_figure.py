@@ -1,7 +1,6 @@
 """The table and the figure of finetuned runs, from folders made by hand; what a sweep runs once."""
 
 import csv
-import os
 import shutil
 
 import pytest
@@ -130,9 +129,9 @@ def test_a_sweep_knows_a_run_that_differs_in_unused_numbers_alone(tmp_path):
     assert unused(cfg) == {"bits"}
     shutil.copytree(first, tmp_path / "damaged")  # before it in the listing
     (tmp_path / "damaged" / "config.yaml").write_text("a: [")
-    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due) == first
-    assert finetune.twin(OmegaConf.merge(cfg, {"rank": 4}), due) is None
-    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2, "seed": 1}), due) is None
+    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due, since=0.0) == first
+    assert finetune.twin(OmegaConf.merge(cfg, {"rank": 4}), due, since=0.0) is None
+    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2, "seed": 1}), due, since=0.0) is None
     both = OmegaConf.merge(cfg, {"transform": QUANT})
     for order in ([*LORA, "ternary"], ["ternary", *LORA]):  # what is set in which order
         chain = {name: LORA.get(name, {}) for name in order}
@@ -141,18 +140,14 @@ def test_a_sweep_knows_a_run_that_differs_in_unused_numbers_alone(tmp_path):
         OmegaConf.save(saved, first / "config.yaml")
         other = saved.copy()
         other.transform = dict(reversed(chain.items()))
-        assert finetune.twin(OmegaConf.merge(saved, {"bits": 2}), due) == first
-        assert finetune.twin(OmegaConf.merge(other, {"bits": 2}), due) is None
+        assert finetune.twin(OmegaConf.merge(saved, {"bits": 2}), due, since=0.0) == first
+        assert finetune.twin(OmegaConf.merge(other, {"bits": 2}), due, since=0.0) is None
     OmegaConf.save(cfg, first / "config.yaml")
-    base = run(tmp_path / "elsewhere", "base", 2.0, {})  # it has changed since
-    adapted = OmegaConf.merge(cfg, {"from": str(base)})
-    OmegaConf.save(adapted, first / "config.yaml")
-    assert finetune.twin(OmegaConf.merge(adapted, {"bits": 2}), due) == first
-    later = base.stat().st_ctime - 5
-    os.utime(first / "config.yaml", (later, later))
-    assert finetune.twin(OmegaConf.merge(adapted, {"bits": 2}), due) is None
     OmegaConf.save(cfg, first / "config.yaml")
-    assert unused(both) == set() and finetune.twin(both, due) is None
+    since = (first / "config.yaml").stat().st_mtime  # before, its base and data may be others
+    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due, since=since) == first
+    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due, since=since + 1) is None
+    assert unused(both) == set() and finetune.twin(both, due, since=0.0) is None
     (first / "summary.json").write_text('{"status": "interrupted"}')
-    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due) is None
+    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due, since=0.0) is None
     assert unused(OmegaConf.create({"transform": {}})) == {"bits", "rank"}

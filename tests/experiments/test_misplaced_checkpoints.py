@@ -24,8 +24,24 @@ def test_a_checkpoint_under_another_name_or_of_another_run_is_not_read(tmp_path)
     OmegaConf.save({"seed": 2}, tmp_path / "config.yaml")
     with pytest.raises(RunError, match="has seed=2, and .*2 was trained with 1"):
         checkpoints.load_params(tmp_path, jax.eval_shape(lambda: PARAMS))
+    for name in ("name", "steps", "from", "sample"):  # no parameters depend on it
+        OmegaConf.save({"seed": 1, name: "other"}, tmp_path / "config.yaml")
+        checkpoints.load_params(tmp_path, jax.eval_shape(lambda: PARAMS))
     (tmp_path / "config.yaml").unlink()
     shutil.rmtree(tmp_path / "checkpoints/1")
     (tmp_path / "checkpoints/2").rename(tmp_path / "checkpoints/5")
     with pytest.raises(RunError, match="5 is damaged: data has next_index=2; expected 5"):
         checkpoints.load_params(tmp_path, jax.eval_shape(lambda: PARAMS))
+
+
+def test_a_best_checkpoint_that_cannot_be_read_is_not_passed_over_in_silence(tmp_path, capsys):
+    with checkpoints.saver(tmp_path, keep_last=9, keep_best=0, best=("loss", "min")) as save:
+        for step in (1, 2):
+            state = TrainState(PARAMS, (), jnp.int32(step), jax.random.key(0))
+            save(state, {}, {"loss": float(-step)})
+    like = jax.eval_shape(lambda: PARAMS)
+    checkpoints.load_params(tmp_path, like)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "checkpoints/2/run/metadata").write_text("{}")
+    checkpoints.load_params(tmp_path, like)
+    assert "2/run/metadata" in (said := capsys.readouterr().err) and "passed over" in said

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.run import claim, folders, records
-from experiments.sweep import first_start, sweeps
+from experiments.sweep import first_start, sweep_folders, sweeps
 from tests.experiments.programs import statuses, sweep
 
 HOLD = """
@@ -226,6 +226,33 @@ def test_the_order_of_additions_and_what_checks_make_of_a_number_are_no_differen
         assert sweep(tmp_path, "-m", "x=1,2", "name=2024", "hydra.sweep.dir=s") == 0
 
 
+def test_a_sweep_from_before_there_were_records_goes_on_in_its_own_folders(tmp_path):
+    given = ("-m", "x=1,2", "hydra.sweep.dir=s")
+    assert sweep(tmp_path, *given) == 0
+    for path in tmp_path.rglob("job.yaml"):
+        path.unlink()
+    assert sweep(tmp_path, *given) == 0
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\udcffb"])
+def test_a_working_directory_of_any_name_is_known_again(tmp_path, capfd, name):
+    (tmp_path / name).mkdir()
+    for _ in range(2):
+        assert sweep(tmp_path / name, "-m", "x=1", f"hydra.sweep.dir={tmp_path / 's'}") == 0
+    assert "relative paths" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_transforms_in_another_order_have_folders_of_their_own(many):
+    names = []
+    for chain in ({"a": 1, "b": 2}, {"b": 2, "a": 1}):
+        config = {"transform": chain, **({"x": "y" * 200} if many else {})}
+        names.append(sweep_folders.digest(sweep_folders.ordered(config)))
+    assert names[0] != names[1]
+    one = {"transform": {"a": 1}}
+    assert sweep_folders.ordered(one) == one  # as before
+
+
 def test_a_run_that_no_sweep_has_started_is_left_alone(tmp_path, capfd):
     here = ("hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}")
     assert sweep(tmp_path, "-m", "x=1", *here) == 0
@@ -242,7 +269,7 @@ def test_a_finished_job_of_another_working_directory_says_where_it_was(tmp_path,
     for place in there:
         place.mkdir()
         assert sweep(place, "-m", "x=1", f"hydra.sweep.dir={tmp_path / 's'}") == 0
-    assert f"was trained in {there[0]}: relative paths led there" in capfd.readouterr().out
+    assert f"was trained in {there[0]}: relative paths led elsewhere" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("figure", ['"text"', "[1]", "1" + "0" * 400, "{}"])
