@@ -15,7 +15,17 @@ from omegaconf import OmegaConf
 from experiments.data import files, huggingface
 from experiments.data.batches import only_for
 from experiments.inject import injection
-from experiments.run import checkpoints, checks, claim, disk, folders, seals, trainer, trust
+from experiments.run import (
+    checkpoints,
+    checks,
+    claim,
+    disk,
+    folders,
+    saved_values,
+    seals,
+    trainer,
+    trust,
+)
 from experiments.run.seals import Damaged
 from experiments.sweep import sweeps
 
@@ -317,9 +327,9 @@ def test_a_position_that_is_not_one_of_the_tasks_is_refused(data):
 
     task = SimpleNamespace(batches=only_for(Source(), {"a": 1}))
     with pytest.raises(Damaged, match="checkpoints/2 is damaged: its `data` is no position in"):
-        trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2", 2)
+        trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2")
     with pytest.raises(Damaged, match="checkpoints/2 is damaged: it has no memory"):
-        trainer._go_to(task, {"data": data}, "checkpoints/2", 2)
+        trainer._go_to(task, {"data": data}, "checkpoints/2")
 
 
 @pytest.mark.parametrize(
@@ -332,13 +342,12 @@ def test_a_position_that_is_not_one_of_the_tasks_is_refused(data):
     ],
 )
 def test_a_position_that_is_not_of_its_step_is_refused(position, named):
-    task = SimpleNamespace(batches=SimpleNamespace(set_state=lambda state: None))
     for data in (position, {"position": position, "in": {"share": 0.5}}):
         with pytest.raises(Damaged, match=f"checkpoints/2 is damaged: data has {named}"):
-            trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2", 2)
+            saved_values.check_position(data, 2, "checkpoints/2")
     known = {"begin": {"document": {"file": 0, "done": False, "next": None}}, "step": 2}
     for data in ({"next_index": 2}, known):
-        trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2", 2)
+        saved_values.check_position(data, 2, "checkpoints/2")
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_damage(run, capsys):

@@ -344,8 +344,8 @@ def test_a_full_disk_at_a_row_names_the_last_checkpoint(tmp_path, whole_toy, cod
 
 def test_a_config_of_another_version_is_said_to_be_one():
     old = {name: value for name, value in NUMBERS.items() if name != "trace"}
-    with pytest.raises(folders.RunError, match="the config has no trace: another version"):
-        make_settings(old)
+    with pytest.raises(folders.RunError, match="x: the config has no trace: another version"):
+        make_settings(old, place=Path("x"))
 
 
 @pytest.mark.parametrize(
