@@ -21,7 +21,6 @@ from experiments.run import (
     claim,
     disk,
     folders,
-    saved_values,
     seals,
     trainer,
     trust,
@@ -330,24 +329,6 @@ def test_a_position_that_is_not_one_of_the_tasks_is_refused(data):
         trainer._go_to(task, {"data": data, "memory": {}}, "checkpoints/2")
     with pytest.raises(Damaged, match="checkpoints/2 is damaged: it has no memory"):
         trainer._go_to(task, {"data": data}, "checkpoints/2")
-
-
-@pytest.mark.parametrize(
-    "position, named",
-    [
-        ({"next_index": 1.5}, "next_index=1.5; expected 2, its step"),
-        ({"next_index": 3}, "next_index=3; expected 2, its step"),
-        ({"begin": {"document": {"file": 0.5}, "token": 0}, "block": 0, "step": 2}, "file=0.5"),
-        ({"begin": {"document": [3, -1], "token": 0}, "block": 0, "step": 2}, "document=-1"),
-    ],
-)
-def test_a_position_that_is_not_of_its_step_is_refused(position, named):
-    for data in (position, {"position": position, "in": {"share": 0.5}}):
-        with pytest.raises(Damaged, match=f"checkpoints/2 is damaged: data has {named}"):
-            saved_values.check_position(data, 2, "checkpoints/2")
-    known = {"begin": {"document": {"file": 0, "done": False, "next": None}}, "step": 2}
-    for data in ({"next_index": 2}, known):
-        saved_values.check_position(data, 2, "checkpoints/2")
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_damage(run, capsys):

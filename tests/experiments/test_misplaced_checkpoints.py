@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.run import checkpoints
+from experiments.run import checkpoints, saved_values
 from experiments.run.folders import RunError
+from experiments.run.seals import Damaged
 from jaxpara.types import TrainState
 
 PARAMS = {"w": jnp.arange(3.0)}
@@ -45,3 +46,21 @@ def test_a_best_checkpoint_that_cannot_be_read_is_not_passed_over_in_silence(tmp
     (tmp_path / "checkpoints/2/run/metadata").write_text("{}")
     checkpoints.load_params(tmp_path, like)
     assert "2/run/metadata" in (said := capsys.readouterr().err) and "passed over" in said
+
+
+@pytest.mark.parametrize(
+    "position, named",
+    [
+        ({"next_index": 1.5}, "next_index=1.5; expected 2, its step"),
+        ({"next_index": 3}, "next_index=3; expected 2, its step"),
+        ({"begin": {"document": {"file": 0.5}, "token": 0}, "block": 0, "step": 2}, "file=0.5"),
+        ({"begin": {"document": [3, -1], "token": 0}, "block": 0, "step": 2}, "document=-1"),
+    ],
+)
+def test_a_position_that_is_not_of_its_step_is_refused(position, named):
+    for data in (position, {"position": position, "in": {"share": 0.5}}):
+        with pytest.raises(Damaged, match=f"checkpoints/2 is damaged: data has {named}"):
+            saved_values.check_position(data, 2, "checkpoints/2")
+    known = {"begin": {"document": {"file": 0, "done": False, "next": None}}, "step": 2}
+    for data in ({"next_index": 2}, known):
+        saved_values.check_position(data, 2, "checkpoints/2")
