@@ -372,5 +372,7 @@ def test_what_is_no_mixer_is_refused(mixer):
 
 @pytest.mark.untyped
 def test_a_cell_in_place_of_its_factory_is_refused():
-    with pytest.raises(TypeError, match="recurrent.cell. got Cell; .*such as recurrent.jp.cells.para_gru"):
+    with pytest.raises(
+        TypeError, match="recurrent.cell. got Cell; .*as recurrent.jp.cells.para_gru"
+    ):
         nn.mixers.recurrent(cells.para_gru(8, 8))  # type: ignore
