@@ -10,8 +10,6 @@ from experiments.run import folders, records
 from experiments.run.plain_files import printable, read_text, write_text
 from experiments.run.resuming import FREE, difference
 
-JOB = records.JOB
-
 
 def settings_of(cfg: DictConfig) -> str:
     """The settings of a job in YAML, with references as they are.
@@ -29,7 +27,7 @@ def write(folder: Path, settings: str) -> None:
       folder: of its run.
       settings: from `settings_of`.
     """
-    write_text(folder / records.FOLDER / JOB, f"# {json.dumps(os.getcwd())}\n{settings}")
+    write_text(folder / records.FOLDER / records.JOB, f"# {json.dumps(os.getcwd())}\n{settings}")
 
 
 def check_same(settings: str, folder: Path, *, named: bool = False) -> None:
@@ -45,7 +43,7 @@ def check_same(settings: str, folder: Path, *, named: bool = False) -> None:
     """
     if not (folder / folders.CONFIG).is_file():
         return
-    path = folder / records.FOLDER / JOB
+    path = folder / records.FOLDER / records.JOB
     alone = f"continue it alone with resume={folder}, or give another hydra.sweep.dir"
     if not path.exists() and named:
         return

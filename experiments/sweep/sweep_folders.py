@@ -242,5 +242,18 @@ def job_folder(*keys: str, _root_: DictConfig) -> str:
     return f"{readable or 'job'}-{digest(config)}"
 
 
+def is_named(folder: Path, cfg: DictConfig) -> bool:
+    """Whether a folder's name ends in the digest of a job's config, as `job_folder` gives it.
+
+    Args:
+      folder: of the job.
+      cfg: composed by Hydra.
+    """
+    try:
+        return folder.name.endswith(f"-{digest(ordered(plain_config(cfg)))}")
+    except OmegaConfBaseException:  # the job itself will report what does not resolve
+        return False
+
+
 # Launchers resolve folders in their own processes, which import this module with the program.
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)

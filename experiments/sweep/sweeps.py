@@ -27,14 +27,7 @@ from experiments.shell.commandline import check, launch
 from experiments.shell.explanations import explain
 from experiments.shell.overrides import check_repeated
 from experiments.sweep import first_start
-from experiments.sweep.sweep_folders import (
-    check_inside,
-    check_places,
-    digest,
-    name_sweep,
-    ordered,
-    plain_config,
-)
+from experiments.sweep.sweep_folders import check_inside, check_places, is_named, name_sweep
 
 ERROR = "error.txt"
 REFUSED = "refused"  # holds a file for each refused job, which has no folder
@@ -129,12 +122,12 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return job(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    settings, name = first_start.settings_of(cfg), f"-{digest(ordered(plain_config(cfg)))}"
+    settings, named = first_start.settings_of(cfg), is_named(folder, cfg)
     try:
         check_inside(folder, _place())
         with claim.claimed(folder):  # nothing is written to a folder that another process holds
             _note(folder).unlink(missing_ok=True)
-            first_start.check_same(settings, folder, named=folder.name.endswith(name))
+            first_start.check_same(settings, folder, named=named)
             return _attempt(cfg, job, folder, settings)
     except folders.RunError as error:
         _refuse(folder, "in use" if isinstance(error, claim.InUse) else "refused", str(error))

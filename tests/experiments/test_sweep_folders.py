@@ -314,3 +314,12 @@ def test_a_runs_own_folder_is_no_place_for_a_sweep(tmp_path, capfd):
     said = capfd.readouterr().err
     assert "error: hydra.sweep.dir=run is the folder of a run" in said and said.count("\n") <= 3
     assert [path.name for path in tmp_path.rglob("*")] == ["run", folders.CONFIG]
+
+
+def test_settings_that_do_not_resolve_are_left_to_the_job(tmp_path):
+    cfg = OmegaConf.create({"name": "x", "size": "${nope}"})
+    assert not sweep_folders.is_named(tmp_path / "x", cfg)
+    cfg.size = 3
+    name = f"x-{sweep_folders.digest({'name': 'x', 'size': 3})}"
+    assert sweep_folders.is_named(tmp_path / name, cfg)
+    assert not sweep_folders.is_named(tmp_path / "x-000000", cfg)
