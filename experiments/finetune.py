@@ -23,8 +23,9 @@ from experiments.run.seals import say
 from experiments.shell.build import build_model
 from experiments.shell.commandline import guarded
 from experiments.shell.foreign import content_of
+from experiments.sweep import outcomes
 from experiments.sweep.sweep_folders import ordered, plain_config
-from experiments.sweep.sweeps import began, once, start
+from experiments.sweep.sweeps import once, start
 from experiments.text.trained import tokenizer_of
 from experiments.train import job as train_job
 
@@ -101,15 +102,12 @@ def take_model(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     tokenizer_of(base, trained)
 
 
-def twin(cfg: DictConfig, folder: Path, *, since: float) -> Path | None:
-    """Finds a finished run beside a folder that differs only in numbers that no transform uses.
-
-    Before this sweep was started its base and its data may have been others.
+def twin(cfg: DictConfig, beside: Sequence[Path]) -> Path | None:
+    """Finds a finished run that differs only in numbers that no transform uses.
 
     Args:
       cfg: of the next run, with its model.
-      folder: its folder; the jobs of a sweep are beside one another.
-      since: when the sweep was started, by the clock of its disk.
+      beside: the folders of the runs that may be taken.
 
     Returns:
       The folder of this twin, if there is one.
@@ -119,12 +117,7 @@ def twin(cfg: DictConfig, folder: Path, *, since: float) -> Path | None:
     def used(config: DictConfig) -> dict[str, Any]:
         return ordered({k: value for k, value in plain_config(config).items() if k not in idle})
 
-    for path in sorted(folder.parent.glob(f"*/{folders.CONFIG}")) if idle else []:
-        other = path.parent
-        if other == folder or folders.status(other) != "finished":
-            continue
-        if path.stat().st_mtime < since:
-            continue
+    for other in beside if idle else ():
         try:
             trust.check_links(other)
             same = used(folders.load_config(other)) == used(cfg)
@@ -162,8 +155,9 @@ def job(cfg: DictConfig) -> None:
         take_model(cfg, list(HydraConfig.get().overrides.task))
         chosen = " > ".join(cfg.get("transform") or {}) or "full"
         print(f"transforms, as the weight flows: {chosen}")
-        since = began()
-        same = None if since is None else twin(cfg, folder, since=since)
+        # Before this start of the sweep its base and its data may have been others.
+        jobs = outcomes.jobs()
+        same = twin(cfg, [job.folder for job in jobs if job.new and job.status == "finished"])
         if same is not None:
             return _copy(same, folder, cfg)
     train_job(cfg)

@@ -30,7 +30,7 @@ from experiments.run import frozen as frozen_part
 from experiments.run import saved_values, seals, trust
 from experiments.run.disk import by_plain_name, quiet, read_items, reason, remedy, target
 from experiments.run.folders import CONFIG, RunError, load_config
-from experiments.run.resuming import OF_PARAMETERS, check_same
+from experiments.run.resuming import check_same
 from experiments.run.seals import Damaged
 from jaxpara import split
 from jaxpara.types import Params, TrainState
@@ -388,7 +388,7 @@ def load_params(folder: Path, like: Params, *, which: Literal["best", "last"] = 
             frozen_part.check_belongs(folder, run, str(path))
             if (folder / CONFIG).is_file():
                 config: Any = OmegaConf.to_container(load_config(folder))
-                check_same(run.get("settings"), config, str(path), only=OF_PARAMETERS)
+                check_same(run.get("settings"), config, str(path))
             found = read_items(path, params=items.StandardRestore(target(trained)))["params"]
         seals.check_arrays(found, run["digests"]["params"], str(path / "params"))
         return frozen_part.together(folder, found, frozen)

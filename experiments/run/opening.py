@@ -15,7 +15,9 @@ from experiments.run.plain_files import replacing, write_text
 
 # What a run of `train` or `finetune` adds to, replaces or reads in its folder. Files of these names
 # in a folder without a config are another run's, or somebody's.
+ERROR = "error.txt"  # of a sweep's job that has failed
 WRITTEN = (
+    ERROR,
     METRICS,
     SUMMARY,
     checkpoints.FOLDER,

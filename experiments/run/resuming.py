@@ -21,8 +21,8 @@ FREE = ("resume", "hydra", TRUST)
 # Sections of a config for outputs and logging, which do not change what a run computes.
 NOT_COMPARED = ("checkpoint", "logger", "profile", "trace")
 LEFT_OUT = (*FREE, *NOT_COMPARED, "from")  # the place of a base is not read again
-# Sections that tell the parameters of one run from those of another.
-OF_PARAMETERS = ("seed", "model", "transform", "optim")
+# Mappings whose order counts: a weight passes one transform after the other.
+CHAINS = ("transform", "task.transform.members")
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
@@ -66,6 +66,8 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _names_a_folder(argument: str) -> bool:
     key, _, value = argument.partition("=")
+    if value.startswith("{") and not Path(value).is_dir():
+        return False
     return key.lstrip("+") == "resume" and value.lower() not in ("true", "false", "")
 
 
@@ -191,8 +193,6 @@ def check_same(
     saved: Mapping[str, Any] | None,
     config: Mapping[str, Any],
     where: str,
-    *,
-    only: Sequence[str] | None = None,
 ) -> None:
     """Refuses a config that was changed since a checkpoint was written.
 
@@ -200,7 +200,6 @@ def check_same(
       saved: from `compared`, then; None in a checkpoint of an earlier version: nothing is known.
       config: now.
       where: the checkpoint, for the message.
-      only: the sections that count; None: all.
 
     Raises:
       RunError: names the first setting that was changed, and both values.
@@ -209,8 +208,7 @@ def check_same(
         return
     now, then = compared(config), _single(saved)
     for key in now | then:
-        section = key.split(".")[0]
-        if section in LEFT_OUT or (only is not None and section not in only):
+        if key.split(".")[0] in LEFT_OUT:
             continue
         before, after = then.get(key), now.get(key)
         # Names of an earlier version are to be replaced by those of this one, see `trust`.
@@ -222,6 +220,28 @@ def check_same(
             f"{shortened(str(before))}:\n"
             f"write that back into {CONFIG}, or start a new run"
         )
+    if (moved := _reordered(then, now)) is not None:
+        raise RunError(
+            f"{CONFIG} has {moved[2]} in {moved[0]}, and {where} was trained with {moved[1]}:\n"
+            f"write that order back into {CONFIG}, or start a new run"
+        )
+
+
+def _reordered(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Finds a chain in another order: its key and, as text, both orders.
+
+    Args:
+      then, now: values by key, in the order of their configs.
+    """
+    for chain in CHAINS:
+        inner = [
+            [key.removeprefix(f"{chain}.") for key in each if key.startswith(f"{chain}.")]
+            for each in (then, now)
+        ]
+        before, after = (list(dict.fromkeys(k.split(".")[0] for k in keys)) for keys in inner)
+        if before != after and sorted(before) == sorted(after):
+            return chain, *(printable(shortened(" > ".join(one))) for one in (before, after))
+    return None
 
 
 def difference(then: Any, now: Any) -> str | None:
@@ -239,8 +259,10 @@ def difference(then: Any, now: Any) -> str | None:
             both = (str(each.get(key, "something else")) for each in (before, after))
             one, other = (printable(shortened(text)) for text in both)
             return f"{printable(key)}={one}, and this job has {printable(key)}={other}"
-    one, other = (list(each.get("transform") or {}) for each in (then, now))
-    return None if one == other else f"transform={one}, and this job has transform={other}"
+    if (moved := _reordered(before, after)) is not None:
+        key, one, other = moved
+        return f"{key} in the order {one}, and this job has {other}"
+    return None
 
 
 def _choices(folder: Path) -> dict[str, Any]:

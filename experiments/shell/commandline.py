@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -101,6 +101,12 @@ def check(cfg: DictConfig) -> None:
     check_additions(overrides, cfg, hydra=known)
 
 
+def end_unread() -> NoReturn:
+    """Ends a program whose reader, such as `head`, has closed; the shell's code for that is 141."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(141) from None
+
+
 def launch(main: Callable[[], Any]) -> Any:
     """Calls a program that Hydra decorates; an error of Hydra also ends it with a few lines.
 
@@ -119,13 +125,13 @@ def launch(main: Callable[[], Any]) -> Any:
     os.environ[FULL_ERROR] = "1"
     token = _short.set(before != "1")
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
+    logging.raiseExceptions = False  # a closed or full stdout is met by whatever prints next
     try:
         with noting():
             check_arguments(sys.argv[1:])
             return main()
-    except BrokenPipeError:  # the reader, such as head, has closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+    except BrokenPipeError:
+        end_unread()
     except Exception as error:
         text = of_a_flag(error) or explain(error)
         if isinstance(error, ValueError | HydraException | OmegaConfBaseException):

@@ -190,7 +190,7 @@ def _of_absence(error: OmegaConfBaseException) -> str:
     key = str(error.full_key or error.key)
     referred = re.search(r"Interpolation key '([^']+)' not found", str(error))
     name = referred[1] if referred else key
-    reader = key if referred else "this command"
+    reader = key if referred and error.full_key else "this command"
     return (
         f"{name}: {reader} reads it, but it is missing;\n"
         f"leave ~{name} out if that is what you typed, or give +{name}=VALUE"

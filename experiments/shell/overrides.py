@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Sweep
 from hydra.errors import HydraException
 
 from experiments.run.folder_arguments import PLACES
@@ -37,8 +37,11 @@ def misread(arguments: Sequence[str]) -> str | None:
             continue  # a flag, or what Hydra names itself
         group, value = override.key_or_group, override.value()
         there = _members(group)
-        member = isinstance(value, dict) or (isinstance(value, str | list) and value)
-        if there and not member and not override.is_delete() and not override.is_sweep_override():
+        if isinstance(value, Sweep) and not isinstance(value, ChoiceSweep):
+            continue
+        given = value.list if isinstance(value, ChoiceSweep) else [value]
+        named = all(isinstance(one, dict) or (isinstance(one, str | list) and one) for one in given)
+        if there and not named and not override.is_delete():
             return (
                 f"{argument}: expected a member of group {group}: choose from "
                 f"{', '.join(there)}\nor leave it out for the default"
@@ -61,6 +64,10 @@ def of_a_flag(error: Exception) -> str | None:
         return f"{SWEPT}: {BY_ITSELF}, as KEY=VALUES"
     if isinstance(error, KeyError) and error.args == ("COMP_LINE",):
         return "--shell-completion query=SHELL: only a shell asks this; give install=SHELL"
+    if "Config group override must be" in str(error):
+        return (
+            "null is no member of a group: leave the group out for its default, or give [] for none"
+        )
     if isinstance(error, ValueError) and "--" in str(error):  # flags that exclude each other
         return str(error)
     return None

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run import folders, records
 from experiments.run.plain_files import printable, read_text, write_text
@@ -12,12 +13,20 @@ from experiments.run.resuming import FREE, difference
 
 
 def settings_of(cfg: DictConfig) -> str:
-    """The settings of a job in YAML, with references as they are.
+    """The settings of a job in YAML.
 
     Args:
       cfg: as Hydra composed it: checks may make text of numbers, and a run takes its base's model.
+
+    Returns:
+      What references stand for, such as a variable of the environment; the references themselves
+      if one leads nowhere, which the job will report.
     """
-    return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in FREE]))
+    kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in FREE])
+    try:
+        return OmegaConf.to_yaml(kept, resolve=True)
+    except OmegaConfBaseException:
+        return OmegaConf.to_yaml(kept)
 
 
 def write(folder: Path, settings: str) -> None:
@@ -27,6 +36,7 @@ def write(folder: Path, settings: str) -> None:
       folder: of its run.
       settings: from `settings_of`.
     """
+    (folder / records.FOLDER).mkdir(parents=True, exist_ok=True)
     write_text(folder / records.FOLDER / records.JOB, f"# {json.dumps(os.getcwd())}\n{settings}")
 
 
@@ -56,11 +66,10 @@ def check_same(settings: str, folder: Path, *, named: bool = False) -> None:
     except (OSError, ValueError) as error:
         raise folders.RunError(f"{path} is damaged ({error}):\n{alone}") from error
     if known != settings:
-        then = folders.read_yaml(path)
-        if not isinstance(then, DictConfig):
+        then, now = folders.read_yaml(path), OmegaConf.create(settings)
+        if not isinstance(then, DictConfig) or not set(then) & set(now):
             raise folders.RunError(f"{path} is damaged (it holds no settings):\n{alone}")
-        both = (then, OmegaConf.create(settings))
-        differs = difference(*map(OmegaConf.to_container, both))
+        differs = difference(*(OmegaConf.to_container(one) for one in (then, now)))
         if differs is not None:
             raise folders.RunError(
                 f"{folder} holds a run with {differs}:\ngive another hydra.sweep.dir, or leave "

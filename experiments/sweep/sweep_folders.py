@@ -48,8 +48,17 @@ def digest(value: Any, length: int = 6) -> str:
     Returns:
       Hexadecimal digits.
     """
-    text = json.dumps(value, sort_keys=True, default=str)
+    try:
+        text = json.dumps(value, sort_keys=True, default=str)
+    except TypeError:  # keys of several kinds have no order
+        text = json.dumps(_with_text_keys(value), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(child) for key, child in value.items()}
+    return [_with_text_keys(child) for child in value] if isinstance(value, list) else value
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:

@@ -57,6 +57,8 @@ def language_model(
       RunError: a number does not fit the data.
     """
     try:
+        if "prompt" not in sample:
+            raise ValueError(f"sample={dict(sample)}: expected prompt, length and the rest of them")
         rule = {name: value for name, value in sample.items() if name != "prompt"}
         check_generation(encode(sample["prompt"]), **rule)
         batches = data.batches(seed=seed, batch_size=batch_size, length=window)

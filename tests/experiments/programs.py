@@ -53,3 +53,9 @@ def statuses(text):
         for line in text.splitlines()
         if line.startswith("│")
     }
+
+
+def everything(folder):
+    """All files with their contents and times."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}

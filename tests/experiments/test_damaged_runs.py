@@ -26,7 +26,6 @@ from experiments.run import (
     trust,
 )
 from experiments.run.seals import Damaged
-from experiments.sweep import sweeps
 
 LIKE = jax.eval_shape(lambda: injection.state_after(0))
 
@@ -295,9 +294,6 @@ def test_what_file_managers_leave_is_no_text(tmp_path, name):
     (tmp_path / name).write_bytes(b"\0")
     assert huggingface.digest_of_files(huggingface.local_files(str(tmp_path), None)) == before
     assert files.find_files(f"{tmp_path}/*", endings=()) == [tmp_path / "a.txt"]
-    (tmp_path / sweeps.REFUSED).mkdir()
-    (tmp_path / sweeps.REFUSED / "._0.json").write_bytes(b"\0")
-    assert sweeps.jobs_since(tmp_path, {}) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -1,6 +1,7 @@
 """The table and the figure of finetuned runs, from folders made by hand; what a sweep runs once."""
 
 import csv
+import functools
 import shutil
 
 import pytest
@@ -124,14 +125,14 @@ def test_runs_of_another_program_and_none_at_all_are_refused(tmp_path):
 def test_a_sweep_knows_a_run_that_differs_in_unused_numbers_alone(tmp_path):
     first = run(tmp_path, "first", 2.0, LORA)
     cfg = OmegaConf.load(first / "config.yaml")
-    due = tmp_path / "due"
-    due.mkdir()
     assert unused(cfg) == {"bits"}
-    shutil.copytree(first, tmp_path / "damaged")  # before it in the listing
+    shutil.copytree(first, tmp_path / "damaged")
     (tmp_path / "damaged" / "config.yaml").write_text("a: [")
-    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due, since=0.0) == first
-    assert finetune.twin(OmegaConf.merge(cfg, {"rank": 4}), due, since=0.0) is None
-    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2, "seed": 1}), due, since=0.0) is None
+    beside = [tmp_path / "damaged", first]
+    twin = functools.partial(finetune.twin, beside=beside)
+    assert twin(OmegaConf.merge(cfg, {"bits": 2})) == first
+    assert twin(OmegaConf.merge(cfg, {"rank": 4})) is None
+    assert twin(OmegaConf.merge(cfg, {"bits": 2, "seed": 1})) is None
     both = OmegaConf.merge(cfg, {"transform": QUANT})
     for order in ([*LORA, "ternary"], ["ternary", *LORA]):  # what is set in which order
         chain = {name: LORA.get(name, {}) for name in order}
@@ -140,14 +141,9 @@ def test_a_sweep_knows_a_run_that_differs_in_unused_numbers_alone(tmp_path):
         OmegaConf.save(saved, first / "config.yaml")
         other = saved.copy()
         other.transform = dict(reversed(chain.items()))
-        assert finetune.twin(OmegaConf.merge(saved, {"bits": 2}), due, since=0.0) == first
-        assert finetune.twin(OmegaConf.merge(other, {"bits": 2}), due, since=0.0) is None
+        assert twin(OmegaConf.merge(saved, {"bits": 2})) == first
+        assert twin(OmegaConf.merge(other, {"bits": 2})) is None
     OmegaConf.save(cfg, first / "config.yaml")
-    OmegaConf.save(cfg, first / "config.yaml")
-    since = (first / "config.yaml").stat().st_mtime  # before, its base and data may be others
-    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due, since=since) == first
-    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due, since=since + 1) is None
-    assert unused(both) == set() and finetune.twin(both, due, since=0.0) is None
-    (first / "summary.json").write_text('{"status": "interrupted"}')
-    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), due, since=0.0) is None
+    assert unused(both) == set() and twin(both) is None
+    assert finetune.twin(OmegaConf.merge(cfg, {"bits": 2}), []) is None
     assert unused(OmegaConf.create({"transform": {}})) == {"bits", "rank"}

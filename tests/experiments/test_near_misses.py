@@ -50,6 +50,8 @@ from tests.experiments.programs import ending
         (["model.layers=4", "mixer=hybrid"], "layers=4 is not a multiple of the 3 mixers"),
         (["data=text"], "data.path must be given"),
         (["mixer=3"], "mixer=3: expected a member of group mixer: choose from adapted_"),
+        (["-m", "cell=null,para_gru"], "cell=null,para_gru: expected a member of group cell"),
+        (["-m", "hydra=null"], "null is no member of a group: leave the group out"),
         (["model=null"], "model=null: expected a member of group model: choose from"),
         (["task="], "task=: expected a member of group task: choose from a5, "),
         (["solver@parallel=null"], "solver@parallel=null: expected a member of group"),

@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.run import claim, folders, records
-from experiments.sweep import first_start, sweep_folders, sweeps
-from tests.experiments.programs import statuses, sweep
+from experiments.sweep import first_start, outcomes, sweep_folders
+from tests.experiments.programs import everything, statuses, sweep
 
 HOLD = """
 import sys
@@ -34,12 +34,6 @@ def held(folder):
         assert other.stdout.readline() == "held\n"
         yield lambda: other.communicate()
         other.kill()
-
-
-def everything(folder):
-    """All files with their contents and times."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.fixture
@@ -66,25 +60,24 @@ def test_a_job_that_another_process_runs_is_in_use_and_left_alone(tmp_path, begu
     assert sweep(tmp_path, "-m", "act=stop,finish", "hydra.sweep.dir=s") == 0
     shown = capfd.readouterr().out
     assert statuses(shown) == {"act=stop": "finished", "act=finish": "finished before"}
-    assert not list((tmp_path / "s" / sweeps.REFUSED).iterdir())
 
 
 @pytest.mark.parametrize("ending", ["finished", "no ending"])
 def test_a_job_that_another_process_has_ended_meanwhile_is_shown_so(
     tmp_path, begun, capfd, monkeypatch, ending
 ):
-    read = sweeps.jobs_since
+    read = outcomes.jobs
     with held(begun) as end:
 
-        def ended(*given):
+        def ended():
             (begun / "error.txt").unlink()
             if ending == "finished":
                 summary = {"status": "finished", "judged_by": ["loss", "min"], "loss": 1.0}
                 folders.write_json(begun / folders.SUMMARY, summary)
             end()
-            return read(*given)
+            return read()
 
-        monkeypatch.setattr(sweeps, "jobs_since", ended)
+        monkeypatch.setattr(outcomes, "jobs", ended)
         code = sweep(tmp_path, "-m", "act=stop,finish", "hydra.sweep.dir=s")
     assert code == (ending != "finished")
     shown = capfd.readouterr().out
@@ -92,21 +85,10 @@ def test_a_job_that_another_process_has_ended_meanwhile_is_shown_so(
     assert ("repeat the command" in shown) == (ending != "finished")
 
 
-@pytest.mark.parametrize("later", [True, False])
-def test_an_error_is_that_of_the_job_unless_it_has_finished_since(tmp_path, capfd, later):
-    assert sweep(tmp_path, "-m", "x=1", "hydra.sweep.dir=s") == 0
-    [folder] = tmp_path.glob("s/x-*")
-    (folder / "error.txt").write_text("of an earlier attempt")
-    now = (folder / folders.SUMMARY).stat().st_mtime
-    os.utime(folder / "error.txt", (now, now + (10 if later else -10)))
-    [job] = sweeps.jobs_since(tmp_path / "s", {})
-    assert job.status == ("failed" if later else "finished")
-
-
 def test_a_refused_job_takes_its_lock_away(tmp_path):
     assert sweep(tmp_path, "-m", "steps=0,1", "hydra.sweep.dir=s") == 1
     names = {path.name.partition("-")[0] for path in (tmp_path / "s").iterdir()}
-    assert names == {"steps", "refused", "multirun.yaml"}
+    assert names == {"steps", "multirun.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -186,11 +168,13 @@ def test_a_job_in_the_folder_of_another_run_is_refused_and_writes_nothing(
         (
             {"transform": {"a": {}, "b": {}}},
             {"transform": {"b": {}, "a": {}}},
-            "transform=['a', 'b'], and this job has transform=['b', 'a']",
+            "transform in the order a > b, and this job has b > a",
         ),
         ({"a": 1}, {"a": True}, "a=1, and this job has a=True"),
         ({"a": 1}, {"a": 1.0}, "a=1, and this job has a=1.0"),
-        ({"a": "${b}", "b": 1}, {"a": 1, "b": 1}, "a=${b}, and this job has a=1"),
+        ({"a": "${b}", "b": 1}, {"a": "${b}", "b": 2}, "a=1, and this job has a=2"),
+        ({"a": "${oc.env:HOME}"}, {"a": "x"}, f"a={os.environ['HOME']}, and this job has a=x"),
+        ({"a": "${nope}"}, {"a": 1}, "a=${nope}, and this job has a=1"),
     ],
 )
 def test_whatever_differs_is_another_job(tmp_path, then, now, said):
@@ -206,7 +190,9 @@ def settings(values):
     return first_start.settings_of(OmegaConf.create(values))
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"# x\na: [", b"# x\n- 1\n", b"", None])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\n", b"# x\na: [", b"# x\n- 1\n", b"", b"# x\nabc\n", None]
+)
 def test_a_damaged_record_of_a_job_is_said_and_the_sweep_goes_on(tmp_path, capfd, content):
     here = ("hydra.sweep.dir=s", "hydra.sweep.subdir=${hydra.job.num}")
     assert sweep(tmp_path, "-m", "x=1", *here) == 0

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
-from experiments.sweep import sweeps
+from experiments.sweep import outcomes, sweeps
 from experiments.sweep.sweep_folders import job_folder, name_sweep
 from tests.experiments import sweep_program
 from tests.experiments.programs import statuses, sweep
@@ -180,7 +180,7 @@ def test_the_clock_of_the_disk_need_not_be_that_of_the_machine(
 
 
 def test_a_sweep_without_a_job_is_not_done(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sweeps, "jobs_since", lambda sweep, before: [])
+    monkeypatch.setattr(outcomes, "jobs", lambda: [])
     assert "has begun no job" in sweep(tmp_path, "-m", "x=1")
 
 

@@ -1,0 +1,170 @@
+"""What became of the jobs of a sweep: each leaves a note, which whoever started them reads.
+
+Jobs may run in processes of their own, and two sweeps in one folder at the same time: the notes of
+each start are in a folder of their own, `SWEEP/.jobs/START`.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from experiments.run import claim, folders, litter, record_fields
+from experiments.run.tables import show
+
+NOTES = ".jobs"
+# What to do about jobs that were not run.
+ADVICE = {
+    "refused": "change the settings that the lines above name",
+    "in use": "wait until the other process has ended",
+}
+
+
+class Job(NamedTuple):
+    """The outcome of one job.
+
+    Attributes:
+      number: in the sweep.
+      folder: of its run.
+      overrides: as Hydra was given them.
+      status: "finished", "finished before", "interrupted", "failed", "refused" before it began,
+        "in use" by another process, or "no ending" if it was killed or is still running.
+      new: whether this start has begun its run, which it would otherwise have found.
+      error: one line, for a job that failed, was refused or is in use.
+    """
+
+    number: int
+    folder: Path
+    overrides: list[str]
+    status: str
+    new: bool
+    error: str | None
+
+
+def place() -> Path:
+    """The folder of the sweep that this job or process belongs to."""
+    return Path(os.path.abspath(HydraConfig.get().sweep.dir))
+
+
+def _notes() -> Path:
+    return place() / NOTES / HydraConfig.get().callbacks.sweep.start
+
+
+def note(folder: Path, status: str | None, *, new: bool, error: str | None = None) -> None:
+    """Writes what has become of this job.
+
+    Args:
+      folder: of its run.
+      status: see `Job`; None while it runs: then its folder tells.
+      new: see `Job`.
+      error: why it did not end well.
+    """
+    known = HydraConfig.get()
+    path = _notes() / f"{known.job.num}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"number": known.job.num, "overrides": list(known.overrides.task), "error": error}
+    folders.write_json(path, {**about, "status": status, "new": new, "folder": str(folder)})
+
+
+def jobs() -> list[Job]:
+    """Reads the jobs that this start of a sweep has begun, in order; none outside of a sweep."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return []
+    found = [_read(path) for path in litter.without(_notes().glob("*.json"))]
+    return sorted(found, key=lambda job: job.number)
+
+
+def _read(path: Path) -> Job:
+    known = folders.read_json(path)
+    folder, status, error = Path(known["folder"]), known["status"], known["error"]
+    # A job that another process held may have ended meanwhile.
+    if status == "in use" and (folder / folders.CONFIG).is_file() and not claim.in_use(folder):
+        status = error = None
+    status = status or folders.status(folder) or "no ending"
+    error = error and error.replace("\n", " ")
+    return Job(known["number"], folder, known["overrides"], status, known["new"], error)
+
+
+def forget() -> None:
+    """Removes the notes of this start; those of others stay."""
+    shutil.rmtree(_notes(), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _notes().parent.rmdir()
+
+
+def judge(folder: Path) -> tuple[str | None, float | None]:
+    """Reads the figure that a run is judged by.
+
+    Args:
+      folder: of a run.
+
+    Returns:
+      The figure's name and its last value; None if the run left none, or is damaged.
+    """
+    summary, path = folders.read_summary(folder), folder / folders.SUMMARY
+    try:
+        record_fields.check(path, summary, record_fields.RESULTS)
+        column = (summary.get("judged_by") or [None])[0]
+        record_fields.check(path, summary, {column: record_fields.NUMBER} if column else {})
+    except folders.RunError as error:
+        print(error)
+        return None, None
+    return column, summary.get(column)
+
+
+def report(sweep: Path, jobs: Sequence[Job]) -> bool:
+    """Prints the outcomes of a sweep's jobs, and the next commands.
+
+    Args:
+      sweep: the sweep's folder.
+      jobs: of the sweep.
+
+    Returns:
+      Whether all of them are finished.
+    """
+    alike = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    judged = [(None, None) if job.status in ADVICE else judge(job.folder) for job in jobs]
+    columns = {column for column, _ in judged if column}
+    rows = []
+    for job, (_, value) in zip(jobs, judged, strict=True):
+        own = " ".join(line for line in job.overrides if line not in alike)
+        figure = "-" if value is None else f"{value:.4g}"
+        rows.append((str(job.number), own, job.status, figure, job.folder.name))
+    shown = _from_here(sweep)
+    names = ("job", "overrides", "status", "/".join(sorted(columns)) or "figure", "folder")
+    show(f"\n{shown}: {len(jobs)} jobs", names, rows)
+    for job in jobs:
+        if job.error:
+            print(f"job {job.number}: {job.error}")
+    done = [job for job in jobs if job.status.startswith("finished")]
+    if done:
+        print("next:")
+        print(f"  python -m experiments.compare runs={shown}")
+        print(f"  python -m experiments.plot runs={shown}")
+    for ending, advice in ADVICE.items():
+        if found := sum(job.status == ending for job in jobs):
+            print(f"{found} of {len(jobs)} jobs are {ending}: {advice}")
+    if left := sum(job not in done and job.status not in ADVICE for job in jobs):
+        print(f"{left} of {len(jobs)} jobs are not finished: repeat the command")
+        print("to run them from their last checkpoints; finished jobs are not run again")
+    return len(done) == len(jobs)
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _new_start() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+# All jobs of a start have the same value, in other processes too: Hydra hands what a resolver gave
+# once on to them, as it does with the time of `${now:}`.
+OmegaConf.register_new_resolver("new_start", _new_start, use_cache=True, replace=True)

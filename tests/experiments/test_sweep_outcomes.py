@@ -1,0 +1,104 @@
+"""The table of a sweep: each start shows its own jobs, and the files of others stay."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.run import folders, records
+from tests.experiments import sweep_program
+from tests.experiments.programs import everything, statuses, sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_refused_job_is_in_the_table_whatever_the_next_one_does_in_its_folder(tmp_path, capfd):
+    OmegaConf.register_new_resolver("odd", lambda x: x % 2, replace=True)
+    here = ("hydra.sweep.dir=s", "hydra.sweep.subdir='odd-${odd:${x}}'")
+    assert sweep(tmp_path, "-m", "x=1,3", *here) == 1
+    assert statuses(capfd.readouterr().out) == {"x=1": "finished", "x=3": "refused"}
+    assert sweep(tmp_path, "-m", "x=3,1", *here) == 1
+    assert statuses(capfd.readouterr().out) == {"x=3": "refused", "x=1": "finished before"}
+
+
+def test_two_sweeps_in_one_folder_show_each_its_own_jobs(tmp_path, capfd):
+    here = ["hydra.sweep.dir=s", "hydra.sweep.subdir=${act}-${x}"]
+    other = subprocess.Popen(
+        [sys.executable, sweep_program.__file__, "-m", "act=sleep,finish", "x=7", *here],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "s" / "sleep-7" / "visits").exists():
+            assert other.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        assert sweep(tmp_path, "-m", "x=1,2", *here) == 0
+        assert statuses(capfd.readouterr().out) == {"x=1": "finished", "x=2": "finished"}
+        other.send_signal(signal.SIGINT)
+        assert statuses(other.communicate(timeout=60)[0]) == {"act=sleep x=7": "no ending"}
+    finally:
+        other.kill()
+
+
+@pytest.mark.parametrize("theirs", ["error.txt", "metrics.csv"])
+def test_the_files_of_others_in_a_jobs_folder_stay(tmp_path, capfd, theirs):
+    folder = tmp_path / "s" / "x1"
+    (folder / records.FOLDER).mkdir(parents=True)
+    for path in (folder / theirs, folder / records.FOLDER / "config.yaml"):
+        path.write_text("mine")
+    before = everything(folder)
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s", "hydra.sweep.subdir=x${x}") == 1
+    shown = capfd.readouterr()
+    assert statuses(shown.out) == {"x=1": "refused", "x=2": "finished"}
+    assert f"holds {theirs} but no config.yaml" in shown.err
+    assert everything(folder) == before
+
+
+def test_a_job_whose_record_cannot_be_written_is_in_the_table(tmp_path, capfd):
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s") == 0
+    [folder] = tmp_path.glob("s/x-1-*")
+    shutil.rmtree(folder / records.FOLDER)
+    (folder / records.FOLDER).touch()
+    (folder / "error.txt").mkdir()  # a folder where the traceback would go
+    capfd.readouterr()
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s") == 0
+    assert set(statuses(capfd.readouterr().out).values()) == {"finished before"}
+    (folder / folders.SUMMARY).unlink()
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s", "act=finish") == 0
+
+
+def test_an_error_that_cannot_be_written_down_is_shown(tmp_path, capfd):
+    assert sweep(tmp_path, "-m", "act=bug,finish", "hydra.sweep.dir=s") == 1
+    [folder] = tmp_path.glob("s/act-bug-*")
+    (folder / "error.txt").unlink()
+    (folder / "error.txt").mkdir()
+    capfd.readouterr()
+    assert sweep(tmp_path, "-m", "act=bug,finish", "hydra.sweep.dir=s") == 1
+    shown = capfd.readouterr()
+    assert statuses(shown.out) == {"act=bug": "failed", "act=finish": "finished before"}
+    assert "ZeroDivisionError: a bug" in shown.err and "Traceback" in shown.err
+
+
+@pytest.mark.parametrize(("place", "code"), [("/dev/full", 1)])
+def test_a_sweep_whose_table_cannot_be_printed_ends_with_a_line(tmp_path, place, code):
+    with open(place, "w") as full:
+        end = subprocess.run(
+            [sys.executable, sweep_program.__file__, "-m", "x=1,2"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert end.returncode == code and "Traceback" not in end.stderr
+    assert "No space left on device" in end.stderr
