@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from experiments import compare, evaluate, generate, plot, train
 from experiments.run import claim, folders, opening, records
 from experiments.run.folders import RunError
-from tests.experiments.programs import ending, sweep
+from tests.experiments.programs import ending, statuses, sweep
 
 CFG = OmegaConf.create({"name": "x", "steps": 3})
 
