@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped
 
+from jaxpara.padded import solve_padded
 from jaxpara.recurrence.choice import Auto
-from jaxpara.recurrence.padded import solve_padded
 from jaxpara.recurrence.scan import newton_scan
 from jaxpara.recurrence.system import Solver
 from jaxpara.tree import shapes_of

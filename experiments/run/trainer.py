@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -105,21 +105,13 @@ def train(
     some = {} if task.trainable is None else {"trainable": task.trainable}
     initial = jax.jit(lambda key: init_state(task.model, optimizer, key, **some))
     key = jax.random.key(settings.seed)
-    whole = checkpoints.steps(folder) if resume else []
-    begin = 0
-    if whole:
-        state, run = checkpoints.restore_newest(folder, jax.eval_shape(initial, key))
-        begin = int(state.step)
-        where = str(checkpoints.path_of(folder, begin))
-        check_same(run.get("settings"), config, where)
-        if begin > settings.steps:
-            raise seals.Damaged(f"{where} is of a later step than the last of {settings.steps}")
-        _go_to(task, run, where)
-        memory = Memory(**run["memory"])
+    if resume and checkpoints.steps(folder):
+        like = jax.eval_shape(initial, key)
+        state, memory, known = _restored(task, folder, like, config, settings.steps)
         began -= memory.seconds
-        known = run["figures"] or {}
     else:
         state, memory, known = initial(key), Memory(), {}
+    begin = int(state.step)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     summary: dict[str, Any] = {
         "name": settings.name,
@@ -141,7 +133,7 @@ def train(
     )
     costs: list[step_cost.StepCost] = []  # of the step, once it is compiled
     step = step_cost.measured(jax.jit(step, donate_argnums=0), task.loss, costs.append)
-    try:
+    with _ending(folder, summary, (*outlets, task.batches), seconds):
         with (
             progress(label=settings.name) as line,
             stop_signal() as stopped,
@@ -203,6 +195,15 @@ def train(
         else:
             summary["status"] = "interrupted"
         return Result(summary["status"], number, summary["steps"])
+
+
+@contextlib.contextmanager
+def _ending(
+    folder: Path, summary: dict[str, Any], used: Sequence[Any], seconds: Callable[[], float]
+) -> Iterator[None]:
+    """Writes down how a run ends, whatever ends it, and says how it continues."""
+    try:
+        yield
     except Diverged as error:
         summary["status"] = "diverged"
         summary["diverged"] = text = f"{error}. {_last_checkpoint(folder)}"
@@ -224,10 +225,28 @@ def train(
             f"  {checkpoints.resume_command(folder)}"
         ) from error
     finally:
-        for used in (*outlets, task.batches):
-            getattr(used, "close", lambda: None)()  # batches without prefetching have none
+        for one in used:
+            getattr(one, "close", lambda: None)()  # batches without prefetching have none
         summary["seconds"] = seconds()
         _close(folder, summary)
+
+
+def _restored(
+    task: Task, folder: Path, like: TrainState, config: Mapping[str, Any], steps: int
+) -> tuple[TrainState, Memory, dict[str, float]]:
+    """Reads the newest checkpoint and moves the batches to its position.
+
+    Returns:
+      The state, what the loop remembers, and the figures of the last evaluation.
+    """
+    state, run = checkpoints.restore_newest(folder, like)
+    step = int(state.step)
+    where = str(checkpoints.path_of(folder, step))
+    check_same(run.get("settings"), config, where)
+    if step > steps:
+        raise seals.Damaged(f"{where} is of a later step than the last of {steps}")
+    _go_to(task, run, where)
+    return state, Memory(**run["memory"]), run["figures"] or {}
 
 
 def _go_to(task: Task, run: Mapping[str, Any], where: str) -> None:

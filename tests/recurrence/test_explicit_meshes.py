@@ -123,18 +123,13 @@ TABLE += [
         (BOTH, AxisType.Auto, False),
     )
 ]
-TABLE += [
-    (solver, BOTH, AxisType.Explicit, True, forward_and_second)
+# Shooting by both rules, every other solver by one or the other in turn.
+BY, TURNS = {"shooting": (None, "reverse")}, ((None,), ("reverse",))
+ROWS = [(*row, rule) for k, row in enumerate(TABLE) for rule in BY.get(row[0], TURNS[k % 2])]
+ROWS += [
+    (solver, BOTH, AxisType.Explicit, True, forward_and_second, None)
     for solver in ("shooting", "sequential", "associative")
 ]
-ROWS = [
-    (*row, derivative)
-    for k, row in enumerate(TABLE)
-    for rule, derivative in enumerate((None, "reverse"))
-    # Shooting by both rules, every other solver by one or the other in turn.
-    if (row[0] == "shooting" or k % 2 == rule) and (rule == 0 or row[4] is values_and_gradients)
-]
-ROWS += [(*row, None) for row in TABLE if row[4] is forward_and_second and row[0] != "shooting"]
 # Compiling is all of their time: `make check` runs some rows of the table.
 EVERYDAY = [row for row in ROWS if row[0] == "shooting" and row[4] is values_and_gradients][::2]
 
