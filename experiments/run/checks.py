@@ -181,8 +181,10 @@ def settings_of(node: DictConfig, prefix: str = "", command: str = "") -> Iterat
         value = node[key]
         if isinstance(value, DictConfig):
             rule = rule_for(path, command) if ours else None  # others may use the names otherwise
-            # An object may make a list of numbers, but is no number.
-            number = rule and rule.kind in ("whole", "number", "switch") and not rule.many
+            # An object may make a list of numbers, but is no number. Inside other objects a text
+            # may have the name of one.
+            plain = ("whole", "number", "switch", *(() if prefix else ("text", "words")))
+            number = rule and rule.kind in plain and not rule.many
             if "_target_" in value and not number and not (rule == SECTION and not prefix):
                 rule = None
             if rule is None or (rule.kind in ("section", "any") and "_target_" not in value):

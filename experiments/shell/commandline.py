@@ -5,10 +5,11 @@ import contextvars
 import functools
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -101,10 +102,27 @@ def check(cfg: DictConfig) -> None:
     check_additions(overrides, cfg, hydra=known)
 
 
-def end_unread() -> NoReturn:
-    """Ends a program whose reader, such as `head`, has closed; the shell's code for that is 141."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(141) from None
+def end_if_unread(error: Exception) -> None:
+    """Ends a program whose reader, such as `head`, has closed.
+
+    Args:
+      error: that came of it, or of another pipe, such as that of a logger.
+
+    Raises:
+      SystemExit: with the shell's code for it, 141.
+    """
+    if isinstance(error, BrokenPipeError) and _is_unread():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+def _is_unread() -> bool:
+    polled = select.poll()
+    try:
+        polled.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(event & select.POLLERR for _, event in polled.poll(0))
 
 
 def launch(main: Callable[[], Any]) -> Any:
@@ -130,9 +148,8 @@ def launch(main: Callable[[], Any]) -> Any:
         with noting():
             check_arguments(sys.argv[1:])
             return main()
-    except BrokenPipeError:
-        end_unread()
     except Exception as error:
+        end_if_unread(error)
         text = of_a_flag(error) or explain(error)
         if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
             text = misread(sys.argv[1:]) or text  # Hydra does not say which argument it was

@@ -40,7 +40,7 @@ def misread(arguments: Sequence[str]) -> str | None:
         if isinstance(value, Sweep) and not isinstance(value, ChoiceSweep):
             continue
         given = value.list if isinstance(value, ChoiceSweep) else [value]
-        named = all(isinstance(one, dict) or (isinstance(one, str | list) and one) for one in given)
+        named = all(isinstance(one, dict | list) or (isinstance(one, str) and one) for one in given)
         if there and not named and not override.is_delete():
             return (
                 f"{argument}: expected a member of group {group}: choose from "

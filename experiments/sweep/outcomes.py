@@ -6,7 +6,7 @@ each start are in a folder of their own, `SWEEP/.jobs/START`.
 
 import contextlib
 import os
-import shutil
+import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,11 +50,31 @@ class Job(NamedTuple):
 
 def place() -> Path:
     """The folder of the sweep that this job or process belongs to."""
-    return Path(os.path.abspath(HydraConfig.get().sweep.dir))
+    known = HydraConfig.get()
+    return Path(os.path.abspath(Path(known.runtime.cwd) / known.sweep.dir))
 
 
 def _notes() -> Path:
-    return place() / NOTES / HydraConfig.get().callbacks.sweep.start
+    return place() / NOTES / str(HydraConfig.get().callbacks.sweep.start)
+
+
+def check() -> None:
+    """Refuses a place for the notes that is not ours, before the first job.
+
+    Raises:
+      RunError: says what to type.
+    """
+    start = str(HydraConfig.get().callbacks.sweep.start)
+    if re.fullmatch(r"[0-9a-f]{12}", start) is None:
+        raise folders.RunError(
+            f"hydra.callbacks.sweep.start={start} names this start of the sweep and is drawn for "
+            "each:\nleave it out"
+        )
+    if (notes := place() / NOTES).exists() and not notes.is_dir():
+        raise folders.RunError(
+            f"{notes} is in the way, a sweep notes there what becomes of its jobs:\n"
+            "take it away, or give another hydra.sweep.dir"
+        )
 
 
 def note(folder: Path, status: str | None, *, new: bool, error: str | None = None) -> None:
@@ -94,8 +114,10 @@ def _read(path: Path) -> Job:
 
 def forget() -> None:
     """Removes the notes of this start; those of others stay."""
-    shutil.rmtree(_notes(), ignore_errors=True)
     with contextlib.suppress(OSError):
+        for path in _notes().glob("*.json"):
+            path.unlink()
+        _notes().rmdir()
         _notes().parent.rmdir()
 
 

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.run.folders import CONFIG, RunError
 from experiments.run.resuming import FREE
+from experiments.sweep.outcomes import NOTES
 
 LONGEST = 100  # characters of a readable name; file systems allow 255 bytes
 GIVEN_BY_THE_PATH = ("experiment", "sweep")  # NAME and SWEEP contain these
@@ -214,9 +215,10 @@ def check_inside(folder: Path, sweep: Path) -> None:
       RunError: says what to type.
     """
     whole, outer = (Path(os.path.abspath(path)) for path in (folder, sweep))
-    if outer not in whole.parents:
+    if outer not in whole.parents or whole.relative_to(outer).parts[0] == NOTES:
         raise RunError(
-            f"hydra.sweep.subdir leads to {folder}, which is not below the sweep's {sweep};\n"
+            f"hydra.sweep.subdir leads to {folder}: expected one below the sweep's {sweep}, "
+            f"and not in its {NOTES};\n"
             f"leave it out, or type for example {EXAMPLE}"
         )
 

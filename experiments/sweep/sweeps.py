@@ -20,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 from experiments.run import claim, folders, given_folders, opening, records, trust
 from experiments.run.checks import check_text
 from experiments.run.plain_files import write_text
-from experiments.shell.commandline import check, end_unread, launch
+from experiments.shell.commandline import check, end_if_unread, launch
 from experiments.shell.explanations import explain
 from experiments.shell.overrides import check_repeated
 from experiments.sweep import first_start, outcomes
@@ -50,11 +50,12 @@ class Announce(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra itself sets this only inside jobs; it writes into the sweep's folder after this."""
         del kwargs
-        assert config.hydra.callbacks.sweep.start  # resolved now, for all jobs
+        _ = config.hydra.callbacks.sweep.start  # resolved now, for all jobs
         HydraConfig.instance().set_config(config)
         with given_folders.ended(HydraConfig.instance()):
             check_text("hydra.sweep.dir", config.hydra.sweep.dir)
             check_places(config)
+            outcomes.check()
             trust.check_links(outcomes.place(), written=True)
             Announce.recorded = (outcomes.place() / RECORD).exists()
 
@@ -108,9 +109,8 @@ def _attempt(
             opening.check_new(folder, cfg)
             first_start.write(folder, settings)
         job(cfg)
-    except BrokenPipeError:  # nobody reads what this sweep prints: end it
-        end_unread()
     except Exception as error:
+        end_if_unread(error)
         text = explain(error, cfg)
         if text is not None and not (folder / folders.CONFIG).is_file():
             _fail(folder, "refused", text)

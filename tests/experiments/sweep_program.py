@@ -1,5 +1,6 @@
 """A program whose jobs take no time: what a sweep does around them is what it does around runs."""
 
+import errno
 import os
 import signal
 import time
@@ -28,6 +29,8 @@ def job(cfg):
         raise folders.RunError("act=fail: give act=finish")
     if cfg.act == "bug" and not mended:
         raise ZeroDivisionError("a bug")
+    if cfg.act == "pipe":
+        raise BrokenPipeError(errno.EPIPE, "a logger's")
     if cfg.act == "stop" and not mended:
         raise SystemExit(130)
     if cfg.act == "die":

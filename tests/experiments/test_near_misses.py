@@ -52,6 +52,7 @@ from tests.experiments.programs import ending
         (["mixer=3"], "mixer=3: expected a member of group mixer: choose from adapted_"),
         (["-m", "cell=null,para_gru"], "cell=null,para_gru: expected a member of group cell"),
         (["-m", "hydra=null"], "null is no member of a group: leave the group out"),
+        (["logger=[]", "bogus=1"], "bogus: there is no such setting"),
         (["model=null"], "model=null: expected a member of group model: choose from"),
         (["task="], "task=: expected a member of group task: choose from a5, "),
         (["solver@parallel=null"], "solver@parallel=null: expected a member of group"),

@@ -72,6 +72,7 @@ WRONG = [
     ("train", "checkpoint.keep_last=0", "checkpoint.keep_last=1"),
     ("train", "checkpoint.keep_last={_target_: os.system}", "checkpoint.keep_last=1"),
     ("train", "peak_flops={_target_: os.system}", "peak_flops=0.5"),
+    ("train", "name={_target_: os.system}", "name=TEXT"),
     ("train", "trace.start=0", "trace.start=1"),
     ("train", "evaluation.windows=null", "evaluation.windows=1"),
     ("train", "sample.top_k=0", "sample.top_k=1"),

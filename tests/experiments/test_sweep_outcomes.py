@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.run import folders, records
+from experiments.sweep import outcomes
 from tests.experiments import sweep_program
 from tests.experiments.programs import everything, statuses, sweep
 
@@ -102,3 +103,55 @@ def test_a_sweep_whose_table_cannot_be_printed_ends_with_a_line(tmp_path, place,
         )
     assert end.returncode == code and "Traceback" not in end.stderr
     assert "No space left on device" in end.stderr
+
+
+@pytest.mark.parametrize("start", ["..", "../../keep", "/tmp/keep", "a5", "null", "''"])
+def test_the_name_of_a_start_is_no_setting(tmp_path, capfd, start):
+    kept = tmp_path / "s" / "keep" / "important"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    given = ("-m", "x=1,2", "hydra.sweep.dir=s", f"hydra.callbacks.sweep.start={start}")
+    assert sweep(tmp_path, *given) == 1
+    assert "names this start of the sweep" in capfd.readouterr().err and kept.exists()
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["keep"]
+
+
+def test_a_job_among_the_notes_is_refused(tmp_path, capfd):
+    start = "${hydra.callbacks.sweep.start}"
+    for inner in (f"{start}/", ""):
+        given = ("hydra.sweep.dir=s", f"hydra.sweep.subdir=.jobs/{inner}${{hydra.job.num}}")
+        assert sweep(tmp_path, "-m", "x=1,2", *given) == 1
+        shown = capfd.readouterr()
+        assert list(statuses(shown.out).values()) == ["refused"] * 2
+        assert "and not in its .jobs" in shown.err
+        assert not list(tmp_path.rglob("visits"))
+
+
+def test_what_is_in_the_way_of_the_notes_is_named(tmp_path, capfd):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / outcomes.NOTES).touch()
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s") == 1
+    assert "s/.jobs is in the way" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "s").iterdir()] == [outcomes.NOTES]
+
+
+def test_a_broken_pipe_of_a_jobs_own_is_its_failure(tmp_path, capfd):
+    assert sweep(tmp_path, "-m", "act=pipe,finish") == 1
+    assert statuses(capfd.readouterr().out) == {"act=pipe": "failed", "act=finish": "finished"}
+    assert len(list(tmp_path.rglob("error.txt"))) == 1
+
+
+def test_jobs_may_change_into_their_folders(tmp_path, capfd):
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.job.chdir=true") == 0
+    assert set(statuses(capfd.readouterr().out).values()) == {"finished"}
+    assert not list(tmp_path.rglob(outcomes.NOTES))
+
+
+def test_a_folder_named_by_its_settings_holds_them_whatever_an_older_record_says(tmp_path, capfd):
+    given = ("-m", "x=1", "name='n-${x}'", "hydra.sweep.dir=s")
+    assert sweep(tmp_path, *given) == 0
+    [path] = tmp_path.glob("s/*/.hydra/job.yaml")
+    path.write_text(path.read_text().replace("name: n-1", "name: n-${x}"))
+    capfd.readouterr()
+    assert sweep(tmp_path, *given) == 0
+    assert list(statuses(capfd.readouterr().out).values()) == ["finished before"]
