@@ -82,7 +82,7 @@ def compiled(method, reverse):
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_values_and_derivatives_are_those_of_a_loop(method, kind, reverse):
-    a, b, init = draw(kind, TIME)
+    a, b, init = draw(kind, TIME, scale=0.4)  # so that dense states do not grow
     weights = np.random.default_rng(0).standard_normal(b.shape).astype(np.float32)
     states, tangent, grads = compiled(method, reverse)(a, b, init, weights)
     assert_close(states, loop(a, b, init, reverse))
@@ -128,8 +128,10 @@ def test_products_may_overflow_where_states_and_cotangents_do_not(kind):
     assert_close(grads, loop_gradient(a, b, init, weights, False))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("kind", SHAPES)
+# Blocks in both directions, the other two kinds in one each.
+@pytest.mark.parametrize(
+    ("kind", "reverse"), [("block", False), ("block", True), ("diagonal", True), ("dense", False)]
+)
 def test_time_sharded_over_a_mesh_axis(kind, reverse):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("time",))
     a, b, init = draw(kind, 24)

@@ -77,7 +77,7 @@ ROWS = [
     (solver, None if i % 2 else "reverse", (FULL, PER_CHANNEL)[i // 2 % 2])
     for i, solver in enumerate(SOLVERS)
 ]
-ROWS += [("shooting", None, FULL), ("shooting", "reverse", PER_CHANNEL)]
+ROWS += [("shooting", None, FULL)]
 
 
 @pytest.mark.parametrize(
