@@ -169,11 +169,16 @@ def assert_close(found, wanted, tolerance=2e-6):
         assert worst <= tolerance * size, f"{where}: {worst:.3g} off, size {size:.3g}"
 
 
+def _fall(h, x):
+    u = x[2] * h
+    return x[0] * h + x[1] * u / jnp.sqrt(1 + u * u) + x[3]
+
+
 def falling_sign(falls, steps=64, length=4):
     """`(step, init, inputs)`: a state of 1e10 falls chunk by chunk, and only its sign is left.
 
     The steps are flat on both sides of 0, so that a chunk with the wrong sign closes its gap to the
-    next one. The last state is -4000.
+    next one. The last state is -4000. The step is the same object each time.
     """
     a, w, k, b = np.ones(steps), np.zeros(steps), np.ones(steps), np.zeros(steps)
     b[length + 1] = -1e10
@@ -182,11 +187,7 @@ def falling_sign(falls, steps=64, length=4):
         a[at], w[at], k[at] = 0, size, gain
         at += length
 
-    def step(h, x):
-        u = x[2] * h
-        return x[0] * h + x[1] * u / jnp.sqrt(1 + u * u) + x[3]
-
-    return step, jnp.float32(20), [jnp.asarray(v, jnp.float32) for v in (a, w, k, b)]
+    return _fall, jnp.float32(20), [jnp.asarray(v, jnp.float32) for v in (a, w, k, b)]
 
 
 def sharp(h, x, sin=jnp.sin):

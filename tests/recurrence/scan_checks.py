@@ -39,9 +39,30 @@ def assert_same(found, wanted, tolerance=2e-6):
         np.testing.assert_allclose(f, w, rtol=tolerance, atol=tolerance)
 
 
+def values_and_gradients(f, scan):
+    """What the scan of `f` returns, and the gradients of the sum of its squares."""
+
+    def loss(init, xs):
+        out = scan(f, init, xs)
+        return sum(jnp.sum(v**2) for v in jax.tree.leaves(out)), out
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+
+def by_both(run, scan=ours):
+    """What `run(scan)` and `run(lax.scan)` give, as one program: two would cost more to compile."""
+    return quick(lambda *args: (run(scan)(*args), run(lax.scan)(*args)))
+
+
+def assert_runs_agree(run, *args, scan=ours, tolerance=2e-6):
+    found, wanted = by_both(run, scan)(*args)
+    assert_same(found, wanted, tolerance)
+
+
 def assert_is_lax_scan(
     f, init, xs=None, length=None, reverse=False, unroll=1, *, solver=SHOOTING, tol=2e-6
 ):
-    wanted = lax.scan(f, init, xs, length, reverse, unroll)
-    run = quick(lambda i, x: ours(f, i, x, length, reverse, unroll, solver=solver))
-    assert_same(run(init, xs), wanted, tol)
+    def run(scan):
+        return lambda init, xs: scan(f, init, xs, length, reverse, unroll)
+
+    assert_runs_agree(run, init, xs, scan=lambda *args: ours(*args, solver=solver), tolerance=tol)

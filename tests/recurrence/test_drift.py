@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxpara as jp
-from tests.recurrence.kit import QUICK, falling_sign
+from tests.recurrence.kit import QUICK, falling_sign, in_float64
 
 F32 = jnp.float32
 
@@ -72,6 +72,13 @@ def states_of(step):
 
 
 @functools.cache
+def solves(step, solver):
+    """One program for all that solve this step so."""
+    f = states_of(step)
+    return jax.jit(lambda h, x: jp.solve_scan(f, h, x, solver=solver), compiler_options=QUICK)
+
+
+@functools.cache
 def wanted(row):
     """States of `lax.scan`, and in float64 with the same float32 constants."""
     step, init, xs = ROWS[row]
@@ -101,9 +108,7 @@ CASES = [
 @pytest.mark.parametrize(("row", "solver"), CASES)
 def test_slow_states_arrive_where_lax_scan_does(row, solver):
     step, init, xs = ROWS[row]
-    f, solver = states_of(step), SOLVERS[solver]
-    run = jax.jit(lambda h, x: jp.solve_scan(f, h, x, solver=solver), compiler_options=QUICK)
-    (_, states), info = run(jnp.asarray(init, F32), xs)
+    (_, states), info = solves(step, SOLVERS[solver])(jnp.asarray(init, F32), xs)
     assert_arrives(row, np.asarray(states))
     assert info.converged == (info.fallback_steps == 0)
 
@@ -122,9 +127,7 @@ def test_a_residual_of_eight_ulp_would_take_the_guess(row):
 def test_shooting_confirms_what_it_can_prove_and_walks_what_it_cannot():
     def info(row):
         step, init, xs = ROWS[row]
-        f = states_of(step)
-        run = jax.jit(lambda h, x: jp.solve_scan(f, h, x, solver=jp.shooting())[1])
-        return run(jnp.asarray(init, F32), xs)
+        return solves(step, EVERYDAY["shooting"])(jnp.asarray(init, F32), xs)[1]
 
     for row in ("moving average", "slow contraction", "slow rotation"):
         found = info(row)
@@ -145,34 +148,33 @@ NARROW = {
 @pytest.mark.parametrize("row", NARROW)
 def test_narrow_states_round_as_in_lax_scan(row, dtype):
     f, init = states_of(NARROW[row]), jnp.ones((), dtype)
-    plain = jax.jit(lambda h: lax.scan(f, h, None, 512)[1])(init)
-    for solver in EVERYDAY.values():
-        run = jax.jit(lambda h, s=solver: jp.newton_scan(f, h, None, 512, solver=s)[1])
-        found = run(init)
+    solvers = [functools.partial(jp.newton_scan, solver=solver) for solver in EVERYDAY.values()]
+    every = lambda h: [scan(f, h, None, 512)[1] for scan in (lax.scan, *solvers)]  # noqa: E731
+    plain, *each = jax.jit(every, compiler_options=QUICK)(init)
+    for found in each:
         # One unit: another program may keep a product in float32 before it rounds.
         np.testing.assert_allclose(
             found.astype(F32), plain.astype(F32), rtol=float(jnp.finfo(dtype).eps)
         )
 
 
+@functools.cache
+def gradient_of_slow_states(scan):
+    def loss(rate, init, xs):
+        f = lambda h, x: ((h + rate * (x - h)),) * 2  # noqa: E731
+        return jnp.sum(jnp.square(scan(f, init, xs)[1])) / len(xs)
+
+    return jax.grad(loss, (0, 1, 2))
+
+
 @pytest.mark.parametrize("derivative", [None, "reverse"])
 @pytest.mark.parametrize("solver", EVERYDAY)
 def test_gradients_of_slow_states(solver, derivative):
     xs = np.linspace(-1, 1, 4096, dtype=np.float32)
-
-    def loss(rate, init, xs, scan):
-        f = lambda h, x: ((h + rate * (x - h)),) * 2  # noqa: E731
-        return jnp.sum(jnp.square(scan(f, init, xs)[1])) / len(xs)
-
-    def gradient(scan):
-        return jax.jit(jax.grad(functools.partial(loss, scan=scan), (0, 1, 2)))
-
     args = (F32(1e-6), F32(1.0), xs)
-    found = gradient(
-        functools.partial(jp.newton_scan, solver=EVERYDAY[solver], derivative=derivative)
-    )(*args)
-    with jax.enable_x64(True):
-        exact = gradient(lax.scan)(*(np.asarray(a, np.float64) for a in args))
+    scan = functools.partial(jp.newton_scan, solver=EVERYDAY[solver], derivative=derivative)
+    found = jax.jit(gradient_of_slow_states(scan), compiler_options=QUICK)(*args)
+    exact = in_float64(gradient_of_slow_states(lax.scan), *args)
     # The Jacobian 1 - rate is a float32 number: half a unit off, the same way at every step.
     allowed = 1e-5 + len(xs) * np.finfo(np.float32).eps / 2
     for f, w in zip(found, exact, strict=True):
@@ -189,7 +191,7 @@ def test_slow_states_over_sharded_time(row):
         return jp.newton_scan(states_of(step), jnp.asarray(init, F32), xs, solver=solver)[1]
 
     run = jax.shard_map(local, mesh=mesh, in_specs=P("time"), out_specs=P("time"))
-    assert_arrives(row, np.asarray(jax.jit(run)(xs)))
+    assert_arrives(row, np.asarray(jax.jit(run, compiler_options=QUICK)(xs)))
 
 
 def test_growth_inside_a_chunk_is_no_growth_of_its_error():
@@ -205,12 +207,11 @@ def test_growth_inside_a_chunk_is_no_growth_of_its_error():
 
     xs = (gain, path[:-1], path[1:])
     init = F32(path[0] + 1e-3)
-    run = jax.jit(lambda h, x: jp.solve_scan(step, h, x, solver=jp.shooting(chunks=32)))
-    (_, states), _ = run(init, xs)
-    plain = jax.jit(lambda h, x: lax.scan(step, h, x)[1])(init, xs)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (init, xs))
-        exact = np.asarray(jax.jit(lambda h, x: lax.scan(step, h, x)[1])(*wide))
+    scan = lambda h, x: lax.scan(step, h, x)[1]  # noqa: E731
+    solve = functools.partial(jp.solve_scan, step, solver=jp.shooting(chunks=32))
+    both = jax.jit(lambda h, x: (solve(h, x), scan(h, x)), compiler_options=QUICK)
+    ((_, states), _), plain = both(init, xs)
+    exact = in_float64(scan, init, xs)
     lost = np.abs(np.asarray(plain) - exact).max()
     assert np.abs(np.asarray(states) - exact).max() <= 1e-5 * np.abs(exact).max() + 2 * lost
 
@@ -253,21 +254,22 @@ def followed(kink, margin=6e-7):
 @functools.cache
 def followed_by_newton(kink):
     step = followed(kink)[0]
-    return jax.jit(
-        lambda h, x, g: jp.solve_scan(step, h, x, solver=jp.newton(), guess=g),
-        compiler_options=QUICK,
-    )
+
+    def both(h, x, guess):
+        solve = functools.partial(jp.solve_scan, solver=jp.newton(), guess=guess)
+        return solve(step, h, x), lax.scan(step, h, x)[1][1]
+
+    return jax.jit(both, compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("off", [-1.3e-3, 1.4e-3, -1.6e-3])
 @pytest.mark.parametrize("kink", KINKS)
 def test_a_correction_that_crosses_a_kink_is_tested_behind_it(kink, off):
-    step, inputs, before, exact = followed(kink)
+    _, inputs, before, exact = followed(kink)
     init = (F32(0.2), F32(1))
-    plain = jax.jit(lambda h, x: lax.scan(step, h, x))(init, inputs)[1][1]
-    lost = np.abs(plain - exact).max()
     guess = [(before + off).astype(np.float32), np.ones(len(before), np.float32)]
-    (_, (_, total)), info = followed_by_newton(kink)(init, inputs, guess)
+    ((_, (_, total)), info), plain = followed_by_newton(kink)(init, inputs, guess)
+    lost = np.abs(plain - exact).max()
     assert info.converged
     assert np.abs(total - exact).max() <= 1e-5 * exact.max() + 2 * lost
     # What a solve that stands on the wrong side returns, and would call converged.
@@ -319,6 +321,6 @@ def test_zeros_keep_their_sign(solver):
 @pytest.mark.parametrize("solver", [jp.shooting(), jp.shooting(chunks=16), jp.newton()])
 def test_a_gap_counts_by_what_is_left_of_the_states_before(solver, falls):
     step, init, xs = falling_sign(falls)
-    (_, ys), _ = jp.solve_scan(states_of(step), init, xs, solver=solver)
+    (_, ys), _ = solves(step, solver)(init, xs)
     np.testing.assert_allclose(ys, lax.scan(states_of(step), init, xs)[1], rtol=1e-5)
     assert np.isclose(ys[-1], -4000)

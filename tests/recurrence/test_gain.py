@@ -83,7 +83,8 @@ def solved(cell, solver):
 
 @functools.cache
 def sequential(cell):
-    return jax.jit(lambda params, init, xs: lax.scan(with_states(cell, params), init, xs)[1])
+    run = lambda params, init, xs: lax.scan(with_states(cell, params), init, xs)[1]  # noqa: E731
+    return jax.jit(run, compiler_options=QUICK)
 
 
 @functools.cache

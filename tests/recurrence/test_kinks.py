@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
-from tests.recurrence.kit import QUICK, normal
+from tests.recurrence.kit import QUICK, in_float64, normal
 
 STEPS, AT = 1024, 30
 SOLVERS = {
@@ -46,6 +46,12 @@ def at_rest(excess, slope, xs):
 
 
 @functools.cache
+def from_rest(excess):
+    """States of every slope by `lax.scan`. Cached: what is one function is compiled once."""
+    return jax.vmap(lambda slope, xs: at_rest(excess, slope, xs)[1], (0, None))
+
+
+@functools.cache
 def solved(excess, solver):
     """For each slope a lane of its own, which is judged by itself."""
 
@@ -64,9 +70,7 @@ def test_a_kick_from_rest_is_not_lost(excess, solver, kick):
     xs = np.zeros(STEPS, np.float32)
     xs[AT] = kick
     ys, scanned = solved(excess, solver)(SLOPES, xs)
-    with jax.enable_x64(True):
-        wide = [at_rest(excess, slope, xs.astype(np.float64))[1] for slope in SLOPES]
-        exact = np.stack([np.asarray(states) for states in wide])
+    exact = in_float64(from_rest(excess), SLOPES, xs)
     lost = np.maximum.accumulate(np.abs(scanned - exact), axis=1)
     assert np.all(np.abs(ys - exact) <= 1e-5 * exact + 2 * lost)
     # What this would notice: a state that stays what it was.
@@ -98,6 +102,11 @@ PAIRS = {
 }
 
 
+@functools.cache
+def scanned_pair(pair):
+    return jax.jit(lambda h, xs: lax.scan(PAIRS[pair], h, xs)[1], compiler_options=QUICK)
+
+
 @pytest.mark.parametrize("solver", ["newton", "short_chunks"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_kick_from_where_two_elements_rest_is_not_lost(pair, solver):
@@ -105,7 +114,7 @@ def test_a_kick_from_where_two_elements_rest_is_not_lost(pair, solver):
     run = jax.jit(
         lambda xs: jp.solve_scan(step, init, xs, solver=SOLVERS[solver]), compiler_options=QUICK
     )
-    scan = jax.jit(lambda h, xs: lax.scan(step, h, xs)[1])
+    scan = scanned_pair(pair)
     # 31: the last step of a chunk, so that what it does is first a gap between two of them.
     for kick, at in ((5e-6, 30), (-5e-6, 31), (-2.4e-7, 31)):
         xs = np.zeros(STEPS, np.float32)
@@ -118,20 +127,30 @@ def test_a_kick_from_where_two_elements_rest_is_not_lost(pair, solver):
         assert np.all(np.abs(states - exact) <= 1e-5 * exact + 2 * lost), (kick, at)
 
 
+@functools.cache
+def three_at_rest(solver):
+    """Which of the elements grows is an argument."""
+
+    def run(grows, xs):
+        def step(h, x):
+            grown = jnp.minimum(1 + 1.05 * (jnp.max(h) - 1) + x, 100)
+            h = jnp.where(jnp.arange(3) == grows, grown, jnp.ones(3))
+            return h, h
+
+        found = jp.newton_scan(step, jnp.ones(3), xs, solver=SOLVERS[solver])[1]
+        return found, lax.scan(step, jnp.ones(3), xs)[1]
+
+    return jax.jit(run, compiler_options=QUICK)
+
+
 @pytest.mark.parametrize("solver", ["newton", "short_chunks"])
 @pytest.mark.parametrize("grows", range(3))
 def test_a_kick_from_where_three_elements_rest_is_not_lost(grows, solver):
-    def step(h, x):
-        grown = jnp.minimum(1 + 1.05 * (jnp.max(h) - 1) + x, 100)
-        h = jnp.where(jnp.arange(3) == grows, grown, jnp.ones(3))
-        return h, h
-
     xs = np.zeros(STEPS, np.float32)
     xs[AT] = 5e-6
-    run = jax.jit(lambda xs: jp.newton_scan(step, jnp.ones(3), xs, solver=SOLVERS[solver])[1])
-    scanned = lax.scan(step, jnp.ones(3), xs)[1]
+    found, scanned = three_at_rest(solver)(grows, xs)
     assert scanned[-1, grows] == 100
-    np.testing.assert_array_equal(run(xs), scanned)
+    np.testing.assert_array_equal(found, scanned)
 
 
 def crossing(weights, steps=512):
@@ -148,9 +167,11 @@ def crossing(weights, steps=512):
 def test_a_network_of_relus_is_not_walked(solver):
     weights = 0.3 * normal(np.random.default_rng(0), 8, 8)
     step, init, xs = crossing(weights)
-    run = jax.jit(lambda h, x: jp.solve_scan(step, h, x, solver=SOLVERS[solver]))
-    (_, ys), info = run(init, xs)
-    scanned = lax.scan(step, init, xs)[1]
+    both = lambda h, x: (  # noqa: E731
+        jp.solve_scan(step, h, x, solver=SOLVERS[solver]),
+        lax.scan(step, h, x)[1],
+    )
+    ((_, ys), info), scanned = jax.jit(both, compiler_options=QUICK)(init, xs)
     # 2e-6: sixteen units, as for the sums of the other conformance tests.
     np.testing.assert_allclose(ys, scanned, atol=2e-6 * np.max(scanned))
     assert info.converged and info.fallback_steps == 0

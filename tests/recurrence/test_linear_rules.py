@@ -1,5 +1,7 @@
 """A custom rule that is no derivative runs step by step, with the derivatives of `lax.scan`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
+from tests.recurrence.kit import QUICK
 
 
 def rule(forward, backward):
@@ -52,21 +55,30 @@ OTHER = {
 XS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2)
 
 
-def gradients(f, scan):
-    def loss(w, init, xs):
-        step = lambda h, x: ((f(w * h + x)),) * 2  # noqa: E731
-        return jnp.sum(jnp.square(scan(step, init, xs)[1]))
+EVERY_WAY = (None, jp.shooting(), jp.sequential())
 
-    return jax.jit(jax.grad(loss, (0, 1, 2)))(jnp.float32(1.3), jnp.ones(2), XS)
+
+def in_one_program(run, *args):
+    """`run(scan)(*args)` for `lax.scan` and for some solvers: what is short compiles at once."""
+    ours = [functools.partial(jp.newton_scan, solver=s) for s in EVERY_WAY]
+    every = lambda *args: [run(scan)(*args) for scan in (lax.scan, *ours)]  # noqa: E731
+    return jax.jit(every, compiler_options=QUICK)(*args)
 
 
 @pytest.mark.parametrize("name", LINEAR | OTHER)
 def test_gradients_are_those_of_lax_scan(name):
     f = rule(*(LINEAR | OTHER)[name])
-    wanted = gradients(f, lax.scan)
-    for solver in (None, jp.shooting(), jp.sequential()):
-        scan = lambda *a, s=solver: jp.newton_scan(*a, solver=s)  # noqa: E731
-        for found, right in zip(gradients(f, scan), wanted, strict=True):
+
+    def gradients(scan):
+        def loss(w, init, xs):
+            step = lambda h, x: ((f(w * h + x)),) * 2  # noqa: E731
+            return jnp.sum(jnp.square(scan(step, init, xs)[1]))
+
+        return jax.grad(loss, (0, 1, 2))
+
+    wanted, *each = in_one_program(gradients, jnp.float32(1.3), jnp.ones(2), XS)
+    for gradient in each:
+        for found, right in zip(gradient, wanted, strict=True):
             # Cotangents are summed in float32 in another order.
             np.testing.assert_allclose(found, right, rtol=2e-6, atol=1e-6)
 
@@ -109,13 +121,14 @@ def test_tangents_are_those_of_lax_scan(name):
     f = pushing(*(PUSHES | CLIPS)[name])
     step = lambda h, x: ((f(0.7 * h + x)),) * 2  # noqa: E731
 
-    def slope(scan):
-        return jax.jit(lambda h, t: jax.jvp(lambda h: scan(step, h, XS), (h,), (t,)))
+    def slope(scan, h, t):
+        return jax.jvp(lambda h: scan(step, h, XS), (h,), (t,))
 
     at = jnp.ones(2), jnp.array([1.0, -2.0])
-    found = slope(lambda *a: jp.newton_scan(*a, solver=jp.shooting()))(*at)
+    scans = functools.partial(jp.newton_scan, solver=jp.shooting()), lax.scan
+    both = jax.jit(lambda *at: [slope(scan, *at) for scan in scans], compiler_options=QUICK)
     rtol = 1e-2 if "cast" in name else 2e-6  # eight bits, which lax.scan rounds elsewhere
-    for ours, wanted in zip(found, slope(lax.scan)(*at), strict=True):
+    for ours, wanted in zip(*both(*at), strict=True):
         for a, b in zip(ours, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
     choice = jp.explain_choice(step, at[0], XS, solver=jp.shooting())
@@ -139,9 +152,8 @@ def test_what_a_rule_closes_over_has_no_tangent():
     )
     f = closing()
     step = lambda h, x: (f(h) + x,) * 2  # noqa: E731
-    for solver in (None, jp.shooting(), jp.sequential()):
-        scan = lambda *a, s=solver: jp.newton_scan(*a, solver=s)  # noqa: E731
-        found, wanted = (loss(s, step)(jnp.ones(2)) for s in (scan, lax.scan))
+    wanted, *each = in_one_program(lambda scan: loss(scan, step), jnp.ones(2))
+    for found in each:
         for ours, right in zip(found, wanted, strict=True):
             np.testing.assert_allclose(ours, right, rtol=1e-6)
     assert jp.explain_choice(step, jnp.ones(2), XS, solver=jp.shooting()).solver is not None
@@ -169,8 +181,10 @@ def test_what_cannot_be_pulled_back_is_solved_all_the_same(solver):
     own = rule(jnp.tanh, lambda x, g: g * (1 - jnp.square(jnp.tanh(x))))
     step = lambda h, x: ((own(halved(h) + x)),) * 2  # noqa: E731
     init = jnp.array([0.3, 0.9])
-    found = jp.newton_scan(step, init, XS, solver=solver)
-    np.testing.assert_allclose(found[1], lax.scan(step, init, XS)[1], rtol=1e-6)
+    scans = functools.partial(jp.newton_scan, solver=solver), lax.scan
+    both = jax.jit(lambda h: [scan(step, h, XS) for scan in scans], compiler_options=QUICK)
+    found, wanted = both(init)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-6)
     choice = jp.explain_choice(step, init, XS, solver=solver)
     assert "loop of unknown length" in choice.reason
 
@@ -180,13 +194,14 @@ def test_what_cannot_be_pulled_back_is_solved_all_the_same(solver):
 def test_inputs_that_are_not_differentiated_may_pass_through_anything(solver, own):
     f = rule(jnp.tanh, lambda x, g: g * (1 - jnp.square(jnp.tanh(x)))) if own else jnp.tanh
 
-    def gradient(scan):
+    def gradient(scan, w, init):
         def loss(w, init):
             step = lambda h, x: ((f(w * h + halved(x))),) * 2  # noqa: E731
             return jnp.sum(jnp.square(scan(step, init, XS)[1]))
 
-        return jax.grad(loss, (0, 1))(jnp.float32(1.3), jnp.ones(2))
+        return jax.grad(loss, (0, 1))(w, init)
 
-    found = gradient(lambda *a: jp.newton_scan(*a, solver=solver, derivative="reverse"))
-    for ours, wanted in zip(found, gradient(lax.scan), strict=True):
+    scans = functools.partial(jp.newton_scan, solver=solver, derivative="reverse"), lax.scan
+    both = jax.jit(lambda *args: [gradient(s, *args) for s in scans], compiler_options=QUICK)
+    for ours, wanted in zip(*both(jnp.float32(1.3), jnp.ones(2)), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
+from tests.recurrence.kit import QUICK
 
 F32 = jnp.float32
 SOLVERS = {"auto": jp.auto(), "shooting": jp.shooting(), "fused": jp.fused(implementation="xla")}
@@ -24,7 +25,7 @@ def test_narrow_denominators_add_up_in_float32():
 
     args = 2.0, np.ones(2), np.ones((4096, 2))
     narrow, wide = (
-        jax.jit(jax.grad(loss))(*(jnp.asarray(a, dtype) for a in args))
+        jax.jit(jax.grad(loss), compiler_options=QUICK)(*(jnp.asarray(a, dtype) for a in args))
         for dtype in (jnp.bfloat16, F32)
     )
     np.testing.assert_allclose(np.float32(narrow), wide, rtol=0.03)
@@ -40,23 +41,29 @@ NARROW = {
 }
 
 
+@functools.cache
+def gradients(name, solver):
+    """A program of the step of that name; by `lax.scan` where there is no solver."""
+    f = NARROW[name]
+    scan = functools.partial(jp.newton_scan, solver=SOLVERS[solver]) if solver else lax.scan
+
+    def loss(h, x, p):
+        step = lambda h, x: (f(h, x, p).astype(h.dtype),) * 2  # noqa: E731
+        return jnp.sum(scan(step, h, x)[1].astype(F32))
+
+    return jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("carry", [jnp.bfloat16, jnp.float16, F32])
 @pytest.mark.parametrize("name", NARROW)
 def test_numbers_in_a_narrow_step_are_as_wide_as_what_they_divide(name, carry, solver):
     """Narrow steps are differentiated in float32, while their jaxprs hold narrow literals."""
-    f = NARROW[name]
-
-    def loss(scan, h, x, p):
-        return jnp.sum(scan(lambda h, x: (f(h, x, p).astype(h.dtype),) * 2, h, x)[1].astype(F32))
-
     # Inputs are narrow beside a float32 carry, too.
     narrow = jnp.bfloat16 if carry == F32 else carry
     args = [jnp.ones(5, carry), jnp.full((8, 5), 0.7, narrow), jnp.full(5, 0.5, narrow)]
-    scan = functools.partial(jp.newton_scan, solver=SOLVERS[solver])
-    found = jax.jit(jax.grad(functools.partial(loss, scan), (0, 1, 2)))(*args)
-    wide = [a.astype(F32) for a in args]
-    exact = jax.grad(functools.partial(loss, lax.scan), (0, 1, 2))(*wide)
+    found = gradients(name, solver)(*args)
+    exact = gradients(name, None)(*(a.astype(F32) for a in args))
     for ours, wanted in zip(found, exact, strict=True):
         # The states that the derivatives are taken at are rounded to 8 bits.
         limit = 0.03 * np.abs(wanted).max()
@@ -85,8 +92,11 @@ def test_a_literals_rule_outlives_the_trace_that_made_it(name, within):
         return jnp.sum(jnp.sin(scan(step, h, xs)[1].astype(F32)))
 
     h = jnp.asarray([0.5, 0.7, 0.9])
-    for mode in (jax.grad, lambda f: jax.jvp(jax.grad(f), (h,), (jnp.ones(3),))[1]):
-        found, wanted = (mode(functools.partial(loss, scan)) for scan in (jp.newton_scan, lax.scan))
-        if mode is jax.grad:
-            found, wanted = found(h), wanted(h)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(h):
+        slopes = [jax.grad(functools.partial(loss, scan)) for scan in (jp.newton_scan, lax.scan)]
+        return [(slope(h), jax.jvp(slope, (h,), (jnp.ones(3),))[1]) for slope in slopes]
+
+    for found, wanted in zip(*both(h), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)

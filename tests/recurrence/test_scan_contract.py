@@ -17,10 +17,13 @@ from tests.recurrence.scan_checks import (
     SOLVERS,
     XS,
     assert_is_lax_scan,
+    assert_runs_agree,
     assert_same,
+    by_both,
     ours,
     quick,
     step,
+    values_and_gradients,
 )
 
 # Structure ----------------------------------------------------------------------------
@@ -102,13 +105,11 @@ def becomes_the_input(carry, x):
      becomes_the_input],
 )  # fmt: skip
 def test_carries_may_do_anything(f):
+    init = (H0, 2 * H0)
     for solver in (SHOOTING, jp.newton()):
-        assert_is_lax_scan(f, (H0, 2 * H0), XS, solver=solver)
-        assert jp.explain_choice(f, (H0, 2 * H0), XS, solver=solver).solver is not None
-    loss = lambda scan: jax.grad(  # noqa: E731
-        lambda i, x: sum(jnp.sum(v**2) for v in jax.tree.leaves(scan(f, i, x))), (0, 1)
-    )
-    assert_same(quick(loss(ours))((H0, 2 * H0), XS), quick(loss(lax.scan))((H0, 2 * H0), XS))
+        assert jp.explain_choice(f, init, XS, solver=solver).solver is not None
+    assert_runs_agree(functools.partial(values_and_gradients, f), init, XS)
+    assert_is_lax_scan(f, init, XS, solver=jp.newton())
 
 
 @pytest.mark.parametrize(
@@ -137,11 +138,11 @@ def test_what_a_step_hands_through_may_be_of_any_type():
 
     init = (jnp.asarray(0.5), np.int32(3), H0, jax.random.key(0))
     xs = (XS, np.arange(7), jax.random.split(jax.random.key(1), 7))
-    for reverse in (False, True):
-        assert_is_lax_scan(f, init, xs, reverse=reverse)
+    assert_is_lax_scan(f, init, xs, reverse=True)
     found, info = jp.solve_scan(f, init, xs, solver=SHOOTING)
     assert info.iterations > 0 and info.fallback_steps == 0
     wanted = lax.scan(f, init, xs)
+    assert_same(found, wanted)
     for g, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert isinstance(g, jax.Array) and jax.typeof(g) == jax.typeof(w)
     _, again = jp.solve_scan(f, init, xs, solver=SHOOTING, guess=info.starts)
@@ -167,15 +168,21 @@ def test_integer_and_key_carries_run_ahead_and_stay_exact():
         return (h, count + 1, key), (h, count, now, jax.random.uniform(now))
 
     init = (H0, jnp.int32(3), jax.random.key(0))
-    for reverse in (False, True):
-        assert_is_lax_scan(f, init, XS, reverse=reverse)
-    (_, info) = jp.solve_scan(f, init, XS, solver=SHOOTING)
+    assert_is_lax_scan(f, init, XS, reverse=True)
+
+    def run(scan):
+        def loss(h, xs):
+            out = scan(f, (h, *init[1:]), xs)
+            # Beside its results `solve_scan` returns what it did.
+            (carry, ys), info = out if scan is solve else (out, None)
+            return jnp.sum(ys[0] ** 2), ((carry, ys), info)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+    solve = functools.partial(jp.solve_scan, solver=SHOOTING)
+    ((_, (found, info)), slopes), ((_, (wanted, _)), exact) = by_both(run, solve)(H0, XS)
     assert info.iterations > 0 and info.fallback_steps == 0
-    grads = [
-        jax.grad(lambda h, x, s=s: jnp.sum(s(f, (h, *init[1:]), x)[1][0] ** 2), (0, 1))(H0, XS)
-        for s in (ours, lax.scan)
-    ]
-    assert_same(*grads)
+    assert_same((found, slopes), (wanted, exact))
 
 
 def test_integers_that_depend_on_floats_run_sequentially():
@@ -200,12 +207,12 @@ def test_only_integers_in_the_carry():
 
 def test_scalars_and_weak_types():
     assert_is_lax_scan(lambda h, x: (0.5 * h + x, h), 0.0, XS[:, 0])
-    assert_is_lax_scan(lambda h, x: (0.5 * h, h), 1.0, None, 4)
     assert_is_lax_scan(lambda h, x: (jnp.tanh(h + x), 1.0), jnp.float32(1.0), XS[:, 0])
     assert_is_lax_scan(lambda h, x: (h * x, (2.0, 1, h)), 1, XS[:, 0])
+    half = lambda scan: lambda h: scan(lambda h, x: (0.5 * h, h), h, None, 4)  # noqa: E731
     for solver in (jp.shooting(), jp.newton(), jp.sequential()):
-        found = jp.newton_scan(lambda h, x: (0.5 * h, h), 1.0, None, 4, solver=solver)
-        wanted = lax.scan(lambda h, x: (0.5 * h, h), 1.0, None, 4)
+        found, wanted = by_both(half, functools.partial(ours, solver=solver))(1.0)
+        assert_same(found, wanted)
         weak = [leaf.weak_type for leaf in jax.tree.leaves(found)]
         assert weak == [leaf.weak_type for leaf in jax.tree.leaves(wanted)] == [True, True]
 
@@ -238,18 +245,23 @@ def test_eight_bits_are_enough_for_a_carry(dtype, solver):
 
 def test_float64():
     with jax.enable_x64(True):
-        assert_is_lax_scan(step, H0.astype(np.float64), XS.astype(np.float64), tol=1e-14)
-        _, info = jp.solve_scan(step, H0.astype(np.float64), XS.astype(np.float64), solver=SHOOTING)
+        solve = functools.partial(jp.solve_scan, solver=SHOOTING)
+        both = by_both(lambda scan: functools.partial(scan, step), solve)
+        (found, info), wanted = both(H0.astype(np.float64), XS.astype(np.float64))
+        assert wanted[0].dtype == np.float64
+        assert_same(found, wanted, 1e-14)
         assert info.iterations > 0 and info.fallback_steps == 0
+
+
+@quick
+def scaled(scale):
+    f = lambda h, x: (scale * jnp.tanh(0.8 * h / scale + x), h / scale)  # noqa: E731
+    return jp.solve_scan(f, scale * H0, XS, solver=SHOOTING), lax.scan(f, scale * H0, XS)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_states_of_any_size(scale):
-    def f(h, x):
-        return scale * jnp.tanh(0.8 * h / scale + x), h / scale
-
-    wanted = lax.scan(f, scale * H0, XS)
-    found, info = jp.solve_scan(f, scale * H0, XS, solver=SHOOTING)
+    (found, info), wanted = scaled(np.float32(scale))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         # What may be left of a correction: 80 units, which are 1e-5.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.max(np.abs(b)))
@@ -283,30 +295,35 @@ def test_linear_counters_and_exploding_linear_cells():
             carry, ys = scan(lambda h, x: (gain * h + x, h), h, xs)
             return jnp.sum(carry), ys
 
-        return quick(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)
 
-    mine, theirs = run(ours), run(lax.scan)
+    both = by_both(run)
     for gain in (3.0, -5.0):
-        found, wanted = mine(gain, H0), theirs(gain, H0)
+        found, wanted = both(gain, H0)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def spiked(h, inputs):
+    spike, x = inputs
+    h = jnp.tanh(0.9 * h + x) + spike
+    return h, h
+
+
+@functools.cache
+def spiked_by_both(solver):
+    run = lambda scan: functools.partial(scan, spiked)  # noqa: E731
+    return by_both(run, functools.partial(ours, solver=SOLVERS[solver]))
 
 
 @pytest.mark.parametrize("solver", ["shooting", "newton"])
 @pytest.mark.parametrize("size", [1e4, 1e8])
 def test_a_large_state_does_not_excuse_errors_in_the_small_ones_after_it(solver, size):
-    def f(h, inputs):
-        spike, x = inputs
-        h = jnp.tanh(0.9 * h + x) + spike
-        return h, h
-
     rng = np.random.default_rng(0)
     spikes = np.zeros((64, 1), np.float32)
     spikes[29] = size
     xs = (spikes, rng.standard_normal((64, 2)).astype(np.float32))
-    assert_is_lax_scan(
-        f, np.float32([size, -size]), xs, solver=jp.newton() if solver == "newton" else SHOOTING
-    )
+    assert_same(*spiked_by_both(solver)(np.float32([size, -size]), xs))
 
 
 # Errors -------------------------------------------------------------------------------

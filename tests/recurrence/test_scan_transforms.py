@@ -15,6 +15,7 @@ from tests.recurrence.scan_checks import (
     SOLVERS,
     XS,
     assert_is_lax_scan,
+    assert_runs_agree,
     assert_same,
     ours,
     quick,
@@ -45,9 +46,9 @@ def test_gradients_reach_what_the_step_closes_over():
             rows = jax.vmap(lambda w: loss(w, scan))(jnp.stack([w, 2 * w]))
             return jax.grad(loss)(w, scan), rows, jax.hessian(loss)(w, scan), along
 
-        return quick(run)(w)
+        return run
 
-    assert_same(every(ours), every(lax.scan), 1e-5)
+    assert_runs_agree(every, w, tolerance=1e-5)
 
 
 def test_closing_over_integer_arrays_and_tables():
@@ -70,21 +71,20 @@ def test_a_scan_in_a_scan():
 
     xs = np.stack([XS, -XS, 0.5 * XS])
     loss = lambda scan: lambda h, x: jnp.sum(outer(scan)(h, x)[1])  # noqa: E731
-    found, wanted = (
-        quick(jax.value_and_grad(loss(scan), (0, 1)))(H0, xs) for scan in (ours, lax.scan)
-    )
-    assert_same(found, wanted)
+    assert_runs_agree(lambda scan: jax.value_and_grad(loss(scan), (0, 1)), H0, xs)
 
 
 def test_nested_vmap_and_an_unmapped_init():
-    run = lambda h, x: jp.newton_scan(step, h, x, solver=SHOOTING)  # noqa: E731
-    theirs = lambda h, x: lax.scan(step, h, x)  # noqa: E731
     xs = np.stack([np.stack([XS, -XS]), np.stack([0.1 * XS, 2 * XS]), np.stack([XS, XS])])
     for axes in ((None, 0), (0, None)):
-        twice = lambda f, a=axes: jax.vmap(jax.vmap(f, in_axes=a), in_axes=(None, 0))  # noqa: E731
+
+        def twice(scan, axes=axes):
+            run = functools.partial(scan, step)
+            return jax.vmap(jax.vmap(run, in_axes=axes), in_axes=(None, 0))
+
         h = H0 if axes[0] is None else np.stack([H0, 2 * H0])
         x = xs if axes[0] is None else xs[:, 0]
-        assert_same(twice(run)(h, x), twice(theirs)(h, x))
+        assert_runs_agree(twice, h, x)
 
 
 def test_gradients_with_respect_to_one_thing_only():
@@ -93,10 +93,10 @@ def test_gradients_with_respect_to_one_thing_only():
             scan(lambda h, x: (jnp.tanh(w * h + x), w * h), h, x)[1] ** 2
         )
 
-    w = jnp.float32(0.6)
-    for which in range(3):
-        found = quick(jax.grad(loss(ours), which))(w, H0, XS)
-        assert_same(found, jax.grad(loss(lax.scan), which)(w, H0, XS))
+    def each(scan):
+        return lambda *args: [jax.grad(loss(scan), which)(*args) for which in range(3)]
+
+    assert_runs_agree(each, jnp.float32(0.6), H0, XS)
 
 
 @pytest.mark.parametrize("solver", [jp.shooting(), jp.newton()])
@@ -112,16 +112,16 @@ def test_gradients_with_respect_to_inputs_that_enter_one_leaf_alone(solver):
     def loss(scan):
         return lambda xs: jnp.sum(scan(step, init, xs)[1] ** 2)
 
-    found = jax.grad(loss(functools.partial(jp.newton_scan, solver=solver)))(xs)
-    wanted = jax.grad(loss(lax.scan))(xs)
+    ours = functools.partial(jp.newton_scan, solver=solver)
+    found, wanted = quick(lambda xs: [jax.grad(loss(scan))(xs) for scan in (ours, lax.scan)])(xs)
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.max(np.abs(wanted)))
 
 
 def test_checkpoint_policies():
     policy = jax.checkpoint_policies.nothing_saveable
-    run = lambda h: jnp.sum(jp.newton_scan(step, h, XS, solver=SHOOTING)[1])  # noqa: E731
-    found = jax.grad(jax.checkpoint(run, policy=policy))(H0)
-    assert_same(found, jax.grad(lambda h: jnp.sum(lax.scan(step, h, XS)[1]))(H0))
+    loss = lambda scan: lambda h: jnp.sum(scan(step, h, XS)[1])  # noqa: E731
+    found = quick(jax.grad(jax.checkpoint(loss(ours), policy=policy)))(H0)
+    assert_same(found, quick(jax.grad(loss(lax.scan)))(H0))
 
 
 def test_disable_jit_runs_the_plain_loop():
@@ -146,9 +146,9 @@ def test_strict_promotion_finds_nothing_to_promote(solver):
     # A cell of its own: what has been traced before is not traced again.
     f = lambda h, x: (jnp.sin(0.5 * h + x),) * 2  # noqa: E731
     init = jnp.full_like(XS[0], 0.3)
+    slope = lambda scan: jax.grad(lambda h: jnp.sum(scan(f, h, XS)[1]))  # noqa: E731
     with jax.numpy_dtype_promotion("strict"):
-        found = jax.grad(lambda h: jnp.sum(jp.newton_scan(f, h, XS, solver=own)[1]))(init)
-    assert_same(found, jax.grad(lambda h: jnp.sum(lax.scan(f, h, XS)[1]))(init))
+        assert_runs_agree(slope, init, scan=functools.partial(ours, solver=own))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -157,7 +157,7 @@ def test_no_tracer_outlives_its_trace(solver):
     f = lambda h, x: (jnp.cos(0.5 * h + x),) * 2  # noqa: E731
     init = jnp.full_like(XS[0], 0.3)
     with jax.checking_leaks():
-        found = jax.jit(lambda h: jp.newton_scan(f, h, XS, solver=own))(init)
+        found = quick(lambda h: jp.newton_scan(f, h, XS, solver=own))(init)
     assert_same(found, lax.scan(f, init, XS))
 
 
@@ -194,12 +194,11 @@ def test_a_custom_vjp_in_the_step_is_respected(solver):
     def run(scan):
         return lambda h, x: jnp.sum(scan(f, h, x)[1])
 
-    mine, theirs = run(functools.partial(ours, solver=SOLVERS[solver])), run(lax.scan)
-    both = lambda f: quick(jax.value_and_grad(f, (0, 1)))(H0, XS)  # noqa: E731
-    assert_same(both(mine), both(theirs))
-    for scan in (mine, theirs):
+    mine = functools.partial(ours, solver=SOLVERS[solver])
+    assert_runs_agree(lambda scan: jax.value_and_grad(run(scan), (0, 1)), H0, XS, scan=mine)
+    for scan in (mine, lax.scan):
         with pytest.raises(TypeError, match="can't apply forward-mode"):
-            jax.jvp(scan, (H0, XS), (H0, XS))
+            jax.jvp(run(scan), (H0, XS), (H0, XS))
 
 
 def test_a_second_eager_call_compiles_nothing():
@@ -251,18 +250,15 @@ def test_data_sharded_over_a_mesh_axis():
         lax.scan(lambda h, x: (jnp.tanh(w * h + x), h * w), h, x)[1] ** 2
     )
     w = jnp.array([0.6, 0.4])
+    wanted = quick(jax.value_and_grad(whole, (0, 1, 2)))(w, h, x)
     for solver in SOLVERS.values():
         for derivative in (None, "reverse"):
             scan = functools.partial(jp.newton_scan, solver=solver, derivative=derivative)
             run = jax.shard_map(
                 loss(scan), mesh=mesh, in_specs=(P(), P("data"), P(None, "data")), out_specs=P()
             )
-            found = jax.jit(jax.value_and_grad(run, (0, 1, 2)))(w, h, x)
-            for a, b in zip(
-                jax.tree.leaves(found),
-                jax.tree.leaves(jax.value_and_grad(whole, (0, 1, 2))(w, h, x)),
-                strict=True,
-            ):
+            found = quick(jax.value_and_grad(run, (0, 1, 2)))(w, h, x)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
@@ -293,11 +289,15 @@ def test_leaves_may_vary_over_different_mesh_axes(name, derivative):
             P = jax.sharding.PartitionSpec
             specs = {"in_specs": (P("data"), P()), "out_specs": P(None, "data")}
             local = jax.shard_map(local, mesh=mesh, **specs)
-        return jax.jit(jax.grad(lambda h, xs: jnp.sum(local(h, xs)), (0, 1)))(h, xs)
+        return jax.grad(lambda h, xs: jnp.sum(local(h, xs)), (0, 1))(h, xs)
 
-    wanted = gradients(lax.scan, in_mesh=False)
-    for scan in (lax.scan, ours):
-        for a, b in zip(gradients(scan, in_mesh=True), wanted, strict=True):
+    @quick
+    def every(h, xs):
+        return gradients(lax.scan, False), gradients(lax.scan, True), gradients(ours, True)
+
+    wanted, *others = every(h, xs)
+    for found in others:
+        for a, b in zip(found, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
@@ -330,7 +330,7 @@ def test_second_order_through_a_step_that_branches(f, name):
         along = jnp.linspace(0.5, 1.5, 10)
         slope = lambda h: jnp.vdot(jax.grad(loss)(h), along)  # noqa: E731
         pushed = lambda h: jax.jvp(loss, (h,), (along,))[1]  # noqa: E731
-        return jax.jit(
+        return quick(
             lambda h: (
                 jax.grad(slope)(h),
                 jax.grad(pushed)(h),
@@ -348,10 +348,10 @@ def test_second_order_through_a_step_that_branches(f, name):
 def test_the_gradient_of_a_tangent_through_a_step_that_branches():
     def pushed(scan):
         loss = lambda h: jnp.sum(scan(by_cond, h, jnp.linspace(-1, 1, 3))[0] ** 2)  # noqa: E731
-        return jax.grad(lambda h: jax.jvp(loss, (h,), (jnp.ones(10),))[1])(0.3 * jnp.ones(10))
+        return jax.grad(lambda h: jax.jvp(loss, (h,), (jnp.ones(10),))[1])
 
-    found = jax.jit(lambda: pushed(functools.partial(jp.newton_scan, solver=jp.newton())))()
-    np.testing.assert_allclose(found, pushed(lax.scan), rtol=2e-5, atol=2e-5)
+    newton = functools.partial(jp.newton_scan, solver=jp.newton())
+    assert_runs_agree(pushed, 0.3 * jnp.ones(10), scan=newton, tolerance=2e-5)
 
 
 @pytest.mark.slow
@@ -361,7 +361,7 @@ def test_a_loop_of_unknown_length_has_tangents_as_in_lax_scan():
     def pushed(scan):
         loss = lambda h: jnp.sum(scan(by_a_loop_of_unknown_length, h, xs)[0] ** 2)  # noqa: E731
         first = lambda h: jax.jvp(loss, (h,), (jnp.ones(10),))[1]  # noqa: E731
-        return jax.jit(lambda h: (first(h), jax.jvp(first, (h,), (h,))[1]))(h)
+        return quick(lambda h: (first(h), jax.jvp(first, (h,), (h,))[1]))(h)
 
     found = pushed(functools.partial(jp.newton_scan, solver=jp.newton()))
     for a, b in zip(found, pushed(lax.scan), strict=True):
@@ -383,7 +383,7 @@ def test_leaves_of_two_types_that_see_each_other_are_differentiated(solver, deri
             ys = scan(f, (h, jnp.zeros(2, narrow)), x)[1]
             return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in ys)
 
-        return quick(jax.grad(value, (0, 1)))(H0, XS)
+        return jax.grad(value, (0, 1))
 
     run = functools.partial(ours, solver=SOLVERS[solver], derivative=derivative)
-    assert_same(loss(run), loss(lax.scan), 4 * float(jnp.finfo(narrow).eps))
+    assert_runs_agree(loss, H0, XS, scan=run, tolerance=4 * float(jnp.finfo(narrow).eps))

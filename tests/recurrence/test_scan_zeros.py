@@ -13,6 +13,7 @@ from jax import lax
 
 import jaxpara as jp
 from jaxpara.recurrence.structure.tangent_flow import flow
+from tests.recurrence import kit
 
 SOLVERS = {
     "shooting": jp.shooting(),
@@ -79,6 +80,10 @@ def with_scan(f, scan, used):
     return run
 
 
+def quick(function):
+    return jax.jit(function, compiler_options=kit.QUICK)
+
+
 def same(found, wanted):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
@@ -92,13 +97,13 @@ def test_the_gradient_of_an_unread_root_is_that_of_the_leaf_beside_it(name, mode
         step = lambda c, _: ([c[0] * 0.9, jnp.sqrt(c[0] * 0.0)], None)  # noqa: E731
         return scan(step, [x, x], None, 5)[0][0]
 
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(1.0), 0.9**5, rtol=1e-6)
+    np.testing.assert_allclose(quick(jax.grad(loss))(1.0), 0.9**5, rtol=1e-6)
 
 
 def gradients(f, scan):
     """Of the first leaf alone, and of the first two."""
     every = [jax.grad(with_scan(f, scan, used), (0, 1, 2)) for used in ((0,), (0, 1))]
-    return jax.jit(lambda *args: [gradient(*args) for gradient in every])(0.7, 0.3, 1.0)
+    return quick(lambda *args: [gradient(*args) for gradient in every])(0.7, 0.3, 1.0)
 
 
 @functools.cache
@@ -115,24 +120,30 @@ def test_gradients_are_finite_where_those_of_lax_scan_are(f, name, mode):
     assert np.isfinite(wanted[0][0])
 
 
+def tangents(f, scan):
+    xs, n = jnp.linspace(0.5, 1.0, 5), 3 if f is unread_chain else 2
+
+    def run(at):
+        every = jax.jvp(lambda *a: scan(f, [a[0], a[1], 0.2][:n], xs * a[2]), at, (1.0,) * 3)[1]
+        # A symbolic zero: the second leaf has no tangent of its own.
+        one = jax.jvp(lambda a: scan(f, [a, 0.3, 0.2][:n], xs), at[:1], (1.0,))[1]
+        return every, one
+
+    return quick(run)((0.7, 0.3, 1.0))
+
+
+@functools.cache
+def tangents_of_lax_scan(f):
+    return tangents(f, lax.scan)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("f", STEPS)
 @pytest.mark.parametrize("name", ["shooting", "associative", "sequential"])
 def test_tangents_are_finite_where_those_of_lax_scan_are(f, name):
     scan = functools.partial(jp.newton_scan, solver=SOLVERS[name])
 
-    xs, n = jnp.linspace(0.5, 1.0, 5), 3 if f is unread_chain else 2
-
-    def pushed(s):
-        def run(at):
-            every = jax.jvp(lambda *a: s(f, [a[0], a[1], 0.2][:n], xs * a[2]), at, (1.0,) * 3)[1]
-            # A symbolic zero: the second leaf has no tangent of its own.
-            one = jax.jvp(lambda a: s(f, [a, 0.3, 0.2][:n], xs), at[:1], (1.0,))[1]
-            return every, one
-
-        return jax.jit(run)((0.7, 0.3, 1.0))
-
-    same(pushed(scan), pushed(lax.scan))
+    same(tangents(f, scan), tangents_of_lax_scan(f))
 
 
 @pytest.mark.slow
@@ -140,7 +151,7 @@ def test_tangents_are_finite_where_those_of_lax_scan_are(f, name):
 def test_hessians_are_finite_where_those_of_lax_scan_are(name, steps):
     scan = functools.partial(jp.newton_scan, solver=SOLVERS[name])
     for f in steps:
-        second = lambda s, f=f: jax.jit(jax.hessian(with_scan(f, s, (0,)), (0, 2)))  # noqa: E731
+        second = lambda s, f=f: quick(jax.hessian(with_scan(f, s, (0,)), (0, 2)))  # noqa: E731
         same(second(scan)(0.7, 0.3, 1.0), second(lax.scan)(0.7, 0.3, 1.0))
 
 
@@ -183,17 +194,28 @@ def in_turn(scan):
     return first, other, again
 
 
+@functools.cache
+def in_turn_by_lax_scan():
+    return in_turn(lax.scan)
+
+
 @pytest.mark.parametrize("name", ["shooting", "newton", "fused"])
 @pytest.mark.parametrize("derivative", [None, "reverse"])
 def test_one_program_is_differentiated_by_its_arguments_in_turn(name, derivative):
     scan = functools.partial(jp.newton_scan, solver=SOLVERS[name], derivative=derivative)
-    for a, b in zip(*map(jax.tree.leaves, (in_turn(scan), in_turn(lax.scan))), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (in_turn(scan), in_turn_by_lax_scan())), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
-@pytest.mark.parametrize("solver", [jp.fused(implementation="xla"), jp.newton(linear="kernel")])
-@pytest.mark.parametrize("derivative", [None, "reverse"])
+# Both solvers have every shape and both rules, and every shape both rules.
+EMPTY = [
+    (solver, shape, (None, "reverse")[(s + k) % 2])
+    for s, solver in enumerate([jp.fused(implementation="xla"), jp.newton(linear="kernel")])
+    for k, shape in enumerate([(0,), (0, 3), (3, 0)])
+]
+
+
+@pytest.mark.parametrize(("solver", "shape", "derivative"), EMPTY)
 def test_leaves_without_elements_have_gradients(shape, solver, derivative):
     step = lambda c, x: ((jnp.tanh(c[0] * 0.5 + x), c[1] * 2.0), c[0])  # noqa: E731
     init, xs = (jnp.ones(3), jnp.zeros(shape)), jnp.ones((7, 3))
@@ -203,7 +225,7 @@ def test_leaves_without_elements_have_gradients(shape, solver, derivative):
         return jnp.sum(ys) + jnp.sum(empty)
 
     scan = functools.partial(jp.newton_scan, solver=solver, derivative=derivative)
-    found = jax.grad(functools.partial(loss, scan))(init)
-    exact = jax.grad(functools.partial(loss, jax.lax.scan))(init)
+    gradient = lambda scan: jax.grad(functools.partial(loss, scan))(init)  # noqa: E731
+    found, exact = quick(lambda: (gradient(scan), gradient(lax.scan)))()
     np.testing.assert_allclose(found[0], exact[0], rtol=1e-6)
     assert found[1].shape == shape

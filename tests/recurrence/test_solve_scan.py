@@ -101,6 +101,10 @@ def test_what_rounding_keeps_open_is_not_walked_and_costs_no_accuracy():
     assert max(errors) < 3 * errors[0] and max(errors) < 1e-6, errors
 
 
+def by_row(scan):
+    return jax.jit(jax.vmap(scan), compiler_options=QUICK)
+
+
 def test_each_row_of_a_vmap_iterates_and_falls_back_by_itself():
     """Mild, very hard, and with a NaN: the rows do not disturb one another."""
 
@@ -113,10 +117,10 @@ def test_each_row_of_a_vmap_iterates_and_falls_back_by_itself():
     x = np.zeros((3, TIME), np.float32)
     x[2, 17] = np.nan
     init = np.array([0.4, 0.3, 0.2], np.float32)
+    wanted = by_row(lambda i, g, x: lax.scan(step, i, (g, x)))(init, gain, x)
     for solver in (SHOOTING, jp.newton(max_iters=8), jp.jacobi(max_iters=TIME)):
         run = lambda i, g, x, s=solver: jp.solve_scan(step, i, (g, x), solver=s)  # noqa: E731
-        out, info = jax.jit(jax.vmap(run))(init, gain, x)
-        wanted = jax.jit(jax.vmap(lambda i, g, x: lax.scan(step, i, (g, x))))(init, gain, x)
+        out, info = by_row(run)(init, gain, x)
         np.testing.assert_array_equal(np.isnan(out[1]), np.isnan(wanted[1]))
         np.testing.assert_array_equal(np.isnan(out[1][2]), np.arange(TIME) >= 17)
         # These rows decay from 1 to 1e-5: 1e-6 of where they began.
@@ -133,12 +137,17 @@ def test_each_row_of_a_vmap_iterates_and_falls_back_by_itself():
         np.testing.assert_allclose(hs[1:], 3.9 * hs[:-1] * (1 - hs[:-1]), rtol=2e-6, atol=1e-6)
 
 
+@functools.cache
+def stepwise():
+    return jax.jit(lambda p, i, x: lax.scan(gru(p), i, x), compiler_options=QUICK)
+
+
 @pytest.mark.parametrize("solver", PARALLEL)
 def test_a_nan_spreads_as_in_lax_scan(solver):
     params, init, xs = draw()
     xs = xs.copy()
     xs[23, 0, 1] = np.nan
-    wanted = jax.jit(lambda p, i, x: lax.scan(gru(p), i, x))(params, init, xs)
+    wanted = stepwise()(params, init, xs)
     out, info = compiled(solver)(params, init, xs)
     assert not info.converged and 0 < info.fallback_steps < TIME
     for f, w in zip(jax.tree.leaves(out), jax.tree.leaves(wanted), strict=True):
@@ -183,9 +192,14 @@ def test_restarts_a_row():
     init, rows = np.stack([init, -init]), np.stack([xs, 2 * xs], axis=2)
     reset = np.zeros((TIME, 2), bool)
     reset[9, 0] = reset[30, 1] = True
-    run = lambda scan: scan(jp.with_reset(gru(params), init), init, (reset, rows))  # noqa: E731
-    found = jax.jit(lambda: run(functools.partial(jp.newton_scan, solver=SHOOTING)))()
-    assert_close(found, jax.tree.map(np.asarray, run(lax.scan)))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(params, init, rows):
+        f = jp.with_reset(gru(params), init)
+        scans = functools.partial(jp.newton_scan, solver=SHOOTING), lax.scan
+        return [scan(f, init, (reset, rows)) for scan in scans]
+
+    assert_close(*jax.tree.map(np.asarray, both(params, init, rows)))
 
 
 def test_resets_that_are_no_flags_are_refused():
@@ -234,8 +248,11 @@ def test_a_wrong_structure_is_caught_by_debug():
 
 
 def check_cell(f, init, xs):
-    wanted = jax.jit(lambda: lax.scan(f, init, xs))()
-    found, info = jax.jit(lambda: jp.solve_scan(f, init, xs, solver=SHOOTING))()
+    both = lambda init, xs: (  # noqa: E731
+        jp.solve_scan(f, init, xs, solver=SHOOTING),
+        lax.scan(f, init, xs),
+    )
+    (found, info), wanted = jax.jit(both, compiler_options=QUICK)(init, xs)
     assert info.iterations > 0 and info.fallback_steps == 0
     assert_close(found, jax.tree.map(np.asarray, wanted))
 

@@ -4,6 +4,8 @@ Processors flush what is smaller to 0. A gap or a product that was flushed would
 what it grows to would be certified.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from jax import lax
 
 import jaxpara as jp
-from tests.recurrence.kit import faded, sharp
+from tests.recurrence.kit import QUICK, faded, sharp
 
 SOLVERS = {
     "shooting": jp.shooting(),
@@ -25,19 +27,23 @@ def states_of(step):
     return lambda h, x: (step(h, x),) * 2
 
 
-@pytest.mark.parametrize("hold", [1, 2])
-@pytest.mark.parametrize("name", ["short chunks", "newton", "chunked"])
-def test_a_gap_that_would_be_flushed_counts_when_it_grows(name, hold):
-    init, a, w, last = faded(256, seed=hold, hold=hold)
+@functools.cache
+def sharp_by_both(name):
+    """One program for every draw."""
 
-    @jax.jit
-    @jax.vmap
     def both(init, a, w):  # a solve for each lane: none waits for another
         run = lambda scan: scan(states_of(sharp), init, [a, w])  # noqa: E731
         solve = lambda *args: jp.solve_scan(*args, solver=SOLVERS[name])  # noqa: E731
         return run(solve), run(lax.scan)[1]
 
-    ((_, ys), info), wanted = both(init, a.T, w.T)
+    return jax.jit(jax.vmap(both), compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("hold", [1, 2])
+@pytest.mark.parametrize("name", ["short chunks", "newton", "chunked"])
+def test_a_gap_that_would_be_flushed_counts_when_it_grows(name, hold):
+    init, a, w, last = faded(256, seed=hold, hold=hold)
+    ((_, ys), info), wanted = sharp_by_both(name)(init, a.T, w.T)
     found, lost = (np.abs(np.float64(v[:, -1]) / last - 1) for v in (ys, wanted))
     assert np.all(found <= 2e-4 + 4 * lost)  # the sharp step amplifies each rounding
     assert np.mean(info.converged) > 0.5
@@ -56,7 +62,8 @@ def test_drift_shows_through_a_product_that_would_vanish(chunks, affine):
         return x[0] * (h + x[1] * (1.0 if affine else jnp.tanh(h)))
 
     init, xs = jnp.float32(1000), (jnp.asarray(factors), jnp.asarray(shift))
-    (last, _), info = jp.solve_scan(states_of(step), init, xs, solver=jp.shooting(chunks=chunks))
+    solve = functools.partial(jp.solve_scan, states_of(step), solver=jp.shooting(chunks=chunks))
+    (last, _), info = jax.jit(solve, compiler_options=QUICK)(init, xs)
     np.testing.assert_allclose(last, 1000 * (1 + count * drift), rtol=2e-5)
     assert info.fallback_steps > 0  # nothing that vanishes proves
 
@@ -70,22 +77,33 @@ def test_a_guess_near_another_solution_is_left(linear):
         h = x[0] * (h + x[1] * jnp.tanh(h))
         return h, h
 
-    init = jnp.float32(1000)
-    without = lax.scan(step, init, (factors, 0 * shift))[1]
-    guess = jnp.concatenate([init[None], without[:-1]])
-    solver = jp.newton(linear=linear)
-    found, info = jp.solve_scan(step, init, (factors, shift), solver=solver, guess=guess)
-    np.testing.assert_allclose(found[1], lax.scan(step, init, (factors, shift))[1], rtol=1e-6)
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(init, factors, shift):
+        without = lax.scan(step, init, (factors, 0 * shift))[1]
+        guess = jnp.concatenate([init[None], without[:-1]])
+        solve = functools.partial(jp.solve_scan, solver=jp.newton(linear=linear), guess=guess)
+        return [scan(step, init, (factors, shift)) for scan in (solve, lax.scan)]
+
+    (found, info), wanted = both(jnp.float32(1000), factors, shift)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-6)
     assert info.converged
+
+
+@functools.cache
+def fading(name):
+    def both(rate, xs):
+        step = states_of(lambda h, x: jnp.tanh(rate * h + x))
+        solve = functools.partial(jp.solve_scan, solver=SOLVERS[name])
+        return [scan(step, jnp.float32(1), xs) for scan in (solve, lax.scan)]
+
+    return jax.jit(both, compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("name", ["shooting", "newton"])
 def test_a_state_that_fades_is_not_walked(name, rate):
     xs = jnp.where(jnp.arange(6000) < 50, jnp.sin(jnp.arange(6000.0)), 0)
-    step = states_of(lambda h, x: jnp.tanh(rate * h + x))
-    (_, ys), info = jp.solve_scan(step, jnp.float32(1), xs, solver=SOLVERS[name])
-    wanted = lax.scan(step, jnp.float32(1), xs)[1]
+    ((_, ys), info), (_, wanted) = fading(name)(rate, xs)
     assert info.fallback_steps == 0 and np.any((np.abs(ys) < 1e-20) & (ys != 0))
     # Down to the least normal number; the rest is rounding of the fading itself.
     np.testing.assert_allclose(ys, wanted, rtol=1e-4, atol=5e-38)
