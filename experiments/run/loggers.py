@@ -5,7 +5,7 @@
 writes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +167,28 @@ def open_all(opens: Sequence[Open], place: Place) -> list[Logger]:
     Returns:
       Loggers; none on other processes.
     """
-    return [open_(place) for open_ in opens] if jax.process_index() == 0 else []
+    found: list[Logger] = []
+    try:
+        for open_ in opens if jax.process_index() == 0 else ():
+            found.append(open_(place))
+    except BaseException:
+        close_all(found)
+        raise
+    return found
+
+
+def close_all(used: Iterable[Any]) -> None:
+    """Closes what a run has used; one that cannot be closed hides no result and no other error.
+
+    Args:
+      used: loggers and batches; what has no `close` needs none.
+    """
+    for one in used:
+        try:
+            getattr(one, "close", lambda: None)()
+        except Exception as error:
+            said = str(error) or type(error).__name__
+            print(f"{type(one).__module__} could not be closed, its last lines may be lost: {said}")
 
 
 def write_all(loggers: Sequence[Logger], step: int, values: Mapping[str, float | None]) -> None:

@@ -225,10 +225,11 @@ def _ending(
             f"  {checkpoints.resume_command(folder)}"
         ) from error
     finally:
-        for one in used:
-            getattr(one, "close", lambda: None)()  # batches without prefetching have none
+        loggers.close_all(used)
         summary["seconds"] = seconds()
-        _close(folder, summary)
+        written = _close(folder, summary)
+    if not written:
+        raise folders.RunError(f"{folder} has no {folders.SUMMARY} of this run, see above")
 
 
 def _restored(
@@ -283,21 +284,26 @@ def _cut_tables(task: Task, folder: Path, begin: int) -> None:
         cut_table(folder / f"{name}.csv", last=begin or -1)
 
 
-def _close(folder: Path, summary: dict[str, Any]) -> None:
-    """Writes the result and the figures; neither may hide an earlier error, nor the result."""
+def _close(folder: Path, summary: dict[str, Any]) -> bool:
+    """Writes the result and the figures; neither may hide an earlier error, nor the result.
+
+    Returns:
+      Whether the result is written.
+    """
     if jax.process_index() != 0:
-        return
+        return True
     try:
         claim.check_ours(folder)
         folders.close_run(folder, summary)
     except (OSError, folders.RunError) as error:
         print(f"the summary and the figures of {folder} could not be written: {error}")
-        return
+        return False
     try:
         figures.draw_run(folder)
     except Exception as error:  # the numbers are there, and can be drawn again
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(f"the figures of {folder} could not be drawn ({told[:200]})")
+    return True
 
 
 def _profiled(

@@ -120,7 +120,7 @@ def _is_unread() -> bool:
     polled = select.poll()
     try:
         polled.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # it is no file
+    except (AttributeError, OSError, ValueError):  # it is no file, or closed
         return False
     return any(event & select.POLLERR for _, event in polled.poll(0))
 

@@ -1,12 +1,12 @@
 """What became of the jobs of a sweep: each leaves a note, which whoever started them reads.
 
 Jobs may run in processes of their own, and two sweeps in one folder at the same time: the notes of
-each start are in a folder of their own, `SWEEP/.jobs/START`.
+each start are in a folder of their own, `SWEEP/.jobs/START`. SWEEP is the folder as the command
+line gives it; the jobs' own may differ, if it refers to what varies.
 """
 
 import contextlib
 import os
-import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.run import claim, folders, litter, record_fields
 from experiments.run.tables import show
@@ -33,6 +33,7 @@ class Job(NamedTuple):
     Attributes:
       number: in the sweep.
       folder: of its run.
+      sweep: the folder of the sweep by the job's own settings.
       overrides: as Hydra was given them.
       status: "finished", "finished before", "interrupted", "failed", "refused" before it began,
         "in use" by another process, or "no ending" if it was killed or is still running.
@@ -42,35 +43,49 @@ class Job(NamedTuple):
 
     number: int
     folder: Path
+    sweep: Path
     overrides: list[str]
     status: str
     new: bool
     error: str | None
 
 
-def place() -> Path:
-    """The folder of the sweep that this job or process belongs to."""
+def sweep_of_this_job() -> Path:
+    """The folder of the sweep, by the settings of this job."""
     known = HydraConfig.get()
     return Path(os.path.abspath(Path(known.runtime.cwd) / known.sweep.dir))
 
 
+def place() -> Path:
+    """The folder of the sweep, by the command line."""
+    return _notes().parent.parent
+
+
 def _notes() -> Path:
-    return place() / NOTES / str(HydraConfig.get().callbacks.sweep.start)
+    given = HydraConfig.get().callbacks.get("sweep")
+    if not given or not given.get("notes"):
+        raise folders.RunError("hydra.callbacks.sweep must stay: by it jobs note how they end")
+    return Path(given.notes)
 
 
-def check() -> None:
-    """Refuses a place for the notes that is not ours, before the first job.
+def begin(config: DictConfig) -> None:
+    """Draws a folder for the notes of a start of a sweep, which all of its jobs are told.
+
+    Args:
+      config: of the sweep.
 
     Raises:
-      RunError: says what to type.
+      RunError: that folder was given, or something is in its place.
     """
-    start = str(HydraConfig.get().callbacks.sweep.start)
-    if re.fullmatch(r"[0-9a-f]{12}", start) is None:
+    global _sweep
+    _sweep = os.path.abspath(config.hydra.sweep.dir)
+    OmegaConf.get_cache(config).pop(RESOLVER, None)  # Hydra has resolved it to make the callback
+    given = OmegaConf.select(config, "hydra.callbacks.sweep.notes")
+    if given != _drawn:
         raise folders.RunError(
-            f"hydra.callbacks.sweep.start={start} names this start of the sweep and is drawn for "
-            "each:\nleave it out"
+            f"hydra.callbacks.sweep.notes={given} is drawn for each start of a sweep:\nleave it out"
         )
-    if (notes := place() / NOTES).exists() and not notes.is_dir():
+    if (notes := Path(_sweep) / NOTES).exists() and not notes.is_dir():
         raise folders.RunError(
             f"{notes} is in the way, a sweep notes there what becomes of its jobs:\n"
             "take it away, or give another hydra.sweep.dir"
@@ -90,7 +105,8 @@ def note(folder: Path, status: str | None, *, new: bool, error: str | None = Non
     path = _notes() / f"{known.job.num}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"number": known.job.num, "overrides": list(known.overrides.task), "error": error}
-    folders.write_json(path, {**about, "status": status, "new": new, "folder": str(folder)})
+    places = {"folder": str(folder), "sweep": str(sweep_of_this_job())}
+    folders.write_json(path, {**about, **places, "status": status, "new": new})
 
 
 def jobs() -> list[Job]:
@@ -109,7 +125,8 @@ def _read(path: Path) -> Job:
         status = error = None
     status = status or folders.status(folder) or "no ending"
     error = error and error.replace("\n", " ")
-    return Job(known["number"], folder, known["overrides"], status, known["new"], error)
+    sweep = Path(known["sweep"])
+    return Job(known["number"], folder, sweep, known["overrides"], status, known["new"], error)
 
 
 def forget() -> None:
@@ -141,12 +158,11 @@ def judge(folder: Path) -> tuple[str | None, float | None]:
     return column, summary.get(column)
 
 
-def report(sweep: Path, jobs: Sequence[Job]) -> bool:
+def report(jobs: Sequence[Job]) -> bool:
     """Prints the outcomes of a sweep's jobs, and the next commands.
 
     Args:
-      sweep: the sweep's folder.
-      jobs: of the sweep.
+      jobs: of the sweep, at least one.
 
     Returns:
       Whether all of them are finished.
@@ -159,17 +175,18 @@ def report(sweep: Path, jobs: Sequence[Job]) -> bool:
         own = " ".join(line for line in job.overrides if line not in alike)
         figure = "-" if value is None else f"{value:.4g}"
         rows.append((str(job.number), own, job.status, figure, job.folder.name))
-    shown = _from_here(sweep)
+    sweeps = list(dict.fromkeys(str(_from_here(job.sweep)) for job in jobs))
+    runs = f"runs={sweeps[0]}" if len(sweeps) == 1 else '"runs=[' + ",".join(sweeps) + ']"'
     names = ("job", "overrides", "status", "/".join(sorted(columns)) or "figure", "folder")
-    show(f"\n{shown}: {len(jobs)} jobs", names, rows)
+    show(f"\n{' and '.join(sweeps)}: {len(jobs)} jobs", names, rows)
     for job in jobs:
         if job.error:
             print(f"job {job.number}: {job.error}")
     done = [job for job in jobs if job.status.startswith("finished")]
     if done:
         print("next:")
-        print(f"  python -m experiments.compare runs={shown}")
-        print(f"  python -m experiments.plot runs={shown}")
+        print(f"  python -m experiments.compare {runs}")
+        print(f"  python -m experiments.plot {runs}")
     for ending, advice in ADVICE.items():
         if found := sum(job.status == ending for job in jobs):
             print(f"{found} of {len(jobs)} jobs are {ending}: {advice}")
@@ -183,10 +200,16 @@ def _from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _new_start() -> str:
-    return uuid.uuid4().hex[:12]
+RESOLVER = "notes_of_this_start"
+_sweep = _drawn = ""  # of the sweep that this process has started
+
+
+def _draw() -> str:
+    global _drawn
+    _drawn = f"{_sweep}/{NOTES}/{uuid.uuid4().hex[:12]}"
+    return _drawn
 
 
 # All jobs of a start have the same value, in other processes too: Hydra hands what a resolver gave
 # once on to them, as it does with the time of `${now:}`.
-OmegaConf.register_new_resolver("new_start", _new_start, use_cache=True, replace=True)
+OmegaConf.register_new_resolver(RESOLVER, _draw, use_cache=True, replace=True)

@@ -44,18 +44,18 @@ class Announce(Callback):
 
     recorded = False  # whether the sweep's folder had Hydra's record before
 
-    def __init__(self, start: str) -> None:
-        del start  # the jobs read it from the config, see `outcomes`
+    def __init__(self, notes: str) -> None:
+        del notes  # the jobs read it from the config, see `outcomes`
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra itself sets this only inside jobs; it writes into the sweep's folder after this."""
         del kwargs
-        _ = config.hydra.callbacks.sweep.start  # resolved now, for all jobs
         HydraConfig.instance().set_config(config)
         with given_folders.ended(HydraConfig.instance()):
             check_text("hydra.sweep.dir", config.hydra.sweep.dir)
             check_places(config)
-            outcomes.check()
+            outcomes.begin(config)
+            HydraConfig.instance().set_config(config)
             trust.check_links(outcomes.place(), written=True)
             Announce.recorded = (outcomes.place() / RECORD).exists()
 
@@ -79,7 +79,7 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     settings, named = first_start.settings_of(cfg), is_named(folder, cfg)
     outcomes.note(folder, None, new=False)
     try:
-        check_inside(folder, outcomes.place())
+        check_inside(folder, outcomes.sweep_of_this_job())
         with claim.claimed(folder):  # nothing is written to a folder that another process holds
             first_start.check_same(settings, folder, named=named)
             return _attempt(cfg, job, folder, settings)
@@ -220,4 +220,4 @@ def _tell() -> bool | None:
         _discard(sweep)
         return None
     outcomes.forget()
-    return outcomes.report(sweep, jobs)
+    return outcomes.report(jobs)

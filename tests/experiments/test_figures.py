@@ -70,6 +70,19 @@ def test_runs_of_any_names_are_plotted(tmp_path):
     assert said is None and output.is_file()
 
 
+def test_a_run_whose_summary_cannot_be_written_is_not_done(tmp_path, capsys):
+    folder = run_named(tmp_path / "run", "a")
+    (folder / "summary.json").unlink()
+    (folder / "summary.json").mkdir()
+    summary = {"name": "a", "status": "finished"}
+    with pytest.raises(RunError, match=r"has no summary\.json of this run"):
+        with trainer._ending(folder, summary, (), lambda: 1.0):
+            pass
+    assert "could not be written" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError), trainer._ending(folder, summary, (), lambda: 1.0):
+        raise ZeroDivisionError  # an earlier error is the one that counts
+
+
 def test_a_figure_that_fails_does_not_spoil_the_end_of_a_run(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no picture\nof this")
@@ -77,7 +90,7 @@ def test_a_figure_that_fails_does_not_spoil_the_end_of_a_run(tmp_path, monkeypat
     monkeypatch.setattr(Text, "draw", fail)
     folder = run_named(tmp_path / "run", "a")
     (folder / "summary.json").unlink()
-    trainer._close(folder, {"name": "a", "status": "finished", "seconds": 1.0})
+    assert trainer._close(folder, {"name": "a", "status": "finished", "seconds": 1.0})
     said = capsys.readouterr().out
     assert said == f"the figures of {folder} could not be drawn (no picture)\n"
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"

@@ -214,3 +214,33 @@ def test_what_was_in_a_folder_or_measured_there_stays(tmp_path):
 def test_loggers_are_settings_by_name(given):
     with pytest.raises(RunError, match=r"logger=.*: expected loggers by name;\n"):
         build.build(OmegaConf.create({"logger": given}))
+
+
+class Failing:
+    """Cannot be closed."""
+
+    def __init__(self, error):
+        self.error, self.closed = error, 0
+
+    def write(self, step, values):
+        del step, values
+
+    def close(self):
+        self.closed += 1
+        raise self.error
+
+
+def test_a_logger_that_cannot_be_closed_hides_nothing(tmp_path, capsys):
+    first, second = Failing(OSError(28, "No space left on device")), Failing(ValueError("gone"))
+    loggers.close_all([first, object(), second])
+    assert (first.closed, second.closed) == (1, 1)
+    said = capsys.readouterr().out
+    assert "could not be closed" in said and "No space left" in said and "gone" in said
+
+    def refused(place):
+        del place
+        raise RunError("nobody is logged in")
+
+    with pytest.raises(RunError, match="nobody is logged in"):
+        loggers.open_all([lambda place: first, refused], place(tmp_path))
+    assert first.closed == 2

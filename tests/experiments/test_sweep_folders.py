@@ -170,6 +170,11 @@ def test_a_job_in_the_folder_of_another_run_is_refused_and_writes_nothing(
             {"transform": {"b": {}, "a": {}}},
             "transform in the order a > b, and this job has b > a",
         ),
+        (
+            {"task": {"transform": {"members": {"a": {}, "b": {}}}}},
+            {"task": {"transform": {"members": {"b": {}, "a": {}}}}},
+            "task.transform.members in the order a > b, and this job has b > a",
+        ),
         ({"a": 1}, {"a": True}, "a=1, and this job has a=True"),
         ({"a": 1}, {"a": 1.0}, "a=1, and this job has a=1.0"),
         ({"a": "${b}", "b": 1}, {"a": "${b}", "b": 2}, "a=1, and this job has a=2"),
@@ -182,8 +187,9 @@ def test_whatever_differs_is_another_job(tmp_path, then, now, said):
     (tmp_path / records.FOLDER).mkdir()
     first_start.write(tmp_path, settings({**then, "resume": False}))
     first_start.check_same(settings({**then, "resume": True}), tmp_path)
-    with pytest.raises(folders.RunError, match=re.escape(said)):
-        first_start.check_same(settings(now), tmp_path)
+    for named in (False, True) if "${nope}" not in said else (False,):
+        with pytest.raises(folders.RunError, match=re.escape(said)):
+            first_start.check_same(settings(now), tmp_path, named=named)
 
 
 def settings(values):

@@ -105,20 +105,36 @@ def test_a_sweep_whose_table_cannot_be_printed_ends_with_a_line(tmp_path, place,
     assert "No space left on device" in end.stderr
 
 
+def test_jobs_in_sweeps_folders_that_vary_are_in_one_table(tmp_path, capfd):
+    for varying in ("name=a,b", "name=n_${act}", "hydra.sweep.dir=s/${act}"):
+        acts = "act=finish" if "," in varying else "act=finish,fail"
+        code = sweep(tmp_path, "-m", acts, varying)
+        shown = capfd.readouterr().out
+        expected = ["finished", "finished"] if "," in varying else ["finished", "failed"]
+        assert list(statuses(shown).values()) == expected and code == int("failed" in expected)
+        assert "runs=[" in shown and "2 jobs" in shown
+    assert not list(tmp_path.rglob(outcomes.NOTES))
+
+
+def test_a_sweep_without_its_callback_is_refused(tmp_path, capfd):
+    assert "hydra.callbacks.sweep must stay" in sweep(
+        tmp_path, "-m", "x=1,2", "hydra.callbacks.sweep=null"
+    )
+
+
 @pytest.mark.parametrize("start", ["..", "../../keep", "/tmp/keep", "a5", "null", "''"])
 def test_the_name_of_a_start_is_no_setting(tmp_path, capfd, start):
     kept = tmp_path / "s" / "keep" / "important"
     kept.parent.mkdir(parents=True)
     kept.touch()
-    given = ("-m", "x=1,2", "hydra.sweep.dir=s", f"hydra.callbacks.sweep.start={start}")
+    given = ("-m", "x=1,2", "hydra.sweep.dir=s", f"hydra.callbacks.sweep.notes={start}")
     assert sweep(tmp_path, *given) == 1
-    assert "names this start of the sweep" in capfd.readouterr().err and kept.exists()
+    assert "is drawn for each start of a sweep" in capfd.readouterr().err and kept.exists()
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["keep"]
 
 
 def test_a_job_among_the_notes_is_refused(tmp_path, capfd):
-    start = "${hydra.callbacks.sweep.start}"
-    for inner in (f"{start}/", ""):
+    for inner in ("abc/", ""):
         given = ("hydra.sweep.dir=s", f"hydra.sweep.subdir=.jobs/{inner}${{hydra.job.num}}")
         assert sweep(tmp_path, "-m", "x=1,2", *given) == 1
         shown = capfd.readouterr()
