@@ -116,7 +116,8 @@ def _attempt(
             _fail(folder, "refused", text)
             claim.unclaim(folder)
             if not ours:
-                record.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it was not written
+                    record.unlink()
             records.discard(folder, made=made)
             return None
         said = text or f"{type(error).__name__}: {error}"

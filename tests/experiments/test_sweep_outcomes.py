@@ -171,3 +171,12 @@ def test_a_folder_named_by_its_settings_holds_them_whatever_an_older_record_says
     capfd.readouterr()
     assert sweep(tmp_path, *given) == 0
     assert list(statuses(capfd.readouterr().out).values()) == ["finished before"]
+
+
+def test_a_file_in_the_place_of_a_jobs_record_refuses_that_job_alone(tmp_path, capfd):
+    theirs = tmp_path / "s" / "x1" / records.FOLDER
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s", "hydra.sweep.subdir=x${x}") == 1
+    assert statuses(capfd.readouterr().out) == {"x=1": "refused", "x=2": "finished"}
+    assert theirs.read_text() == "mine"

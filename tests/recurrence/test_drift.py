@@ -322,5 +322,6 @@ def test_zeros_keep_their_sign(solver):
 def test_a_gap_counts_by_what_is_left_of_the_states_before(solver, falls):
     step, init, xs = falling_sign(falls)
     (_, ys), _ = solves(step, solver)(init, xs)
+    # 1e-5: what a certified solve may be off by.
     np.testing.assert_allclose(ys, lax.scan(states_of(step), init, xs)[1], rtol=1e-5)
     assert np.isclose(ys[-1], -4000)
