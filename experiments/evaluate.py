@@ -4,6 +4,7 @@ import contextlib
 import glob
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiments.data.corpus import digest
 from experiments.run import checkpoints, folders, tables, trust
 from experiments.run.folder_arguments import PLACES, quote_folders, replace_data
 from experiments.run.memory import check_tokens
+from experiments.run.plain_files import printable
 from experiments.shell.build import build_data
 from experiments.shell.commandline import command, guarded
 from experiments.shell.foreign import content_of
@@ -82,19 +84,39 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return {"data": data, "own": is_own, **numbers}
 
 
-def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
+@contextlib.contextmanager
+def leaving_out(left_out: list[str] | None) -> Iterator[None]:
+    """Notes why a run among several cannot be scored.
+
+    Args:
+      left_out: a line is added for each; None: there is only one run, and its error is raised.
+    """
+    try:
+        yield
+    except (folders.RunError, OSError) as error:
+        if left_out is None:
+            raise
+        line = " ".join(map(printable, str(error).splitlines()))
+        left_out.append(line)
+        print(f"left out: {line}", flush=True)
+
+
+def score(
+    judged: list[Path], where: dict[str, Any], left_out: list[str] | None
+) -> dict[str, float]:
     """Scores runs on the same windows, and shows them beside compressors.
 
     Args:
       judged: folders of the runs.
       where: from `judged_on`.
+      left_out: see `leaving_out`.
 
     Returns:
       Bits per byte by folder.
 
     Raises:
-      RunError: the windows do not fit, the text has changed since the run, or a run is not a
-        language model's.
+      RunError: the windows do not fit; or, of a single run, the text has changed since, or it is
+        not a language model's.
     """
     check_tokens("windows", where["windows"], where["length"])
     with content_of(judged[0]) if where["own"] else contextlib.nullcontext():
@@ -105,15 +127,15 @@ def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
         raise folders.RunError(str(error)) from error
     scored = {}
     for folder in judged:
-        if where["own"]:
-            known = checkpoints.data_of(folder).get("held-out text")
-            if known not in (None, digest(data.validation)):
-                raise folders.RunError(
-                    f"{folder} was evaluated on other held-out text than {data.source}: its "
-                    f"digest was {known!r} and is {digest(data.validation)!r}. Restore it, or "
-                    "choose the text with data=SOURCE"
-                )
-        with content_of(folder):
+        with leaving_out(left_out), content_of(folder):
+            if where["own"]:
+                known = checkpoints.data_of(folder).get("held-out text")
+                if known not in (None, digest(data.validation)):
+                    raise folders.RunError(
+                        f"{folder} was evaluated on other held-out text than {data.source}: its "
+                        f"digest was {known!r} and is {digest(data.validation)!r}. Restore it, or "
+                        "choose the text with data=SOURCE"
+                    )
             model, params, _ = open_model(folder)
             judge = bits_per_byte(
                 model,
@@ -122,6 +144,8 @@ def score(judged: list[Path], where: dict[str, Any]) -> dict[str, float]:
                 bytes_per_token=data.bytes_per_token,
             )
             scored[str(folder)] = judge(params)
+    if not scored:
+        return {}
     unit = "bytes" if data.bytes_per_token == 1 else "tokens"
     windows = f"{where['windows']} windows of {where['length']} {unit}"
     tables.show_quality(scored, baselines(data.validation), where=f"{windows}, {data.source}")
@@ -141,13 +165,17 @@ def job(cfg: DictConfig) -> dict[str, float]:
       RunError: no such run, or a setting does not fit.
     """
     together: dict[str, list[Path]] = {}
-    for folder in find_runs(cfg.run):
-        with content_of(folder):
+    runs, scored = find_runs(cfg.run), {}
+    left_out: list[str] | None = [] if len(runs) > 1 else None
+    for folder in runs:
+        with leaving_out(left_out), content_of(folder):
             where = judged_on(cfg, folder)
-        together.setdefault(json.dumps(where), []).append(folder)
-    scored = {}
+            together.setdefault(json.dumps(where), []).append(folder)
     for where, judged in together.items():
-        scored.update(score(judged, json.loads(where)))
+        with leaving_out(left_out):
+            scored.update(score(judged, json.loads(where), left_out))
+    if not scored:
+        raise folders.RunError("no run could be scored: the lines above say why")
     return scored
 
 

@@ -8,7 +8,7 @@ import jax
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.adapt import peft_files
-from experiments.run import checkpoints, folders, trust
+from experiments.run import checkpoints, folders, outputs, trust
 from experiments.run.folder_arguments import quote_folders
 from experiments.shell.build import build_model
 from experiments.shell.commandline import command, guarded
@@ -22,7 +22,7 @@ def export(cfg: DictConfig) -> None:
       cfg: see conf/export_adapters.yaml.
 
     Raises:
-      RunError: no such run, or it has transforms other than LoRA.
+      RunError: no such run, it has transforms other than LoRA, or files are there.
     """
     names = OmegaConf.to_container(cfg)["names"] or {}
     if not isinstance(names, dict):
@@ -32,6 +32,13 @@ def export(cfg: DictConfig) -> None:
         )
     folder = folders.find_run(cfg.run)
     output = Path(cfg.output) if cfg.output else folder / "peft"
+    if output.is_symlink() and output.parent.resolve().is_relative_to(folder.resolve()):
+        raise folders.RunError(
+            f"{output} is a link in the run's folder, through which nothing is written: remove it, "
+            "or give output=FOLDER"
+        )
+    for name in (peft_files.TENSORS, peft_files.CONFIG):
+        outputs.new(output / name)
     with content_of(folder):
         trained = trust.open_config(folder)
         folders.need(trained, folder, "model")

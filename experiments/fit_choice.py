@@ -24,6 +24,7 @@ import jaxpara as jp
 from experiments.contest import choice_map
 from experiments.contest.recurrence_problem import both_passes, make_problem, stacked, through
 from experiments.contest.timing import measure, prepare
+from experiments.run import outputs
 from experiments.shell.commandline import command, guarded
 
 # Before the name of a cell of the grid: its gates are cut out of one input.
@@ -71,8 +72,27 @@ def fit(
     output: Path | None,
     console: Console,
 ) -> None:
-    """Measures every point and writes the map."""
+    """Measures every point and writes the map.
+
+    Args:
+      grid: shapes T, B, D of each cell.
+      paths: solvers by name.
+      rounds: timings of each.
+      budget_s: seconds for each.
+      output: a new file; None: the data that `jp.auto` reads.
+      console: to report to.
+
+    Raises:
+      RunError: the file is there, or cannot be written.
+    """
+    version = importlib.metadata.version("jax")
+    default = choice_map.default(jax.default_backend(), version)
+    if output is None:
+        outputs.check_writable(default, f"output={default}")
+    else:
+        outputs.new(output).parent.mkdir(parents=True, exist_ok=True)
     points = []
+
     for cell, shapes in grid.items():
         for shape in shapes:
             point = measure_point(cell, tuple(shape), paths, rounds, budget_s)
@@ -80,15 +100,15 @@ def fit(
             gains = ", ".join(f"{n} {s:.2f}x" for n, s in point["speedup"].items())
             console.print(f"{cell} T, B, D = {shape}: {gains}", highlight=False)
             jax.clear_caches()
-    output = choice_map.write(
+    written = choice_map.write(
         points,
         output,
         platform=jax.default_backend(),
         device=f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        jax=importlib.metadata.version("jax"),
+        jax=version,
         date=datetime.date.today().isoformat(),
     )
-    console.print(f"wrote {len(points)} points to {output}")
+    console.print(f"wrote {len(points)} points to {written}")
 
 
 @command

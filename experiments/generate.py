@@ -3,17 +3,18 @@
 import json
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
-from experiments.run import folders, trust
+from experiments.run import folders, outputs, trust
 from experiments.run.folder_arguments import quote_folders
 from experiments.run.plain_files import for_terminal
 from experiments.shell.commandline import command, guarded, quote_text
 from experiments.shell.foreign import content_of
-from experiments.text.prompts import check_output, read_prompts, stop_strings
+from experiments.text.prompts import read_prompts, stop_strings
 from experiments.text.sampling import Request, Rule, Sampler, complete, encode, follow, sampler
 from experiments.text.trained import open_model
 from jaxpara.types import Params
@@ -62,6 +63,7 @@ def write_lines(sampler: Sampler, params: Params, requests: list[Request], cfg: 
         lines = sys.stdout if cfg.output is None else None
         for request, continuation in zip(requests, drawn, strict=True):
             if lines is None:  # not before the first is there: a refused command leaves no file
+                Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
                 lines = held.enter_context(open(cfg.output, "x", encoding="utf-8"))
             record: dict[str, Any] = {
                 "prompt": request.prompt.decode(errors="replace"),
@@ -83,7 +85,8 @@ def job(cfg: DictConfig) -> None:
     """
     folder = folders.find_run(cfg.run)
     requests = read_requests(cfg)
-    check_output(cfg.output)
+    if cfg.output is not None:
+        outputs.new(cfg.output)
     rule = Rule(cfg.length, cfg.temperature, cfg.top_k, cfg.top_p, stop_strings(cfg.stop))
     with content_of(folder):
         model, params, tokenizer = open_model(folder)

@@ -29,7 +29,7 @@ def plot(
     title: str | None,
     log_x: bool,
     log_y: bool,
-) -> Path:
+) -> tuple[Path, int]:
     """Draws and writes a figure and, beside it, the CSV of its numbers.
 
     Args:
@@ -43,7 +43,7 @@ def plot(
       log_y: a logarithmic y axis.
 
     Returns:
-      The figure's file.
+      The figure's file, and how many runs are in it.
 
     Raises:
       RunError: a setting does not fit; says what exists instead.
@@ -51,6 +51,9 @@ def plot(
     y = y or curves.pick_y(runs)
     named = output or f"plots/{safe_name(y)}-by-{safe_name(x)}.png"
     target = figure_files.check_output(named, curves.COLUMNS)
+    runs, left_out = curves.drawable(runs, x, y)
+    for line in left_out:
+        print(f"left out: {printable(line)}")
     if group_by == "auto":
         keys = [key for key in differing_keys(runs) if key != x]
     else:
@@ -64,7 +67,7 @@ def plot(
     names = list(dict.fromkeys(str(run.config.get("name", run.folder.name)) for run in runs))
     figure = curves.draw(lines, x=x, y=y, title=title or ", ".join(names), log_x=log_x, log_y=log_y)
     figure_files.write(figure, target, *curves.table(lines, x, y))
-    return target
+    return target, len(runs)
 
 
 @command
@@ -80,8 +83,8 @@ def main(cfg: DictConfig) -> None:
         for line in left_out:
             print(f"left out: {line}")
         with content_of(*(run.folder for run in runs)):
-            target = plot(runs, **values)
-        print(f"{target} and {target.with_suffix('.csv').name}, from {len(runs)} runs")
+            target, drawn = plot(runs, **values)
+        print(f"{target} and {target.with_suffix('.csv').name}, from {drawn} runs")
 
     guarded(program, cfg)
 

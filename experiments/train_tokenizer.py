@@ -8,7 +8,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.data.tokens import END_OF_TEXT, open_tokenizer
+from experiments.run import outputs
 from experiments.run.folders import RunError
+from experiments.run.plain_files import replacing
 from experiments.shell.commandline import command, guarded
 
 
@@ -37,13 +39,14 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
       documents: to learn from: the training documents, not the held-out ones.
       vocab_size: tokens, of which 256 are bytes and one ends a document.
       size: the most bytes to learn from.
-      output: the file to write.
+      output: the file to write, a new one.
 
     Returns:
       The number of tokens: `vocab_size`, or fewer if the text has no more pairs.
 
     Raises:
-      RunError: the vocabulary is too small, or the library `tokenizers` is missing.
+      RunError: the vocabulary is too small, the library `tokenizers` is missing, or the file is
+        there or cannot be written.
     """
     if vocab_size <= 256:
         raise RunError(
@@ -58,8 +61,7 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
         ) from error
     if output.is_dir():
         raise RunError(f"output={output} is a folder: give a file, such as {output}/tokenizer.json")
-    if output.exists() and b'"merges"' not in output.read_bytes():
-        raise RunError(f"output={output} is another kind of file: give a new name")
+    outputs.new(output)
     output.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,7 +74,8 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
     )
     tokenizer.train_from_iterator(up_to(documents, size), trainer)
     try:
-        tokenizer.save(str(output))
+        with replacing(output) as part:
+            tokenizer.save(str(part))
     except Exception as error:  # the library raises bare Exception
         raise RunError(f"output={output} cannot be written ({error}): give another file") from error
     return tokenizer.get_vocab_size()

@@ -44,6 +44,19 @@ def point(
     }
 
 
+def default(platform: str, jax: str) -> Path:
+    """The file that `jp.auto` reads.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      jax: the version.
+
+    Returns:
+      Its path.
+    """
+    return FOLDER / f"choice_{platform}_jax{'.'.join(jax.split('.')[:2])}.json"
+
+
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -68,8 +81,7 @@ def write(
     Returns:
       The file.
     """
-    release = ".".join(jax.split(".")[:2])
-    output = output or FOLDER / f"choice_{platform}_jax{release}.json"
+    output = output or default(platform, jax)
     record = {"platform": platform, "device": device, "jax": jax, "date": date}
     lines = ",\n".join(json.dumps(point) for point in points)
     text = json.dumps({**record, "points": []}).removesuffix("]}") + f"\n{lines}\n]}}\n"

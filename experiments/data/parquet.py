@@ -43,6 +43,8 @@ def read(file: Path, *, field: str) -> dict[str, bytes]:
                     f"{file}: no column {field!r}; the columns are: {', '.join(names)}. "
                     "Give data.field=NAME"
                 )
+            if names.count(field) > 1:
+                raise ValueError(f"{file}: {names.count(field)} columns are called {field!r}")
             claimed = _claimed(table.metadata, field)
             check_size(file, sum(claimed))
             documents, have = {}, 0

@@ -151,7 +151,7 @@ def _at_least_two(documents: Mapping[str, bytes], order: list[str], fraction: fl
         raise ValueError(
             f"{len(documents)} documents, {len(names)} of them distinct and non-empty; "
             "a split by document needs at least 2: one to train on, one to evaluate on. "
-            "Give more documents or, for a text of many lines, cut it at line ends with "
+            "Give more documents or, for a text of many lines, cut it at line ends (\\n) with "
             "data=text data.piece_size=N, N far below its size"
         )
     return names

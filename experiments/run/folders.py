@@ -242,6 +242,10 @@ def find_run(run: str | None, *, key: str = "run", make: str = MAKE) -> Path:
     if not folder.is_dir():
         raise RunError(f"{key}={run!r}: no such folder (looked in {Path.cwd()}); {hint}")
     if not (folder / CONFIG).is_file():
+        inside = sorted(path for deep in ("*", "*/*") for path in folder.glob(f"{deep}/{CONFIG}"))
+        inside = [path.parent for path in inside if not path.parent.name.startswith(".")]
+        if inside:
+            hint = f"it holds runs: give one of them, such as {key}={inside[0]}"
         raise RunError(f"{key}={run!r} holds no {CONFIG}, so it is not a run's folder; {hint}")
     return folder
 

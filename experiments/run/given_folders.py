@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,4 +121,8 @@ def ended(known: HydraConfig) -> Iterator[None]:
     except RunError as error:
         known.cfg = None
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except Exception:
+        known.cfg = None
+        traceback.print_exc()
         sys.exit(1)

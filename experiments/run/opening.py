@@ -37,10 +37,12 @@ WRITTEN = (
     "tensorboard",
     "wandb.txt",
 )
+# Folders of a run in which only it writes.
+KEPT = (checkpoints.FOLDER, checkpoints.DAMAGED, frozen.FOLDER, "adapters", records.FOLDER)
 
 
 def check_new(folder: Path, cfg: DictConfig, *, writes: Sequence[str] = WRITTEN) -> None:
-    """Refuses a folder for a new run that holds a run, or files that the run would write.
+    """Refuses a folder for a new run that holds a run or files that it would write, or is in one's.
 
     Other files may be there, such as those of a current directory, and what a start leaves that was
     killed before it wrote its config.
@@ -59,6 +61,10 @@ def check_new(folder: Path, cfg: DictConfig, *, writes: Sequence[str] = WRITTEN)
             "leave hydra.run.dir out, or give a folder that does not exist; "
             f"`python -m experiments.train resume={folder}` continues it"
         )
+    for outer in folder.absolute().parents:
+        inner = folder.absolute().relative_to(outer).parts[0]
+        if inner in KEPT and (outer / CONFIG).is_file() and (outer / ENVIRONMENT).is_file():
+            raise RunError(f"{folder} is among the {inner} of the run {outer}: give another folder")
     tokenizer = _tokenizer(cfg)
     for name in writes:
         path = folder / name

@@ -10,7 +10,7 @@ folder grants trust.
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -31,6 +31,8 @@ READING = ("data", "task")
 
 _PACKAGES: ContextVar[tuple[str, ...]] = ContextVar("packages", default=())
 _PATHS: ContextVar[tuple[str, ...]] = ContextVar("paths", default=())
+# Both, as `trust=` names them.
+_TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
 
 
 # Folders of runs whose configs were opened.
@@ -53,12 +55,13 @@ def from_command_line(cfg: DictConfig) -> Iterator[None]:
     others = [one for one in trusted if one not in packages] + _texts(values.get("from"))
     data = values.get("data")  # without a source: the place of that of a run
     others += _texts([data.get(key) for key in FILES] if isinstance(data, dict) else [])
-    opened = _OPENED.set(())
+    opened, typed = _OPENED.set(()), _TYPED.set(tuple(trusted))
     try:
         with granted([*others, *(path for _, path in paths(values, ""))], packages=packages):
             yield
     finally:
         _OPENED.reset(opened)
+        _TYPED.reset(typed)
 
 
 @contextmanager
@@ -165,45 +168,52 @@ def check_path(value: str, folder: Path, *, key: str) -> None:
         raise RunError(
             f"{folder / folders.CONFIG} asks to read {printable(f'{key}={value}')}, "
             "which is not in that folder.\n"
-            f"If you mean it to be read, repeat the command with {printable(argument([value]))}"
+            f"If you mean it to be read, repeat the command with {_and_also(_as_path(value))}"
         )
 
 
-def argument(paths: Sequence[str]) -> str:
-    """Formats the argument that trusts paths.
+def _and_also(one: str) -> str:
+    """Formats the argument that trusts one package or path more than the command line does."""
+    return printable(argument(dict.fromkeys([*_TYPED.get(), one])))
+
+
+def argument(trusted: Iterable[str]) -> str:
+    """Formats the argument that trusts packages and paths.
 
     Args:
-      paths: files, folders, globs, names of data sets.
+      trusted: packages, and paths with a slash, as from `outside`.
 
     Returns:
-      `trust=PATH`, quoted for a shell.
+      `trust=PATH` or `trust=[PACKAGE,PATH]`, quoted for a shell.
     """
-    quoted = [quote_value(_as_path(path)) for path in paths]
+    quoted = [one if names.PACKAGE.fullmatch(one) else quote_value(one) for one in trusted]
     value = quoted[0] if len(quoted) == 1 else f"[{','.join(quoted)}]"
     return shlex.quote(f"{TRUST}={value}")
 
 
 def outside(folder: Path, *, but: Sequence[str] = ()) -> list[str]:
-    """Lists what a run reads outside its own folder when it continues.
+    """Lists what a run calls and reads outside its own folder when it continues.
 
     Args:
       folder: of a run.
       but: arguments that will not be read.
 
     Returns:
-      Paths and names of data sets to give as `trust=`; empty for most runs.
+      Packages, paths and names of data sets to give as `trust=`; empty for most runs.
     """
     try:
         values = OmegaConf.to_container(folders.load_config(folder), resolve=False)
     except (RunError, OSError):
         return []
     copied = (folder / folders.TOKENIZER).is_file()
-    found = {}
+    called = [name for _, name in names.targets(values, "") if isinstance(name, str)]
+    theirs = [name for name in called if not _is_known(name) and names.PACKAGE.fullmatch(name)]
+    found = dict.fromkeys(name.partition(".")[0] for name in theirs)
     for key, value in paths(values, ""):
         last = key.split(".")[-1]
         own = last == "tokenizer" and copied
         if not (own or last in but or _is_inside(value, folder)):
-            found[value] = None
+            found[_as_path(value)] = None
     return list(found)
 
 
@@ -247,7 +257,7 @@ def check_links(folder: Path, *, written: bool = False) -> None:
                 there = printable(os.path.realpath(path))  # a link to itself gives its own name
                 raise RunError(
                     f"{shown} is a link to {there}, which is not in the run's folder: replace it "
-                    f"by what it points to{'' if written else f', or give {TRUST}={there}'}"
+                    f"by what it points to{'' if written else f', or give {_and_also(there)}'}"
                 )
 
 
@@ -280,9 +290,11 @@ def paths(node: Any, key: str) -> Iterator[tuple[str, str]]:
 def _is_allowed(name: Any) -> bool:
     if not isinstance(name, str) or names.PACKAGE.fullmatch(name) is None:
         return False
-    return (
-        name in names.shipped() or names.is_public(name) or names.is_made_in(name, _PACKAGES.get())
-    )
+    return _is_known(name) or names.is_made_in(name, _PACKAGES.get())
+
+
+def _is_known(name: str) -> bool:
+    return name in names.shipped() or names.is_public(name)
 
 
 def _refusal(name: str) -> str:
@@ -292,7 +304,7 @@ def _refusal(name: str) -> str:
         return (
             "is neither shipped nor a public name of jaxpara or optax, and a run's folder may be "
             "anybody's.\nIf you know that code and mean to run it, repeat the command with "
-            f"{TRUST}={printable(name.partition('.')[0]) or 'their.package'}"
+            f"{_and_also(name.partition('.')[0] or 'their.package')}"
         )
     if names.locate(name) is None:
         return (

@@ -5,6 +5,7 @@ import contextvars
 import functools
 import logging
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
     """Quotes free text for Hydra, whose grammar would otherwise strip and parse it.
 
     `prompt=def f(x): ` reaches the program with its brackets and its last space.
-    Text that is already quoted is left alone.
+    Text that is one string in Hydra's quotes is left alone; `"a", "b"` is not.
 
     Args:
       arguments: of the command line, without the program.
@@ -45,7 +46,7 @@ def quote_text(arguments: Sequence[str], *, keys: Sequence[str]) -> list[str]:
     found = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        already = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        already = re.fullmatch(r"""(['"])(\\.|(?!\1)[^\\])*\1""", value, re.DOTALL)
         if equals and key.lstrip("+") in keys and not already:
             argument = f"{key}={quoted(value)}"
         found.append(argument)
@@ -80,7 +81,7 @@ def guarded(program: Callable[[], Any], cfg: DictConfig | None = None) -> Any:
         text = explain(error, cfg) if isinstance(error, Exception) else None
         if text is None or sweeps or not _short.get():
             raise
-        sys.stdout.flush()
+        flush()
         raise SystemExit(f"error: {text}") from None
 
 
@@ -100,6 +101,16 @@ def check(cfg: DictConfig) -> None:
     check_deletions(overrides, cfg, command)
     check_settings(cfg, command)
     check_additions(overrides, cfg, hydra=known)
+
+
+def flush() -> None:
+    """Writes out what was printed, so that an error stands behind it; stdout may be closed.
+
+    Raises:
+      OSError: it is full, or its reader has gone.
+    """
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()
 
 
 def end_if_unread(error: Exception) -> None:
@@ -155,7 +166,7 @@ def launch(main: Callable[[], Any]) -> Any:
             text = misread(sys.argv[1:]) or text  # Hydra does not say which argument it was
         if text is None or before == "1":
             raise
-        sys.stdout.flush()
+        flush()
         raise SystemExit(f"error: {text}") from None
     finally:
         _short.reset(token)

@@ -10,6 +10,7 @@ from matplotlib.ticker import EngFormatter
 
 from experiments.run.drawing import Figure
 from experiments.run.folders import RunError
+from experiments.run.plain_files import printable
 from experiments.sweep.run_sets import Run
 
 COLUMNS = ("group", "runs")  # of a figure's table, before its numbers
@@ -88,10 +89,10 @@ def points(run: Run, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
       y: a column of its table.
 
     Returns:
-      Two arrays of equal length, finite.
+      Two arrays of equal length, finite; empty if no row has both.
 
     Raises:
-      RunError: no such column or key, with the known ones; or no row has both.
+      RunError: no such column or key, with the known ones.
     """
     if y not in run.columns:
         raise RunError(f"{run.folder}: no column y={y!r}; choose from {', '.join(run.columns)}")
@@ -108,10 +109,35 @@ def points(run: Run, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         pairs = [(float(at), b) for b in measured if b is not None][-1:]
     # A column may be written twice at one step, when a run ends on an evaluation: the last counts.
     unique = {a: b for a, b in pairs if a is not None and b is not None and math.isfinite(b)}
-    if not unique:
-        raise RunError(f"{run.folder}: no row has both {x} and {y}")
     xs = sorted(unique)
     return np.asarray(xs), np.asarray([unique[a] for a in xs])
+
+
+def drawable(runs: Sequence[Run], x: str, y: str) -> tuple[list[Run], list[str]]:
+    """Leaves out the runs without a point, such as those that diverged.
+
+    Args:
+      runs: at least one.
+      x: a column or a key of the config.
+      y: a column.
+
+    Returns:
+      The others, and a line for each that is left out.
+
+    Raises:
+      RunError: as `points`; or no run has a point.
+    """
+    found, left_out = [], []
+    for run in runs:
+        if points(run, x, y)[0].size:
+            found.append(run)
+        elif x in run.columns:
+            left_out.append(f"{run.folder}: no row has finite {x} and {y}")
+        else:
+            left_out.append(f"{run.folder}: its last {y} is not finite")
+    if not found:
+        raise RunError("nothing to draw:\n  " + "\n  ".join(map(printable, left_out)))
+    return found, left_out
 
 
 def make_curve(runs: Sequence[Run], x: str, y: str) -> Curve:
@@ -121,7 +147,7 @@ def make_curve(runs: Sequence[Run], x: str, y: str) -> Curve:
     share. If x is a key of the config, runs with the same value of it are one point.
 
     Args:
-      runs: of the group.
+      runs: of the group, from `drawable`.
       x: a column or a key of the config.
       y: a column.
 

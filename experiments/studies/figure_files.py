@@ -43,9 +43,10 @@ def check_output(output: str | Path, columns: Sequence[str], *, markdown: bool =
     if markdown:
         head = re.escape(f"| {' | '.join(first)} |")
         check_table(target.with_suffix(".md"), head, line=2, output=output)
-    if _there(target) and not figures.is_ours(target):
+    if _there(target) and not (figures.is_ours(target) and table.exists()):
         raise RunError(
-            f"output={output}: {target} is there, and no figure of this program;\ngive a new name"
+            f"output={output}: {target} is there, and no earlier figure of this command;\n"
+            "give a new name"
         )
     return target
 

@@ -1,12 +1,12 @@
 """What became of the jobs of a sweep: each leaves a note, which whoever started them reads.
 
 Jobs may run in processes of their own, and two sweeps in one folder at the same time: the notes of
-each start are in a folder of their own, `SWEEP/.jobs/START`. SWEEP is the folder as the command
-line gives it; the jobs' own may differ, if it refers to what varies.
+each start are in a folder of their own, `SWEEP/.jobs/START`.
 """
 
 import contextlib
 import os
+import shlex
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from experiments.run import claim, folders, litter, record_fields
+from experiments.run.folder_arguments import quoted
 from experiments.run.tables import show
 
 NOTES = ".jobs"
+SWEEP_DIR = "hydra.sweep.dir"
 # What to do about jobs that were not run.
 ADVICE = {
     "refused": "change the settings that the lines above name",
@@ -33,7 +35,6 @@ class Job(NamedTuple):
     Attributes:
       number: in the sweep.
       folder: of its run.
-      sweep: the folder of the sweep by the job's own settings.
       overrides: as Hydra was given them.
       status: "finished", "finished before", "interrupted", "failed", "refused" before it began,
         "in use" by another process, or "no ending" if it was killed or is still running.
@@ -43,21 +44,14 @@ class Job(NamedTuple):
 
     number: int
     folder: Path
-    sweep: Path
     overrides: list[str]
     status: str
     new: bool
     error: str | None
 
 
-def sweep_of_this_job() -> Path:
-    """The folder of the sweep, by the settings of this job."""
-    known = HydraConfig.get()
-    return Path(os.path.abspath(Path(known.runtime.cwd) / known.sweep.dir))
-
-
 def place() -> Path:
-    """The folder of the sweep, by the command line."""
+    """The folder of the sweep."""
     return _notes().parent.parent
 
 
@@ -69,21 +63,28 @@ def _notes() -> Path:
 
 
 def begin(config: DictConfig) -> None:
-    """Draws a folder for the notes of a start of a sweep, which all of its jobs are told.
+    """Decides on the folder of a sweep and of this start's notes, which all of its jobs are told.
 
     Args:
-      config: of the sweep.
+      config: of the sweep; its folder may refer to what varies and is the same for every job.
 
     Raises:
       RunError: that folder was given, or something is in its place.
     """
     global _sweep
-    _sweep = os.path.abspath(config.hydra.sweep.dir)
+    given = str(config.hydra.sweep.dir)
+    _sweep = os.path.abspath(given)
+    overrides = OmegaConf.to_container(config.hydra.overrides.hydra)  # with their references
+    known = [one for one in overrides if not str(one).startswith(f"{SWEEP_DIR}=")]
+    with flag_override(config.hydra, "readonly", False):
+        config.hydra.sweep.dir = given
+        config.hydra.overrides.hydra = [*known, f"{SWEEP_DIR}={quoted(given)}"]
     OmegaConf.get_cache(config).pop(RESOLVER, None)  # Hydra has resolved it to make the callback
-    given = OmegaConf.select(config, "hydra.callbacks.sweep.notes")
-    if given != _drawn:
+    notes_of_this_start = OmegaConf.select(config, "hydra.callbacks.sweep.notes")
+    if notes_of_this_start != _drawn:
         raise folders.RunError(
-            f"hydra.callbacks.sweep.notes={given} is drawn for each start of a sweep:\nleave it out"
+            f"hydra.callbacks.sweep.notes={notes_of_this_start} is drawn for each start of a "
+            "sweep:\nleave it out"
         )
     if (notes := Path(_sweep) / NOTES).exists() and not notes.is_dir():
         raise folders.RunError(
@@ -105,8 +106,7 @@ def note(folder: Path, status: str | None, *, new: bool, error: str | None = Non
     path = _notes() / f"{known.job.num}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"number": known.job.num, "overrides": list(known.overrides.task), "error": error}
-    places = {"folder": str(folder), "sweep": str(sweep_of_this_job())}
-    folders.write_json(path, {**about, **places, "status": status, "new": new})
+    folders.write_json(path, {**about, "folder": str(folder), "status": status, "new": new})
 
 
 def jobs() -> list[Job]:
@@ -123,10 +123,12 @@ def _read(path: Path) -> Job:
     # A job that another process held may have ended meanwhile.
     if status == "in use" and (folder / folders.CONFIG).is_file() and not claim.in_use(folder):
         status = error = None
-    status = status or folders.status(folder) or "no ending"
+    try:
+        status = status or folders.status(folder) or "no ending"
+    except OSError as problem:
+        status, error = "no ending", f"{problem.filename}: {problem.strerror}"
     error = error and error.replace("\n", " ")
-    sweep = Path(known["sweep"])
-    return Job(known["number"], folder, sweep, known["overrides"], status, known["new"], error)
+    return Job(known["number"], folder, known["overrides"], status, known["new"], error)
 
 
 def forget() -> None:
@@ -175,18 +177,18 @@ def report(jobs: Sequence[Job]) -> bool:
         own = " ".join(line for line in job.overrides if line not in alike)
         figure = "-" if value is None else f"{value:.4g}"
         rows.append((str(job.number), own, job.status, figure, job.folder.name))
-    sweeps = list(dict.fromkeys(str(_from_here(job.sweep)) for job in jobs))
-    runs = f"runs={sweeps[0]}" if len(sweeps) == 1 else '"runs=[' + ",".join(sweeps) + ']"'
+    sweep = place()
+    sweep = sweep.relative_to(Path.cwd()) if sweep.is_relative_to(Path.cwd()) else sweep
     names = ("job", "overrides", "status", "/".join(sorted(columns)) or "figure", "folder")
-    show(f"\n{' and '.join(sweeps)}: {len(jobs)} jobs", names, rows)
+    show(f"\n{sweep}: {len(jobs)} jobs", names, rows)
     for job in jobs:
         if job.error:
             print(f"job {job.number}: {job.error}")
     done = [job for job in jobs if job.status.startswith("finished")]
     if done:
         print("next:")
-        print(f"  python -m experiments.compare {runs}")
-        print(f"  python -m experiments.plot {runs}")
+        for program in ("compare", "plot"):
+            print(f"  {shlex.join(['python', '-m', f'experiments.{program}', f'runs={sweep}'])}")
     for ending, advice in ADVICE.items():
         if found := sum(job.status == ending for job in jobs):
             print(f"{found} of {len(jobs)} jobs are {ending}: {advice}")
@@ -194,10 +196,6 @@ def report(jobs: Sequence[Job]) -> bool:
         print(f"{left} of {len(jobs)} jobs are not finished: repeat the command")
         print("to run them from their last checkpoints; finished jobs are not run again")
     return len(done) == len(jobs)
-
-
-def _from_here(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 RESOLVER = "notes_of_this_start"

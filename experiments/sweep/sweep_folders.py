@@ -160,26 +160,39 @@ def check_places(config: DictConfig) -> None:
             "a sweep needs a folder of its own, with one in it for each job: give another, or "
             "leave it out"
         )
-    given = str(sweep._get_node("subdir")._value())  # its references as they are
+    place, given = (str(sweep._get_node(key)._value()) for key in ("dir", "subdir"))  # as typed
+    for key in _swept(config, groups=False):
+        # `name` may vary: the default folder has the one of the command itself.
+        if key != "name" and _refers(_references(place), key):
+            raise RunError(
+                f"hydra.sweep.dir={place}: expected one folder for all jobs, and {key} varies;\n"
+                f"what varies goes into hydra.sweep.subdir, for example {EXAMPLE}"
+            )
     rest = given
     while (shorter := re.sub(r"\$\{[^{}]*\}", "x", rest)) != rest:
         rest = shorter
     below = not os.path.isabs(rest) and os.pardir not in Path(rest).parts
-    referred = " ".join(re.findall(r"\$\{[^}]*\}", _with_references(given, config)))
+    referred = _references(_with_references(given, config))
     all_overrides = BY_OVERRIDES.search(referred) is not None
     left_out = config.hydra.job.config.override_dirname.exclude_keys
     # A group may change whatever is referred to.
     swept = _swept(config, groups=all_overrides or not referred)
     varies = OWN.search(referred) or all(
-        re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", referred)
-        or (all_overrides and key not in left_out)
-        for key in swept
+        _refers(referred, key) or (all_overrides and key not in left_out) for key in swept
     )
     if not (below and varies and os.path.normpath(rest or ".") != os.curdir):
         raise RunError(
             f"hydra.sweep.subdir={given}: expected a folder below the sweep's, another one for "
             f"each job;\nleave it out, or type for example {EXAMPLE}"
         )
+
+
+def _refers(references: str, key: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", references) is not None
+
+
+def _references(text: str) -> str:
+    return " ".join(re.findall(r"\$\{[^}]*\}", text))
 
 
 def _with_references(text: str, config: DictConfig) -> str:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 from experiments.run import claim, folders, given_folders, opening, records, trust
 from experiments.run.checks import check_text
 from experiments.run.plain_files import write_text
-from experiments.shell.commandline import check, end_if_unread, launch
+from experiments.shell.commandline import check, end_if_unread, flush, launch
 from experiments.shell.explanations import explain
 from experiments.shell.overrides import check_repeated
 from experiments.sweep import first_start, outcomes
@@ -79,12 +79,13 @@ def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
     settings, named = first_start.settings_of(cfg), is_named(folder, cfg)
     outcomes.note(folder, None, new=False)
     try:
-        check_inside(folder, outcomes.sweep_of_this_job())
+        check_inside(folder, outcomes.place())
         with claim.claimed(folder):  # nothing is written to a folder that another process holds
             first_start.check_same(settings, folder, named=named)
             return _attempt(cfg, job, folder, settings)
-    except folders.RunError as error:
-        _fail(folder, "in use" if isinstance(error, claim.InUse) else "refused", str(error))
+    except (folders.RunError, OSError) as error:  # such as a file that may not be read
+        said = explain(error, cfg) or str(error)
+        _fail(folder, "in use" if isinstance(error, claim.InUse) else "refused", said)
         records.discard(folder, made=[folder])  # Hydra has made it
         return None
 
@@ -137,7 +138,7 @@ def _attempt(
 def _fail(folder: Path, status: str, error: str, *, new: bool = False) -> None:
     """Notes and says why a job did not begin, or has failed."""
     outcomes.note(folder, status, new=new, error=error)
-    sys.stdout.flush()
+    flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
@@ -209,6 +210,8 @@ def start(
         done = launch(_tell)
         if done is None:
             code = code or "error: the sweep has begun no job: give values"
+        elif isinstance(code, str):  # such as a folder that Hydra cannot make for a job
+            print("the sweep has ended early: further jobs were not begun")
         code = code or int(not done)
     if code:
         raise SystemExit(code)

@@ -113,20 +113,3 @@ def stop_strings(given: Any) -> tuple[str, ...]:
         f"stop={given} is not a JSON list of strings: put it in single quotes, so that the shell "
         'leaves the double ones alone: \'stop=["\\n\\n", "def "]\''
     )
-
-
-def check_output(path: str | None) -> None:
-    """Refuses to overwrite a file or to write into a missing folder.
-
-    Args:
-      path: of a file to be written, or None.
-
-    Raises:
-      RunError: says what to change.
-    """
-    if path is None:
-        return
-    if Path(path).exists():
-        raise RunError(f"output={path!r} exists: give another name, or remove it first")
-    if not Path(path).absolute().parent.is_dir():
-        raise RunError(f"output={path!r}: no such folder: make it, or give another name")

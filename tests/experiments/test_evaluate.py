@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,21 @@ def test_a_list_of_runs_is_judged_on_the_same_windows_beside_compressors(place, 
     assert bits["lm/a"] > 4 and bits["lm/a"] != bits["lm/b"]
 
 
+def test_runs_that_cannot_be_scored_are_left_out_by_name(place, tmp_path, capsys):
+    shutil.copytree(place / "lm" / "a", tmp_path / "a")
+    for name in ("b", "c"):
+        shutil.copytree(place / "lm" / "b", tmp_path / name)
+    shutil.rmtree(tmp_path / "b" / checkpoints.FOLDER)  # as a run that diverged at once
+    (tmp_path / "c" / "config.yaml").write_text("steps: 1\n")
+    common = (f"trust={place}/one", "windows=1")
+    assert call(evaluate, tmp_path, "run=[b,a,c]", *common) is None
+    shown = capsys.readouterr().out
+    assert set(scored(shown)) >= {"a"} and not {"b", "c"} & set(scored(shown))
+    assert "left out: b holds no checkpoint" in shown and shown.count("left out: c") == 1
+    assert "no run could be scored" in call(evaluate, tmp_path, "run=[b,c]", *common)
+    assert "b holds no checkpoint" in call(evaluate, tmp_path, "run=b", *common)
+
+
 @pytest.mark.slow
 def test_runs_on_different_text_get_a_table_each(place, capsys):
     assert call(evaluate, place, "run=lm/*", "windows=3", "trust=[./one,./two]") is None
@@ -83,7 +99,7 @@ def test_other_text_is_read_in_place_of_the_runs_own(place, capsys):
     [
         (["run=[lm/a,gone]"], "error: runs: 'gone': no such folder"),
         (["run=gone*"], r"error: runs: 'gone\*': no such folder"),
-        (["run=lm"], "error: run='lm' holds no config.yaml"),
+        (["run=lm"], "error: run='lm' holds no config.yaml.*; it holds runs: .* run=lm/a$"),
         (
             ["run=lm/a", "length=100000", "trust=."],
             r"error: a window of 100000 . 1 \w+ does not fit",

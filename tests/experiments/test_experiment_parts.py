@@ -362,6 +362,9 @@ def test_a_folder_without_metrics_has_no_figures(tmp_path):
         "\\${x}",
         "a=b",
         '"half',
+        '"""',
+        "'''",
+        '"Hello", she said, "Hi"',
         "",
     ],
 )

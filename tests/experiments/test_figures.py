@@ -129,7 +129,9 @@ def test_a_picture_beside_a_figure_of_ours_is_not_written_over(tmp_path, suffix)
     assert ending(plot, tmp_path, f"runs={folder}", "output=x.png") is None
     for content in ("mine", ""):
         output.write_text(content)
-        assert f"x{suffix} is there, and no figure of this" in ending(plot, tmp_path, *given)
+        assert f"x{suffix} is there, and no earlier figure of this" in ending(
+            plot, tmp_path, *given
+        )
         assert output.read_text() == content
     output.unlink()
     for _ in range(2):  # the second time over its own
@@ -160,7 +162,7 @@ def test_a_picture_that_is_no_figures_is_not_written_over(tmp_path, output):
     folder = run_named(tmp_path / "run", "a")
     (tmp_path / output).write_text("mine")
     said = ending(plot, tmp_path, f"runs={folder}", f"output={output}")
-    assert f"{output} is there, and no figure of this program" in said
+    assert f"{output} is there, and no earlier figure of this command" in said
     assert (tmp_path / output).read_text() == "mine"
 
 

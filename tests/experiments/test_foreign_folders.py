@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 
 from experiments import bench, evaluate, finetune, generate, plot, train
 from experiments.run import (
+    checkpoints,
     claim,
     disk,
     folders,
@@ -382,3 +384,16 @@ def test_any_other_error_about_a_folder_names_it(tmp_path):
         with pytest.raises(type(error)) as passed, content_of(tmp_path):
             raise error
         assert passed.value is error
+
+
+def test_the_resume_command_trusts_what_the_run_calls_and_reads(tmp_path):
+    data = {"_target_": "experiments.data.text.load", "path": "/data/my texts"}
+    theirs, ours = {"_target_": "their.made.optimizer"}, {"_target_": "optax.adamw"}
+    for cfg, trusted in (
+        ({"data": data}, ["trust='/data/my texts'"]),
+        ({"optim": theirs}, ["trust=their"]),
+        ({"optim": ours}, []),
+        ({"data": data, "optim": theirs}, ["trust=[their,'/data/my texts']"]),
+    ):
+        OmegaConf.save(cfg, tmp_path / "config.yaml")
+        assert shlex.split(checkpoints.resume_command(tmp_path))[4:] == trusted

@@ -15,7 +15,7 @@ from experiments import generate
 from experiments.data.tokens import BYTES, Tokenizer
 from experiments.run.folders import RunError
 from experiments.text import sampling
-from experiments.text.prompts import check_output, read_prompts, stop_strings
+from experiments.text.prompts import read_prompts, stop_strings
 from experiments.text.sampling import Rule, check_generation, complete, sample_text
 from experiments.text.transcript import Transcript
 from jaxpara.nn import decoder, mixers
@@ -269,7 +269,6 @@ def test_stop_strings_reach_the_model_as_typed(run, tmp_path, capsys):
         (["temperature=-1"], "error: temperature=-1: expected a number"),
         (["top_p=0"], "error: top_p=0"),
         (["samples=0"], "error: samples=0: expected a whole number"),
-        (["output=no/such/o.jsonl"], "error: output='no/such/o.jsonl': no such folder"),
         (["stop=[a"], "error: stop=.* is not a JSON list"),
         (["samples=2", "batch_size=0"], "error: batch_size=0"),
     ],
@@ -284,12 +283,6 @@ def test_a_refused_command_leaves_no_output(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert call(generate, tmp_path, *common, "prompt=a") is None
     assert (tmp_path / "o.jsonl").read_text().count("\n") == 1
-
-
-def test_an_output_is_never_written_over(tmp_path):
-    path = write(tmp_path, "o.jsonl", "precious")
-    with pytest.raises(RunError, match="exists: give another name, or remove it first"):
-        check_output(path)
 
 
 def test_a_run_of_something_else_than_text_is_refused(tmp_path):

@@ -63,6 +63,17 @@ def test_other_files_and_what_a_killed_start_leaves_are_no_obstacle(tmp_path):
         opening.check_new(run, cfg)
 
 
+@pytest.mark.parametrize("name", opening.KEPT)
+def test_no_run_begins_among_what_another_keeps(tmp_path, name):
+    with opening.opened(tmp_path / "run", CFG):
+        pass
+    with pytest.raises(RunError, match=f"is among the {re.escape(name)} of the run"):
+        opening.check_new(tmp_path / "run" / name / "8" / "new", CFG)
+    opening.check_new(tmp_path / "run" / "mine" / name, CFG)
+    (tmp_path / "run" / folders.ENVIRONMENT).unlink()  # somebody's config, of no run
+    opening.check_new(tmp_path / "run" / name / "new", CFG)
+
+
 @pytest.mark.parametrize(
     "program, given",
     [(train, "steps=0"), (evaluate, "run=no"), (generate, "run=no"), (plot, "runs=no")]

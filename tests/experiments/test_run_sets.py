@@ -157,6 +157,19 @@ def test_what_is_not_finite_is_not_drawn(tmp_path):
     assert xs.tolist() == [0, 2] and ys.tolist() == [1, 3]
 
 
+def test_runs_without_a_point_are_left_out_by_name(tmp_path):
+    for name, last in (("good", 2.0), ("bad", math.nan)):
+        rows = [{"step": 0, "loss": 1.0}, {"step": 1, "loss": last}]
+        make_run(tmp_path / name, config(), rows)
+    runs, _ = run_sets.read_all(str(tmp_path))
+    found, left_out = curves.drawable(runs, "seed", "loss")
+    assert [run.folder.name for run in found] == ["good"]
+    assert left_out == [f"{tmp_path / 'bad'}: its last loss is not finite"]
+    assert curves.drawable(runs, "step", "loss") == (runs, [])
+    with pytest.raises(RunError, match="(?s)nothing to draw:.*bad: its last loss"):
+        curves.drawable([run for run in runs if run not in found], "seed", "loss")
+
+
 def test_a_number_of_the_config_is_an_axis_with_the_last_figure_of_each_run(tmp_path):
     for width in (8, 16):
         for seed in range(2):

@@ -1,6 +1,9 @@
 """The table of a sweep: each start shows its own jobs, and the files of others stay."""
 
+import errno
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -105,15 +108,85 @@ def test_a_sweep_whose_table_cannot_be_printed_ends_with_a_line(tmp_path, place,
     assert "No space left on device" in end.stderr
 
 
-def test_jobs_in_sweeps_folders_that_vary_are_in_one_table(tmp_path, capfd):
-    for varying in ("name=a,b", "name=n_${act}", "hydra.sweep.dir=s/${act}"):
-        acts = "act=finish" if "," in varying else "act=finish,fail"
+def test_a_sweep_has_one_folder_whatever_varies(tmp_path, capfd):
+    for varying, acts in (("name=a,b", "act=finish"), ("name=n_${act}", "act=finish,fail")):
         code = sweep(tmp_path, "-m", acts, varying)
         shown = capfd.readouterr().out
-        expected = ["finished", "finished"] if "," in varying else ["finished", "failed"]
+        expected = ["finished", "failed" if "fail" in acts else "finished"]
         assert list(statuses(shown).values()) == expected and code == int("failed" in expected)
-        assert "runs=[" in shown and "2 jobs" in shown
+        [line] = re.findall("compare runs=(.*)", shown)
+        assert "2 jobs" in shown and len(list((tmp_path / line).glob("*/config.yaml"))) == 2
+    assert len(list(tmp_path.rglob("multirun.yaml"))) == 2
     assert not list(tmp_path.rglob(outcomes.NOTES))
+
+
+@pytest.mark.parametrize("place", ["s/${x}", "s/${act}/${x}", "s/${oc.select:x}"])
+def test_a_folder_of_the_sweep_that_varies_is_refused(tmp_path, capfd, place):
+    given = ("-m", "x=1,2", f"hydra.sweep.dir={place}", "hydra.sweep.subdir=${hydra.job.num}")
+    assert sweep(tmp_path, *given) == 1
+    assert "expected one folder for all jobs, and x varies" in capfd.readouterr().err
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_no_job_is_run_through_a_link(tmp_path, capfd):
+    (tmp_path / "else").mkdir()
+    (tmp_path / "multirun").mkdir()
+    assert sweep(tmp_path, "-m", "name=a,b") == 0
+    [job] = tmp_path.glob("multirun/*/name/name-b-*")
+    shutil.rmtree(job)
+    job.symlink_to(tmp_path / "else")
+    assert sweep(tmp_path, "-m", "name=a,b") == 1
+    assert "is a link to" in capfd.readouterr().err and not list((tmp_path / "else").iterdir())
+
+
+def test_the_next_commands_can_be_pasted_into_a_shell(tmp_path, capfd):
+    given = ("hydra.sweep.dir='s $HOME [1]'", "hydra.sweep.subdir=${hydra.job.num}")
+    assert sweep(tmp_path, "-m", "x=1,2", *given) == 0
+    [line] = [one for one in capfd.readouterr().out.splitlines() if "compare" in one]
+    assert shlex.split(line)[-1] == "runs=s $HOME [1]"
+
+
+def test_a_file_that_may_not_be_read_refuses_that_job_alone(tmp_path, capfd, monkeypatch):
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s") == 0
+    [folder] = tmp_path.glob("s/x-1-*")
+    read = folders.read_summary
+
+    def closed(place):
+        if place == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", f"{place}/summary.json")
+        return read(place)
+
+    monkeypatch.setattr(folders, "read_summary", closed)
+    capfd.readouterr()
+    assert sweep(tmp_path, "-m", "x=1,2", "hydra.sweep.dir=s") == 1
+    shown = capfd.readouterr()
+    assert statuses(shown.out) == {"x=1": "refused", "x=2": "finished before"}
+    assert "summary.json: Permission denied" in shown.out
+    assert not list(tmp_path.rglob(outcomes.NOTES))
+
+
+def test_a_job_whose_folder_cannot_be_made_ends_the_sweep_and_says_so(tmp_path, capfd):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "x2").touch()
+    given = ("hydra.sweep.dir=s", "hydra.sweep.subdir=x${x}")
+    assert "x2" in sweep(tmp_path, "-m", "x=1,2,3", *given)
+    shown = capfd.readouterr().out
+    assert statuses(shown) == {"x=1": "finished"}
+    assert "the sweep has ended early: further jobs were not begun" in shown
+
+
+@pytest.mark.parametrize("given", [("-m", "x=1,2", "act=finish,fail"), ("steps=0",)])
+def test_an_error_is_a_line_with_stdout_closed_too(tmp_path, given):
+    end = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, sweep_program.__file__, *given],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert end.returncode == 1 and "Traceback (" not in end.stderr and "error: " in end.stderr
+    assert len(list(tmp_path.rglob("error.txt"))) == 2 * ("-m" in given)
 
 
 def test_a_sweep_without_its_callback_is_refused(tmp_path, capfd):

@@ -223,8 +223,8 @@ def test_the_users_own_package_needs_trust_on_the_command_line(tmp_path, run, mo
     edited(run, model={"_target_": "theirs_7.make"}, trust="theirs_7")
     said = call(generate, tmp_path, f"run={run}")
     assert "trust=theirs_7" in said and "theirs_7" not in sys.modules, "not even imported"
-    said = call(generate, tmp_path, f"run={run}", "trust=theirs")
-    assert "trust=theirs_7" in said and not mark.exists()
+    said = call(generate, tmp_path, f"run={run}", "trust=[theirs,/data]")
+    assert shlex.split(said)[-1] == "trust=[theirs,'/data',theirs_7]" and not mark.exists()
     said = call(generate, tmp_path, f"run={run}", "trust=theirs_7")
     assert "model= makes a NoneType" in said
     assert mark.read_text() == "run"
