@@ -193,7 +193,7 @@ def _of_absence(error: OmegaConfBaseException) -> str:
     reader = key if referred and error.full_key else "this command"
     return (
         f"{name}: {reader} reads it, but it is missing;\n"
-        f"leave ~{name} out if that is what you typed, or give +{name}=VALUE"
+        f"leave ~{name} or {name}=[] out if that is what you typed, or give +{name}=VALUE"
     )
 
 
