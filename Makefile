@@ -30,8 +30,8 @@ setup: ## make or refresh the environment in .venv
 run: setup ## train the default language model (ARGS="steps=4000" and other Hydra overrides)
 	$(PY) -m experiments.train $(if $(findstring experiment=,$(ARGS)),,experiment=lm) $(ARGS)
 
-test: setup ## run all tests (on a CPU; the GPU ones are skipped), two processes, a file to each
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+test: setup ## run the tests but for the slow ones (ARGS="-m slow"; ARGS=tests: all; ARGS="-k lora")
+	$(PY) -m pytest -n 2 --dist loadfile $(or $(ARGS),-m "not slow")
 
 check: setup ## ruff, types and the cheap tests, in three minutes
 	$(PY) -m ruff check .

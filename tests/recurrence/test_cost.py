@@ -189,7 +189,12 @@ def test_a_convolutional_cell_takes_little_memory_and_equals_flax():
 
 
 @pytest.mark.parametrize(
-    "linear, derivative", [("sequential", None), ("chunked", "reverse"), ("associative", None)]
+    "linear, derivative",
+    [
+        ("sequential", None),
+        ("chunked", "reverse"),
+        pytest.param("associative", None, marks=pytest.mark.slow),
+    ],
 )
 def test_newton_with_a_block_too_large_to_hold_equals_lax_scan(linear, derivative):
     weights, init, xs = dense(20, 50, batch=2)

@@ -124,7 +124,11 @@ def solved_over_sharded_time(solver):
 
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize(
-    "solver", [jp.shooting(chunks=4, axis="time"), jp.newton(max_iters=16, axis="time")]
+    "solver",
+    [
+        jp.shooting(chunks=4, axis="time"),
+        pytest.param(jp.newton(max_iters=16, axis="time"), marks=pytest.mark.slow),
+    ],
 )
 def test_nor_over_sharded_time(solver, apart):
     init, xs = lanes(apart)

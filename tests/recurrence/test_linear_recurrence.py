@@ -130,7 +130,13 @@ def test_products_may_overflow_where_states_and_cotangents_do_not(kind):
 
 # Blocks in both directions, the other two kinds in one each.
 @pytest.mark.parametrize(
-    ("kind", "reverse"), [("block", False), ("block", True), ("diagonal", True), ("dense", False)]
+    ("kind", "reverse"),
+    [
+        pytest.param("block", False, marks=pytest.mark.slow),
+        ("block", True),
+        ("diagonal", True),
+        ("dense", False),
+    ],
 )
 def test_time_sharded_over_a_mesh_axis(kind, reverse):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("time",))

@@ -61,6 +61,7 @@ def test_closing_over_integer_arrays_and_tables():
     assert_is_lax_scan(f, H0, jnp.array([0, 4, 2, 2, 1]))
 
 
+@pytest.mark.slow
 def test_a_scan_in_a_scan():
     def outer(scan):
         def row(h, x):
@@ -151,7 +152,10 @@ def test_strict_promotion_finds_nothing_to_promote(solver):
         assert_runs_agree(slope, init, scan=functools.partial(ours, solver=own))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "solver",
+    ["shooting", *(pytest.param(s, marks=pytest.mark.slow) for s in SOLVERS if s != "shooting")],
+)
 def test_no_tracer_outlives_its_trace(solver):
     own = SOLVERS[solver]
     f = lambda h, x: (jnp.cos(0.5 * h + x),) * 2  # noqa: E731

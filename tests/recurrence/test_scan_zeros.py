@@ -199,8 +199,14 @@ def in_turn_by_lax_scan():
     return in_turn(lax.scan)
 
 
-@pytest.mark.parametrize("name", ["shooting", "newton", "fused"])
-@pytest.mark.parametrize("derivative", [None, "reverse"])
+@pytest.mark.parametrize(
+    "derivative, name",
+    [
+        pytest.param(derivative, name, marks=pytest.mark.slow if name == "shooting" else ())
+        for derivative in (None, "reverse")
+        for name in ("shooting", "newton", "fused")
+    ],
+)
 def test_one_program_is_differentiated_by_its_arguments_in_turn(name, derivative):
     scan = functools.partial(jp.newton_scan, solver=SOLVERS[name], derivative=derivative)
     for a, b in zip(*map(jax.tree.leaves, (in_turn(scan), in_turn_by_lax_scan())), strict=True):

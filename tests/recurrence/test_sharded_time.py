@@ -77,7 +77,11 @@ OTHERS = [
     ("jacobi", "diagonal", "reverse", True),
     ("jacobi", "per_head", None, False),
 ]
-ROWS += [pytest.param(*row, marks=pytest.mark.slow) for row in OTHERS]
+EVERYDAY = {("shooting", "dense"), ("shooting", "per_head"), ("newton", "diagonal")}
+ROWS = [
+    pytest.param(*row, marks=() if row[:2] in EVERYDAY else pytest.mark.slow)
+    for row in [*ROWS, *OTHERS]
+]
 
 
 @pytest.mark.parametrize(("solver", "structure", "derivative", "reverse"), ROWS)
@@ -92,7 +96,7 @@ def test_sharded_time_gives_what_lax_scan_gives(solver, structure, derivative, r
     assert info.converged and info.iterations > 0 and info.fallback_steps == 0
 
 
-@pytest.mark.parametrize("solver", ["shooting", "newton"])
+@pytest.mark.parametrize("solver", ["shooting", pytest.param("newton", marks=pytest.mark.slow)])
 def test_hard_cells_finish_device_after_device(solver):
     case, args, weights = data("diagonal", 0.7)
     make = getattr(jp, solver)
@@ -131,6 +135,7 @@ def test_a_correction_dropped_on_its_way_to_the_next_device_bounds_nothing(last,
     np.testing.assert_array_equal(found, [lost, lost])
 
 
+@pytest.mark.slow
 def test_what_a_step_hands_through_is_no_obstacle():
     def run(scan):
         step = lambda c, x: ((jnp.tanh(c[0] * c[1] + x), c[1]), (c[0], x))  # noqa: E731

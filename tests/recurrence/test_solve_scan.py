@@ -159,7 +159,7 @@ def test_a_nan_spreads_as_in_lax_scan(solver):
 # Restarts -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_restarts_cut_documents_apart(reverse):
     """Against each document solved alone, gradients to the initial state summed over them."""
     params, init, xs = draw()
