@@ -21,7 +21,8 @@ from experiments.run.folder_arguments import quoted
 from experiments.run.tables import show
 
 NOTES = ".jobs"
-SWEEP_DIR = "hydra.sweep.dir"
+# Decided for each start: each job's config is composed with what Hydra's part was composed with.
+SWEEP, START = "hydra.sweep.dir", "hydra.callbacks.sweep.notes"
 # What to do about jobs that were not run.
 ADVICE = {
     "refused": "change the settings that the lines above name",
@@ -71,22 +72,20 @@ def begin(config: DictConfig) -> None:
     Raises:
       RunError: that folder was given, or something is in its place.
     """
-    global _sweep
-    given = str(config.hydra.sweep.dir)
-    _sweep = os.path.abspath(given)
+    sweep = str(config.hydra.sweep.dir)
     overrides = OmegaConf.to_container(config.hydra.overrides.hydra)  # with their references
-    known = [one for one in overrides if not str(one).startswith(f"{SWEEP_DIR}=")]
+    assert isinstance(overrides, list)
+    typed = [one for one in overrides if str(one).lstrip("+~").startswith(START)]
+    if typed or config.hydra.callbacks.sweep.notes is not None:
+        given = typed[0] if typed else f"{START}={config.hydra.callbacks.sweep.notes}"
+        raise folders.RunError(f"{given} is drawn for each start of a sweep:\nleave it out")
+    drawn = f"{os.path.abspath(sweep)}/{NOTES}/{uuid.uuid4().hex[:12]}"
+    others = [one for one in overrides if not str(one).startswith(f"{SWEEP}=")]
     with flag_override(config.hydra, "readonly", False):
-        config.hydra.sweep.dir = given
-        config.hydra.overrides.hydra = [*known, f"{SWEEP_DIR}={quoted(given)}"]
-    OmegaConf.get_cache(config).pop(RESOLVER, None)  # Hydra has resolved it to make the callback
-    notes_of_this_start = OmegaConf.select(config, "hydra.callbacks.sweep.notes")
-    if notes_of_this_start != _drawn:
-        raise folders.RunError(
-            f"hydra.callbacks.sweep.notes={notes_of_this_start} is drawn for each start of a "
-            "sweep:\nleave it out"
-        )
-    if (notes := Path(_sweep) / NOTES).exists() and not notes.is_dir():
+        config.hydra.sweep.dir, config.hydra.callbacks.sweep.notes = sweep, drawn
+        decided = [f"{SWEEP}={quoted(sweep)}", f"{START}={quoted(drawn)}"]
+        config.hydra.overrides.hydra = [*others, *decided]
+    if (notes := Path(drawn).parent).exists() and not notes.is_dir():
         raise folders.RunError(
             f"{notes} is in the way, a sweep notes there what becomes of its jobs:\n"
             "take it away, or give another hydra.sweep.dir"
@@ -196,18 +195,3 @@ def report(jobs: Sequence[Job]) -> bool:
         print(f"{left} of {len(jobs)} jobs are not finished: repeat the command")
         print("to run them from their last checkpoints; finished jobs are not run again")
     return len(done) == len(jobs)
-
-
-RESOLVER = "notes_of_this_start"
-_sweep = _drawn = ""  # of the sweep that this process has started
-
-
-def _draw() -> str:
-    global _drawn
-    _drawn = f"{_sweep}/{NOTES}/{uuid.uuid4().hex[:12]}"
-    return _drawn
-
-
-# All jobs of a start have the same value, in other processes too: Hydra hands what a resolver gave
-# once on to them, as it does with the time of `${now:}`.
-OmegaConf.register_new_resolver(RESOLVER, _draw, use_cache=True, replace=True)

@@ -44,7 +44,7 @@ class Announce(Callback):
 
     recorded = False  # whether the sweep's folder had Hydra's record before
 
-    def __init__(self, notes: str) -> None:
+    def __init__(self, notes: str | None) -> None:
         del notes  # the jobs read it from the config, see `outcomes`
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
