@@ -249,7 +249,7 @@ def show(table: Comparison) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 400
-    console.print(printable(title(table)), markup=False)
+    console.print(printable(title(table)), markup=False, emoji=False)
     console.print(printed)
 
 

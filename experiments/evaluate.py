@@ -4,7 +4,7 @@ import contextlib
 import glob
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,24 +85,26 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def leaving_out(left_out: list[str] | None) -> Iterator[None]:
-    """Notes why a run among several cannot be scored.
+def leaving_out(left_out: list[Path] | None, judged: Sequence[Path]) -> Iterator[None]:
+    """Notes and says why runs among several cannot be scored.
 
     Args:
-      left_out: a line is added for each; None: there is only one run, and its error is raised.
+      left_out: they are added to it; None: there is only one run, and its error is raised.
+      judged: the runs in the block.
     """
     try:
         yield
     except (folders.RunError, OSError) as error:
         if left_out is None:
             raise
-        line = " ".join(map(printable, str(error).splitlines()))
-        left_out.append(line)
-        print(f"left out: {line}", flush=True)
+        said = " ".join(map(printable, str(error).splitlines()))
+        for folder in judged:
+            left_out.append(folder)
+            print(f"left out: {folder}: {said}", flush=True)
 
 
 def score(
-    judged: list[Path], where: dict[str, Any], left_out: list[str] | None
+    judged: list[Path], where: dict[str, Any], left_out: list[Path] | None
 ) -> dict[str, float]:
     """Scores runs on the same windows, and shows them beside compressors.
 
@@ -127,7 +129,7 @@ def score(
         raise folders.RunError(str(error)) from error
     scored = {}
     for folder in judged:
-        with leaving_out(left_out), content_of(folder):
+        with leaving_out(left_out, [folder]), content_of(folder):
             if where["own"]:
                 known = checkpoints.data_of(folder).get("held-out text")
                 if known not in (None, digest(data.validation)):
@@ -166,13 +168,13 @@ def job(cfg: DictConfig) -> dict[str, float]:
     """
     together: dict[str, list[Path]] = {}
     runs, scored = find_runs(cfg.run), {}
-    left_out: list[str] | None = [] if len(runs) > 1 else None
+    left_out: list[Path] | None = [] if len(runs) > 1 else None
     for folder in runs:
-        with leaving_out(left_out), content_of(folder):
+        with leaving_out(left_out, [folder]), content_of(folder):
             where = judged_on(cfg, folder)
             together.setdefault(json.dumps(where), []).append(folder)
     for where, judged in together.items():
-        with leaving_out(left_out):
+        with leaving_out(left_out, judged):
             scored.update(score(judged, json.loads(where), left_out))
     if not scored:
         raise folders.RunError("no run could be scored: the lines above say why")

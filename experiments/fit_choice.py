@@ -100,6 +100,8 @@ def fit(
             gains = ", ".join(f"{n} {s:.2f}x" for n, s in point["speedup"].items())
             console.print(f"{cell} T, B, D = {shape}: {gains}", highlight=False)
             jax.clear_caches()
+    if output is not None:
+        outputs.new(output)  # others may have been faster
     written = choice_map.write(
         points,
         output,

@@ -1,5 +1,7 @@
 """Trains a byte-level tokenizer: `python -m experiments.train_tokenizer vocab_size=4096`."""
 
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,7 +12,6 @@ from omegaconf import DictConfig
 from experiments.data.tokens import END_OF_TEXT, open_tokenizer
 from experiments.run import outputs
 from experiments.run.folders import RunError
-from experiments.run.plain_files import replacing
 from experiments.shell.commandline import command, guarded
 
 
@@ -74,8 +75,12 @@ def train(documents: Iterable[bytes], *, vocab_size: int, size: int, output: Pat
     )
     tokenizer.train_from_iterator(up_to(documents, size), trainer)
     try:
-        with replacing(output) as part:
-            tokenizer.save(str(part))
+        with tempfile.TemporaryDirectory(dir=output.parent) as place:
+            tokenizer.save(f"{place}/{output.name}")
+            outputs.new(output)  # others may have been faster
+            os.replace(f"{place}/{output.name}", output)
+    except RunError:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise RunError(f"output={output} cannot be written ({error}): give another file") from error
     return tokenizer.get_vocab_size()

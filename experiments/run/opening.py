@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.run import checkpoints, claim, folders, frozen, records, trust
+from experiments.run import checkpoints, claim, folders, frozen, outputs, records, trust
 from experiments.run.folders import CONFIG, ENVIRONMENT, METRICS, SUMMARY, TOKENIZER, RunError
 from experiments.run.plain_files import replacing, write_text
 
@@ -37,8 +37,6 @@ WRITTEN = (
     "tensorboard",
     "wandb.txt",
 )
-# Folders of a run in which only it writes.
-KEPT = (checkpoints.FOLDER, checkpoints.DAMAGED, frozen.FOLDER, "adapters", records.FOLDER)
 
 
 def check_new(folder: Path, cfg: DictConfig, *, writes: Sequence[str] = WRITTEN) -> None:
@@ -61,10 +59,7 @@ def check_new(folder: Path, cfg: DictConfig, *, writes: Sequence[str] = WRITTEN)
             "leave hydra.run.dir out, or give a folder that does not exist; "
             f"`python -m experiments.train resume={folder}` continues it"
         )
-    for outer in folder.absolute().parents:
-        inner = folder.absolute().relative_to(outer).parts[0]
-        if inner in KEPT and (outer / CONFIG).is_file() and (outer / ENVIRONMENT).is_file():
-            raise RunError(f"{folder} is among the {inner} of the run {outer}: give another folder")
+    outputs.check_not_kept(folder)
     tokenizer = _tokenizer(cfg)
     for name in writes:
         path = folder / name

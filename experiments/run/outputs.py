@@ -3,7 +3,28 @@
 import os
 from pathlib import Path
 
-from experiments.run.folders import RunError
+from experiments.run import checkpoints, frozen, records
+from experiments.run.folders import CONFIG, ENVIRONMENT, METRICS, SUMMARY, RunError
+
+# Folders of a run in which only it writes.
+KEPT = (checkpoints.FOLDER, checkpoints.DAMAGED, frozen.FOLDER, "adapters", records.FOLDER)
+
+
+def check_not_kept(place: Path) -> None:
+    """Refuses a place among what a run keeps, such as its checkpoints: they would count as damaged.
+
+    Args:
+      place: to write to, a file or a folder.
+
+    Raises:
+      RunError: names the run.
+    """
+    whole = place.resolve()
+    for outer in whole.parents:
+        inner = whole.relative_to(outer).parts[0]
+        if inner in KEPT and (outer / CONFIG).is_file():
+            if any((outer / name).is_file() for name in (ENVIRONMENT, METRICS, SUMMARY)):
+                raise RunError(f"{place} is among the {inner} of the run {outer}: give another")
 
 
 def new(path: str | Path, *, key: str = "output") -> Path:
@@ -20,6 +41,7 @@ def new(path: str | Path, *, key: str = "output") -> Path:
       RunError: says what to change.
     """
     target, shown = Path(path), f"{key}={str(path)!r}"
+    check_not_kept(target)
     if os.path.lexists(target):  # a link that leads nowhere, too
         raise RunError(f"{shown} exists: give another name, or remove it first")
     check_writable(target, shown)

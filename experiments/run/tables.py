@@ -41,7 +41,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 400  # a file has no width: nothing is folded
-    console.print(printable_lines(title), markup=False)
+    console.print(printable_lines(title), markup=False, emoji=False)
     console.print(table)
 
 

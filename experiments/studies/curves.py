@@ -129,7 +129,9 @@ def drawable(runs: Sequence[Run], x: str, y: str) -> tuple[list[Run], list[str]]
     """
     found, left_out = [], []
     for run in runs:
-        if points(run, x, y)[0].size:
+        if y not in run.columns and any(y in other.columns for other in runs):
+            left_out.append(f"{run.folder}: it has no column {y}")
+        elif points(run, x, y)[0].size:
             found.append(run)
         elif x in run.columns:
             left_out.append(f"{run.folder}: no row has finite {x} and {y}")

@@ -22,7 +22,7 @@ from experiments.run.tables import show
 
 NOTES = ".jobs"
 # Decided for each start: each job's config is composed with what Hydra's part was composed with.
-SWEEP, START = "hydra.sweep.dir", "hydra.callbacks.sweep.notes"
+DIR, SUBDIR, START = "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.callbacks.sweep.notes"
 # What to do about jobs that were not run.
 ADVICE = {
     "refused": "change the settings that the lines above name",
@@ -63,28 +63,32 @@ def _notes() -> Path:
     return Path(given.notes)
 
 
-def begin(config: DictConfig) -> None:
+def begin(config: DictConfig, place: str, inner: str) -> None:
     """Decides on the folder of a sweep and of this start's notes, which all of its jobs are told.
 
     Args:
-      config: of the sweep; its folder may refer to what varies and is the same for every job.
+      config: of the sweep. Its folder may refer to what varies and is the same for every job.
+      place: of the sweep, from `sweep_folders.places`.
+      inner: of the jobs in it, with references that each resolves by itself.
 
     Raises:
-      RunError: that folder was given, or something is in its place.
+      RunError: that of the notes was given, or something is in its place.
     """
-    sweep = str(config.hydra.sweep.dir)
     overrides = OmegaConf.to_container(config.hydra.overrides.hydra)  # with their references
     assert isinstance(overrides, list)
     typed = [one for one in overrides if str(one).lstrip("+~").startswith(START)]
     if typed or config.hydra.callbacks.sweep.notes is not None:
         given = typed[0] if typed else f"{START}={config.hydra.callbacks.sweep.notes}"
         raise folders.RunError(f"{given} is drawn for each start of a sweep:\nleave it out")
-    drawn = f"{os.path.abspath(sweep)}/{NOTES}/{uuid.uuid4().hex[:12]}"
-    others = [one for one in overrides if not str(one).startswith(f"{SWEEP}=")]
+    chosen = inner == config.hydra.sweep._get_node("subdir")._value()
     with flag_override(config.hydra, "readonly", False):
+        config.hydra.sweep.dir, config.hydra.sweep.subdir = place, inner
+        sweep = str(config.hydra.sweep.dir)  # resolved, once for all
+        drawn = f"{os.path.abspath(sweep)}/{NOTES}/{uuid.uuid4().hex[:12]}"
         config.hydra.sweep.dir, config.hydra.callbacks.sweep.notes = sweep, drawn
-        decided = [f"{SWEEP}={quoted(sweep)}", f"{START}={quoted(drawn)}"]
-        config.hydra.overrides.hydra = [*others, *decided]
+        decided = [f"{DIR}={quoted(sweep)}", f"{START}={quoted(drawn)}"]
+        decided += [] if chosen else [f"{SUBDIR}={inner}"]
+        config.hydra.overrides.hydra = [*overrides, *decided]
     if (notes := Path(drawn).parent).exists() and not notes.is_dir():
         raise folders.RunError(
             f"{notes} is in the way, a sweep notes there what becomes of its jobs:\n"

@@ -15,10 +15,10 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, ValueNode
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.run import outputs
 from experiments.run.folders import CONFIG, RunError
 from experiments.run.resuming import FREE
 from experiments.sweep.outcomes import NOTES
@@ -100,42 +100,62 @@ def _is_swept(override: Override) -> bool:
     return override.is_sweep_override() and not override.is_hydra_override()
 
 
-def name_sweep(arguments: Sequence[str]) -> list[str]:
-    """Adds the folders of a sweep to a command line that asks for one.
+def sweep_first(arguments: Sequence[str]) -> list[str]:
+    """Moves `-m` to the front: Hydra takes overrides only in one piece, not `a=1 -m b=1,2`.
 
     Args:
       arguments: of the command line, without the program.
 
     Returns:
-      The arguments, `-m` first, with `hydra.sweep.dir` and `hydra.sweep.subdir` added if missing.
+      The same arguments.
     """
-    # Hydra takes overrides only in one piece: `a=1 -m b=1,2` would be an error.
-    given = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
-    lines = [argument for argument in given if "=" in argument and argument[0] != "-"]
-    try:
-        overrides = OverridesParser.create().parse_overrides(lines)
-    except HydraException:
-        return given  # Hydra reports the error
-    keys = {override.get_key_element() for override in overrides}
-    swept = [o.get_key_element() for o in overrides if _is_swept(o)]
-    chosen = [str(o.value()) for o in overrides if o.get_key_element() == "sweep"]
+    return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
+
+
+def sweep_name(overrides: Sequence[str]) -> tuple[str, str]:
+    """Names a sweep and what varies in it.
+
+    Args:
+      overrides: of the command line, without Hydra's own.
+
+    Returns:
+      SWEEP, and the short names of the keys that vary, with commas between; both are empty if the
+      command line names no sweep.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    swept = [short(o.get_key_element()) for o in parsed if _is_swept(o)]
+    chosen = [str(o.value()) for o in parsed if o.get_key_element() == "sweep"]
     chosen = [name for name in chosen if name != "None"]
-    if not (swept or chosen) or keys & {"hydra.sweep.dir", "hydra.sweep.subdir"}:
-        return given
+    if not (swept or chosen):
+        return "", ""
     fixed = sorted(
         str(o.input_line)
-        for o in overrides
-        if not (_is_swept(o) or o.is_hydra_override() or o.get_key_element() in GIVEN_BY_THE_PATH)
+        for o in parsed
+        if not (_is_swept(o) or o.get_key_element() in GIVEN_BY_THE_PATH)
     )
-    name = "+".join(map(_plain_name, [*chosen, *map(short, swept)]))[:LONGEST]
-    if fixed:
-        name += "-" + digest(fixed, 4)
-    at = given.index(lines[-1]) + 1
-    given[at:at] = [
-        f"hydra.sweep.dir=multirun/${{name}}/{name}",
-        f"hydra.sweep.subdir=${{job_folder:{','.join(map(short, swept))}}}",
-    ]
-    return given
+    name = "+".join(map(_plain_name, [*chosen, *swept]))[:LONGEST]
+    return (f"{name}-{digest(fixed, 4)}" if fixed else name), ",".join(swept)
+
+
+# As conf/sweep_folder.yaml has them.
+DIR, SUBDIR = "multirun/${name}/jobs", "${job_folder:}"
+
+
+def places(config: DictConfig) -> tuple[str, str]:
+    """The folders of a sweep and of its jobs as they were chosen, with references as they are.
+
+    Args:
+      config: of a sweep, with Hydra's part.
+
+    Returns:
+      `hydra.sweep.dir` and `hydra.sweep.subdir`; where neither is chosen, with the sweep's name.
+    """
+    sweep = config.hydra.sweep
+    place, inner = (str(sweep._get_node(key)._value()) for key in ("dir", "subdir"))
+    name, keys = sweep_name(list(config.hydra.overrides.task))
+    if (place, inner) != (DIR, SUBDIR) or not name:
+        return place, inner
+    return f"multirun/${{name}}/{name}", f"${{job_folder:{keys}}}"
 
 
 # Differ in each job.
@@ -154,13 +174,14 @@ def check_places(config: DictConfig) -> None:
       RunError: says what to type.
     """
     sweep = config.hydra.sweep
+    outputs.check_not_kept(Path(sweep.dir))
     if (Path(sweep.dir) / CONFIG).is_file():
         raise RunError(
             f"hydra.sweep.dir={sweep.dir} is the folder of a run, for it holds {CONFIG};\n"
             "a sweep needs a folder of its own, with one in it for each job: give another, or "
             "leave it out"
         )
-    place, given = (str(sweep._get_node(key)._value()) for key in ("dir", "subdir"))  # as typed
+    place, given = places(config)
     for key in _swept(config, groups=False):
         # `name` may vary: the default folder has the one of the command itself.
         if key != "name" and _refers(_references(place), key):
@@ -188,11 +209,11 @@ def check_places(config: DictConfig) -> None:
 
 
 def _refers(references: str, key: str) -> bool:
-    return re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", references) is not None
+    return re.search(rf"(?<![\w.%]){re.escape(key)}(?!\w)", references) is not None
 
 
 def _references(text: str) -> str:
-    return " ".join(re.findall(r"\$\{[^}]*\}", text))
+    return " ".join(re.findall(r"(?<!\\)\$\{[^}]*\}", text))
 
 
 def _with_references(text: str, config: DictConfig) -> str:

@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ from experiments.shell.commandline import check, end_if_unread, flush, launch
 from experiments.shell.explanations import explain
 from experiments.shell.overrides import check_repeated
 from experiments.sweep import first_start, outcomes
-from experiments.sweep.sweep_folders import check_inside, check_places, is_named, name_sweep
+from experiments.sweep.sweep_folders import (
+    check_inside,
+    check_places,
+    is_named,
+    places,
+    sweep_first,
+)
 
 RECORD = "multirun.yaml"  # Hydra's, of the sweep
 # The Hydra plugin that each choice needs; all are in the extra `sweeps`.
@@ -51,13 +57,25 @@ class Announce(Callback):
         """Hydra itself sets this only inside jobs; it writes into the sweep's folder after this."""
         del kwargs
         HydraConfig.instance().set_config(config)
-        with given_folders.ended(HydraConfig.instance()):
+        with given_folders.ended(HydraConfig.instance()), explained(config):
             check_text("hydra.sweep.dir", config.hydra.sweep.dir)
             check_places(config)
-            outcomes.begin(config)
+            outcomes.begin(config, *places(config))
             HydraConfig.instance().set_config(config)
             trust.check_links(outcomes.place(), written=True)
             Announce.recorded = (outcomes.place() / RECORD).exists()
+
+
+@contextlib.contextmanager
+def explained(config: DictConfig) -> Iterator[None]:
+    """Turns errors that a user can cause, such as a reference to nothing, into one of ours."""
+    try:
+        yield
+    except Exception as error:
+        text = explain(error, config)
+        if text is None or isinstance(error, folders.RunError):
+            raise
+        raise folders.RunError(text) from error
 
 
 def once(cfg: DictConfig, job: Callable[[DictConfig], None]) -> float | None:
@@ -187,7 +205,7 @@ def start(
 
     def prepared() -> None:
         check_repeated(sys.argv[1:])
-        sys.argv[1:] = name_sweep(prepare(sys.argv[1:]))
+        sys.argv[1:] = sweep_first(prepare(sys.argv[1:]))
 
     code = None
     try:

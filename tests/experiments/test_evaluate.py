@@ -61,7 +61,12 @@ def test_runs_that_cannot_be_scored_are_left_out_by_name(place, tmp_path, capsys
     assert call(evaluate, tmp_path, "run=[b,a,c]", *common) is None
     shown = capsys.readouterr().out
     assert set(scored(shown)) >= {"a"} and not {"b", "c"} & set(scored(shown))
-    assert "left out: b holds no checkpoint" in shown and shown.count("left out: c") == 1
+    assert "left out: b: b holds no checkpoint" in shown and shown.count("left out: c: ") == 1
+    shutil.copytree(tmp_path / "a", tmp_path / "d")
+    said = call(evaluate, tmp_path, "run=[a,d]", *common, "length=100000")
+    shown = capsys.readouterr().out
+    assert "no run could be scored" in said and "a window of 100000" in shown
+    assert shown.count("left out: a: ") == shown.count("left out: d: ") == 1
     assert "no run could be scored" in call(evaluate, tmp_path, "run=[b,c]", *common)
     assert "b holds no checkpoint" in call(evaluate, tmp_path, "run=b", *common)
 

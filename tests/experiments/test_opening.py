@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import compare, evaluate, generate, plot, train
-from experiments.run import claim, folders, opening, records
+from experiments.run import claim, folders, opening, outputs, records
 from experiments.run.folders import RunError
 from tests.experiments.programs import ending, statuses, sweep
 
@@ -63,12 +63,20 @@ def test_other_files_and_what_a_killed_start_leaves_are_no_obstacle(tmp_path):
         opening.check_new(run, cfg)
 
 
-@pytest.mark.parametrize("name", opening.KEPT)
+@pytest.mark.parametrize("name", outputs.KEPT)
 def test_no_run_begins_among_what_another_keeps(tmp_path, name):
     with opening.opened(tmp_path / "run", CFG):
         pass
     with pytest.raises(RunError, match=f"is among the {re.escape(name)} of the run"):
         opening.check_new(tmp_path / "run" / name / "8" / "new", CFG)
+    (tmp_path / "link").symlink_to(tmp_path / "run" / name)
+    with pytest.raises(RunError, match=f"is among the {re.escape(name)} of the run"):
+        opening.check_new(tmp_path / "link" / "new", CFG)
+    with pytest.raises(RunError, match=f"is among the {re.escape(name)} of the run"):
+        outputs.new(tmp_path / "run" / name / "x.json")
+    before = everything(tmp_path)
+    assert sweep(tmp_path, "-m", "x=1,2", f"hydra.sweep.dir=run/{name}/8") == 1
+    assert everything(tmp_path) == before
     opening.check_new(tmp_path / "run" / "mine" / name, CFG)
     (tmp_path / "run" / folders.ENVIRONMENT).unlink()  # somebody's config, of no run
     opening.check_new(tmp_path / "run" / name / "new", CFG)

@@ -166,8 +166,15 @@ def test_runs_without_a_point_are_left_out_by_name(tmp_path):
     assert [run.folder.name for run in found] == ["good"]
     assert left_out == [f"{tmp_path / 'bad'}: its last loss is not finite"]
     assert curves.drawable(runs, "step", "loss") == (runs, [])
+    make_run(tmp_path / "other", config(), [{"step": 0, "accuracy": 1.0}])
+    runs, _ = run_sets.read_all(str(tmp_path))
+    found, left_out = curves.drawable(runs, "step", "loss")
+    assert len(found) == 2 and left_out == [f"{tmp_path / 'other'}: it has no column loss"]
+    with pytest.raises(RunError, match="no column y='nope'; choose from"):
+        curves.drawable(runs, "step", "nope")
+    [bad] = [run for run in runs if run.folder.name == "bad"]
     with pytest.raises(RunError, match="(?s)nothing to draw:.*bad: its last loss"):
-        curves.drawable([run for run in runs if run not in found], "seed", "loss")
+        curves.drawable([bad], "seed", "loss")
 
 
 def test_a_number_of_the_config_is_an_axis_with_the_last_figure_of_each_run(tmp_path):

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
 from experiments.sweep import outcomes, sweeps
-from experiments.sweep.sweep_folders import job_folder, name_sweep
+from experiments.sweep.sweep_folders import job_folder, sweep_first, sweep_name
 from tests.experiments import sweep_program
 from tests.experiments.programs import statuses, sweep
 
@@ -54,47 +54,48 @@ def jobs(folder):
 
 
 @pytest.mark.parametrize(
-    "arguments, folder",
+    "overrides, folder",
     [
-        (["-m", "seed=0,1"], "seed"),
-        (["cell=a,b", "optim.learning_rate=0.1,0.2", "-m"], "cell+learning_rate"),
-        (["cell=a,b", "-m", "optim.learning_rate=0.1,0.2"], "cell+learning_rate"),
-        (["-m", "solver@parallel=a,b"], "parallel"),
+        (["seed=0,1"], "seed"),
+        (["cell=a,b", "optim.learning_rate=0.1,0.2"], "cell+learning_rate"),
+        (["solver@parallel=a,b"], "parallel"),
         (["sweep=seeds"], "seeds"),
         (["sweep=seeds", "cell=a,b", "experiment=lm"], "seeds+cell"),
-        (["-m", "x=interval(0,1)", "hydra/sweeper=optuna"], "x"),
-        (["-m", "suite.shapes=[1,2],[3]"], "shapes"),
+        (["x=interval(0,1)"], "x"),
+        (["suite.shapes=[1,2],[3]"], "shapes"),
+        (["seed=0"], ""),
+        ([], ""),
     ],
 )
-def test_a_sweep_is_named_by_what_varies(arguments, folder):
-    named = name_sweep(arguments)
-    assert {word for word in named if "hydra.sweep." not in word} == set(arguments)
-    assert "-m" not in named[1:], "Hydra takes overrides in one piece"
-    [place] = [word for word in named if word.startswith("hydra.sweep.dir=")]
-    assert place == f"hydra.sweep.dir=multirun/${{name}}/{folder}"
+def test_a_sweep_is_named_by_what_varies(overrides, folder):
+    assert sweep_name(overrides)[0] == folder
 
 
-def test_fixed_overrides_are_part_of_the_name_without_the_launcher():
-    def place(*arguments):
-        return next(w for w in name_sweep(arguments) if w.startswith("hydra.sweep.dir="))
+def test_fixed_overrides_are_part_of_the_name():
+    (plain, keys), (fixed, same) = sweep_name(["seed=0,1"]), sweep_name(["seed=0,1", "steps=5"])
+    assert keys == same == "seed"
+    assert fixed.startswith(f"{plain}-") and fixed != sweep_name(["seed=0,1", "steps=6"])[0]
 
-    plain, fixed = place("-m", "seed=0,1"), place("-m", "seed=0,1", "steps=5")
-    assert fixed.startswith(f"{plain}-") and fixed != place("-m", "seed=0,1", "steps=6")
-    assert place("-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=3") == plain
+
+def test_the_flag_comes_first_and_nothing_else_moves():
+    assert sweep_first(["a=1", "-m", "b=1,2", "-x"]) == ["-m", "a=1", "b=1,2", "-x"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["seed=0"], [], ["--help"], ["-m", "a=[", "b=1,2"], ["-m", "a=1,2", "-x"]]
+    "given",
+    ["hydra.sweep.dir=p/q", "++hydra.sweep.dir=p/q", "hydra.sweep={dir:p/q}"],
 )
-def test_command_lines_without_a_valid_sweep_are_not_changed(arguments):
-    assert all(word in arguments or "hydra.sweep" in word for word in name_sweep(arguments))
-    if "a=1,2" not in arguments:
-        assert name_sweep(arguments) == arguments
+def test_a_folder_of_ones_own_is_taken_however_it_is_given(tmp_path, capfd, given):
+    assert sweep(tmp_path, "-m", "x=1,2", given) == 0
+    assert len(list(tmp_path.glob("p/q/x-*/config.yaml"))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
-def test_a_place_that_the_user_names_is_kept():
-    arguments = ["-m", "seed=0,1", "hydra.sweep.dir=here"]
-    assert name_sweep(arguments) == arguments
+@pytest.mark.parametrize("place", ["p/${oc.env:NOPE_7}", "p/${nope}", "???", "p/${job_folder:x}"])
+def test_a_folder_that_refers_to_nothing_is_a_line(tmp_path, capfd, place):
+    assert sweep(tmp_path, "-m", "x=1,2", f"hydra.sweep.dir={place}") == 1
+    shown = capfd.readouterr().err
+    assert "error: " in shown and "Traceback" not in shown and not list(tmp_path.iterdir())
 
 
 def folder_of(*overrides, keys=()):
