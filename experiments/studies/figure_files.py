@@ -11,6 +11,7 @@ from typing import Any
 from experiments.run import figures
 from experiments.run.drawing import Figure
 from experiments.run.folders import RunError
+from experiments.run.outputs import check_not_kept
 from experiments.run.plain_files import replacing, write_text
 from experiments.run.unicode import SHOWN
 
@@ -69,6 +70,7 @@ def check_table(path: Path, header: str, *, output: str | Path, line: int = 0) -
     Raises:
       RunError: the file is another one.
     """
+    check_not_kept(path)
     if not _there(path):
         return
     if path.is_file() and not path.is_symlink():

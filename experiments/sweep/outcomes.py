@@ -56,6 +56,12 @@ def place() -> Path:
     return _notes().parent.parent
 
 
+def have_begun() -> bool:
+    """Whether a sweep has been started in this process: Hydra may only have shown its config."""
+    given = HydraConfig.get().callbacks.get("sweep") if HydraConfig.initialized() else None
+    return bool(given and given.get("notes")) and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def _notes() -> Path:
     given = HydraConfig.get().callbacks.get("sweep")
     if not given or not given.get("notes"):
@@ -85,6 +91,8 @@ def begin(config: DictConfig, place: str, inner: str) -> None:
         config.hydra.sweep.dir, config.hydra.sweep.subdir = place, inner
         sweep = str(config.hydra.sweep.dir)  # resolved, once for all
         drawn = f"{os.path.abspath(sweep)}/{NOTES}/{uuid.uuid4().hex[:12]}"
+        if "${" in drawn:  # each job would take it for a reference
+            raise folders.RunError(f"{DIR}={sweep} in {os.getcwd()}: no sweep has a place with ${{")
         config.hydra.sweep.dir, config.hydra.callbacks.sweep.notes = sweep, drawn
         decided = [f"{DIR}={quoted(sweep)}", f"{START}={quoted(drawn)}"]
         decided += [] if chosen else [f"{SUBDIR}={inner}"]
@@ -114,7 +122,7 @@ def note(folder: Path, status: str | None, *, new: bool, error: str | None = Non
 
 def jobs() -> list[Job]:
     """Reads the jobs that this start of a sweep has begun, in order; none outside of a sweep."""
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not have_begun():
         return []
     found = [_read(path) for path in litter.without(_notes().glob("*.json"))]
     return sorted(found, key=lambda job: job.number)

@@ -122,7 +122,7 @@ def sweep_name(overrides: Sequence[str]) -> tuple[str, str]:
       SWEEP, and the short names of the keys that vary, with commas between; both are empty if the
       command line names no sweep.
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parsed = OverridesParser.create().parse_overrides([one for one in overrides if "=" in one])
     swept = [short(o.get_key_element()) for o in parsed if _is_swept(o)]
     chosen = [str(o.value()) for o in parsed if o.get_key_element() == "sweep"]
     chosen = [name for name in chosen if name != "None"]
@@ -135,6 +135,17 @@ def sweep_name(overrides: Sequence[str]) -> tuple[str, str]:
     )
     name = "+".join(map(_plain_name, [*chosen, *swept]))[:LONGEST]
     return (f"{name}-{digest(fixed, 4)}" if fixed else name), ",".join(swept)
+
+
+def typed(config: DictConfig) -> list[str]:
+    """The overrides of a command line without Hydra's own, with references as they are.
+
+    Args:
+      config: of a sweep, with Hydra's part.
+    """
+    overrides = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    return list(map(str, overrides))
 
 
 # As conf/sweep_folder.yaml has them.
@@ -152,7 +163,7 @@ def places(config: DictConfig) -> tuple[str, str]:
     """
     sweep = config.hydra.sweep
     place, inner = (str(sweep._get_node(key)._value()) for key in ("dir", "subdir"))
-    name, keys = sweep_name(list(config.hydra.overrides.task))
+    name, keys = sweep_name(typed(config))
     if (place, inner) != (DIR, SUBDIR) or not name:
         return place, inner
     return f"multirun/${{name}}/{name}", f"${{job_folder:{keys}}}"
@@ -231,7 +242,7 @@ def _with_references(text: str, config: DictConfig) -> str:
 
 def _swept(config: DictConfig, groups: bool) -> list[str]:
     """The settings that vary, with or without groups."""
-    task = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    task = OverridesParser.create().parse_overrides(typed(config))
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     given = [o.get_key_element() for o in task if _is_swept(o)] + [str(key) for key in params]
     given = [key.lstrip("+") for key in given]

@@ -177,10 +177,6 @@ def check_plugins(arguments: Sequence[str]) -> None:
             raise SystemExit(f"error: {argument} needs {package}: pip install -e '.[sweeps]'")
 
 
-def _sweeps() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
 def _discard(sweep: Path) -> None:
     """Removes the folder of a sweep that was refused before its first job."""
     with contextlib.suppress(OSError):
@@ -220,11 +216,11 @@ def start(
         code = 130
     except Exception:
         # A launcher raises it if a process was killed, once all others have ended.
-        if not _sweeps():
+        if not outcomes.have_begun():
             raise
         traceback.print_exc()
         code = 1
-    if _sweeps():
+    if outcomes.have_begun():
         done = launch(_tell)
         if done is None:
             code = code or "error: the sweep has begun no job: give values"

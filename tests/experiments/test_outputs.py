@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from omegaconf import OmegaConf
 
-from experiments import export_adapters, fit_choice, generate, plot, train_tokenizer
+from experiments import compare, export_adapters, fit_choice, generate, plot, train_tokenizer
 from experiments.run import checkpoints, outputs
 from experiments.run.folders import RunError
 from experiments.shell.build import build_model
@@ -99,6 +99,15 @@ def test_no_adapters_are_written_through_a_link_of_the_run(tmp_path, lora):
     assert not list((tmp_path / "outside").iterdir())
     assert ending(export_adapters, tmp_path, "run=run", trusted, "output=mine/deep") is None
     assert len(list((tmp_path / "mine" / "deep").iterdir())) == 2
+
+
+@pytest.mark.parametrize("program, name", [(plot, "x.png"), (compare, "x.csv")])
+def test_no_figure_or_table_is_written_among_what_a_run_keeps(tmp_path, program, name):
+    folder = run_named(tmp_path / "run", "a")
+    (folder / "checkpoints" / "2").mkdir(parents=True)
+    before = everything(folder)
+    said = ending(program, tmp_path, "runs=run", f"output=run/checkpoints/2/{name}")
+    assert "is among the checkpoints of the run" in said and everything(folder) == before
 
 
 def test_a_run_keeps_its_own_figure(tmp_path):

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
 from experiments.sweep import outcomes, sweeps
-from experiments.sweep.sweep_folders import job_folder, sweep_first, sweep_name
+from experiments.sweep.sweep_folders import digest, job_folder, sweep_first, sweep_name
 from tests.experiments import sweep_program
 from tests.experiments.programs import statuses, sweep
 
@@ -75,6 +75,29 @@ def test_fixed_overrides_are_part_of_the_name():
     (plain, keys), (fixed, same) = sweep_name(["seed=0,1"]), sweep_name(["seed=0,1", "steps=5"])
     assert keys == same == "seed"
     assert fixed.startswith(f"{plain}-") and fixed != sweep_name(["seed=0,1", "steps=6"])[0]
+
+
+def test_a_sweep_is_named_by_its_command_line_and_not_by_what_references_give(tmp_path, capfd):
+    for value in ("1", "2"):
+        code = sweep(tmp_path, "-m", "act=finish,fail", f"x={value}", "name=n${x}")
+        assert code == 1 and list(statuses(capfd.readouterr().out)) == ["act=finish", "act=fail"]
+    names = {path.parent.name: path for path in tmp_path.glob("multirun/*/*/multirun.yaml")}
+    assert set(names) == {f"act-{digest(sorted(['name=n${x}', f'x={v}']), 4)}" for v in "12"}
+    assert sweep(tmp_path, "-m", "act=finish", "x=1,2", "+w='a(b'", "name=${w}") == 0
+
+
+@pytest.mark.parametrize("shown", [("--cfg", "job"), ("--info", "config"), ("--help",)])
+def test_a_config_that_is_only_shown_is_no_sweep(tmp_path, capfd, shown):
+    assert sweep(tmp_path, "hydra.mode=MULTIRUN", "x=1", *shown) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_jobs_would_take_for_a_reference_is_refused(tmp_path, capfd):
+    (tmp_path / "p${x}").mkdir()
+    for place, given in ((tmp_path, r"hydra.sweep.dir=a\${x}"), (tmp_path / "p${x}", "x=1")):
+        assert sweep(place, "-m", "x=1,2" if given != "x=1" else "act=finish,fail", given) == 1
+        assert "no sweep has a place with ${" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["p${x}"]
 
 
 def test_the_flag_comes_first_and_nothing_else_moves():
