@@ -63,6 +63,7 @@ class Announce(Callback):
             outcomes.begin(config, *places(config))
             HydraConfig.instance().set_config(config)
             trust.check_links(outcomes.place(), written=True)
+            records.Notes.made = records.missing(outcomes.place())  # where it is now to be
             Announce.recorded = (outcomes.place() / RECORD).exists()
 
 
