@@ -175,6 +175,29 @@ BY_OVERRIDES = re.compile(r"\$\{hydra[.:]job\.override_dirname\}")
 EXAMPLE = "'hydra.sweep.subdir=${hydra.job.num}'"
 
 
+def check_one_sweep(config: DictConfig) -> None:
+    """Refuses several sweeps in one, and a place that differs in each job.
+
+    Args:
+      config: of a sweep, with Hydra's part.
+
+    Raises:
+      RunError: says what to type.
+    """
+    place, swept = places(config)[0], _swept(config, groups=True)
+    if "sweep" in swept:
+        raise RunError("sweep= takes one sweep; start the others by commands of their own")
+    # `name` may vary: the default folder has the one of the command itself.
+    varying = [key for key in swept if key != "name" and _refers(_references(place), key)]
+    if OWN.search(place) or BY_OVERRIDES.search(place):
+        varying.append("a job's own number or name")
+    if varying:
+        raise RunError(
+            f"hydra.sweep.dir={place}: expected one folder for all jobs, and {varying[0]} varies;\n"
+            f"what varies goes into hydra.sweep.subdir, for example {EXAMPLE}"
+        )
+
+
 def check_places(config: DictConfig) -> None:
     """Refuses a sweep in a run's folder, and jobs that would share a folder or leave the sweep's.
 
@@ -192,14 +215,7 @@ def check_places(config: DictConfig) -> None:
             "a sweep needs a folder of its own, with one in it for each job: give another, or "
             "leave it out"
         )
-    place, given = places(config)
-    for key in _swept(config, groups=False):
-        # `name` may vary: the default folder has the one of the command itself.
-        if key != "name" and _refers(_references(place), key):
-            raise RunError(
-                f"hydra.sweep.dir={place}: expected one folder for all jobs, and {key} varies;\n"
-                f"what varies goes into hydra.sweep.subdir, for example {EXAMPLE}"
-            )
+    given = places(config)[1]
     rest = given
     while (shorter := re.sub(r"\$\{[^{}]*\}", "x", rest)) != rest:
         rest = shorter

@@ -26,6 +26,7 @@ from experiments.shell.overrides import check_repeated
 from experiments.sweep import first_start, outcomes
 from experiments.sweep.sweep_folders import (
     check_inside,
+    check_one_sweep,
     check_places,
     is_named,
     places,
@@ -58,6 +59,7 @@ class Announce(Callback):
         del kwargs
         HydraConfig.instance().set_config(config)
         with given_folders.ended(HydraConfig.instance()), explained(config):
+            check_one_sweep(config)
             check_text("hydra.sweep.dir", config.hydra.sweep.dir)
             check_places(config)
             outcomes.begin(config, *places(config))

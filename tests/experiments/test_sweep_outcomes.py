@@ -120,11 +120,22 @@ def test_a_sweep_has_one_folder_whatever_varies(tmp_path, capfd):
     assert not list(tmp_path.rglob(outcomes.NOTES))
 
 
-@pytest.mark.parametrize("place", ["s/${x}", "s/${act}/${x}", "s/${oc.select:x}"])
-def test_a_folder_of_the_sweep_that_varies_is_refused(tmp_path, capfd, place):
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("s/${x}", "x"),
+        ("s/${act}/${x}", "x"),
+        ("s/${oc.select:x}", "x"),
+        ("s/${hydra.job.num}", "a job's own number or name"),
+        ("s/${hydra:job.num}", "a job's own number or name"),
+        ("s/${job_folder:}", "a job's own number or name"),
+        ("s/${hydra.job.override_dirname}", "a job's own number or name"),
+    ],
+)
+def test_a_folder_of_the_sweep_that_varies_is_refused(tmp_path, capfd, place, what):
     given = ("-m", "x=1,2", f"hydra.sweep.dir={place}", "hydra.sweep.subdir=${hydra.job.num}")
     assert sweep(tmp_path, *given) == 1
-    assert "expected one folder for all jobs, and x varies" in capfd.readouterr().err
+    assert f"expected one folder for all jobs, and {what} varies" in capfd.readouterr().err
     assert not list(tmp_path.rglob("config.yaml"))
 
 

@@ -15,10 +15,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
+from experiments import train
 from experiments.sweep import outcomes, sweeps
 from experiments.sweep.sweep_folders import digest, job_folder, sweep_first, sweep_name
 from tests.experiments import sweep_program
-from tests.experiments.programs import statuses, sweep
+from tests.experiments.programs import ending, statuses, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "experiments" / "conf"
@@ -98,6 +99,12 @@ def test_a_place_that_jobs_would_take_for_a_reference_is_refused(tmp_path, capfd
         assert sweep(place, "-m", "x=1,2" if given != "x=1" else "act=finish,fail", given) == 1
         assert "no sweep has a place with ${" in capfd.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["p${x}"]
+
+
+def test_several_sweeps_in_one_are_refused(tmp_path, capfd):
+    assert ending(train, tmp_path, "-m", "experiment=lm", "sweep=seeds,solvers") == 1
+    assert "sweep= takes one sweep" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_flag_comes_first_and_nothing_else_moves():
