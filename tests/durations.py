@@ -1,9 +1,9 @@
 """What the tests cost, by wing: printed after each run, beside the last table if there is one.
 
 CPU-seconds, those of compiling included, because they hardly depend on what else a machine does.
-`make test ARGS="--write-durations -m 'not slow'"` writes the table anew, and beside it the list of the test
-functions that are not cheap, which `make check` leaves out. A run of parts of the tests prints only
-the wings that it ran, and is compared with nothing that it did not run whole.
+`make test ARGS="--write-durations -m 'not slow'"` writes the table anew, and beside it
+the list of the test functions that are not cheap, which `make check` leaves out. A run of parts of
+the tests prints only the wings that it ran, and is compared with nothing that it did not run whole.
 """
 
 import collections
