@@ -176,7 +176,7 @@ def text(value: Cell, column: str = "") -> str:
         return f"{value / 2**20:,.0f} MiB"
     if isinstance(value, bool | str):
         return printable(str(value))
-    if float(value).is_integer() and abs(value) < 1e15 or 1e4 <= abs(value) < 1e15:
+    if abs(value) < 1e15 and (float(value).is_integer() or abs(value) >= 1e4):
         return f"{value:,.0f}"
     return f"{value:.4g}"
 

@@ -85,33 +85,30 @@ def judged_on(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def leaving_out(left_out: list[Path] | None, judged: Sequence[Path]) -> Iterator[None]:
-    """Notes and says why runs among several cannot be scored.
+def leaving_out(judged: Sequence[Path], *, several: bool) -> Iterator[None]:
+    """Says why runs among several cannot be scored, and goes on.
 
     Args:
-      left_out: they are added to it; None: there is only one run, and its error is raised.
       judged: the runs in the block.
+      several: whether there are others; the error of a single run is raised.
     """
     try:
         yield
     except (folders.RunError, OSError) as error:
-        if left_out is None:
+        if not several:
             raise
         said = " ".join(map(printable, str(error).splitlines()))
         for folder in judged:
-            left_out.append(folder)
             print(f"left out: {folder}: {said}", flush=True)
 
 
-def score(
-    judged: list[Path], where: dict[str, Any], left_out: list[Path] | None
-) -> dict[str, float]:
+def score(judged: list[Path], where: dict[str, Any], *, several: bool) -> dict[str, float]:
     """Scores runs on the same windows, and shows them beside compressors.
 
     Args:
       judged: folders of the runs.
       where: from `judged_on`.
-      left_out: see `leaving_out`.
+      several: see `leaving_out`.
 
     Returns:
       Bits per byte by folder.
@@ -129,7 +126,7 @@ def score(
         raise folders.RunError(str(error)) from error
     scored = {}
     for folder in judged:
-        with leaving_out(left_out, [folder]), content_of(folder):
+        with leaving_out([folder], several=several), content_of(folder):
             if where["own"]:
                 known = checkpoints.data_of(folder).get("held-out text")
                 if known not in (None, digest(data.validation)):
@@ -168,14 +165,14 @@ def job(cfg: DictConfig) -> dict[str, float]:
     """
     together: dict[str, list[Path]] = {}
     runs, scored = find_runs(cfg.run), {}
-    left_out: list[Path] | None = [] if len(runs) > 1 else None
+    several = len(runs) > 1
     for folder in runs:
-        with leaving_out(left_out, [folder]), content_of(folder):
+        with leaving_out([folder], several=several), content_of(folder):
             where = judged_on(cfg, folder)
             together.setdefault(json.dumps(where), []).append(folder)
     for where, judged in together.items():
-        with leaving_out(left_out, judged):
-            scored.update(score(judged, json.loads(where), left_out))
+        with leaving_out(judged, several=several):
+            scored.update(score(judged, json.loads(where), several=several))
     if not scored:
         raise folders.RunError("no run could be scored: the lines above say why")
     return scored

@@ -92,7 +92,6 @@ def fit(
     else:
         outputs.new(output).parent.mkdir(parents=True, exist_ok=True)
     points = []
-
     for cell, shapes in grid.items():
         for shape in shapes:
             point = measure_point(cell, tuple(shape), paths, rounds, budget_s)

@@ -247,7 +247,7 @@ def draw(
             getattr(axes, f"set_{name}scale")("log")
     for (label, curve), (colour, style) in zip(curves.items(), styles(list(curves)), strict=True):
         marker = "o" if len(curve.x) <= 25 else None
-        seeds = textwrap.fill(f"{label} (n={curve.runs})", 70, max_lines=12, placeholder=" ...")
+        seeds = textwrap.fill(f"{label} (n={curve.runs})", 70, max_lines=12, placeholder=" …")
         axes.plot(curve.x, curve.mean, style, color=colour, marker=marker, ms=4, label=seeds)
         if curve.runs > 1:
             axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, lw=0)

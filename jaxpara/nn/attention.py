@@ -47,26 +47,23 @@ def rotate(
 
 
 def _attend(q, keys, values, seen, raw, prefix, probabilities):
-    """Attention of some queries to the cache and, not rotated, to trained keys and values.
-
-    Heads come before time in all of them, and in the result.
-    """
+    """Attention of some queries to the cache and, not rotated, to trained keys and values."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, keys, preferred_element_type=wide)
+    scores = jnp.einsum("bthd,bshd->bhts", q, keys, preferred_element_type=wide)
     scores, n = jnp.where(seen[:, None], scores, -jnp.inf), 0
     if prefix is not None:
         prefix = jax.tree.map(lambda p: p.astype(q.dtype), prefix)
         n = prefix["keys"].shape[0]
-        first = jnp.einsum("bhtd,phd->bhtp", raw, prefix["keys"], preferred_element_type=wide)
+        first = jnp.einsum("bthd,phd->bhtp", raw, prefix["keys"], preferred_element_type=wide)
         scores = jnp.concatenate([first, scores], axis=-1)
     weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
     if probabilities is not None:
         weights = probabilities(weights)
     weights = weights.astype(q.dtype)
-    mean = jnp.einsum("bhts,bhsd->bhtd", weights[..., n:], values)
+    mean = jnp.einsum("bhts,bshd->bthd", weights[..., n:], values)
     if prefix is None:
         return mean
-    return mean + jnp.einsum("bhtp,phd->bhtd", weights[..., :n], prefix["values"])
+    return mean + jnp.einsum("bhtp,phd->bthd", weights[..., :n], prefix["values"])
 
 
 # Queries of a block, and blocks at most: more of them leave out more, and take longer to compile.
@@ -79,9 +76,7 @@ def _in_blocks(q, keys, values, seen, raw, prefix, probabilities):
     Where the sequence fills the cache, its first token is in the first slot, and a block sees no
     slot behind its own: nearly half of the scores are not computed.
     """
-    # Heads first, once: each block would otherwise lay out its part of the keys anew.
-    q, keys, values, raw = (jnp.swapaxes(a, 1, 2) for a in (q, keys, values, raw))
-    time, slots = q.shape[2], keys.shape[2]
+    time, slots = q.shape[1], keys.shape[1]
     size = max(_BLOCK, -(-time // _BLOCKS))
     out = []
     for begin in range(0, time, size):
@@ -90,16 +85,16 @@ def _in_blocks(q, keys, values, seen, raw, prefix, probabilities):
         rows = slice(begin, end)
         out.append(
             _attend(
-                q[:, :, rows],
-                keys[:, :, :last],
-                values[:, :, :last],
+                q[:, rows],
+                keys[:, :last],
+                values[:, :last],
                 seen[:, rows, :last],
-                raw[:, :, rows],
+                raw[:, rows],
                 prefix,
                 probabilities,
             )
         )
-    return jnp.swapaxes(jnp.concatenate(out, axis=2), 1, 2)
+    return jnp.concatenate(out, axis=1)
 
 
 def rotary_attention(

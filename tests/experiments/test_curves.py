@@ -124,4 +124,4 @@ def test_a_label_of_thousands_of_keys_is_shortened():
     curve = curves.Curve(two, two, two, two, 1)
     figure = curves.draw({label: curve}, x="tokens", y=Y, title="t")
     [shown] = figure.axes[0].get_legend().get_texts()
-    assert len(shown.get_text()) < 1000 and shown.get_text().endswith("...")
+    assert len(shown.get_text()) < 1000 and shown.get_text().endswith("…")

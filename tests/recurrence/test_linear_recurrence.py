@@ -172,6 +172,7 @@ def test_the_states_have_the_dtype_that_holds_the_initial_state():
                 zip(a.tolist(), b.tolist(), strict=True), after, initial=np.asarray(start).item()
             )
         )
+        # Four units: each step rounds a product and a sum.
         np.testing.assert_allclose(found, exact[1:], rtol=4 * jnp.finfo(found.dtype).eps)
         return found.dtype
 
@@ -192,7 +193,7 @@ def test_complex_numbers_are_solved_on_every_platform(monkeypatch):
     exact = loop(blocks, pair(np.asarray(b)), np.zeros((3, 2)), False)
     for platform in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        # Sums of 40 steps in float32, of size up to 3.4, some of which cancel.
+        # 2e-6 absolute: sums of 40 steps in float32, of size up to 3.4, some of which cancel.
         np.testing.assert_allclose(pair(jp.linear_recurrence(a, b)), exact, atol=2e-6)
     with pytest.raises(ValueError, match="complex64 cannot be solved .* implementation='chunked'"):
         jp.linear_recurrence(a, b, implementation="chunked")
@@ -239,6 +240,7 @@ def test_products_that_overflow_leave_finite_states_and_gradients_finite(method,
 
     run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
     gradient, states = run(b)
+    # 1e-6: eight units, for sums that associate otherwise.
     np.testing.assert_allclose(states, loop(a, b, np.zeros(state), False), rtol=1e-6)
     np.testing.assert_allclose(gradient[30:].ravel()[-1], 1.0)
     assert np.all(np.isfinite(gradient[30:]))

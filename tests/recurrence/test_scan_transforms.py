@@ -115,6 +115,7 @@ def test_gradients_with_respect_to_inputs_that_enter_one_leaf_alone(solver):
 
     ours = functools.partial(jp.newton_scan, solver=solver)
     found, wanted = quick(lambda xs: [jax.grad(loss(scan))(xs) for scan in (ours, lax.scan)])(xs)
+    # Sixteen units of the largest: small entries are differences of large ones.
     np.testing.assert_allclose(found, wanted, atol=2e-6 * np.max(np.abs(wanted)))
 
 
@@ -263,6 +264,7 @@ def test_data_sharded_over_a_mesh_axis():
             )
             found = quick(jax.value_and_grad(run, (0, 1, 2)))(w, h, x)
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+                # A device's sums are added up last: another order, of terms that cancel.
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
@@ -302,6 +304,7 @@ def test_leaves_may_vary_over_different_mesh_axes(name, derivative):
     wanted, *others = every(h, xs)
     for found in others:
         for a, b in zip(found, wanted, strict=True):
+            # As between devices above: sums of terms that cancel, in another order.
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
 
